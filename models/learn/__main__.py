@@ -1,0 +1,5 @@
+"""`python -m learn <command>`."""
+
+from learn.cli import main
+
+raise SystemExit(main())

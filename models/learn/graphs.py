@@ -1,0 +1,72 @@
+"""The four modules that the server runs, with exactly the inputs and outputs that the bundle format names.
+
+Golden vectors come from these modules too, so that what is exported and what is promised are the same thing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from learn.cvr import CvrHead
+from learn.pch import Pch
+
+
+class EncoderGraph(nn.Module):
+    """input_ids [b,s], attention_mask [b,s] -> content [b,C]: the masked mean of the last hidden states, length 1.
+
+    Takes any Hugging Face base model, encoder or decoder-only. Mean and norm are in fp32 whatever the weights are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        # A decoder would otherwise return its key-value cache, which is no tensor and has no place in the graph.
+        self.extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **self.extra).last_hidden_state
+        weight = attention_mask.unsqueeze(-1).to(torch.float32)  # [b,s,1]
+        mean = (hidden.to(torch.float32) * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
+        return F.normalize(mean, dim=-1)
+
+
+class UserTowerGraph(nn.Module):
+    """content [b,l,C], mask [b,l] -> user [b,E]."""
+
+    def __init__(self, pch: Pch) -> None:
+        super().__init__()
+        self.pch = pch
+
+    def forward(self, content: Tensor, mask: Tensor) -> Tensor:
+        return self.pch.last(content, mask)
+
+
+class ItemTowerGraph(nn.Module):
+    """content [n,C] -> item [n,E]. The start token's keys and values are constants of the graph."""
+
+    def __init__(self, pch: Pch) -> None:
+        super().__init__()
+        self.pch = pch.eval()
+        with torch.no_grad():
+            for layer, (key, value) in enumerate(pch.start_keys_values()):
+                self.register_buffer(f"start_key_{layer}", key)
+                self.register_buffer(f"start_value_{layer}", value)
+
+    def forward(self, content: Tensor) -> Tensor:
+        layers = range(self.pch.config.layers)
+        start = [(getattr(self, f"start_key_{i}"), getattr(self, f"start_value_{i}")) for i in layers]
+        return self.pch.alone(content, start)
+
+
+class CvrGraph(nn.Module):
+    """user [b,E], item [n,E], row [n] (which user) -> mid_emb [n,M], cvr [n]."""
+
+    def __init__(self, head: CvrHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, user: Tensor, item: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        mid_emb, logit = self.head(user, item, row)
+        return mid_emb, logit.sigmoid()

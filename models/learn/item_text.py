@@ -1,0 +1,75 @@
+"""Six fields of an item -> the one line of text that the encoder reads.
+
+The wording is the LEARN paper's (arXiv 2405.03988), one sentence a field. A field that is missing drops its sentence,
+so that the encoder never reads `brand is ""`. The template is one file beside this one, is copied into every bundle,
+and uses only what Jinja2 and minijinja share; `tests/fixtures/item_text_golden.json` holds both to the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+TEMPLATE_PATH = Path(__file__).with_name("item_text.jinja")
+STRING_FIELDS = ("title", "category", "brand", "price")
+LIST_FIELDS = ("keywords", "attributes")
+
+
+@dataclass(frozen=True)
+class ItemText:
+    """What is known of an item. An empty string, an empty list, or a list of empty strings is a missing field."""
+
+    title: str = ""
+    category: str = ""
+    brand: str = ""
+    price: str = ""
+    keywords: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """True if no sentence would be written: such an item has nothing to encode, and callers refuse it."""
+        strings = any(getattr(self, name) for name in STRING_FIELDS)
+        return not (strings or any(any(getattr(self, name)) for name in LIST_FIELDS))
+
+    def to_json(self) -> dict[str, Any]:
+        """All six fields, lists as lists."""
+        fields = asdict(self)
+        return fields | {name: list(fields[name]) for name in LIST_FIELDS}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> ItemText:
+        """Reads any subset of the six fields; anything else is an error that names the field."""
+        unknown = sorted(set(raw) - set(STRING_FIELDS) - set(LIST_FIELDS))
+        if unknown:
+            raise ValueError(f"unknown field of item text: {', '.join(unknown)}")
+        for name in STRING_FIELDS:
+            if not isinstance(raw.get(name, ""), str):
+                raise ValueError(f"{name}: expected a string, got {raw[name]!r}")
+        for name in LIST_FIELDS:
+            value = raw.get(name, [])
+            if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
+                raise ValueError(f"{name}: expected a list of strings, got {value!r}")
+        lists = {name: tuple(raw.get(name, ())) for name in LIST_FIELDS}
+        return cls(**{name: raw.get(name, "") for name in STRING_FIELDS}, **lists)
+
+
+@cache
+def template_source() -> str:
+    """The template as bundles carry it: without the line end that editors put after the last line."""
+    return TEMPLATE_PATH.read_text(encoding="utf-8").removesuffix("\n")
+
+
+@cache
+def _template(source: str) -> jinja2.Template:
+    return jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined).from_string(source)
+
+
+def render(text: ItemText, source: str | None = None) -> str:
+    """The prompt of one item. For an empty item it is the opening sentence alone; see `ItemText.is_empty`."""
+    return _template(template_source() if source is None else source).render(text.to_json())

