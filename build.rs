@@ -1,0 +1,18 @@
+//! Compiles `proto/` with protox: messages, services and the descriptor set that reflection answers from.
+
+use prost::Message;
+use std::{env, error::Error, fs, path::PathBuf};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let descriptors = protox::compile(["midemb/v1/midemb.proto"], ["proto"])?;
+    let out_dir = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out_dir.join("midemb_descriptor.bin"), descriptors.encode_to_vec())?;
+    tonic_prost_build::configure()
+        // Tensors go to the wire as shared bytes, never as a copied Vec.
+        .bytes(".")
+        // Our codec answers bytes that are no valid message with INVALID_ARGUMENT.
+        .codec_path("crate::wire::codec::Codec")
+        .compile_fds(descriptors)?;
+    Ok(())
+}

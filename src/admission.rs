@@ -1,0 +1,114 @@
+//! Admission: who may come in, and how long each stage has.
+//!
+//! tonic's own concurrency limit is per connection, and an expired `grpc-timeout` makes it answer CANCELLED and drop
+//! the future. So the bound over all connections is here, and so is the deadline: we answer shortly before it.
+
+use crate::{
+    error::{Error, ShedReason},
+    telemetry::events::{self, InFlight},
+};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// The global bound on requests in flight.
+#[derive(Debug)]
+pub struct Admission {
+    permits: Arc<Semaphore>,
+}
+
+/// Held for as long as a request is under way.
+#[derive(Debug)]
+pub struct Permit {
+    _permit: OwnedSemaphorePermit,
+    _in_flight: InFlight,
+}
+
+/// What a caller that was turned away should wait: a few times what a hot request takes.
+const RETRY_AFTER: Duration = Duration::from_millis(50);
+
+impl Admission {
+    /// At most `max_in_flight` requests at once.
+    pub fn new(max_in_flight: usize) -> Self {
+        Admission { permits: Arc::new(Semaphore::new(max_in_flight)) }
+    }
+
+    /// Lets a request in, or turns it away at once.
+    pub fn admit(&self) -> Result<Permit, Error> {
+        match Arc::clone(&self.permits).try_acquire_owned() {
+            Ok(permit) => Ok(Permit { _permit: permit, _in_flight: InFlight::start() }),
+            Err(_) => {
+                events::shed(ShedReason::InFlight, 1);
+                Err(shed(ShedReason::InFlight))
+            }
+        }
+    }
+}
+
+/// The error of work that was turned away for `reason`.
+pub fn shed(reason: ShedReason) -> Error {
+    Error::Shed { reason, retry_after: RETRY_AFTER }
+}
+
+/// When each part of a request has to be done, split from the moment at which its caller stops waiting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deadlines {
+    /// Vectors that are not there by then miss this answer.
+    pub encode_by: Instant,
+    /// The answer is on its way by then.
+    pub answer_by: Instant,
+}
+
+/// The answer's own way back: serialising and the wire.
+const WIRE: Reserve = Reserve { of: 10, at_most: Duration::from_millis(5) };
+/// Scoring what is there, once the wait for the encoder is over.
+const SCORING: Reserve = Reserve { of: 4, at_most: Duration::from_millis(20) };
+
+/// One part in `of` of what is left, and no more than `at_most`.
+struct Reserve {
+    of: u32,
+    at_most: Duration,
+}
+
+impl Reserve {
+    fn before(&self, end: Instant, now: Instant) -> Instant {
+        let left = end.saturating_duration_since(now);
+        end - (left / self.of).min(self.at_most)
+    }
+}
+
+impl Deadlines {
+    /// Splits what is left between `now` and `deadline`.
+    pub fn split(now: Instant, deadline: Instant) -> Self {
+        let answer_by = WIRE.before(deadline, now);
+        Deadlines { encode_by: SCORING.before(answer_by, now), answer_by }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_too_many_is_turned_away_and_a_place_that_is_left_is_free() {
+        let admission = Admission::new(1);
+        let permit = admission.admit().unwrap();
+        assert!(matches!(admission.admit(), Err(Error::Shed { reason: ShedReason::InFlight, .. })));
+        drop(permit);
+        admission.admit().unwrap();
+    }
+
+    #[test]
+    fn the_answer_leaves_before_the_caller_does() {
+        let now = Instant::now();
+        let at = |ms: u64| now + Duration::from_millis(ms);
+        assert_eq!(Deadlines::split(now, at(1000)), Deadlines { encode_by: at(975), answer_by: at(995) });
+        assert_eq!(
+            Deadlines::split(now, at(20)),
+            Deadlines { encode_by: now + Duration::from_micros(13_500), answer_by: at(18) }
+        );
+        assert_eq!(Deadlines::split(now, now), Deadlines { encode_by: now, answer_by: now });
+    }
+}

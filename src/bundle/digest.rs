@@ -1,0 +1,95 @@
+//! Digests: every file held to the manifest, and what the caches depend on.
+
+use super::{
+    BundleError,
+    manifest::{FileSpec, Manifest, Part},
+};
+use crate::{content::EncoderDigest, towers::TowerDigest};
+use sha2::{Digest, Sha256};
+use std::{fmt::Write, fs::File, io, io::Read, path::Path};
+
+/// Bytes in lower-case hex, as `sha256sum` prints them.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// The SHA-256 of `bytes`, in hex.
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+/// Holds one file to its size and digest.
+pub fn check(folder: &Path, file: &FileSpec) -> Result<(), BundleError> {
+    let path = folder.join(&file.path);
+    let (n_bytes, found) = match sha256_file(&path) {
+        Ok(read) => read,
+        Err(source) if source.kind() == io::ErrorKind::NotFound => {
+            return Err(BundleError::FileMissing { path, fetched: file.pypi.clone() });
+        }
+        Err(source) => return Err(BundleError::Read { path, source }),
+    };
+    if n_bytes != file.bytes || found != file.sha256 {
+        let expected = format!("{} bytes, sha256 {}", file.bytes, file.sha256);
+        return Err(BundleError::Digest { path, found: format!("{n_bytes} bytes, sha256 {found}"), expected });
+    }
+    Ok(())
+}
+
+/// The size and SHA-256 of a file, read in pieces.
+fn sha256_file(path: &Path) -> io::Result<(u64, String)> {
+    let mut file = File::open(path)?;
+    let mut hasher = Sha256::new();
+    let mut piece = vec![0; 1 << 20];
+    let mut n_bytes = 0;
+    loop {
+        match file.read(&mut piece)? {
+            0 => return Ok((n_bytes, hex(&hasher.finalize()))),
+            n => {
+                hasher.update(&piece[..n]);
+                n_bytes += n as u64;
+            }
+        }
+    }
+}
+
+/// Everything that a content embedding depends on beside the text.
+pub fn encoder_digest(manifest: &Manifest) -> EncoderDigest {
+    let mut hasher = part_hasher(manifest, Part::Encoder);
+    hash_str(&mut hasher, &manifest.item_text.template);
+    hasher.update((manifest.item_text.max_tokens as u64).to_le_bytes());
+    hasher.update(manifest.encoder.pad_id.to_le_bytes());
+    EncoderDigest(first_16(hasher))
+}
+
+/// Everything that an item embedding depends on beside the text.
+pub fn tower_digest(manifest: &Manifest) -> TowerDigest {
+    let mut hasher = part_hasher(manifest, Part::ItemTower);
+    hasher.update(encoder_digest(manifest).0);
+    TowerDigest(first_16(hasher))
+}
+
+fn part_hasher(manifest: &Manifest, part: Part) -> Sha256 {
+    let mut files: Vec<&FileSpec> = manifest.files.iter().filter(|file| file.part == part).collect();
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    let mut hasher = Sha256::new();
+    for file in files {
+        hash_str(&mut hasher, &file.path);
+        hash_str(&mut hasher, &file.sha256);
+    }
+    hasher
+}
+
+fn hash_str(hasher: &mut Sha256, text: &str) {
+    hasher.update((text.len() as u64).to_le_bytes());
+    hasher.update(text.as_bytes());
+}
+
+fn first_16(hasher: Sha256) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&hasher.finalize()[..16]);
+    bytes
+}

@@ -1,0 +1,272 @@
+//! The golden check: what the graphs give here against what PyTorch gave in training, stage by stage.
+//!
+//! Each stage starts from the golden result of the stage before, so that the first stage that is off is the one that is
+//! named.
+
+use super::{BundleError, Manifest};
+use crate::{
+    content::EncoderModel,
+    domain::{ItemText, Vector},
+    fusion,
+    inference::{Graph, GraphError},
+    towers::{TowerGraphs, item_tower, user_tower, user_tower::UserDims},
+};
+use serde::Deserialize;
+use std::{fmt, path::Path};
+
+/// The largest difference of one value that single precision may show.
+pub const MAX_ABSOLUTE: f32 = 1e-4;
+/// The smallest cosine of two vectors that single precision may show.
+pub const MIN_COSINE: f64 = 0.99999;
+
+/// The golden vectors, written by the trainer from PyTorch.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Golden {
+    items: Vec<GoldenItem>,
+    users: Vec<GoldenUser>,
+    pairs: Vec<GoldenPair>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GoldenItem {
+    text: ItemText,
+    prompt: String,
+    token_ids: Vec<i64>,
+    content: Vec<f32>,
+    item: Vec<f32>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GoldenUser {
+    history: Vec<usize>,
+    user: Vec<f32>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GoldenPair {
+    user: usize,
+    item: usize,
+    mid_emb: Vec<f32>,
+    cvr: f32,
+}
+
+/// How far one stage was off at most.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StageReport {
+    /// Which stage.
+    pub stage: &'static str,
+    /// Vectors compared.
+    pub n_vectors: usize,
+    /// The largest difference of one value.
+    pub max_absolute: f32,
+    /// The smallest cosine; 1 for stages of single numbers.
+    pub min_cosine: f64,
+}
+
+/// Two vectors that should be equal and are not.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Mismatch {
+    /// Which vector.
+    pub what: String,
+    /// What is wrong with it.
+    pub found: String,
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.what, self.found)
+    }
+}
+
+/// Collects one stage's comparisons.
+struct Stage(StageReport);
+
+impl Stage {
+    fn new(stage: &'static str) -> Self {
+        Stage(StageReport { stage, n_vectors: 0, max_absolute: 0.0, min_cosine: 1.0 })
+    }
+
+    fn compare(&mut self, index: usize, found: &[f32], expected: &[f32]) -> Result<(), Mismatch> {
+        let what = || format!("{} {index}", self.0.stage);
+        let mismatch = |found: String| Err(Mismatch { what: what(), found });
+        if found.len() != expected.len() {
+            return mismatch(format!("has {} values, golden has {}", found.len(), expected.len()));
+        }
+        if let Some(value) = found.iter().find(|x| !x.is_finite()) {
+            return mismatch(format!("is not finite: it holds {value}"));
+        }
+        // `f32::max` skips NaN, so the golden side has to be looked at, too.
+        if let Some(value) = expected.iter().find(|x| !x.is_finite()) {
+            return mismatch(format!("cannot be checked: golden holds {value}"));
+        }
+        let absolute = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let cosine = if expected.len() > 1 { cosine(found, expected) } else { 1.0 };
+        // A cosine with a vector of zeros is NaN, and no match.
+        if absolute > MAX_ABSOLUTE || cosine.is_nan() || cosine <= MIN_COSINE {
+            return mismatch(format!(
+                "differs from golden by {absolute:.2e} (at most {MAX_ABSOLUTE:.0e}), cosine {cosine:.6} (above {MIN_COSINE})"
+            ));
+        }
+        self.0.n_vectors += 1;
+        self.0.max_absolute = self.0.max_absolute.max(absolute);
+        self.0.min_cosine = self.0.min_cosine.min(cosine);
+        Ok(())
+    }
+}
+
+fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(p, q)| f64::from(*p) * f64::from(*q)).sum::<f64>();
+    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+}
+
+/// Reads the golden file of a bundle and checks that its indices make sense.
+pub fn read(folder: &Path, manifest: &Manifest) -> Result<Golden, BundleError> {
+    let path = folder.join(&manifest.golden.file);
+    let text = std::fs::read_to_string(&path).map_err(|source| BundleError::Read { path: path.clone(), source })?;
+    let refused = |reason: String| BundleError::GoldenFile { path: path.clone(), reason };
+    let golden: Golden = serde_json::from_str(&text).map_err(|error| refused(error.to_string()))?;
+    let (n_items, n_users) = (golden.items.len(), golden.users.len());
+    let histories = golden.users.iter().flat_map(|user| &user.history);
+    if histories.chain(golden.pairs.iter().map(|p| &p.item)).any(|i| *i >= n_items)
+        || golden.pairs.iter().any(|pair| pair.user >= n_users)
+    {
+        return Err(refused("an index is out of range".to_owned()));
+    }
+    if n_items == 0 || n_users == 0 || golden.pairs.is_empty() {
+        return Err(refused("there is nothing to check against".to_owned()));
+    }
+    Ok(golden)
+}
+
+/// The graphs of one bundle, as one thread runs them.
+pub struct Graphs<'a> {
+    /// Text to content.
+    pub encoder: &'a mut Graph,
+    /// Content to mid-emb.
+    pub towers: &'a mut TowerGraphs,
+}
+
+/// Runs every golden vector through every stage.
+pub fn check(
+    golden: &Golden,
+    manifest: &Manifest,
+    model: &EncoderModel,
+    graphs: Graphs<'_>,
+) -> Result<Vec<StageReport>, BundleError> {
+    let towers = graphs.towers;
+    Ok(vec![
+        check_tokens(golden, model)?,
+        check_content(golden, model, graphs.encoder)?,
+        check_items(golden, manifest, towers)?,
+        check_users(golden, manifest, towers)?,
+    ]
+    .into_iter()
+    .chain(check_pairs(golden, manifest, towers)?)
+    .collect())
+}
+
+fn check_tokens(golden: &Golden, model: &EncoderModel) -> Result<StageReport, BundleError> {
+    let mut stage = Stage::new("token_ids");
+    for (i, item) in golden.items.iter().enumerate() {
+        let prompt = model.template.render(&item.text).map_err(|e| BundleError::Encode(e.into()))?;
+        if prompt != item.prompt {
+            return Err(Mismatch {
+                what: format!("prompt {i}"),
+                found: format!("is {prompt:?}, golden is {:?}", item.prompt),
+            }
+            .into());
+        }
+        let ids = model.tokenize(&item.text)?;
+        if ids != item.token_ids {
+            return Err(Mismatch {
+                what: format!("token_ids {i}"),
+                found: format!("are {ids:?}, golden are {:?}", item.token_ids),
+            }
+            .into());
+        }
+        stage.0.n_vectors += 1;
+    }
+    Ok(stage.0)
+}
+
+fn check_content(golden: &Golden, model: &EncoderModel, graph: &mut Graph) -> Result<StageReport, BundleError> {
+    let mut stage = Stage::new("content");
+    // In one batch and one by one: a graph that lets padding in would pass either alone.
+    let batch: Vec<&[i64]> = golden.items.iter().map(|item| item.token_ids.as_slice()).collect();
+    let together = model.encode(graph, &batch)?;
+    for (i, item) in golden.items.iter().enumerate() {
+        stage.compare(i, &together[i * model.dim..(i + 1) * model.dim], &item.content)?;
+        stage.compare(i, &model.encode(graph, &[&item.token_ids])?, &item.content)?;
+    }
+    Ok(stage.0)
+}
+
+fn check_items(golden: &Golden, manifest: &Manifest, graphs: &mut TowerGraphs) -> Result<StageReport, BundleError> {
+    let mut stage = Stage::new("item");
+    let contents: Vec<Vector> = golden.items.iter().map(|item| item.content.as_slice().into()).collect();
+    let items = item_tower::embed(graphs, &contents, manifest.item_tower.dim)?;
+    for (i, (found, item)) in items.iter().zip(&golden.items).enumerate() {
+        stage.compare(i, found, &item.item)?;
+    }
+    Ok(stage.0)
+}
+
+fn check_users(golden: &Golden, manifest: &Manifest, graphs: &mut TowerGraphs) -> Result<StageReport, BundleError> {
+    let mut stage = Stage::new("user");
+    let dims = UserDims { content: manifest.encoder.dim, user: manifest.user_tower.dim };
+    for (i, user) in golden.users.iter().enumerate() {
+        let history: Vec<Vector> = user.history.iter().map(|j| golden.items[*j].content.as_slice().into()).collect();
+        stage.compare(i, &user_tower::embed(graphs, &history, dims)?, &user.user)?;
+    }
+    Ok(stage.0)
+}
+
+fn check_pairs(
+    golden: &Golden,
+    manifest: &Manifest,
+    graphs: &mut TowerGraphs,
+) -> Result<[StageReport; 2], BundleError> {
+    let (mut mid_emb, mut cvr) = (Stage::new("mid_emb"), Stage::new("cvr"));
+    for (i, pair) in golden.pairs.iter().enumerate() {
+        let item: Vector = golden.items[pair.item].item.as_slice().into();
+        let fused = fusion::fuse(graphs, &golden.users[pair.user].user, &[&item], manifest.cvr.dim)?;
+        mid_emb.compare(i, fused.mid_emb.row(0), &pair.mid_emb)?;
+        cvr.compare(i, &fused.cvr, &[pair.cvr])?;
+    }
+    Ok([mid_emb.0, cvr.0])
+}
+
+impl From<Mismatch> for BundleError {
+    fn from(mismatch: Mismatch) -> Self {
+        BundleError::Golden(mismatch)
+    }
+}
+
+impl From<GraphError> for BundleError {
+    fn from(error: GraphError) -> Self {
+        BundleError::Graph(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_difference_is_named_with_its_size() {
+        let mut stage = Stage::new("content");
+        assert_eq!(stage.compare(0, &[1.0, 0.0], &[1.0, 5e-5]), Ok(()));
+        let off = stage.compare(3, &[1.0, 0.0], &[1.0, 0.01]).unwrap_err().to_string();
+        assert!(off.starts_with("content 3 differs from golden by 1.00e-2"), "{off}");
+        let turned = stage.compare(3, &[1e-5, 0.0], &[0.0, 1e-5]).unwrap_err().to_string();
+        assert!(turned.contains("cosine 0.000000"), "{turned}");
+        let nan = stage.compare(4, &[f32::NAN], &[0.1]).unwrap_err().to_string();
+        assert_eq!(nan, "content 4 is not finite: it holds NaN");
+        assert!(stage.compare(5, &[0.1], &[f32::NAN]).is_err());
+        assert!(stage.compare(5, &[0.1], &[0.1, 0.2]).is_err());
+    }
+}

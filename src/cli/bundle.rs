@@ -1,0 +1,78 @@
+//! `midemb bundle inspect|verify`.
+
+use crate::{
+    bundle::{self, digest, golden::StageReport, load::read_manifest},
+    cli::client::table,
+    inference::{ProviderChoice, Runtime},
+};
+use std::path::PathBuf;
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    /// Print what a bundle holds, without loading it.
+    Inspect {
+        /// The bundle's folder.
+        folder: PathBuf,
+    },
+    /// Check a bundle as a start would: digests, graphs, golden vectors.
+    Verify {
+        /// The bundle's folder.
+        folder: PathBuf,
+        /// The path of libonnxruntime.so; found as `serve` finds it where this is absent.
+        #[arg(long, value_name = "FILE", env = "ORT_DYLIB_PATH")]
+        onnxruntime: Option<PathBuf>,
+    },
+}
+
+pub(super) fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Inspect { folder } => inspect(&folder),
+        Command::Verify { folder, onnxruntime } => verify(&folder, onnxruntime.as_deref()),
+    }
+}
+
+fn inspect(folder: &std::path::Path) -> anyhow::Result<()> {
+    let bundle = read_manifest(folder)?;
+    let manifest = &bundle.manifest;
+    println!("{} {}", manifest.name, manifest.version);
+    println!("digest          {}", bundle.digest);
+    println!("encoder digest  {}", digest::encoder_digest(manifest));
+    println!("tower digest    {}", digest::tower_digest(manifest));
+    println!("item text       at most {} tokens of: {}", manifest.item_text.max_tokens, manifest.item_text.template);
+    let mut graphs = table(&["graph", "file", "inputs", "outputs", "width"]);
+    let (e, u, i, c) = (&manifest.encoder, &manifest.user_tower, &manifest.item_tower, &manifest.cvr);
+    for (name, file, inputs, outputs, dim) in [
+        ("encoder", &e.file, &e.inputs, &e.outputs, e.dim),
+        ("user tower", &u.file, &u.inputs, &u.outputs, u.dim),
+        ("item tower", &i.file, &i.inputs, &i.outputs, i.dim),
+        ("cvr", &c.file, &c.inputs, &c.outputs, c.dim),
+    ] {
+        graphs.add_row([name, file, &inputs.join(", "), &outputs.join(", "), &dim.to_string()]);
+    }
+    println!("\n{graphs}\n");
+    let mut files = table(&["file", "bytes", "sha256", "fetched from"]);
+    for file in &manifest.files {
+        files.add_row([&file.path, &file.bytes.to_string(), &file.sha256, file.pypi.as_deref().unwrap_or("")]);
+    }
+    println!("{files}\n");
+    print!("{}", toml::to_string(&manifest.provenance)?);
+    Ok(())
+}
+
+fn verify(folder: &std::path::Path, library: Option<&std::path::Path>) -> anyhow::Result<()> {
+    let runtime = Runtime::load(library, ProviderChoice::Auto)?;
+    let (bundle, reports) = bundle::verify(folder, &runtime)?;
+    let mut stages = table(&["stage", "vectors", "largest difference", "smallest cosine"]);
+    for StageReport { stage, n_vectors, max_absolute, min_cosine } in reports {
+        stages.add_row([stage, &n_vectors.to_string(), &format!("{max_absolute:.1e}"), &format!("{min_cosine:.8}")]);
+    }
+    println!("{stages}");
+    println!(
+        "{} {} is good on {} (digest {})",
+        bundle.manifest.name,
+        bundle.manifest.version,
+        runtime.provider(),
+        bundle.digest
+    );
+    Ok(())
+}

@@ -1,0 +1,30 @@
+//! `midemb config check|print`.
+
+use crate::config::Settings;
+use std::path::PathBuf;
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    /// Check the file and the environment; every error is reported at once.
+    Check(File),
+    /// Print the settings in force, defaults included, as a file that gives the same ones again.
+    Print(File),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct File {
+    /// The config file.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+pub(super) fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Check(File { config }) => {
+            let settings = Settings::load(Some(&config))?;
+            println!("{} is valid: {} model(s), digest {}", config.display(), settings.models.len(), settings.digest);
+        }
+        Command::Print(File { config }) => print!("{}", Settings::print(Some(&config))?),
+    }
+    Ok(())
+}

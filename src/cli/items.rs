@@ -1,0 +1,31 @@
+//! Items from a JSONL file: one `{"id": ..., "text": {...}}` a line.
+
+use crate::{domain::Item, wire::proto};
+use anyhow::{Context, bail};
+use std::{fs, path::Path};
+
+/// Reads every line; an error names its line.
+pub(super) fn read(path: &Path) -> anyhow::Result<Vec<Item>> {
+    let text = fs::read_to_string(path).with_context(|| format!("items {}", path.display()))?;
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let items: Vec<Item> = lines
+        .map(|(i, line)| serde_json::from_str(line).with_context(|| format!("{} line {}", path.display(), i + 1)))
+        .collect::<anyhow::Result<_>>()?;
+    if items.is_empty() {
+        bail!("{} holds no item", path.display());
+    }
+    Ok(items)
+}
+
+/// As the wire has it.
+pub(super) fn message(item: &Item) -> proto::Item {
+    let text = item.text.clone().map(|text| proto::ItemText {
+        title: text.title,
+        category: text.category,
+        brand: text.brand,
+        price: text.price,
+        keywords: text.keywords,
+        attributes: text.attributes,
+    });
+    proto::Item { id: item.id.clone(), text }
+}

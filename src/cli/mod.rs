@@ -1,0 +1,87 @@
+//! The commands, one file each. Answers go to standard output, everything else to standard error.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command's answer is what it prints")]
+
+mod admin;
+mod bench;
+mod bundle;
+mod client;
+mod config;
+mod items;
+mod query;
+mod serve;
+
+use crate::{bundle::BundleError, config::ConfigError, inference::LibraryError, server::ServerError};
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// LEARN's mid-emb vectors for ranking models, over gRPC.
+///
+/// Exit codes: 0 done; 1 failed; 2 wrong usage or config; 3 ONNX Runtime cannot be had; 4 a bundle failed its checks.
+#[derive(Debug, Parser)]
+#[command(version, about, verbatim_doc_comment)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve until SIGTERM or SIGINT.
+    Serve(serve::Args),
+    /// Ask a running server for mid-embs and print what comes back.
+    Query(query::Args),
+    /// Load a running server and print throughput, latencies and its CPU a request.
+    Bench(bench::Args),
+    /// Look into a bundle, or check it.
+    #[command(subcommand)]
+    Bundle(bundle::Command),
+    /// Check a config, or print it with every default.
+    #[command(subcommand)]
+    Config(config::Command),
+    /// Ask a running server for its status, or flush its caches.
+    Admin(admin::Args),
+}
+
+/// Runs one command.
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Serve(args) => serve::run(&args),
+        Command::Query(args) => client::block_on(query::run(args)),
+        Command::Bench(args) => client::block_on(bench::run(args)),
+        Command::Bundle(command) => bundle::run(command),
+        Command::Config(command) => config::run(command),
+        Command::Admin(args) => client::block_on(admin::run(args)),
+    }
+}
+
+/// Prints an error as one line and gives its exit code.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    eprintln!("midemb: error: {}", one_line(error));
+    ExitCode::from(exit_code(error))
+}
+
+/// The error and its causes, each said once.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(|cause| cause.to_string().replace('\n', " ")) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    let is_in_chain = |test: fn(&(dyn std::error::Error + 'static)) -> bool| error.chain().any(test);
+    if is_in_chain(|e| e.is::<ConfigError>()) {
+        2
+    } else if is_in_chain(|e| e.is::<LibraryError>() || matches!(e.downcast_ref(), Some(ServerError::Library(_)))) {
+        3
+    } else if is_in_chain(|e| e.is::<BundleError>() || matches!(e.downcast_ref(), Some(ServerError::Bundle { .. }))) {
+        4
+    } else {
+        1
+    }
+}

@@ -1,0 +1,36 @@
+//! `midemb serve`.
+
+use crate::{
+    config::Settings,
+    server::{self, Listeners},
+    telemetry::{logs, recorder::Recorder},
+};
+use std::path::PathBuf;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The config file; `deploy/midemb.toml` is one to start from.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<()> {
+    let settings = Settings::load(Some(&args.config))?;
+    logs::install(settings.log_format, &settings.log_filter)?;
+    let recorder = Recorder::install()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().thread_name("io").enable_all().build()?;
+    runtime.block_on(async {
+        let stop = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+        let listeners = Listeners::bind(&settings).await?;
+        server::run(settings, listeners, recorder, first(stop)).await?;
+        Ok(())
+    })
+}
+
+async fn first([mut terminate, mut interrupt]: [Signal; 2]) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}

@@ -1,0 +1,156 @@
+//! Every configuration key.
+
+/// What a key's value may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bound {
+    /// An IP address and a port.
+    Address,
+    /// A whole number within these bounds, both included.
+    Integer(u64, u64),
+    /// One of these words.
+    OneOf(&'static [&'static str]),
+    /// A path; empty where the default applies.
+    Path,
+    /// A tracing filter.
+    Filter,
+}
+
+/// One key.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// Its dotted name.
+    pub name: &'static str,
+    /// As it would stand in the file.
+    pub default: &'static str,
+    /// What it may be.
+    pub bound: Bound,
+    /// What it does and when an operator would change it.
+    pub help: &'static str,
+}
+
+const fn key(name: &'static str, default: &'static str, bound: Bound, help: &'static str) -> Key {
+    Key { name, default, bound, help }
+}
+
+const MB: Bound = Bound::Integer(1, 1 << 20);
+
+/// Every key but the list `[[models]]`.
+pub const KEYS: &[Key] = &[
+    key(
+        "server.listen",
+        "127.0.0.1:50051",
+        Bound::Address,
+        "Where `MidEmbService` listens. Open it to your network; keep TLS and authentication to your mesh.",
+    ),
+    key(
+        "server.drain_seconds",
+        "30",
+        Bound::Integer(0, 3600),
+        "How long accepted requests may take after SIGTERM. Keep it under the orchestrator's grace period.",
+    ),
+    key(
+        "admin.listen",
+        "127.0.0.1:50052",
+        Bound::Address,
+        "Where `AdminService` listens. It has no authentication: keep it on loopback.",
+    ),
+    key(
+        "telemetry.metrics_listen",
+        "127.0.0.1:9464",
+        Bound::Address,
+        "Where `/metrics`, `/livez` and `/readyz` listen, over HTTP.",
+    ),
+    key(
+        "telemetry.log_format",
+        "auto",
+        Bound::OneOf(&["auto", "json", "human"]),
+        "`auto` is human on a terminal and JSON elsewhere.",
+    ),
+    key(
+        "telemetry.log_filter",
+        "info",
+        Bound::Filter,
+        "A tracing filter, for example `midemb=debug,info` while looking into a problem.",
+    ),
+    key(
+        "inference.provider",
+        "auto",
+        Bound::OneOf(&["auto", "cpu", "cuda"]),
+        "`auto` takes CUDA where ONNX Runtime has it; `cuda` fails where it does not.",
+    ),
+    key(
+        "inference.threads",
+        "0",
+        Bound::Integer(0, 1024),
+        "Threads that score, and as many that encode; 0 is one a core. Lower it where other processes share the machine.",
+    ),
+    key(
+        "inference.onnxruntime",
+        "",
+        Bound::Path,
+        "The path of `libonnxruntime.so`; empty looks beside the executable and where `make setup` puts it.",
+    ),
+    key(
+        "cache.content_mb",
+        "1024",
+        MB,
+        "Memory for content embeddings (about 1.6 KB an item at 384 dimensions). The costliest to lose: raise it first.",
+    ),
+    key("cache.item_mb", "256", MB, "Memory for item embeddings (about 0.4 KB an item at 64 dimensions)."),
+    key("cache.known_items_mb", "256", MB, "Memory for remembered text, so that requests may send ids alone."),
+    key("limits.max_candidates", "10000", Bound::Integer(1, 100_000), "Candidates of one request."),
+    key(
+        "limits.max_history",
+        "1000",
+        Bound::Integer(1, 100_000),
+        "History items of one request. The model reads the newest `max_history` of its own manifest.",
+    ),
+    key(
+        "limits.max_text_bytes",
+        "8192",
+        Bound::Integer(1, 1 << 20),
+        "Bytes of one item's text, all fields together; more makes the row INVALID_ITEM.",
+    ),
+    key(
+        "limits.max_message_mb",
+        "32",
+        Bound::Integer(1, 1024),
+        "Bytes of one request on the wire; more is answered OUT_OF_RANGE before it is read.",
+    ),
+    key(
+        "limits.max_in_flight",
+        "256",
+        Bound::Integer(1, 100_000),
+        "Requests at once over all connections; more are shed with RESOURCE_EXHAUSTED.",
+    ),
+    key(
+        "limits.default_deadline_ms",
+        "1000",
+        Bound::Integer(1, 3_600_000),
+        "The deadline of calls that send no `grpc-timeout`.",
+    ),
+];
+
+/// The keys of one `[[models]]` entry, with what they do.
+pub const MODEL_KEYS: &[(&str, &str)] = &[
+    ("models.name", "The name it is served under: in requests, answers and metrics. Unique."),
+    ("models.bundle", "The bundle's folder; a relative one starts from the config file's folder."),
+    ("models.share", "Percent of the requests that name no model. All shares add up to 100; a single model has 100."),
+];
+
+/// The key called `name`.
+pub fn find(name: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.name == name)
+}
+
+impl std::fmt::Display for Bound {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Bound::Address => f.write_str("an IP address and a port, for example 127.0.0.1:50051"),
+            Bound::Integer(low, high) => write!(f, "a whole number from {low} to {high}"),
+            Bound::OneOf(words) => write!(f, "one of {}", words.join(", ")),
+            Bound::Path => f.write_str("a path"),
+            Bound::Filter => f.write_str("a tracing filter, for example info or midemb=debug,info"),
+        }
+    }
+}

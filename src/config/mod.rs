@@ -1,0 +1,11 @@
+//! Configuration: a TOML file and the environment in, validated and typed settings out.
+//!
+//! [`keys`] lists every key with its default, its bound and when an operator would change it; the README's table and
+//! `midemb config print` come from it. [`raw`] reads what was written, [`settings`] checks it: all errors at once, each with
+//! its key, its value and its bound. This is the only room that reads environment variables.
+
+pub mod keys;
+pub mod raw;
+pub mod settings;
+
+pub use settings::{ConfigError, ModelSettings, Settings};

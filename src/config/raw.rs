@@ -1,0 +1,74 @@
+//! What was written, before anything is checked: file first, environment over it.
+
+use super::settings::ConfigError;
+use config::{Config, Environment, File, FileFormat, Value};
+use std::{collections::BTreeMap, path::Path};
+
+/// The environment's prefix: `MIDEMB__SERVER__LISTEN` is `server.listen`.
+const PREFIX: &str = "MIDEMB";
+const SEPARATOR: &str = "__";
+
+/// Every leaf that was written, by its dotted key; and the models' entries, in order.
+#[derive(Debug, Default)]
+pub struct Raw {
+    /// Leaves outside `[[models]]`.
+    pub leaves: BTreeMap<String, Value>,
+    /// One table a model; `Err` where the entry is no table.
+    pub models: Vec<Result<BTreeMap<String, Value>, Value>>,
+}
+
+impl Raw {
+    /// Reads the file, if there is one, and the environment.
+    pub fn read(file: Option<&Path>) -> Result<Self, ConfigError> {
+        Self::build(file, None)
+    }
+
+    /// Reads the file and these variables in place of the environment's.
+    pub fn read_with(file: Option<&Path>, variables: &[(&str, &str)]) -> Result<Self, ConfigError> {
+        Self::build(file, Some(variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()))
+    }
+
+    fn build(
+        file: Option<&Path>,
+        variables: Option<std::collections::HashMap<String, String>>,
+    ) -> Result<Self, ConfigError> {
+        let mut builder = Config::builder();
+        if let Some(path) = file {
+            let text = std::fs::read_to_string(path)
+                .map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })?;
+            builder = builder.add_source(File::from_str(&text, FileFormat::Toml));
+        }
+        let environment =
+            Environment::with_prefix(PREFIX).prefix_separator(SEPARATOR).separator(SEPARATOR).source(variables);
+        let syntax = |error: config::ConfigError| ConfigError::Syntax {
+            path: file.map(Path::to_path_buf).unwrap_or_default(),
+            reason: error.to_string().trim().replace('\n', " "),
+        };
+        let root: BTreeMap<String, Value> =
+            builder.add_source(environment).build().and_then(Config::try_deserialize).map_err(syntax)?;
+        let mut raw = Raw::default();
+        for (key, value) in root {
+            match (key.as_str(), value.clone().into_array()) {
+                ("models", Ok(entries)) => raw.models = entries.into_iter().map(table).collect(),
+                _ => raw.flatten(key, value),
+            }
+        }
+        Ok(raw)
+    }
+
+    fn flatten(&mut self, key: String, value: Value) {
+        match table(value) {
+            Ok(entries) => entries.into_iter().for_each(|(name, value)| self.flatten(format!("{key}.{name}"), value)),
+            Err(value) => {
+                self.leaves.insert(key, value);
+            }
+        }
+    }
+}
+
+fn table(value: Value) -> Result<BTreeMap<String, Value>, Value> {
+    match value.clone().into_table() {
+        Ok(entries) => Ok(entries.into_iter().collect()),
+        Err(_) => Err(value),
+    }
+}

@@ -1,0 +1,102 @@
+//! Defaults are valid, environment wins over file, and everything wrong is reported at once.
+
+use super::*;
+use std::io::Write;
+
+fn file(text: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
+fn check(text: &str, variables: &[(&str, &str)]) -> Result<Settings, ConfigError> {
+    let file = file(text);
+    Settings::check(&Raw::read_with(Some(file.path()), variables)?, Some(file.path()))
+}
+
+fn faults(text: &str, variables: &[(&str, &str)]) -> Vec<String> {
+    match check(text, variables) {
+        Err(ConfigError::Invalid(faults)) => faults.iter().map(Fault::to_string).collect(),
+        other => panic!("expected faults, got {other:?}"),
+    }
+}
+
+const MODEL: &str = "[[models]]\nname = \"a\"\nbundle = \"bundles/a\"\n";
+
+#[test]
+fn every_default_is_within_its_bound() {
+    let settings = check(MODEL, &[]).unwrap();
+    assert_eq!(settings.server_listen, "127.0.0.1:50051".parse().unwrap());
+    assert_eq!(settings.models[0].share, 100);
+    assert!(settings.n_threads >= 1);
+    assert!(settings.models[0].bundle.starts_with(std::env::temp_dir()), "{:?}", settings.models[0].bundle);
+}
+
+#[test]
+fn the_environment_wins_over_the_file() {
+    let text = format!("[server]\nlisten = \"127.0.0.1:1\"\n{MODEL}");
+    let variables = [("MIDEMB__SERVER__LISTEN", "0.0.0.0:2"), ("MIDEMB__LIMITS__MAX_CANDIDATES", "7"), ("PATH", "x")];
+    let settings = check(&text, &variables).unwrap();
+    assert_eq!(settings.server_listen, "0.0.0.0:2".parse().unwrap());
+    assert_eq!(settings.limits.max_candidates, 7);
+}
+
+#[test]
+fn everything_wrong_is_reported_at_once_with_key_value_and_bound() {
+    let text = "[server]\nlisten = \"nowhere\"\nlissten = 1\n[limits]\nmax_history = 0\nmax_candidates = \"many\"\n\
+                [inference]\nprovider = \"tpu\"\n[telemetry]\nlog_filter = \"a=b=c\"\n[colour]\nred = 1\n\
+                [[models]]\nname = \"\"\nbundle = \"x\"\nshare = 101\nweight = 3\n";
+    let found = faults(text, &[("MIDEMB__CACHE__ITEM_MB", "-1")]);
+    let expected = [
+        "colour.red: unknown key",
+        "server.lissten: unknown key",
+        "server.listen: \"nowhere\" is not an IP address and a port, for example 127.0.0.1:50051",
+        "telemetry.log_filter: \"a=b=c\" is not a tracing filter, for example info or midemb=debug,info",
+        "inference.provider: \"tpu\" is not one of auto, cpu, cuda",
+        "cache.item_mb: \"-1\" is not a whole number from 1 to 1048576",
+        "limits.max_candidates: \"many\" is not a whole number from 1 to 100000",
+        "limits.max_history: \"0\" is not a whole number from 1 to 100000",
+        "models[0].weight: unknown key",
+        "models[0].name: is missing, it must be a text that is not empty",
+        "models[0].share: \"101\" is not a whole number of percent from 0 to 100",
+    ];
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn an_unknown_key_names_the_one_that_was_meant() {
+    assert_eq!(
+        faults(&format!("[server]\nmax_history = 3\n{MODEL}"), &[]),
+        ["server.max_history: unknown key, did you mean limits.max_history?"]
+    );
+}
+
+#[test]
+fn models_need_different_names_and_shares_that_add_up() {
+    let two = |a: u8, b: u8, name: &str| {
+        format!("[[models]]\nname=\"a\"\nbundle=\"x\"\nshare={a}\n[[models]]\nname={name:?}\nbundle=\"y\"\nshare={b}\n")
+    };
+    assert_eq!(check(&two(1, 99, "b"), &[]).unwrap().models.len(), 2);
+    assert_eq!(faults(&two(50, 49, "b"), &[]), ["models.share: the shares add up to 99, not to 100"]);
+    assert_eq!(faults(&two(50, 50, "a"), &[]), ["models[1].name: \"a\" is taken by another model"]);
+    assert_eq!(faults("", &[]), ["models: no model is configured, add at least one [[models]] with name and bundle"]);
+}
+
+#[test]
+fn what_is_printed_gives_the_same_settings_again() {
+    let settings =
+        check(&format!("[cache]\nitem_mb = 3\n[telemetry]\nlog_filter = \"a=debug\"\n{MODEL}"), &[]).unwrap();
+    let first = file(&format!("[cache]\nitem_mb = 3\n[telemetry]\nlog_filter = \"a=debug\"\n{MODEL}"));
+    let printed = Settings::print(Some(first.path())).unwrap();
+    let again = check(&printed, &[]).unwrap();
+    assert_eq!(again.item_cache_bytes, settings.item_cache_bytes);
+    assert_eq!(again.log_filter, "a=debug");
+    assert!(printed.contains("item_mb = 3"), "{printed}");
+}
+
+#[test]
+fn a_file_that_is_no_toml_says_where() {
+    let error = check("[server\n", &[]).unwrap_err().to_string();
+    assert!(error.contains("line 1"), "{error}");
+    assert!(!error.contains('\n'), "{error}");
+}

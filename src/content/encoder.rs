@@ -1,0 +1,232 @@
+//! The encoder: its model (template, tokenizer, graph) and the threads that run it.
+
+use super::{
+    EncoderDigest, Tokenizer, TokenizerError,
+    batcher::{BatchLimits, Batcher, Priority, Queued, Work},
+    flight::Flight,
+};
+use crate::{
+    domain::ItemText,
+    inference::{Graph, GraphError, Input, Provider, pool::run_guarded},
+    item_text::{Template, TemplateError},
+    telemetry::events,
+};
+use std::{io, mem, sync::Arc, thread, time::Instant};
+use thiserror::Error;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// A text could not be turned into a vector.
+#[derive(Debug, Error)]
+pub enum EncodeError {
+    /// Text to prompt.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// Prompt to ids.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// Ids to vector.
+    #[error(transparent)]
+    Graph(#[from] GraphError),
+}
+
+/// What turns text into vectors; the graph itself is each thread's own.
+#[derive(Debug)]
+pub struct EncoderModel {
+    /// Text to prompt.
+    pub template: Template,
+    /// Prompt to ids.
+    pub tokenizer: Tokenizer,
+    /// Fills rows up to the longest of a batch; masked out in the graph.
+    pub pad_id: i64,
+    /// `C`, the width of a content embedding.
+    pub dim: usize,
+    /// What its vectors are cached under.
+    pub digest: EncoderDigest,
+}
+
+impl EncoderModel {
+    /// The token ids of `text`.
+    pub fn tokenize(&self, text: &ItemText) -> Result<Vec<i64>, EncodeError> {
+        Ok(self.tokenizer.encode(&self.template.render(text)?)?)
+    }
+
+    /// Runs the graph over one batch: `[n, C]`, row-major, L2-normalised by the graph.
+    pub fn encode(&self, graph: &mut Graph, batch: &[&[i64]]) -> Result<Vec<f32>, GraphError> {
+        let n_columns = batch.iter().map(|ids| ids.len()).max().unwrap_or(0);
+        let mut ids = vec![self.pad_id; batch.len() * n_columns];
+        let mut mask = vec![0_i64; batch.len() * n_columns];
+        for (row, tokens) in batch.iter().enumerate() {
+            let start = row * n_columns;
+            ids[start..start + tokens.len()].copy_from_slice(tokens);
+            mask[start..start + tokens.len()].fill(1);
+        }
+        let shape = [batch.len(), n_columns];
+        let inputs = [Input::I64 { shape: &shape, data: &ids }, Input::I64 { shape: &shape, data: &mask }];
+        let mut outputs = graph.run(&inputs, &[&[batch.len(), self.dim]])?;
+        events::encoder_batch_ran(batch.len(), ids.len());
+        Ok(mem::take(&mut outputs[0]))
+    }
+}
+
+/// One text on its way through the queue.
+#[derive(Debug)]
+pub(super) struct EncodeJob {
+    text: Arc<ItemText>,
+    tokens: Vec<i64>,
+    priority: Priority,
+    flight: Flight,
+    enqueued: Instant,
+    _place: Place,
+}
+
+/// A place in the encoder's queue, held until the job is done.
+#[derive(Debug)]
+#[expect(dead_code, reason = "held for its drop, never read")]
+pub(super) struct Place(OwnedSemaphorePermit);
+
+impl EncodeJob {
+    pub(super) fn new(text: Arc<ItemText>, priority: Priority, flight: Flight, place: Place) -> Self {
+        EncodeJob { text, tokens: Vec::new(), priority, flight, enqueued: Instant::now(), _place: place }
+    }
+}
+
+impl Queued for EncodeJob {
+    fn priority(&self) -> Priority {
+        self.priority
+    }
+
+    fn n_tokens(&self) -> usize {
+        self.tokens.len()
+    }
+}
+
+/// Jobs that may wait for the encoder. At a few milliseconds a job a longer queue only holds work nobody waits for.
+const MAX_QUEUED: usize = 16_384;
+const QUEUE: &str = "encoder";
+
+fn batch_limits(provider: Provider) -> BatchLimits {
+    match provider {
+        // One core is busy with a few short texts already; longer batches fall out of its cache.
+        Provider::Cpu => BatchLimits { max_items: 16, max_tokens: 512 },
+        Provider::Cuda => BatchLimits { max_items: 256, max_tokens: 16_384 },
+    }
+}
+
+/// A running encoder: a queue and the threads behind it, which end with it.
+#[derive(Debug)]
+pub struct Encoder {
+    model: Arc<EncoderModel>,
+    batcher: Arc<Batcher<EncodeJob>>,
+    places: Arc<Semaphore>,
+}
+
+impl Encoder {
+    /// Starts one thread for each graph.
+    pub fn start(model: EncoderModel, graphs: Vec<Graph>, provider: Provider) -> io::Result<Self> {
+        let model = Arc::new(model);
+        let batcher = Arc::new(Batcher::new(batch_limits(provider)));
+        let encoder = Encoder {
+            model: Arc::clone(&model),
+            batcher: Arc::clone(&batcher),
+            places: Arc::new(Semaphore::new(MAX_QUEUED)),
+        };
+        for (i, graph) in graphs.into_iter().enumerate() {
+            let (model, batcher) = (Arc::clone(&model), Arc::clone(&batcher));
+            thread::Builder::new().name(format!("{QUEUE}-{i}")).spawn(move || work(&model, graph, &batcher))?;
+        }
+        Ok(encoder)
+    }
+
+    /// What its vectors are cached under.
+    pub fn digest(&self) -> EncoderDigest {
+        self.model.digest
+    }
+
+    /// The width of its vectors.
+    pub fn dim(&self) -> usize {
+        self.model.dim
+    }
+
+    /// A place in the queue, if there is one.
+    pub(super) fn try_reserve(&self) -> Option<Place> {
+        Arc::clone(&self.places).try_acquire_owned().ok().map(Place)
+    }
+
+    /// A place in the queue, as soon as there is one. Cancel-safe.
+    pub(super) async fn reserve(&self) -> Place {
+        loop {
+            // The semaphore is never closed, so this succeeds on its first turn.
+            if let Ok(permit) = Arc::clone(&self.places).acquire_owned().await {
+                return Place(permit);
+            }
+        }
+    }
+
+    pub(super) fn submit(&self, jobs: Vec<EncodeJob>) {
+        if !jobs.is_empty() {
+            events::queue_joined(QUEUE, jobs.len());
+            self.batcher.push(jobs);
+        }
+    }
+}
+
+impl Drop for Encoder {
+    fn drop(&mut self) {
+        self.batcher.close();
+    }
+}
+
+fn work(model: &EncoderModel, mut graph: Graph, batcher: &Batcher<EncodeJob>) {
+    while let Some(work) = batcher.next() {
+        // A panic drops the jobs it had, and with them their flights: whoever waits is told.
+        let _ = run_guarded(QUEUE, || match work {
+            Work::Tokenize(jobs) => batcher.push_tokenized(tokenize(model, jobs)),
+            Work::Encode(jobs) => encode(model, &mut graph, jobs),
+        });
+    }
+}
+
+/// Jobs that cannot be tokenized are dropped here, and fail.
+fn tokenize(model: &EncoderModel, jobs: Vec<EncodeJob>) -> Vec<EncodeJob> {
+    let start = Instant::now();
+    let mut tokenized = Vec::with_capacity(jobs.len());
+    for mut job in jobs {
+        match model.tokenize(&job.text) {
+            Ok(tokens) => {
+                job.tokens = tokens;
+                tokenized.push(job);
+            }
+            Err(error) => {
+                events::queue_left(QUEUE, job.enqueued.elapsed());
+                events::encode_failed(1, &error);
+            }
+        }
+    }
+    events::stage_finished("tokenize", start);
+    tokenized
+}
+
+fn encode(model: &EncoderModel, graph: &mut Graph, jobs: Vec<EncodeJob>) {
+    let start = Instant::now();
+    for job in &jobs {
+        events::queue_left(QUEUE, start - job.enqueued);
+    }
+    let batch: Vec<&[i64]> = jobs.iter().map(|job| job.tokens.as_slice()).collect();
+    match model.encode(graph, &batch) {
+        Ok(vectors) => {
+            for (job, vector) in jobs.into_iter().zip(vectors.chunks_exact(model.dim)) {
+                land(job, vector);
+            }
+        }
+        Err(error) => events::encode_failed(jobs.len(), &error),
+    }
+    events::stage_finished("encode", start);
+}
+
+fn land(job: EncodeJob, vector: &[f32]) {
+    if vector.iter().all(|x| x.is_finite()) {
+        job.flight.land(vector.into());
+    } else {
+        events::vector_not_finite("encode");
+    }
+}

@@ -1,0 +1,64 @@
+//! Single flight: one leader, everybody served, nobody stranded.
+
+use super::*;
+use std::time::Duration;
+
+fn key(n: u8) -> ContentKey {
+    let text = TextDigest::of(&ItemText { title: format!("item {n}"), ..ItemText::default() });
+    ContentKey { encoder: EncoderDigest([7; 16]), text }
+}
+
+fn led(boarding: Boarding) -> (flight::Flight, Landing) {
+    match boarding {
+        Boarding::Led(flight, landing) => (flight, landing),
+        Boarding::Cached(_) | Boarding::Followed(_) => panic!("expected to lead"),
+    }
+}
+
+fn followed(boarding: Boarding) -> Landing {
+    match boarding {
+        Boarding::Followed(landing) => landing,
+        Boarding::Cached(_) | Boarding::Led(..) => panic!("expected to follow"),
+    }
+}
+
+fn in_a_while() -> Instant {
+    tokio::time::Instant::now().into_std() + Duration::from_secs(60)
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_flight_serves_everybody_and_fills_the_cache() {
+    let contents = Contents::new(1 << 20);
+    let (flight, leader) = led(contents.flights.board(key(1), &contents.cache));
+    let follower = followed(contents.flights.board(key(1), &contents.cache));
+    led(contents.flights.board(key(2), &contents.cache));
+    // The request that led goes away: its flight is the job's, so the follower is still served.
+    drop(leader);
+    flight.land(vec![0.5; 4].into());
+    assert!(matches!(follower.wait(in_a_while()).await, Content::Encoded(v) if v[..] == [0.5; 4]));
+    assert!(matches!(contents.flights.board(key(1), &contents.cache), Boarding::Cached(_)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flight_that_is_dropped_fails_everybody_and_the_next_caller_leads() {
+    let contents = Contents::new(1 << 20);
+    let (flight, leader) = led(contents.flights.board(key(1), &contents.cache));
+    let follower = followed(contents.flights.board(key(1), &contents.cache));
+    drop(flight);
+    assert!(matches!(leader.wait(in_a_while()).await, Content::Failed));
+    assert!(matches!(follower.wait(in_a_while()).await, Content::Failed));
+    assert!(!contents.cache.contains(&key(1)), "a failure was cached");
+    led(contents.flights.board(key(1), &contents.cache));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_waits_until_its_deadline_and_the_result_is_cached_for_the_next() {
+    let contents = Contents::new(1 << 20);
+    let (flight, landing) = led(contents.flights.board(key(1), &contents.cache));
+    let before = tokio::time::Instant::now();
+    let until = before.into_std() + Duration::from_millis(50);
+    assert!(matches!(landing.wait(until).await, Content::NotInTime));
+    assert_eq!(before.elapsed(), Duration::from_millis(50));
+    flight.land(vec![0.5; 4].into());
+    assert!(contents.cache.contains(&key(1)));
+}

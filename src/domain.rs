@@ -1,0 +1,223 @@
+//! The plain types of a request: what the wire decodes into and the pipeline works on.
+//!
+//! Nothing here knows protobuf, ONNX or a cache. Invariant: a [`MidEmbRequest`] was validated by
+//! `wire::decode`, so its ids are not empty and its sizes are within the configured limits.
+
+use serde::{Deserialize, Serialize};
+use std::{fmt, sync::Arc, time::Instant};
+
+/// One embedding, shared between caches and the requests that read it.
+pub type Vector = Arc<[f32]>;
+
+/// The six text fields of an item, as the caller sent them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ItemText {
+    /// The item's title.
+    pub title: String,
+    /// The category it belongs to.
+    pub category: String,
+    /// Its brand.
+    pub brand: String,
+    /// Its price, with the unit, as a reader would see it.
+    pub price: String,
+    /// Its keywords.
+    pub keywords: Vec<String>,
+    /// What it supports: guarantees, services, properties.
+    pub attributes: Vec<String>,
+}
+
+/// One history item or candidate: an id, and its text where the caller sent it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Item {
+    /// The caller's stable id, never empty.
+    pub id: String,
+    /// Absent: the server is expected to know the id.
+    #[serde(default)]
+    pub text: Option<ItemText>,
+}
+
+/// What the caller wants back.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Outputs {
+    /// `[n, mid_dim]`
+    pub mid_emb: bool,
+    /// `[n]`
+    pub cvr: bool,
+    /// `[user_dim]`
+    pub user_emb: bool,
+    /// `[n, item_dim]`
+    pub item_emb: bool,
+}
+
+impl Outputs {
+    /// Whether the CVR graph has to run at all.
+    pub fn needs_fusion(self) -> bool {
+        self.mid_emb || self.cvr
+    }
+}
+
+/// The element type of the answer's tensors.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum DType {
+    /// IEEE 754 single precision.
+    #[default]
+    F32,
+    /// IEEE 754 half precision.
+    F16,
+    /// Brain floating point.
+    Bf16,
+}
+
+/// What became of one row. Degrading one item is data, not an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RowStatus {
+    /// The row holds its vector.
+    Ok,
+    /// No text was sent and the id was never seen with text.
+    UnknownItem,
+    /// Still being encoded at the deadline.
+    NotInTime,
+    /// The text cannot be used.
+    InvalidItem,
+    /// The server failed on this item.
+    Failed,
+    /// A history item older than the model's window.
+    NotUsed,
+}
+
+impl RowStatus {
+    /// Every status, in the order of the wire's enum.
+    pub const ALL: [RowStatus; 6] = [
+        RowStatus::Ok,
+        RowStatus::UnknownItem,
+        RowStatus::NotInTime,
+        RowStatus::InvalidItem,
+        RowStatus::Failed,
+        RowStatus::NotUsed,
+    ];
+
+    /// The name that metrics and tables use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            RowStatus::Ok => "ok",
+            RowStatus::UnknownItem => "unknown_item",
+            RowStatus::NotInTime => "not_in_time",
+            RowStatus::InvalidItem => "invalid_item",
+            RowStatus::Failed => "failed",
+            RowStatus::NotUsed => "not_used",
+        }
+    }
+}
+
+impl fmt::Display for RowStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// One validated `GetMidEmb` request.
+#[derive(Debug, Clone)]
+pub struct MidEmbRequest {
+    /// Routes the user to a model.
+    pub user_id: String,
+    /// Oldest first.
+    pub history: Vec<Item>,
+    /// At least one.
+    pub candidates: Vec<Item>,
+    /// The model asked for by name; `None` routes by user.
+    pub model: Option<String>,
+    /// What to return.
+    pub outputs: Outputs,
+    /// The answer has to be ready to send by then.
+    pub deadline: Instant,
+}
+
+/// A dense row-major matrix.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Matrix {
+    /// Columns of a row.
+    pub n_cols: usize,
+    /// `n_rows * n_cols` values.
+    pub data: Vec<f32>,
+}
+
+impl Matrix {
+    /// A matrix of zeros: rows that are not OK stay as they are here.
+    pub fn zeros(n_rows: usize, n_cols: usize) -> Self {
+        Matrix { n_cols, data: vec![0.0; n_rows * n_cols] }
+    }
+
+    /// How many rows there are.
+    pub fn n_rows(&self) -> usize {
+        self.data.len().checked_div(self.n_cols).unwrap_or(0)
+    }
+
+    /// Row `i`, `n_cols` long.
+    pub fn row(&self, i: usize) -> &[f32] {
+        &self.data[i * self.n_cols..(i + 1) * self.n_cols]
+    }
+
+    /// Row `i`, to be written.
+    pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
+        &mut self.data[i * self.n_cols..(i + 1) * self.n_cols]
+    }
+}
+
+/// Which model produced an answer, exactly.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelRef {
+    /// The name it is served under.
+    pub name: String,
+    /// The bundle's version.
+    pub version: String,
+    /// The SHA-256 of the bundle's manifest, in hex.
+    pub digest: String,
+}
+
+/// One answer. What was not asked for is `None`.
+#[derive(Debug, Clone)]
+pub struct MidEmbResponse {
+    /// The one model behind everything here.
+    pub model: Arc<ModelRef>,
+    /// One a candidate, in order.
+    pub statuses: Vec<RowStatus>,
+    /// One a history item sent, in order.
+    pub history_statuses: Vec<RowStatus>,
+    /// How many history items the user tower read.
+    pub n_history_used: usize,
+    /// `[n, mid_dim]`
+    pub mid_emb: Option<Matrix>,
+    /// `[n]`
+    pub cvr: Option<Vec<f32>>,
+    /// `[user_dim]`
+    pub user_emb: Option<Vec<f32>>,
+    /// `[n, item_dim]`
+    pub item_emb: Option<Matrix>,
+}
+
+/// What became of a stream of items to warm. The four outcomes add up to `n_items`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WarmSummary {
+    /// Items received.
+    pub n_items: u64,
+    /// Encoded for at least one served model.
+    pub n_encoded: u64,
+    /// Cached for every served model already.
+    pub n_cached: u64,
+    /// No id, no text, or text that cannot be used.
+    pub n_invalid: u64,
+    /// The server failed on them.
+    pub n_failed: u64,
+}
+
+impl std::ops::AddAssign for WarmSummary {
+    fn add_assign(&mut self, other: Self) {
+        self.n_items += other.n_items;
+        self.n_encoded += other.n_encoded;
+        self.n_cached += other.n_cached;
+        self.n_invalid += other.n_invalid;
+        self.n_failed += other.n_failed;
+    }
+}

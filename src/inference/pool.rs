@@ -1,0 +1,213 @@
+//! Inference threads of our own: a bounded queue of jobs, each with a deadline, run by threads that each own a state.
+//!
+//! Invariants:
+//! - Every job is answered exactly once: with its result, or with the [`JobError`] that says why it has none.
+//! - A job whose deadline passed, or whose caller left, is dropped before it runs.
+//! - A panic fails its own job; the thread and its state go on.
+//!
+//! Work here was asked for by somebody who waits. Work that must go on after its caller left (encoding) is not here but in
+//! `content::batcher`.
+
+use crate::telemetry::events;
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use std::{
+    any::Any,
+    fmt, io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    thread,
+    time::Instant,
+};
+use thiserror::Error;
+use tokio::sync::oneshot;
+
+/// Why a job has no result.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum JobError {
+    /// The queue is full.
+    #[error("the queue is full")]
+    QueueFull,
+    /// The deadline passed before the job was done.
+    #[error("the deadline passed")]
+    Expired,
+    /// The job panicked, or the pool is gone.
+    #[error("the job panicked: {0}")]
+    Panicked(String),
+}
+
+struct Job<S> {
+    task: Box<dyn FnOnce(&mut S) + Send>,
+    enqueued: Instant,
+}
+
+/// Threads that each own one `S`.
+pub struct Pool<S> {
+    name: &'static str,
+    queue: Sender<Job<S>>,
+}
+
+impl<S> fmt::Debug for Pool<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("name", &self.name).field("queued", &self.queue.len()).finish()
+    }
+}
+
+impl<S: Send + 'static> Pool<S> {
+    /// Starts one thread for each of `states`. At most `max_queued` jobs wait.
+    ///
+    /// The threads end when the pool is dropped and its queue is empty.
+    pub fn start(name: &'static str, states: Vec<S>, max_queued: usize) -> io::Result<Self> {
+        let (queue, jobs) = bounded(max_queued);
+        for (i, state) in states.into_iter().enumerate() {
+            let jobs = jobs.clone();
+            thread::Builder::new().name(format!("{name}-{i}")).spawn(move || work(name, &jobs, state))?;
+        }
+        Ok(Pool { name, queue })
+    }
+
+    /// Runs `job` on one of the threads and waits for its result until `deadline`.
+    ///
+    /// Cancel-safe: a caller that goes away leaves a job that is skipped unless it runs already.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        deadline: Instant,
+        job: impl FnOnce(&mut S) -> T + Send + 'static,
+    ) -> Result<T, JobError> {
+        let (reply, answer) = oneshot::channel();
+        let name = self.name;
+        let task = Box::new(move |state: &mut S| {
+            if reply.is_closed() {
+                return;
+            }
+            let _ = reply.send(match deadline > Instant::now() {
+                true => run_guarded(name, || job(state)),
+                false => Err(JobError::Expired),
+            });
+        });
+        events::queue_joined(name, 1);
+        if let Err(error) = self.queue.try_send(Job { task, enqueued: Instant::now() }) {
+            events::queue_left(name, std::time::Duration::ZERO);
+            return Err(match error {
+                TrySendError::Full(_) => JobError::QueueFull,
+                TrySendError::Disconnected(_) => JobError::Panicked("no thread is left".to_owned()),
+            });
+        }
+        match tokio::time::timeout_at(deadline.into(), answer).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_dropped)) => Err(JobError::Panicked("no thread is left".to_owned())),
+            Err(_elapsed) => Err(JobError::Expired),
+        }
+    }
+}
+
+fn work<S>(name: &'static str, jobs: &Receiver<Job<S>>, mut state: S) {
+    for job in jobs {
+        events::queue_left(name, job.enqueued.elapsed());
+        (job.task)(&mut state);
+    }
+}
+
+/// Runs `job`; a panic becomes an error and one log line.
+pub fn run_guarded<T>(pool: &str, job: impl FnOnce() -> T) -> Result<T, JobError> {
+    catch_unwind(AssertUnwindSafe(job)).map_err(|panic| {
+        let message = panic_message(&*panic);
+        events::job_panicked(pool, &message);
+        JobError::Panicked(message)
+    })
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering},
+            mpsc,
+        },
+        time::Duration,
+    };
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(30)
+    }
+
+    #[tokio::test]
+    async fn every_job_runs_on_the_state_of_its_thread() {
+        let pool = Pool::start("test", vec![0_u32], 8).unwrap();
+        for expected in 1..=5 {
+            let counted = pool.run(soon(), |n| {
+                *n += 1;
+                *n
+            });
+            assert_eq!(counted.await, Ok(expected));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_fails_its_own_job_only() {
+        let pool = Pool::start("test", vec![()], 8).unwrap();
+        let failed = pool.run(soon(), |()| -> u8 { panic!("no such row") }).await;
+        assert_eq!(failed, Err(JobError::Panicked("no such row".to_owned())));
+        assert_eq!(pool.run(soon(), |()| 7).await, Ok(7));
+    }
+
+    /// Occupies the pool's only thread until the sender is dropped.
+    async fn occupy(pool: &Arc<Pool<()>>) -> (mpsc::Sender<()>, tokio::task::JoinHandle<Result<(), JobError>>) {
+        let (release, released) = mpsc::channel::<()>();
+        let (started, has_started) = oneshot::channel();
+        let busy = Arc::clone(pool);
+        let task = tokio::spawn(async move {
+            let wait = move |(): &mut ()| {
+                started.send(()).unwrap();
+                let _ = released.recv();
+            };
+            busy.run(soon(), wait).await
+        });
+        has_started.await.unwrap();
+        (release, task)
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_says_so_and_an_expired_job_never_runs() {
+        let pool = Arc::new(Pool::start("test", vec![()], 1).unwrap());
+        let (release, busy) = occupy(&pool).await;
+        let n_ran = Arc::new(AtomicUsize::new(0));
+        let count = |n: &Arc<AtomicUsize>| {
+            let n = Arc::clone(n);
+            move |(): &mut ()| n.fetch_add(1, Ordering::SeqCst)
+        };
+        let expired = pool.run(Instant::now() + Duration::from_millis(5), count(&n_ran)).await;
+        assert_eq!(expired, Err(JobError::Expired));
+        // The expired job still holds the only place in the queue.
+        assert_eq!(pool.run(soon(), count(&n_ran)).await, Err(JobError::QueueFull));
+        drop(release);
+        assert_eq!(busy.await.unwrap(), Ok(()));
+        // The thread may not have thrown the expired job out yet.
+        let next = loop {
+            match pool.run(soon(), count(&n_ran)).await {
+                Err(JobError::QueueFull) => tokio::task::yield_now().await,
+                other => break other,
+            }
+        };
+        assert_eq!(next, Ok(0), "the expired job ran");
+    }
+
+    #[tokio::test]
+    async fn a_job_whose_caller_left_is_skipped() {
+        let pool = Arc::new(Pool::start("test", vec![()], 4).unwrap());
+        let (release, busy) = occupy(&pool).await;
+        let n_ran = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&n_ran);
+        let left = pool.run(soon(), move |()| counted.fetch_add(1, Ordering::SeqCst));
+        assert!(tokio::time::timeout(Duration::from_millis(5), left).await.is_err());
+        drop(release);
+        busy.await.unwrap().unwrap();
+        pool.run(soon(), |()| ()).await.unwrap();
+        assert_eq!(n_ran.load(Ordering::SeqCst), 0);
+    }
+}

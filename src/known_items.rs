@@ -1,0 +1,127 @@
+//! Text by item id: text sent once is remembered, so that later requests may send ids alone.
+//!
+//! Bounded in bytes; the newest text of an id wins. What an id that fell out costs is one UNKNOWN_ITEM row, upon which the
+//! caller sends the text again.
+
+use crate::{
+    content::KnownItem,
+    domain::{Item, RowStatus},
+    item_text::{self, TextDigest},
+    telemetry::events::{self, Lookups},
+    vector_cache::Contents,
+};
+use moka::{notification::RemovalCause, sync::Cache};
+use std::{mem::size_of, sync::Arc};
+
+/// What metrics call it.
+pub const NAME: &str = "known_items";
+/// The counts, lengths and nodes that an entry costs beside its letters.
+const ENTRY_OVERHEAD: usize = 200;
+
+/// The texts of the items seen so far.
+#[derive(Debug)]
+pub struct KnownItems {
+    cache: Cache<Arc<str>, KnownItem>,
+    max_text_bytes: usize,
+}
+
+impl KnownItems {
+    /// Nothing known. Texts of more than `max_text_bytes` are refused.
+    pub fn new(max_bytes: u64, max_text_bytes: usize) -> Self {
+        let cache = Cache::builder()
+            .name(NAME)
+            .max_capacity(max_bytes)
+            .weigher(|id: &Arc<str>, item: &KnownItem| entry_bytes(id, item))
+            .eviction_listener(|_id, _item, cause| {
+                if cause == RemovalCause::Size {
+                    events::cache_evicted(NAME);
+                }
+            })
+            .build();
+        KnownItems { cache, max_text_bytes }
+    }
+
+    /// The text of each item, sent now or known from before; else the row's status.
+    pub fn resolve(&self, items: Vec<Item>) -> Vec<Result<KnownItem, RowStatus>> {
+        let mut lookups = Lookups::default();
+        let resolved = items.into_iter().map(|item| self.resolve_one(item, &mut lookups)).collect();
+        events::cache_looked_up(NAME, lookups);
+        resolved
+    }
+
+    fn resolve_one(&self, item: Item, lookups: &mut Lookups) -> Result<KnownItem, RowStatus> {
+        let Some(text) = item.text else {
+            let known = self.cache.get(item.id.as_str());
+            *if known.is_some() { &mut lookups.n_hits } else { &mut lookups.n_misses } += 1;
+            return known.ok_or(RowStatus::UnknownItem);
+        };
+        item_text::check(&text, self.max_text_bytes).map_err(|_fault| RowStatus::InvalidItem)?;
+        let digest = TextDigest::of(&text);
+        if let Some(known) = self.cache.get(item.id.as_str()).filter(|known| known.digest == digest) {
+            return Ok(known);
+        }
+        let known = KnownItem { digest, text: Arc::new(text) };
+        self.cache.insert(item.id.into(), known.clone());
+        Ok(known)
+    }
+
+    /// Entries, bytes and the bound, after pending work was done.
+    pub fn measure(&self) -> Contents {
+        self.cache.run_pending_tasks();
+        Contents {
+            cache: NAME,
+            n_entries: self.cache.entry_count(),
+            n_bytes: self.cache.weighted_size(),
+            max_bytes: self.cache.policy().max_capacity().unwrap_or(u64::MAX),
+        }
+    }
+
+    /// Forgets everything; returns how many items were known.
+    pub fn flush(&self) -> u64 {
+        let n_entries = self.measure().n_entries;
+        self.cache.invalidate_all();
+        self.cache.run_pending_tasks();
+        n_entries
+    }
+}
+
+fn entry_bytes(id: &str, item: &KnownItem) -> u32 {
+    let text = &item.text;
+    let fields = text.title.len() + text.category.len() + text.brand.len() + text.price.len();
+    let words = text.keywords.iter().chain(&text.attributes).map(|word| word.len() + size_of::<String>());
+    u32::try_from(id.len() + fields + words.sum::<usize>() + ENTRY_OVERHEAD).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::ItemText;
+
+    fn item(id: &str, title: Option<&str>) -> Item {
+        let text = title.map(|title| ItemText { title: title.to_owned(), ..ItemText::default() });
+        Item { id: id.to_owned(), text }
+    }
+
+    fn titles(resolved: Vec<Result<KnownItem, RowStatus>>) -> Vec<Result<String, RowStatus>> {
+        resolved.into_iter().map(|r| r.map(|known| known.text.title.clone())).collect()
+    }
+
+    #[test]
+    fn the_newest_text_of_an_id_wins() {
+        let known = KnownItems::new(1 << 20, 100);
+        let first = titles(known.resolve(vec![item("a", None), item("a", Some("old")), item("a", None)]));
+        assert_eq!(first, [Err(RowStatus::UnknownItem), Ok("old".into()), Ok("old".into())]);
+        let second = titles(known.resolve(vec![item("a", Some("new")), item("a", None), item("b", None)]));
+        assert_eq!(second, [Ok("new".into()), Ok("new".into()), Err(RowStatus::UnknownItem)]);
+    }
+
+    #[test]
+    fn text_that_cannot_be_used_does_not_replace_what_is_known() {
+        let known = KnownItems::new(1 << 20, 5);
+        let long = item("a", Some("too long"));
+        let resolved =
+            titles(known.resolve(vec![item("a", Some("short")), long, item("a", Some("")), item("a", None)]));
+        let invalid = Err(RowStatus::InvalidItem);
+        assert_eq!(resolved, [Ok("short".into()), invalid.clone(), invalid, Ok("short".into())]);
+    }
+}

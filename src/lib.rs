@@ -1,0 +1,39 @@
+//! midemb turns a user's history and a page of candidate items into the mid-emb vectors of LEARN, for a ranking model to
+//! use as features.
+//!
+//! The modules in reading order; each uses only those below it (`tests/architecture.rs` holds that):
+//!
+//! - [`cli`]: the commands, one file each.
+//! - [`server`]: listeners, health, shutdown.
+//! - [`wire`]: the only place that knows prost and tonic.
+//! - [`config`]: file and environment to validated settings.
+//! - [`pipeline`]: the request, one line a stage. **Start here.**
+//! - [`admission`]: permits and deadlines.
+//! - [`bundle`]: from a folder of graphs to a checked model that serves.
+//! - [`known_items`]: text by item id.
+//! - [`fusion`]: the CVR MLP, mid-emb.
+//! - [`towers`]: PCH, user and item embeddings.
+//! - [`content`]: CEG, content embeddings: cache, single flight, batches.
+//! - [`inference`]: the only place that knows ort.
+//! - [`item_text`]: six fields to digest and prompt.
+//! - [`vector_cache`]: a cache of embeddings, bounded in bytes.
+//! - [`telemetry`]: the only place that knows the metrics macros.
+//! - [`error`] and [`domain`]: the closed set of errors, the plain types.
+
+pub mod admission;
+pub mod bundle;
+pub mod cli;
+pub mod config;
+pub mod content;
+pub mod domain;
+pub mod error;
+pub mod fusion;
+pub mod inference;
+pub mod item_text;
+pub mod known_items;
+pub mod pipeline;
+pub mod server;
+pub mod telemetry;
+pub mod towers;
+pub mod vector_cache;
+pub mod wire;

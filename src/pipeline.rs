@@ -1,0 +1,202 @@
+//! One request, one line a stage. Start here.
+//!
+//! ```text
+//! admit ──> route ──> resolve text ──> content (history) ─────────────────┐
+//!                                 └──> item cache ──> content ──> item tower ──> score ──> answer
+//! ```
+//!
+//! Invariants:
+//! - A request reads one snapshot of one model; nothing in its answer comes from another.
+//! - Candidates are independent: one that cannot be answered costs its own row.
+//! - Nothing here computes: encoding and scoring run on inference threads, this code waits for them.
+
+mod candidates;
+mod score;
+
+use crate::{
+    admission::{Admission, Deadlines, shed},
+    bundle::{Model, Registry},
+    content::{Content, Contents, KnownItem, batcher::Priority},
+    domain::{Item, MidEmbRequest, MidEmbResponse, RowStatus, Vector, WarmSummary},
+    error::{Error, ShedReason},
+    known_items::KnownItems,
+    telemetry::events,
+    towers::ItemKey,
+    vector_cache::{self, VectorCache},
+};
+use candidates::unique;
+use score::ScoreJob;
+use std::time::{Duration, Instant};
+
+/// Bounds of the state that requests share.
+#[derive(Debug, Clone, Copy)]
+pub struct PipelineConfig {
+    /// Bytes of content embeddings.
+    pub content_cache_bytes: u64,
+    /// Bytes of item embeddings.
+    pub item_cache_bytes: u64,
+    /// Bytes of remembered text.
+    pub known_items_bytes: u64,
+    /// Bytes of one item's text.
+    pub max_text_bytes: usize,
+    /// Requests at once.
+    pub max_in_flight: usize,
+}
+
+/// Everything that requests share.
+#[derive(Debug)]
+pub struct Pipeline {
+    /// Which models serve.
+    pub registry: Registry,
+    admission: Admission,
+    known_items: KnownItems,
+    contents: Contents,
+    items: VectorCache<ItemKey>,
+}
+
+/// Rows on their way to being scored: a vector, or why there is none.
+type Rows = Vec<Result<Vector, RowStatus>>;
+
+/// Items of a warm-up stream that are under way at once.
+const WARM_UP_CHUNK: usize = 256;
+/// Warm-up has no deadline of its own; this only keeps a stuck encoder from holding a stream for ever.
+const WARM_UP_PATIENCE: Duration = Duration::from_secs(3600);
+
+impl Pipeline {
+    /// Empty caches and no model: requests are answered UNAVAILABLE until the registry has one.
+    pub fn new(config: PipelineConfig) -> Self {
+        Pipeline {
+            registry: Registry::default(),
+            admission: Admission::new(config.max_in_flight),
+            known_items: KnownItems::new(config.known_items_bytes, config.max_text_bytes),
+            contents: Contents::new(config.content_cache_bytes),
+            items: VectorCache::new("item", config.item_cache_bytes),
+        }
+    }
+
+    /// Answers one request. `routed` is told which model answers as soon as that is known.
+    ///
+    /// Cancel-safe: encoding that was queued goes on and is cached, scoring is skipped.
+    pub async fn get_mid_emb(
+        &self,
+        request: MidEmbRequest,
+        routed: impl FnOnce(&Model),
+    ) -> Result<MidEmbResponse, Error> {
+        let _permit = self.admission.admit()?;
+        let deadlines = Deadlines::split(Instant::now(), request.deadline);
+        let snapshot = self.registry.current()?;
+        let model = snapshot.route(request.model.as_deref(), &request.user_id)?;
+        routed(model);
+        let (history, candidates) = self.resolve(model, request.history, request.candidates);
+        let (history, candidates) = tokio::join!(
+            self.embed_history(model, history, deadlines),
+            self.embed_candidates(model, candidates, deadlines),
+        );
+        let candidates = candidates?;
+        let job = ScoreJob::new(model, &history, &candidates, request.outputs);
+        let scores = job.run(model, deadlines.answer_by).await?;
+        Ok(scores.into_response(model, history, candidates))
+    }
+
+    /// Encodes, caches and remembers `items` for every model that serves.
+    ///
+    /// Cancel-safe: what was queued goes on and is cached.
+    pub async fn warm_items(&self, items: Vec<Item>) -> Result<WarmSummary, Error> {
+        let snapshot = self.registry.current()?;
+        let mut summary = WarmSummary::default();
+        let mut items = items.into_iter().peekable();
+        while items.peek().is_some() {
+            let chunk: Vec<Item> = items.by_ref().take(WARM_UP_CHUNK).collect();
+            let (n_items, with_text): (_, Vec<Item>) =
+                (chunk.len(), chunk.into_iter().filter(|item| item.text.is_some() && !item.id.is_empty()).collect());
+            let known: Vec<KnownItem> = self.known_items.resolve(with_text).into_iter().flatten().collect();
+            summary.n_items += n_items as u64;
+            summary.n_invalid += (n_items - known.len()) as u64;
+            let mut worst = vec![Warmth::Cached; known.len()];
+            for served in &snapshot.models {
+                let warmths = self.warm_for(&served.model, &known).await;
+                worst.iter_mut().zip(warmths).for_each(|(worst, warmth)| *worst = warmth.max(*worst));
+            }
+            let count = |warmth| worst.iter().filter(|w| **w == warmth).count() as u64;
+            summary.n_cached += count(Warmth::Cached);
+            summary.n_encoded += count(Warmth::Encoded);
+            summary.n_failed += count(Warmth::Failed);
+        }
+        Ok(summary)
+    }
+
+    /// What each cache holds.
+    pub fn measure(&self) -> [vector_cache::Contents; 3] {
+        let measured = [self.contents.cache().measure(), self.items.measure(), self.known_items.measure()];
+        measured.iter().for_each(|c| events::cache_measured(c.cache, c.n_entries, c.n_bytes));
+        measured
+    }
+
+    /// Empties the cache called `name`, or all of them; `None` where there is no such cache.
+    pub fn flush(&self, name: Option<&str>) -> Option<u64> {
+        match name {
+            Some("content") => Some(self.contents.cache().flush()),
+            Some("item") => Some(self.items.flush()),
+            Some(crate::known_items::NAME) => Some(self.known_items.flush()),
+            Some(_) => None,
+            None => Some(self.contents.cache().flush() + self.items.flush() + self.known_items.flush()),
+        }
+    }
+
+    /// Text for ids. History items older than the model's window are remembered, too, but not used.
+    fn resolve(&self, model: &Model, history: Vec<Item>, candidates: Vec<Item>) -> (Resolved, Resolved) {
+        let start = Instant::now();
+        let n_too_old = history.len().saturating_sub(model.manifest.user_tower.max_history);
+        let mut history = self.known_items.resolve(history);
+        history[..n_too_old].fill(Err(RowStatus::NotUsed));
+        let candidates = self.known_items.resolve(candidates);
+        events::stage_finished("resolve", start);
+        (history, candidates)
+    }
+
+    async fn embed_history(&self, model: &Model, history: Resolved, deadlines: Deadlines) -> Rows {
+        let (wanted, places) = unique(history.iter().flatten());
+        let contents = self.contents.embed(&model.encoder, &wanted, Priority::Request, deadlines.encode_by).await;
+        let mut places = places.into_iter();
+        let row = |known: Result<KnownItem, RowStatus>| {
+            known.and_then(|_| places.next().map_or(Err(RowStatus::Failed), |i| vector_or_status(&contents[i])))
+        };
+        history.into_iter().map(row).collect()
+    }
+
+    async fn warm_for(&self, model: &Model, known: &[KnownItem]) -> Vec<Warmth> {
+        let (wanted, places) = unique(known.iter());
+        let until = Instant::now() + WARM_UP_PATIENCE;
+        let contents = self.contents.embed(&model.encoder, &wanted, Priority::WarmUp, until).await;
+        let embedded = self.run_item_tower(model, &wanted, &contents, until).await;
+        let warmth = |i: usize| match (&contents[i], &embedded) {
+            (Content::Cached(_), Ok(_)) => Warmth::Cached,
+            (Content::Encoded(_), Ok(_)) => Warmth::Encoded,
+            _ => Warmth::Failed,
+        };
+        places.into_iter().map(warmth).collect()
+    }
+}
+
+/// Items whose text was sent or known, else the row's status.
+type Resolved = Vec<Result<KnownItem, RowStatus>>;
+
+/// How an item was found by warm-up, for all models together: the worst counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Warmth {
+    Cached,
+    Encoded,
+    Failed,
+}
+
+fn vector_or_status(content: &Content) -> Result<Vector, RowStatus> {
+    content.vector().cloned().ok_or(match content {
+        Content::NotInTime => RowStatus::NotInTime,
+        _ => RowStatus::Failed,
+    })
+}
+
+/// The error of a request none of whose rows is ready: overload before lateness, as the caller should back off.
+fn nothing_ready(n_shed: usize) -> Error {
+    if n_shed > 0 { shed(ShedReason::EncoderQueue) } else { Error::DeadlineExceeded }
+}

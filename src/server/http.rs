@@ -1,0 +1,43 @@
+//! `/metrics` for Prometheus, `/livez` and `/readyz` for an orchestrator that speaks HTTP.
+
+use crate::{pipeline::Pipeline, telemetry::recorder::Recorder};
+use axum::{
+    Router,
+    extract::State as Extract,
+    http::{StatusCode, header::CONTENT_TYPE},
+    response::IntoResponse,
+    routing::get,
+};
+use std::sync::Arc;
+use tokio::net::TcpListener;
+
+/// What the handlers read.
+#[derive(Debug, Clone)]
+pub(super) struct State {
+    pub(super) recorder: Recorder,
+    pub(super) pipeline: Arc<Pipeline>,
+}
+
+/// Serves until the process ends: the last scrape of a drain counts, too.
+pub(super) async fn serve(listener: TcpListener, state: State) {
+    let router = Router::new()
+        .route("/metrics", get(metrics))
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .with_state(state);
+    if let Err(error) = axum::serve(listener, router).await {
+        tracing::error!(%error, "metrics listener failed");
+    }
+}
+
+async fn metrics(Extract(state): Extract<State>) -> impl IntoResponse {
+    state.pipeline.measure();
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], state.recorder.render())
+}
+
+async fn ready(Extract(state): Extract<State>) -> impl IntoResponse {
+    match state.pipeline.registry.current() {
+        Ok(_) => (StatusCode::OK, "ready\n"),
+        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "loading\n"),
+    }
+}

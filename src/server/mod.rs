@@ -1,0 +1,219 @@
+//! The server: three listeners, health, and a shutdown that loses nothing.
+//!
+//! Order of a start: bind, answer health NOT_SERVING and requests UNAVAILABLE, load and check the models off the I/O
+//! threads, then serve. Order of a stop: health NOT_SERVING, no new connections, accepted requests finish within
+//! `server.drain_seconds`.
+
+mod http;
+
+use crate::{
+    bundle::{self, BundleError, LoadOptions, ServedModel, Snapshot},
+    config::{ModelSettings, Settings},
+    inference::{LibraryError, Runtime},
+    pipeline::{Pipeline, PipelineConfig},
+    telemetry::{events, recorder::Recorder},
+    wire::{
+        admin::Admin,
+        layer::CountLayer,
+        proto::{self, admin_service_server::AdminServiceServer, mid_emb_service_server::MidEmbServiceServer},
+        services::MidEmb,
+    },
+};
+use std::{future::Future, io, net::SocketAddr, sync::Arc};
+use thiserror::Error;
+use tokio::{net::TcpListener, sync::watch};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+/// Why a server does not start, or stops.
+#[derive(Debug, Error)]
+pub enum ServerError {
+    /// An address cannot be listened on.
+    #[error("{key} = {address}: {source}")]
+    Bind {
+        /// The config key.
+        key: &'static str,
+        /// As configured.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
+    /// ONNX Runtime cannot be had.
+    #[error(transparent)]
+    Library(#[from] LibraryError),
+    /// A bundle failed its checks.
+    #[error("model {name:?}: {source}")]
+    Bundle {
+        /// The model.
+        name: String,
+        /// What failed.
+        source: Box<BundleError>,
+    },
+    /// A listener failed while serving.
+    #[error("serving: {0}")]
+    Serve(#[from] tonic::transport::Error),
+    /// A background task failed.
+    #[error("server task: {0}")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+/// The three bound listeners.
+#[derive(Debug)]
+pub struct Listeners {
+    /// `server.listen`
+    pub grpc: TcpListener,
+    /// `admin.listen`
+    pub admin: TcpListener,
+    /// `telemetry.metrics_listen`
+    pub metrics: TcpListener,
+}
+
+impl Listeners {
+    /// Binds all three.
+    pub async fn bind(settings: &Settings) -> Result<Self, ServerError> {
+        Ok(Listeners {
+            grpc: bind("server.listen", settings.server_listen).await?,
+            admin: bind("admin.listen", settings.admin_listen).await?,
+            metrics: bind("telemetry.metrics_listen", settings.metrics_listen).await?,
+        })
+    }
+}
+
+async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, ServerError> {
+    TcpListener::bind(address).await.map_err(|source| ServerError::Bind { key, address, source })
+}
+
+/// Serves until `shutdown` completes and accepted requests are done.
+pub async fn run(
+    settings: Settings,
+    listeners: Listeners,
+    recorder: Recorder,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ServerError> {
+    events::config_applied(&settings.digest);
+    let pipeline = Arc::new(Pipeline::new(pipeline_config(&settings)));
+    let (draining, drained) = watch::channel(false);
+    let addresses = addresses(&listeners);
+    tokio::spawn(recorder.clone().keep_up());
+    tokio::spawn(http::serve(listeners.metrics, http::State { recorder, pipeline: Arc::clone(&pipeline) }));
+    let (health, health_service) = tonic_health::server::health_reporter();
+    set_health(&health, ServingStatus::NotServing).await;
+    let grpc = Server::builder()
+        .tcp_nodelay(true)
+        .layer(CountLayer)
+        .add_service(health_service)
+        .add_service(mid_emb_service(&settings, &pipeline))
+        .add_service(reflection_v1())
+        .add_service(reflection_v1alpha())
+        .serve_with_incoming_shutdown(incoming(listeners.grpc), until(drained.clone()));
+    let admin = Server::builder()
+        .layer(CountLayer)
+        .add_service(AdminServiceServer::new(Admin::new(Arc::clone(&pipeline))))
+        .add_service(reflection_v1())
+        .serve_with_incoming_shutdown(incoming(listeners.admin), until(drained));
+    let serving = tokio::spawn(async { tokio::try_join!(grpc, admin) });
+
+    let loading = load_models(&settings, &pipeline);
+    tokio::pin!(shutdown);
+    tokio::select! {
+        // A stop during a long load need not wait for it.
+        () = &mut shutdown => return Ok(()),
+        loaded = loading => loaded?,
+    }
+    set_health(&health, ServingStatus::Serving).await;
+    let [grpc, admin, metrics] = addresses;
+    tracing::info!(grpc, admin, metrics, "serving");
+
+    shutdown.await;
+    tracing::info!(drain_seconds = settings.drain.as_secs(), "draining");
+    set_health(&health, ServingStatus::NotServing).await;
+    draining.send_replace(true);
+    match tokio::time::timeout(settings.drain, serving).await {
+        Ok(served) => served??,
+        Err(_elapsed) => {
+            tracing::warn!("requests were still under way after server.drain_seconds");
+            return Ok(());
+        }
+    };
+    tracing::info!("stopped");
+    Ok(())
+}
+
+fn pipeline_config(settings: &Settings) -> PipelineConfig {
+    PipelineConfig {
+        content_cache_bytes: settings.content_cache_bytes,
+        item_cache_bytes: settings.item_cache_bytes,
+        known_items_bytes: settings.known_items_bytes,
+        max_text_bytes: settings.limits.max_text_bytes,
+        max_in_flight: settings.limits.max_in_flight,
+    }
+}
+
+fn addresses(listeners: &Listeners) -> [String; 3] {
+    [&listeners.grpc, &listeners.admin, &listeners.metrics]
+        .map(|listener| listener.local_addr().map_or_else(|_| String::new(), |address| address.to_string()))
+}
+
+/// Connections with Nagle's delay off.
+fn incoming(listener: TcpListener) -> impl tokio_stream::Stream<Item = io::Result<tokio::net::TcpStream>> {
+    use tokio_stream::StreamExt;
+    TcpListenerStream::new(listener).map(|stream| {
+        let stream = stream?;
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    })
+}
+
+async fn until(mut drained: watch::Receiver<bool>) {
+    // An error means that the server is gone, which is a reason to stop, too.
+    let _ = drained.wait_for(|draining| *draining).await;
+}
+
+fn mid_emb_service(settings: &Settings, pipeline: &Arc<Pipeline>) -> MidEmbServiceServer<MidEmb> {
+    MidEmbServiceServer::new(MidEmb::new(Arc::clone(pipeline), settings.limits))
+        .max_decoding_message_size(settings.limits.max_message_bytes)
+}
+
+async fn set_health(health: &HealthReporter, status: ServingStatus) {
+    health.set_service_status("", status).await;
+    health.set_service_status("midemb.v1.MidEmbService", status).await;
+}
+
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}
+
+#[expect(clippy::expect_used, reason = "the descriptors are compiled in: a test that serves reflection covers this")]
+fn reflection_v1()
+-> tonic_reflection::server::v1::ServerReflectionServer<impl tonic_reflection::server::v1::ServerReflection> {
+    reflection().build_v1().expect("compiled-in descriptors")
+}
+
+#[expect(clippy::expect_used, reason = "the descriptors are compiled in: a test that serves reflection covers this")]
+fn reflection_v1alpha()
+-> tonic_reflection::server::v1alpha::ServerReflectionServer<impl tonic_reflection::server::v1alpha::ServerReflection> {
+    reflection().build_v1alpha().expect("compiled-in descriptors")
+}
+
+/// Loads every model on a blocking thread and puts them in force together.
+async fn load_models(settings: &Settings, pipeline: &Pipeline) -> Result<(), ServerError> {
+    let (models, n_threads) = (settings.models.clone(), settings.n_threads);
+    let (library, provider) = (settings.onnxruntime.clone(), settings.provider);
+    let load = move || {
+        let runtime = Runtime::load(library.as_deref(), provider)?;
+        models.iter().map(|model| load_model(model, n_threads, &runtime)).collect::<Result<Vec<_>, _>>()
+    };
+    let models = tokio::task::spawn_blocking(load).await??;
+    pipeline.registry.install(Snapshot { models });
+    Ok(())
+}
+
+fn load_model(model: &ModelSettings, n_threads: usize, runtime: &Runtime) -> Result<ServedModel, ServerError> {
+    let options = LoadOptions { served_name: model.name.clone(), n_threads };
+    let loaded = bundle::load(&model.bundle, &options, runtime)
+        .map_err(|source| ServerError::Bundle { name: model.name.clone(), source: Box::new(source) })?;
+    Ok(ServedModel { model: Arc::new(loaded), share: model.share })
+}

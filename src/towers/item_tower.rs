@@ -1,0 +1,24 @@
+//! The item tower: each item on its own, whatever else is in the batch.
+
+use super::TowerGraphs;
+use crate::{
+    domain::Vector,
+    inference::{GraphError, Input},
+    telemetry::events,
+};
+
+/// Items of one run at most: enough to fill a core, and the activations stay small.
+const BATCH: usize = 256;
+
+/// The item embedding (`E` wide) of each content embedding (`C` wide), in order.
+pub fn embed(graphs: &mut TowerGraphs, contents: &[Vector], dim: usize) -> Result<Vec<Vector>, GraphError> {
+    let mut items = Vec::with_capacity(contents.len());
+    for batch in contents.chunks(BATCH) {
+        let data = batch.concat();
+        let shape = [batch.len(), data.len() / batch.len()];
+        let outputs = graphs.item.run(&[Input::F32 { shape: &shape, data: &data }], &[&[batch.len(), dim]])?;
+        events::batch_ran("item_tower", batch.len());
+        items.extend(outputs.iter().flat_map(|rows| rows.chunks_exact(dim)).map(Vector::from));
+    }
+    Ok(items)
+}

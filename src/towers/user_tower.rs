@@ -1,0 +1,34 @@
+//! The user tower: the content embeddings of a history, oldest first, to one user embedding.
+
+use super::TowerGraphs;
+use crate::{
+    domain::Vector,
+    inference::{GraphError, Input},
+    telemetry::events,
+};
+
+/// The widths of the user tower.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UserDims {
+    /// `C`
+    pub content: usize,
+    /// `E`
+    pub user: usize,
+}
+
+/// The user embedding (`E` wide). An empty history is valid: the tower answers from its start token.
+pub fn embed(graphs: &mut TowerGraphs, history: &[Vector], dims: UserDims) -> Result<Vec<f32>, GraphError> {
+    // The graph takes at least one position; where there is no item the mask says so.
+    let n_positions = history.len().max(1);
+    let mut content = history.concat();
+    content.resize(n_positions * dims.content, 0.0);
+    let mut mask = vec![1_i64; history.len()];
+    mask.resize(n_positions, 0);
+    let inputs = [
+        Input::F32 { shape: &[1, n_positions, dims.content], data: &content },
+        Input::I64 { shape: &[1, n_positions], data: &mask },
+    ];
+    let mut outputs = graphs.user.run(&inputs, &[&[1, dims.user]])?;
+    events::batch_ran("user_tower", history.len());
+    Ok(std::mem::take(&mut outputs[0]))
+}

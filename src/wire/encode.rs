@@ -1,0 +1,103 @@
+//! From answers to messages.
+
+use super::proto;
+use crate::domain::{DType, Matrix, MidEmbResponse, ModelRef, RowStatus, WarmSummary};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use tonic::codegen::Bytes;
+
+#[cfg(target_endian = "big")]
+compile_error!("tensors are little-endian on the wire and are sent as they lie in memory");
+
+/// The answer to `GetMidEmb`, its tensors in `dtype`.
+pub fn response(response: MidEmbResponse, dtype: DType) -> proto::GetMidEmbResponse {
+    let n = response.statuses.len();
+    let matrix = |m: Matrix| tensor(&[m.n_rows(), m.n_cols], m.data, dtype);
+    proto::GetMidEmbResponse {
+        model: Some(model(&response.model)),
+        mid_emb: response.mid_emb.map(matrix),
+        statuses: statuses(&response.statuses),
+        cvr: response.cvr.map(|cvr| tensor(&[n], cvr, dtype)),
+        user_emb: response.user_emb.map(|user| tensor(&[user.len()], user, dtype)),
+        item_emb: response.item_emb.map(matrix),
+        history_used: response.n_history_used as u32,
+        history_statuses: statuses(&response.history_statuses),
+    }
+}
+
+/// Who answered.
+pub fn model(model: &ModelRef) -> proto::ModelRef {
+    let ModelRef { name, version, digest } = model.clone();
+    proto::ModelRef { name, version, digest }
+}
+
+/// The answer to `WarmItems`.
+pub fn warm_summary(summary: WarmSummary) -> proto::WarmItemsResponse {
+    proto::WarmItemsResponse {
+        items: summary.n_items,
+        encoded: summary.n_encoded,
+        already_cached: summary.n_cached,
+        invalid: summary.n_invalid,
+        failed: summary.n_failed,
+    }
+}
+
+fn statuses(statuses: &[RowStatus]) -> Vec<i32> {
+    statuses.iter().map(|status| row_status(*status) as i32).collect()
+}
+
+fn row_status(status: RowStatus) -> proto::RowStatus {
+    match status {
+        RowStatus::Ok => proto::RowStatus::Ok,
+        RowStatus::UnknownItem => proto::RowStatus::UnknownItem,
+        RowStatus::NotInTime => proto::RowStatus::NotInTime,
+        RowStatus::InvalidItem => proto::RowStatus::InvalidItem,
+        RowStatus::Failed => proto::RowStatus::Failed,
+        RowStatus::NotUsed => proto::RowStatus::NotUsed,
+    }
+}
+
+/// A tensor of `shape` in `dtype`; single precision goes out without a copy.
+fn tensor(shape: &[usize], data: Vec<f32>, dtype: DType) -> proto::Tensor {
+    let (dtype, data) = match dtype {
+        DType::F32 => (proto::DType::DtypeF32, Bytes::from_owner(Floats(data))),
+        DType::F16 => {
+            let mut halves = vec![f16::ZERO; data.len()];
+            halves.convert_from_f32_slice(&data);
+            (proto::DType::DtypeF16, Bytes::from_owner(Floats(halves)))
+        }
+        DType::Bf16 => {
+            let mut halves = vec![bf16::ZERO; data.len()];
+            halves.convert_from_f32_slice(&data);
+            (proto::DType::DtypeBf16, Bytes::from_owner(Floats(halves)))
+        }
+    };
+    let shape = shape.iter().map(|d| *d as u32).collect();
+    proto::Tensor { dtype: dtype as i32, shape, data }
+}
+
+/// Numbers that are read as the bytes they lie in.
+struct Floats<T>(Vec<T>);
+
+impl<T: bytemuck::NoUninit> AsRef<[u8]> for Floats<T> {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_are_row_major_and_little_endian_in_every_type() {
+        let data = vec![1.0, -2.5, 0.0, 65504.0];
+        let f32s = tensor(&[2, 2], data.clone(), DType::F32);
+        assert_eq!(f32s.shape, [2, 2]);
+        assert_eq!(f32s.data[..8], [0, 0, 0x80, 0x3f, 0, 0, 0x20, 0xc0]);
+        let f16s = tensor(&[4], data.clone(), DType::F16);
+        assert_eq!(f16s.data[..], [0x00, 0x3c, 0x00, 0xc1, 0, 0, 0xff, 0x7b]);
+        let bf16s = tensor(&[4], data, DType::Bf16);
+        assert_eq!(bf16s.data[..6], [0x80, 0x3f, 0x20, 0xc0, 0, 0]);
+        assert_eq!((f16s.dtype, bf16s.dtype), (2, 3));
+    }
+}

@@ -1,0 +1,104 @@
+//! Counts every call of our services, also those that never reach a handler: bytes that are no message, messages over
+//! their limit, callers that left.
+
+use super::status::code_name;
+use crate::telemetry::events;
+use http::{Request, Response};
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    task::{Context, Poll},
+    time::Instant,
+};
+use tonic::Code;
+use tower::{Layer, Service};
+
+/// Where a handler leaves the name of the model that answers, for the label.
+#[derive(Debug, Clone, Default)]
+pub struct RoutedModel(Arc<OnceLock<String>>);
+
+impl RoutedModel {
+    /// The handler knows the model now.
+    pub fn set(&self, name: &str) {
+        // A request is routed once.
+        let _ = self.0.set(name.to_owned());
+    }
+}
+
+/// The closed set of method labels; what is not ours (health, reflection, nonsense) is not counted.
+const METHODS: &[(&str, &str)] = &[
+    ("/midemb.v1.MidEmbService/GetMidEmb", "GetMidEmb"),
+    ("/midemb.v1.MidEmbService/WarmItems", "WarmItems"),
+    ("/midemb.v1.MidEmbService/GetModelInfo", "GetModelInfo"),
+    ("/midemb.v1.AdminService/GetStatus", "GetStatus"),
+    ("/midemb.v1.AdminService/FlushCache", "FlushCache"),
+];
+
+/// Wraps a service with [`Counted`].
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CountLayer;
+
+impl<S> Layer<S> for CountLayer {
+    type Service = Counted<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Counted { inner }
+    }
+}
+
+/// A service whose calls are counted.
+#[derive(Debug, Clone)]
+pub struct Counted<S> {
+    inner: S,
+}
+
+impl<S, B, R> Service<Request<B>> for Counted<S>
+where
+    S: Service<Request<B>, Response = Response<R>>,
+    S::Future: Send + 'static,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<S::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let Some((_, method)) = METHODS.iter().find(|(path, _)| *path == request.uri().path()) else {
+            return Box::pin(self.inner.call(request));
+        };
+        let model = RoutedModel::default();
+        request.extensions_mut().insert(model.clone());
+        let call = Call { method, model, start: Instant::now(), code: Code::Cancelled };
+        let answer = self.inner.call(request);
+        Box::pin(async move {
+            let mut call = call;
+            let response = answer.await?;
+            call.code = code_of(&response);
+            Ok(response)
+        })
+    }
+}
+
+/// An answer without a body carries its status in the headers; one with a body is OK as far as a unary handler goes.
+fn code_of<R>(response: &Response<R>) -> Code {
+    response.headers().get("grpc-status").map_or(Code::Ok, |status| Code::from_bytes(status.as_bytes()))
+}
+
+/// Counts itself when it ends, also when its caller leaves.
+struct Call {
+    method: &'static str,
+    model: RoutedModel,
+    start: Instant,
+    code: Code,
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let model = self.model.0.get().map_or("", String::as_str);
+        events::request_finished(self.method, code_name(self.code), model, self.start.elapsed());
+    }
+}

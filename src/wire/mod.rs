@@ -1,0 +1,28 @@
+//! The wire: the only place that knows prost and tonic.
+//!
+//! [`decode`] checks a message and makes plain types of it, [`encode`] makes a message of an answer, [`status`] maps errors
+//! to gRPC statuses, [`services`] and [`admin`] are the handlers, [`codec`] answers bytes that are no message, and [`layer`]
+//! counts every call.
+
+pub mod admin;
+pub mod codec;
+pub mod decode;
+pub mod encode;
+pub mod layer;
+pub mod services;
+pub mod status;
+
+/// Messages, clients and servers, generated from `proto/`.
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::too_many_lines,
+    reason = "generated; the documentation is in proto/"
+)]
+pub mod proto {
+    tonic::include_proto!("midemb.v1");
+
+    /// The descriptors that reflection answers from.
+    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/midemb_descriptor.bin"));
+}

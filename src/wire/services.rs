@@ -1,0 +1,103 @@
+//! `MidEmbService`: decode, hand to the pipeline, encode.
+
+use super::{decode, encode, layer::RoutedModel, proto, status};
+use crate::{
+    bundle::ServedModel, config::settings::Limits, domain::WarmSummary, error::Error, pipeline::Pipeline,
+    telemetry::events,
+};
+use proto::mid_emb_service_server::MidEmbService;
+use std::{sync::Arc, time::Instant};
+use tonic::{Request, Response, Status, Streaming};
+
+/// The handlers of `MidEmbService`.
+#[derive(Debug, Clone)]
+pub struct MidEmb {
+    pipeline: Arc<Pipeline>,
+    limits: Limits,
+}
+
+impl MidEmb {
+    /// Handlers over `pipeline`.
+    pub fn new(pipeline: Arc<Pipeline>, limits: Limits) -> Self {
+        MidEmb { pipeline, limits }
+    }
+}
+
+/// Logs an error once and makes a status of it.
+pub(super) fn refuse(method: &'static str) -> impl Fn(Error) -> Status {
+    move |error| {
+        events::request_failed(method, &error);
+        status::from_error(&error)
+    }
+}
+
+#[tonic::async_trait]
+impl MidEmbService for MidEmb {
+    async fn get_mid_emb(
+        &self,
+        request: Request<proto::GetMidEmbRequest>,
+    ) -> Result<Response<proto::GetMidEmbResponse>, Status> {
+        let refuse = refuse("GetMidEmb");
+        let deadline = decode::deadline(request.metadata(), Instant::now(), self.limits.default_deadline);
+        let routed = request.extensions().get::<RoutedModel>().cloned().unwrap_or_default();
+        let decoded = decode::request(request.into_inner(), deadline, &self.limits).map_err(&refuse)?;
+        let told = |model: &crate::bundle::Model| routed.set(&model.reference.name);
+        let answer = self.pipeline.get_mid_emb(decoded.request, told).await.map_err(&refuse)?;
+        events::rows_answered(&answer.statuses);
+        Ok(Response::new(encode::response(answer, decoded.dtype)))
+    }
+
+    async fn warm_items(
+        &self,
+        request: Request<Streaming<proto::WarmItemsRequest>>,
+    ) -> Result<Response<proto::WarmItemsResponse>, Status> {
+        let mut chunks = request.into_inner();
+        let mut summary = WarmSummary::default();
+        while let Some(chunk) = chunks.message().await? {
+            summary += self.pipeline.warm_items(decode::items(chunk.items)).await.map_err(refuse("WarmItems"))?;
+        }
+        Ok(Response::new(encode::warm_summary(summary)))
+    }
+
+    async fn get_model_info(
+        &self,
+        _request: Request<proto::GetModelInfoRequest>,
+    ) -> Result<Response<proto::GetModelInfoResponse>, Status> {
+        let snapshot = self.pipeline.registry.current().map_err(refuse("GetModelInfo"))?;
+        Ok(Response::new(proto::GetModelInfoResponse {
+            models: snapshot.models.iter().map(model_info).collect(),
+            limits: Some(limits(&self.limits)),
+            server_version: env!("CARGO_PKG_VERSION").to_owned(),
+        }))
+    }
+}
+
+/// What is to be told of one served model.
+pub(super) fn model_info(served: &ServedModel) -> proto::ModelInfo {
+    let model = &served.model;
+    let manifest = &model.manifest;
+    proto::ModelInfo {
+        model: Some(encode::model(&model.reference)),
+        share: u32::from(served.share),
+        encoder_digest: model.encoder.digest().to_string(),
+        tower_digest: model.tower_digest.to_string(),
+        content_dim: manifest.encoder.dim as u32,
+        user_dim: manifest.user_tower.dim as u32,
+        item_dim: manifest.item_tower.dim as u32,
+        mid_dim: manifest.cvr.dim as u32,
+        max_history: manifest.user_tower.max_history as u32,
+        max_tokens: manifest.item_text.max_tokens as u32,
+        provider: model.provider.as_str().to_owned(),
+    }
+}
+
+fn limits(limits: &Limits) -> proto::Limits {
+    proto::Limits {
+        max_candidates: limits.max_candidates as u32,
+        max_history: limits.max_history as u32,
+        max_text_bytes: limits.max_text_bytes as u64,
+        max_in_flight: limits.max_in_flight as u32,
+        default_deadline_ms: limits.default_deadline.as_millis() as u64,
+        max_message_bytes: limits.max_message_bytes as u64,
+    }
+}

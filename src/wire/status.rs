@@ -1,0 +1,74 @@
+//! From the closed set of errors to gRPC statuses, with the details that `google.rpc` defines.
+
+use crate::error::Error;
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
+
+/// The status of an error. The message is the client's; causes stay in the log.
+pub fn from_error(error: &Error) -> Status {
+    let message = error.to_string();
+    match error {
+        Error::InvalidArgument(violations) => {
+            let violations: Vec<FieldViolation> =
+                violations.iter().map(|v| FieldViolation::new(&v.field, &v.description)).collect();
+            Status::with_error_details(Code::InvalidArgument, message, ErrorDetails::with_bad_request(violations))
+        }
+        Error::Shed { retry_after, .. } => {
+            let details = ErrorDetails::with_retry_info(Some(*retry_after));
+            Status::with_error_details(Code::ResourceExhausted, message, details)
+        }
+        Error::ModelNotFound(_) => Status::not_found(message),
+        Error::DeadlineExceeded => Status::deadline_exceeded(message),
+        Error::Unavailable(_) => Status::unavailable(message),
+        Error::Internal { .. } => Status::internal(message),
+    }
+}
+
+/// The name of a code as gRPC writes it, for the metrics' label.
+pub fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{FieldViolation as Violation, ShedReason};
+    use std::time::Duration;
+
+    #[test]
+    fn each_error_has_its_code_and_its_details() {
+        let violation = Violation { field: "candidates[3].id".into(), description: "is empty".into() };
+        let status = from_error(&Error::InvalidArgument(vec![violation]));
+        assert_eq!((status.code(), status.message()), (Code::InvalidArgument, "candidates[3].id: is empty"));
+        assert_eq!(status.get_details_bad_request().unwrap().field_violations[0].field, "candidates[3].id");
+
+        let shed = Error::Shed { reason: ShedReason::InFlight, retry_after: Duration::from_millis(50) };
+        let status = from_error(&shed);
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert_eq!(status.get_details_retry_info().unwrap().retry_delay, Some(Duration::from_millis(50)));
+
+        let status = from_error(&Error::internal("scoring", "a secret path"));
+        assert_eq!((status.code(), status.message()), (Code::Internal, "internal error in scoring"));
+        assert_eq!(from_error(&Error::ModelNotFound("x".into())).code(), Code::NotFound);
+        assert_eq!(from_error(&Error::DeadlineExceeded).code(), Code::DeadlineExceeded);
+        assert_eq!(from_error(&Error::Unavailable("draining")).code(), Code::Unavailable);
+    }
+}
