@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -74,7 +73,7 @@ def write(bundle: Bundle, out: Path) -> None:
         verify(folder)
         # The manifest goes last: until it names them, the new files are not the bundle.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "manifest.toml"):
-            os.replace(path, out / path.name)
+            path.replace(out / path.name)
 
 
 def _write_files(bundle: Bundle, folder: Path) -> None:

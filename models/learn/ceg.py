@@ -71,7 +71,7 @@ def pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.
 
 
 def wrap(model: nn.Module, tokenizer_path: Path, max_tokens: int, pad_id: int, weights: Path | None = None) -> Encoder:
-    """A model in memory -> an encoder. The tokenizer file's own padding and truncation are overridden, as the server does."""
+    """A model in memory -> an encoder. The tokenizer's own padding and truncation are overridden, as in the server."""
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens, direction="right")

@@ -1,8 +1,8 @@
 """The CVR auxiliary task: user and item embedding -> mid-emb -> probability of a conversion.
 
-    user [b,E] -> linear -> [b,F], gathered by row -> [n,F] \
-                                                             + -> GELU -> linear -> GELU = mid_emb [n,M] -> linear -> logit
-    item [n,E] -> linear -> [n,F] --------------------------/
+    user [b,E] -> linear -> [b,F], gathered by row -> [n,F]
+    item [n,E] -> linear ----------------------------> [n,F]
+    their sum -> GELU -> linear -> GELU = mid_emb [n,M] -> linear -> logit [n]
 
 Two linear maps and a sum are one linear layer over the pair, split so that the user's part is computed once a user and
 not once a candidate. The ranking model takes mid_emb: the vector before the output layer.
@@ -38,6 +38,7 @@ class CvrHead(nn.Module):
         self.out = nn.Linear(config.mid_dim, 1)
 
     def forward(self, user: Tensor, item: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapes as above; `row` says which user each item is for."""
         fused = F.gelu(self.fuse_user(user).index_select(0, row) + self.fuse_item(item))  # [n,F]
         mid_emb = F.gelu(self.mid(fused))
         return mid_emb, self.out(mid_emb).squeeze(-1)

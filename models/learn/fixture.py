@@ -86,9 +86,7 @@ def build(tokenizer_path: Path) -> Bundle:
     byte_tokenizer().save(str(tokenizer_path))
     encoder = ceg.wrap(encoder_model(), tokenizer_path, MAX_TOKENS, SPECIAL.index("<pad>"))
     pch = Pch(
-        PchConfig(
-            content_dim=32, adaptor_hidden=24, width=40, layers=2, heads=2, ffn=48, out_dim=16, max_history=8
-        )
+        PchConfig(content_dim=32, adaptor_hidden=24, width=40, layers=2, heads=2, ffn=48, out_dim=16, max_history=8)
     )
     head = CvrHead(CvrConfig(in_dim=16, fuse_dim=20, mid_dim=12))
     return Bundle(

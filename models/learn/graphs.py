@@ -26,6 +26,7 @@ class EncoderGraph(nn.Module):
         self.extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Shapes as above."""
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **self.extra).last_hidden_state
         weight = attention_mask.unsqueeze(-1).to(torch.float32)  # [b,s,1]
         mean = (hidden.to(torch.float32) * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
@@ -40,6 +41,7 @@ class UserTowerGraph(nn.Module):
         self.pch = pch
 
     def forward(self, content: Tensor, mask: Tensor) -> Tensor:
+        """Shapes as above."""
         return self.pch.last(content, mask)
 
 
@@ -55,6 +57,7 @@ class ItemTowerGraph(nn.Module):
                 self.register_buffer(f"start_value_{layer}", value)
 
     def forward(self, content: Tensor) -> Tensor:
+        """Shapes as above."""
         layers = range(self.pch.config.layers)
         start = [(getattr(self, f"start_key_{i}"), getattr(self, f"start_value_{i}")) for i in layers]
         return self.pch.alone(content, start)
@@ -68,5 +71,6 @@ class CvrGraph(nn.Module):
         self.head = head
 
     def forward(self, user: Tensor, item: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapes as above."""
         mid_emb, logit = self.head(user, item, row)
         return mid_emb, logit.sigmoid()

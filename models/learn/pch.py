@@ -101,6 +101,10 @@ class Pch(nn.Module):
             nn.GELU(),
             nn.Linear(config.adaptor_hidden, config.width),
         )
+        # Identity until `standardise` is called, and again after `fold_standardisation`.
+        self.register_buffer("content_mean", torch.zeros(config.content_dim), persistent=False)
+        self.register_buffer("content_scale", torch.ones(config.content_dim), persistent=False)
+        self.is_standardised = False
         self.start = nn.Parameter(torch.randn(config.width) * 0.02)
         self.positions = None
         if config.positions == "learned":
@@ -109,6 +113,29 @@ class Pch(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(config.width)
         self.projection = nn.Linear(config.width, config.out_dim)
+
+    def standardise(self, content: Tensor) -> None:
+        """Gives the adaptor inputs of mean 0 and variance 1 over a catalogue [n,C], for training.
+
+        Every prompt opens with the same words, so content embeddings share most of their direction, and being of
+        length 1 their entries are near C ** -0.5. Both starve the first layer of signal.
+        """
+        self.content_mean.copy_(content.mean(dim=0))
+        self.content_scale.copy_(1.0 / content.std(dim=0).clamp_min(1e-6))
+        self.is_standardised = True
+
+    @torch.no_grad()
+    def fold_standardisation(self) -> None:
+        """Moves it into the adaptor's first layer, exactly, so that serving pays nothing for it."""
+        first = self.adaptor[0]
+        first.weight.mul_(self.content_scale)
+        first.bias.sub_(first.weight @ self.content_mean)
+        self.is_standardised = False
+
+    def _adapt(self, content: Tensor) -> Tensor:
+        if self.is_standardised:
+            content = (content - self.content_mean) * self.content_scale
+        return self.adaptor(content)
 
     def states(self, content: Tensor) -> Tensor:
         """[b,l,C] -> the output at the start token and at every item, [b,l+1,E]."""
@@ -133,7 +160,7 @@ class Pch(nn.Module):
 
     def alone(self, content: Tensor, start: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
         """[n,C] -> the output at the item of [start, item], [n,E]. `start` is `start_keys_values()`, if at hand."""
-        x = self.adaptor(content)[:, None]  # [n,1,D]
+        x = self._adapt(content)[:, None]  # [n,1,D]
         if self.positions is not None:
             x = x + self.positions[1:2]
         x = self.dropout(x)
@@ -158,7 +185,7 @@ class Pch(nn.Module):
         return pairs
 
     def _embed(self, content: Tensor) -> Tensor:
-        items = self.adaptor(content)
+        items = self._adapt(content)
         x = torch.cat([self.start.expand(items.shape[0], 1, -1), items], dim=1)
         if self.positions is not None:
             x = x + self.positions[: x.shape[1]]

@@ -1,0 +1,33 @@
+"""Which events of a long sequence are trained on.
+
+LEARN (arXiv 2405.03988) samples in two stages: uniformly at random down to a working size, then weighted to recent
+events, w_i = log(a + i (b - a) / (N - 1)) / max w, i counted from the oldest, a = 10, b = 10000.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+RECENCY_A, RECENCY_B = 10.0, 10000.0
+
+
+def recency_weights(n_events: int, a: float = RECENCY_A, b: float = RECENCY_B) -> np.ndarray:
+    """[n] from the oldest to the newest, the newest has weight 1."""
+    steps = np.arange(n_events) / max(n_events - 1, 1) if n_events > 1 else np.ones(n_events)
+    weights = np.log(a + steps * (b - a))
+    return weights / weights.max() if n_events else weights
+
+
+def two_stage(rng: np.random.Generator, n_events: int, first: int, second: int) -> np.ndarray:
+    """Sorted positions [min(n, second)] out of `n_events`: `first` uniformly, `second` of those by recency."""
+    kept = np.sort(rng.choice(n_events, size=min(first, n_events), replace=False))
+    if len(kept) <= second:
+        return kept
+    weights = recency_weights(len(kept))
+    return np.sort(rng.choice(kept, size=second, replace=False, p=weights / weights.sum()))
+
+
+def window(rng: np.random.Generator, n_events: int, size: int) -> tuple[int, int]:
+    """A contiguous run [begin, end) of at most `size` events, its end uniform; at the tail full as serving is."""
+    end = int(rng.integers(min(2, n_events), n_events + 1))
+    return max(0, end - size), end

@@ -1,0 +1,42 @@
+"""What several tests need. Everything is made here: no test downloads, and none needs a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from learn.pch import Pch, PchConfig
+
+MODELS = Path(__file__).parents[1]
+FIXTURE = MODELS.parent / "tests" / "fixtures" / "bundle"
+DEFAULT = MODELS / "default"
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_modest():
+    torch.manual_seed(0)
+    # The models here are so small that a second thread costs more than it does.
+    torch.set_num_threads(1)
+
+
+def small_pch(**changes) -> Pch:
+    sizes = {"content_dim": 12, "adaptor_hidden": 10, "width": 16, "layers": 3, "heads": 2, "ffn": 20, "out_dim": 6}
+    pch = Pch(PchConfig(**(sizes | {"max_history": 9, "dropout": 0.0} | changes)))
+    # Norms and biases begin at 1 and 0, where a mistake in them would not show.
+    with torch.no_grad():
+        for parameter in pch.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return pch.eval()
+
+
+def write_movielens(
+    folder: Path, ratings: list[tuple[int, int, float, int]], movies: list[tuple[int, str, str]]
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["userId,movieId,rating,timestamp", *(",".join(map(str, row)) for row in ratings)]
+    (folder / "ratings.csv").write_text("\n".join(lines) + "\n")
+    quoted = (f'{number},"{title}",{genres}' for number, title, genres in movies)
+    (folder / "movies.csv").write_text("\n".join(["movieId,title,genres", *quoted]) + "\n")
+    return folder

@@ -1,0 +1,140 @@
+"""Bundles: what is committed is whole and true, and what is wrong is never written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEFAULT, FIXTURE
+
+from learn import bundle, fixture
+from learn.item_text import ItemText, render, template_source
+
+FOLDERS = pytest.mark.parametrize("folder", [FIXTURE, DEFAULT], ids=["fixture", "default"])
+# Beside a bundle's files, for people and for the demo.
+EXTRA = {"manifest.toml", "sample_items.jsonl", "README.md"}
+
+
+def read_manifest(folder):
+    return tomllib.loads((folder / "manifest.toml").read_text())
+
+
+def absent_files(folder):
+    """Fetched files that set-up has not placed yet: the only ones that may be missing."""
+    files = read_manifest(folder)["files"]
+    return {entry["path"] for entry in files if "pypi" in entry and not (folder / entry["path"]).exists()}
+
+
+@FOLDERS
+def test_digests_are_true_and_no_file_is_unlisted(folder):
+    files = read_manifest(folder)["files"]
+    absent = absent_files(folder)
+    for entry in files:
+        if entry["path"] not in absent:
+            assert bundle.sha256(folder / entry["path"]) == entry["sha256"], entry["path"]
+            assert (folder / entry["path"]).stat().st_size == entry["bytes"]
+    assert {path.name for path in folder.iterdir()} - EXTRA == {entry["path"] for entry in files} - absent
+    assert {entry["part"] for entry in files} == {"encoder", "user_tower", "item_tower", "cvr", "golden"}
+
+
+@FOLDERS
+def test_the_manifest_says_what_the_files_hold(folder):
+    manifest = read_manifest(folder)
+    golden = json.loads((folder / manifest["golden"]["file"]).read_text())
+    assert manifest["format"] == 1
+    assert manifest["item_text"]["template"] == template_source()
+    for item in golden["items"]:
+        assert len(item["content"]) == manifest["encoder"]["dim"]
+        assert len(item["item"]) == manifest["item_tower"]["dim"] == manifest["user_tower"]["dim"]
+        assert len(item["token_ids"]) <= manifest["item_text"]["max_tokens"]
+        assert item["prompt"] == render(ItemText.from_json(item["text"]))
+    assert all(len(pair["mid_emb"]) == manifest["cvr"]["dim"] for pair in golden["pairs"])
+    lengths = {len(user["history"]) for user in golden["users"]}
+    assert {0, 1, manifest["user_tower"]["max_history"]} <= lengths
+    # One text at least is cut.
+    assert max(len(item["token_ids"]) for item in golden["items"]) == manifest["item_text"]["max_tokens"]
+    assert {pair["user"] for pair in golden["pairs"]} == set(range(len(golden["users"])))
+
+
+@FOLDERS
+def test_the_committed_bundle_answers_as_its_golden_vectors_say(folder, tmp_path):
+    if absent_files(folder):
+        pytest.skip("the encoder's fetched files are not here; `make setup` fetches them")
+    bundle.verify(folder)
+
+
+def test_the_default_towers_answer_without_the_fetched_encoder():
+    golden = json.loads((DEFAULT / "golden.json").read_text())
+    content = np.array([item["content"] for item in golden["items"]], np.float32)
+    (got,) = bundle.session(DEFAULT / "item_tower.onnx").run(None, {"content": content})
+    bundle.compare("item tower", got, np.array([item["item"] for item in golden["items"]], np.float32))
+
+
+def test_sizes_stay_small():
+    assert sum(path.stat().st_size for path in FIXTURE.iterdir()) < 500_000
+    assert (DEFAULT / "encoder.onnx").stat().st_size < 1_000_000
+    for name in ("user_tower.onnx", "item_tower.onnx", "cvr.onnx"):
+        assert (DEFAULT / name).stat().st_size < 5_000_000
+
+
+def test_sample_items_are_distinct_and_have_text():
+    lines = (DEFAULT / "sample_items.jsonl").read_text().splitlines()
+    items = [json.loads(line) for line in lines]
+    assert len({item["id"] for item in items}) == len(items) >= 50
+    assert not any(ItemText.from_json(item["text"]).is_empty for item in items)
+
+
+def test_the_fixture_is_the_same_on_every_run(tmp_path):
+    fixture.write_fixture(tmp_path / "bundle")
+    for path in FIXTURE.iterdir():
+        assert (tmp_path / "bundle" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_every_text_has_tokens_in_the_fixture_tokenizer(tmp_path):
+    encoder = fixture.build(tmp_path / "tokenizer.json").encoder
+    for case in fixture.PROMPT_CASES:
+        (ids,) = encoder.tokenize([render(case)])
+        assert 1 < len(ids) <= fixture.MAX_TOKENS and ids[0] == fixture.SPECIAL.index("<s>")
+
+
+def test_a_bundle_that_answers_otherwise_is_refused(tmp_path):
+    folder = shutil.copytree(FIXTURE, tmp_path / "bundle")
+    golden = json.loads((folder / "golden.json").read_text())
+    golden["users"][2]["user"][3] += 3e-4
+    (folder / "golden.json").write_text(json.dumps(golden))
+    with pytest.raises(ValueError, match="user tower: differs from PyTorch"):
+        bundle.verify(folder)
+
+
+def test_a_failed_write_leaves_the_old_bundle_and_no_litter(tmp_path):
+    broken = fixture.build(tmp_path / "tokenizer.json")
+    with torch.no_grad():
+        broken.pch.projection.weight.fill_(float("nan"))
+    folder = shutil.copytree(FIXTURE, tmp_path / "bundle")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="differs from PyTorch"):
+        bundle.write(broken, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", "tokenizer.json"}
+
+
+@pytest.mark.parametrize(
+    ("got", "ok"), [([1.0, 2.0], True), ([1.00005, 2.0], True), ([1.0002, 2.0], False), ([float("nan"), 2.0], False)]
+)
+def test_tolerances(got, ok):
+    got, want = np.array([got], np.float32), np.array([[1.0, 2.0]], np.float32)
+    if ok:
+        bundle.compare("x", got, want)
+    else:
+        with pytest.raises(ValueError, match="x: differs"):
+            bundle.compare("x", got, want)
+
+
+def test_numbers_read_back_as_the_same_fp32():
+    values = torch.randn(100) * 10.0 ** torch.randint(-6, 6, (100,)).float()
+    again = torch.tensor(json.loads(json.dumps(bundle.numbers(values))), dtype=torch.float32)
+    assert torch.equal(again, values)

@@ -1,0 +1,80 @@
+"""Metrics against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from conftest import small_pch
+
+from learn import evaluate
+from learn.cvr_train import auc
+from learn.data import Dataset, Event, Sequence, Split
+from learn.item_text import ItemText
+
+
+def test_ranks_by_hand():
+    scores = np.array([[0.9, 0.5, 0.7, 0.1], [0.9, 0.5, 0.7, 0.1], [1.0, 1.0, 1.0, 1.0]])
+    got = evaluate.ranks(scores, np.array([1, 1, 2]), [np.array([], dtype=int), np.array([0]), np.array([3])])
+    # Third row: two others tie with the target, and ties count against it.
+    assert got.tolist() == [3, 2, 3]
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_target_without_a_finite_score_is_an_error(broken):
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate.ranks(np.array([[broken, 1.0]]), np.array([0]), [np.array([], dtype=int)])
+    with pytest.raises(ValueError, match="not ranked"):
+        evaluate.ranks(np.array([[0.0, 1.0]]), np.array([0]), [np.array([0])])
+
+
+def test_metrics_by_hand():
+    got = evaluate.metrics(np.array([1, 3, 11, 60]))
+    assert got["hr_at_10"] == pytest.approx(0.5)
+    assert got["hr_at_50"] == pytest.approx(0.75)
+    assert got["ndcg_at_10"] == pytest.approx((1 + 1 / math.log2(4)) / 4)
+    assert got["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 11 + 1 / 60) / 4)
+
+
+def tiny_dataset():
+    runs = [[0, 1, 2, 3], [1, 0, 1, 4], [1, 2, 0, 4]]
+    sequences = [Sequence(str(u), np.array(r), np.ones(len(r))) for u, r in enumerate(runs)]
+    return Dataset([str(i) for i in range(6)], [ItemText(title=str(i)) for i in range(6)], sequences)
+
+
+def test_popularity_counts_training_only_and_skips_what_the_user_met():
+    dataset = tiny_dataset()
+    events = [Event(0, 3), Event(1, 3), Event(2, 3)]
+    split = Split([3, 3, 3], [], events)
+    assert evaluate.popularity(dataset, split).tolist() == [3, 4, 2, 0, 0, 0]
+    # User 0 met 0, 1, 2; 3, 4, 5 tie at nothing, so the rank is 3. User 1 met 0 and 1, so 2 leads: rank 4.
+    assert evaluate.popularity_ranks(dataset, split, events).tolist() == [3, 4, 3]
+
+
+def test_an_item_met_before_can_be_the_target():
+    dataset = tiny_dataset()
+    assert evaluate.popularity_ranks(dataset, Split([3, 3, 3], [], []), [Event(1, 2)]).tolist() == [1]
+
+
+def test_tower_ranks_are_those_of_a_plain_loop():
+    import torch
+
+    dataset, pch = tiny_dataset(), small_pch()
+    content = torch.randn(6, 12)
+    events = [Event(0, 3), Event(1, 2), Event(2, 1), Event(2, 0)]
+    got = evaluate.tower_ranks(pch, content, dataset, events)
+    for event, rank in zip(events, got, strict=True):
+        run = dataset.sequences[event.user].items
+        state = pch.states(content[torch.from_numpy(run[: event.position])][None])[0, -1]
+        score = (pch.alone(content) @ state).tolist()
+        goal = run[event.position]
+        rivals = [i for i in range(6) if i not in run[: event.position] and i != goal]
+        assert rank == 1 + sum(score[i] >= score[goal] for i in rivals)
+
+
+def test_auc_by_hand():
+    # Pairs: .9 beats both; .4 beats .1 and ties with .4.
+    assert auc(np.array([0.9, 0.4, 0.1, 0.4]), np.array([1, 1, 0, 0])) == pytest.approx((1 + 1 + 1 + 0.5) / 4)
+    with pytest.raises(ValueError, match="both labels"):
+        auc(np.array([0.1]), np.array([1]))

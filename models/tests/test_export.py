@@ -1,0 +1,179 @@
+"""Every graph against PyTorch, at sizes that the exporter did not see, and nothing of this machine in any of them."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import DEFAULT, FIXTURE, small_pch
+from safetensors.torch import save_file
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
+
+from learn import bundle, export
+from learn.cvr import CvrConfig, CvrHead
+from learn.graphs import CvrGraph, EncoderGraph, ItemTowerGraph, UserTowerGraph
+
+GRAPHS = ("encoder.onnx", "user_tower.onnx", "item_tower.onnx", "cvr.onnx")
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+DECODER = COMMON | {"num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+def llama():
+    return LlamaModel(LlamaConfig(**DECODER))
+
+
+def qwen3():
+    return Qwen3Model(Qwen3Config(**DECODER, head_dim=8))
+
+
+def bert():
+    return BertModel(BertConfig(**COMMON, max_position_embeddings=64), add_pooling_layer=False)
+
+
+def ragged_batch(lengths, side):
+    ids = torch.randint(1, 64, (len(lengths), max(lengths)))
+    index = torch.arange(max(lengths))[None]
+    n = torch.tensor(lengths)[:, None]
+    mask = (index < n if side == "right" else index >= max(lengths) - n).long()
+    return ids * mask, mask
+
+
+def run(path, *arrays):
+    session = bundle.session(path)
+    names = [port.name for port in session.get_inputs()]
+    return session.run(None, {name: np.asarray(array) for name, array in zip(names, arrays, strict=True)})
+
+
+def wide(module):
+    """Larger weights than a fresh model has, so that attention is not uniform and mistakes are not small."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return module.eval()
+
+
+@pytest.mark.parametrize("build", [llama, qwen3, bert])
+def test_encoders_of_any_shape(build, tmp_path):
+    graph = EncoderGraph(wide(build())).eval()
+    onnx.save(export.encoder_model(graph), tmp_path / "encoder.onnx")
+    # BERT counts positions from the left whatever the mask says: padding there changes its answer in PyTorch too.
+    sides = ("right",) if build is bert else ("right", "left")
+    for side in sides:
+        for lengths in ([1], [5], [3, 9, 1], [2] * 5):
+            ids, mask = ragged_batch(lengths, side)
+            with torch.no_grad():
+                want = graph(ids, mask).numpy()
+                singles = [
+                    graph(i[m == 1][None], torch.ones(1, int(m.sum()), dtype=torch.int64))
+                    for i, m in zip(ids, mask, strict=True)
+                ]
+            (got,) = run(tmp_path / "encoder.onnx", ids, mask)
+            np.testing.assert_allclose(got, want, atol=2e-5)
+            # Padding and neighbours leave no trace in a row.
+            np.testing.assert_allclose(got, torch.cat(singles).numpy(), atol=2e-5)
+            np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["none", "learned"])
+def test_user_tower(positions, tmp_path):
+    graph = UserTowerGraph(small_pch(positions=positions)).eval()
+    onnx.save(export.user_tower_model(graph), tmp_path / "user.onnx")
+    for lengths, width in (([1], 1), ([0], 1), ([9], 9), ([4, 0, 9, 1], 9), ([2, 2], 6)):
+        content = torch.randn(len(lengths), width, 12)
+        mask = (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
+        (got,) = run(tmp_path / "user.onnx", content, mask)
+        states = graph.pch.states(content).detach()
+        want = states[torch.arange(len(lengths)), torch.tensor(lengths)]
+        np.testing.assert_allclose(got, want.numpy(), atol=2e-5)
+
+
+def test_item_tower(tmp_path):
+    graph = ItemTowerGraph(small_pch(positions="learned"))
+    onnx.save(export.item_tower_model(graph), tmp_path / "item.onnx")
+    for n_items in (1, 2, 7):
+        content = torch.randn(n_items, 12)
+        (got,) = run(tmp_path / "item.onnx", content)
+        np.testing.assert_allclose(got, graph.pch.states(content[:, None])[:, 1].detach().numpy(), atol=2e-5)
+
+
+def test_cvr(tmp_path):
+    head = CvrHead(CvrConfig(in_dim=6, fuse_dim=10, mid_dim=4)).eval()
+    onnx.save(export.cvr_model(CvrGraph(head)), tmp_path / "cvr.onnx")
+    for n_users, row in ((1, [0]), (1, [0, 0, 0]), (3, [2, 0, 2, 1]), (3, [1])):
+        user, item = torch.randn(n_users, 6), torch.randn(len(row), 6)
+        mid_emb, cvr = run(tmp_path / "cvr.onnx", user, item, torch.tensor(row))
+        pair = torch.nn.functional.gelu(
+            user[row] @ head.fuse_user.weight.T + head.fuse_user.bias + item @ head.fuse_item.weight.T
+        )
+        want = torch.nn.functional.gelu(head.mid(pair))
+        np.testing.assert_allclose(mid_emb, want.detach().numpy(), atol=1e-5)
+        np.testing.assert_allclose(cvr, head.out(want).sigmoid().squeeze(1).detach().numpy(), atol=1e-5)
+
+
+def test_linked_weights_give_the_same_answers_and_are_not_inline(tmp_path):
+    graph = EncoderGraph(wide(bert())).eval()
+    weights = tmp_path / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in graph.model.state_dict().items()}, weights)
+    inline = export.encoder_model(graph)
+    linked = onnx.ModelProto.FromString(inline.SerializeToString())
+    n_linked = export.link(linked, weights)
+    # Every matrix of the model is at least 24 x 24 x 4 bytes; six a layer, and two tables of embeddings.
+    assert n_linked >= 14
+    assert linked.ByteSize() < inline.ByteSize() / 2
+    onnx.save(linked, tmp_path / "encoder.onnx")
+    ids, mask = ragged_batch([4, 8], "right")
+    (got,) = run(tmp_path / "encoder.onnx", ids, mask)
+    np.testing.assert_allclose(got, graph(ids, mask).detach().numpy(), atol=2e-5)
+    flipped = bytearray(weights.read_bytes())
+    flipped[-4000:] = bytes(4000)
+    weights.write_bytes(flipped)
+    (broken,) = run(tmp_path / "encoder.onnx", ids, mask)
+    assert np.abs(broken - got).max() > 1e-3
+
+
+def test_equal_weights_are_stored_once_and_a_scalar_is_no_vector():
+    scalar = onnx.numpy_helper.from_array(np.array(1.0, np.float32), "scalar")
+    vector = onnx.numpy_helper.from_array(np.array([1.0], np.float32), "vector")
+    again = onnx.numpy_helper.from_array(np.array([1.0], np.float32), "again")
+    node = onnx.helper.make_node("Sum", ["scalar", "vector", "again"], ["out"])
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [], [scalar, vector, again]))
+    export.share_equal_weights(model)
+    assert [tensor.name for tensor in model.graph.initializer] == ["scalar", "vector"]
+    assert list(model.graph.node[0].input) == ["scalar", "vector", "vector"]
+
+
+@pytest.mark.parametrize("folder", [FIXTURE, DEFAULT], ids=["fixture", "default"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_no_trace_of_the_machine_that_exported(folder, name):
+    raw = (folder / name).read_bytes()
+    words = re.findall(rb"[ -~]{4,}", raw)
+    traces = [w for w in words if re.search(rb"/root|/work|/home|/tmp|site-packages|\.py\b", w)]
+    assert not traces
+    model = onnx.load(folder / name, load_external_data=False)
+    assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
+
+
+@pytest.mark.parametrize("folder", [FIXTURE, DEFAULT], ids=["fixture", "default"])
+def test_axes_are_dynamic_and_ports_are_named_as_the_format_says(folder):
+    signatures = (export.ENCODER, export.USER_TOWER, export.ITEM_TOWER, export.CVR)
+    for name, signature in zip(GRAPHS, signatures, strict=True):
+        graph = onnx.load(folder / name, load_external_data=False).graph
+        assert tuple(port.name for port in graph.input) == signature.inputs
+        assert tuple(port.name for port in graph.output) == signature.outputs
+        for port, axes in zip(graph.input, signature.axes, strict=True):
+            assert tuple(d.dim_param for d in port.type.tensor_type.shape.dim)[: len(axes)] == axes
+
+
+def test_gelu_and_layer_norm_stay_single_nodes():
+    kinds = [node.op_type for node in onnx.load(FIXTURE / "user_tower.onnx").graph.node]
+    assert "Gelu" in kinds and "LayerNormalization" in kinds
+    assert "Erf" not in kinds and "ReduceMean" not in kinds

@@ -1,0 +1,98 @@
+"""The towers: three ways through the same layers have to agree, and nothing may look ahead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import small_pch
+
+EXACT = {"rtol": 0, "atol": 2e-6}
+both_positions = pytest.mark.parametrize("positions", ["none", "learned"])
+
+
+def random_case(pch, lengths):
+    content = torch.randn(len(lengths), max(max(lengths), 1), pch.config.content_dim)
+    mask = (torch.arange(content.shape[1])[None] < torch.tensor(lengths)[:, None]).long()
+    return content, mask
+
+
+@both_positions
+def test_later_items_do_not_change_earlier_states(positions):
+    pch = small_pch(positions=positions)
+    content, _ = random_case(pch, [7, 7])
+    changed = content.clone()
+    changed[:, 4] += 1.0
+    before, after = pch.states(content), pch.states(changed)
+    torch.testing.assert_close(before[:, :5], after[:, :5], **EXACT)
+    # State j stands after j items, so state 5 is the first that has read item 4.
+    assert not torch.allclose(before[:, 5], after[:, 5], atol=1e-4)
+
+
+@both_positions
+def test_last_equals_the_naive_state_at_the_last_item(positions):
+    pch = small_pch(positions=positions)
+    lengths = [5, 0, 9, 1]
+    content, mask = random_case(pch, lengths)
+    naive = pch.states(content)[torch.arange(4), torch.tensor(lengths)]
+    torch.testing.assert_close(pch.last(content, mask), naive, **EXACT)
+
+
+def test_padding_is_invisible():
+    pch = small_pch()
+    content, mask = random_case(pch, [3, 6])
+    noisy = content.clone()
+    noisy[mask == 0] = 7.0
+    torch.testing.assert_close(pch.last(noisy, mask), pch.last(content, mask), **EXACT)
+    by_itself = pch.last(content[:1, :3], mask[:1, :3])
+    torch.testing.assert_close(pch.last(noisy, mask)[:1], by_itself, **EXACT)
+
+
+@both_positions
+def test_alone_equals_a_sequence_of_one(positions):
+    pch = small_pch(positions=positions)
+    content = torch.randn(5, 12)
+    torch.testing.assert_close(pch.alone(content), pch.states(content[:, None])[:, 1], **EXACT)
+    torch.testing.assert_close(pch.alone(content, pch.start_keys_values()), pch.alone(content), **EXACT)
+
+
+def test_alone_depends_on_the_item_alone():
+    pch = small_pch()
+    content = torch.randn(5, 12)
+    torch.testing.assert_close(pch.alone(content)[3:4], pch.alone(content[3:4]), **EXACT)
+
+
+def test_an_empty_history_gives_the_start_token_state():
+    pch = small_pch()
+    empty = torch.zeros(1, 1, dtype=torch.int64)
+    got = pch.last(torch.full((1, 1, 12), 3.0), empty)
+    torch.testing.assert_close(got, pch.states(torch.zeros(1, 0, 12))[:, 0], **EXACT)
+    with torch.no_grad():
+        # A change by a constant would vanish in the first norm.
+        pch.start[0] += 1.0
+    assert not torch.allclose(got, pch.last(torch.zeros(1, 1, 12), empty), atol=1e-4)
+
+
+def test_order_matters_only_through_causality_without_positions():
+    pch = small_pch(layers=1, positions="none")
+    content, mask = random_case(pch, [4])
+    swapped = content[:, [1, 0, 2, 3]]
+    torch.testing.assert_close(pch.last(content, mask), pch.last(swapped, mask), **EXACT)
+    learned = small_pch(layers=1, positions="learned")
+    assert not torch.allclose(learned.last(content, mask), learned.last(swapped, mask), atol=1e-4)
+
+
+def test_unit_output_has_length_one_and_raw_does_not():
+    content = torch.randn(4, 12)
+    torch.testing.assert_close(small_pch(output="unit").alone(content).norm(dim=1), torch.ones(4))
+    assert (small_pch(output="raw").alone(content).norm(dim=1) - 1).abs().max() > 1e-2
+
+
+def test_folding_the_standardisation_changes_no_output():
+    pch = small_pch()
+    content = torch.randn(50, 12) * 0.3 + 2.0
+    plain = pch.alone(content)
+    pch.standardise(content)
+    standardised = pch.alone(content)
+    assert not torch.allclose(plain, standardised, atol=1e-3)
+    pch.fold_standardisation()
+    torch.testing.assert_close(pch.alone(content), standardised, rtol=0, atol=1e-5)

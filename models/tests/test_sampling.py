@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from learn.sampling import recency_weights, two_stage, window
+
+
+def test_weights_are_those_of_the_paper():
+    a, b, n = 10.0, 10000.0, 5
+    raw = [math.log(a + i * (b - a) / (n - 1)) for i in range(n)]
+    assert recency_weights(n) == pytest.approx([w / raw[-1] for w in raw])
+    assert recency_weights(n)[0] == pytest.approx(0.25)  # log 10 / log 10000
+    assert recency_weights(1) == pytest.approx([1.0])
+
+
+def test_two_stage_keeps_order_and_prefers_recent():
+    rng = np.random.default_rng(0)
+    drawn = [two_stage(rng, 100, 40, 10) for _ in range(500)]
+    assert all(len(set(d)) == 10 and list(d) == sorted(d) for d in drawn)
+    counts = np.bincount(np.concatenate(drawn), minlength=100)
+    # The first event weighs a quarter of the last; a uniform sampler would not show it.
+    assert counts[90:].mean() > 1.1 * counts[:10].mean()
+
+
+def test_two_stage_takes_everything_of_a_short_sequence():
+    assert list(two_stage(np.random.default_rng(0), 7, 40, 10)) == list(range(7))
+    assert list(two_stage(np.random.default_rng(0), 10, 40, 10)) == list(range(10))
+
+
+def test_windows_are_full_at_the_tail_and_stay_inside():
+    rng = np.random.default_rng(0)
+    bounds = [window(rng, 30, 8) for _ in range(500)]
+    assert {end for _, end in bounds} == set(range(2, 31))
+    assert all(begin == max(0, end - 8) for begin, end in bounds)
+    assert window(rng, 1, 8) == (0, 1)
