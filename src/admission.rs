@@ -55,16 +55,20 @@ pub fn shed(reason: ShedReason) -> Error {
 /// When each part of a request has to be done, split from the moment at which its caller stops waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Deadlines {
-    /// Vectors that are not there by then miss this answer.
+    /// Content embeddings that are not there by then miss this answer.
     pub encode_by: Instant,
+    /// Item embeddings that are not there by then miss this answer.
+    pub embed_by: Instant,
     /// The answer is on its way by then.
     pub answer_by: Instant,
 }
 
 /// The answer's own way back: serialising and the wire.
-const WIRE: Reserve = Reserve { of: 10, at_most: Duration::from_millis(5) };
-/// Scoring what is there, once the wait for the encoder is over.
-const SCORING: Reserve = Reserve { of: 4, at_most: Duration::from_millis(20) };
+const WIRE: Reserve = Reserve { of: 10, at_most: Duration::from_millis(20) };
+/// Scoring what is there: what was cached is answered, however late the rest is.
+const SCORING: Reserve = Reserve { of: 4, at_most: Duration::from_millis(40) };
+/// The item tower over what the encoder gave, once the wait for it is over.
+const ITEM_TOWER: Reserve = Reserve { of: 8, at_most: Duration::from_millis(20) };
 
 /// One part in `of` of what is left, and no more than `at_most`.
 struct Reserve {
@@ -83,7 +87,8 @@ impl Deadlines {
     /// Splits what is left between `now` and `deadline`.
     pub fn split(now: Instant, deadline: Instant) -> Self {
         let answer_by = WIRE.before(deadline, now);
-        Deadlines { encode_by: SCORING.before(answer_by, now), answer_by }
+        let embed_by = SCORING.before(answer_by, now);
+        Deadlines { encode_by: ITEM_TOWER.before(embed_by, now), embed_by, answer_by }
     }
 }
 
@@ -104,11 +109,14 @@ mod tests {
     fn the_answer_leaves_before_the_caller_does() {
         let now = Instant::now();
         let at = |ms: u64| now + Duration::from_millis(ms);
-        assert_eq!(Deadlines::split(now, at(1000)), Deadlines { encode_by: at(975), answer_by: at(995) });
-        assert_eq!(
-            Deadlines::split(now, at(20)),
-            Deadlines { encode_by: now + Duration::from_micros(13_500), answer_by: at(18) }
-        );
-        assert_eq!(Deadlines::split(now, now), Deadlines { encode_by: now, answer_by: now });
+        let split = |encode_by, embed_by, answer_by| Deadlines { encode_by, embed_by, answer_by };
+        assert_eq!(Deadlines::split(now, at(1000)), split(at(920), at(940), at(980)));
+        for budget in [1, 5, 20, 50, 300, 60_000] {
+            let Deadlines { encode_by, embed_by, answer_by } = Deadlines::split(now, at(budget));
+            assert!(now < encode_by && encode_by < embed_by && embed_by < answer_by && answer_by < at(budget));
+            let waits = encode_by - now;
+            assert!(waits * 2 > at(budget) - now, "of {budget} ms only {waits:?} are left to wait for the encoder");
+        }
+        assert_eq!(Deadlines::split(now, now), split(now, now, now));
     }
 }

@@ -3,7 +3,6 @@
 use crate::{
     domain::{Matrix, Vector},
     inference::{GraphError, Input},
-    telemetry::events,
     towers::TowerGraphs,
 };
 
@@ -28,7 +27,6 @@ pub fn fuse(graphs: &mut TowerGraphs, user: &[f32], items: &[&Vector], mid_dim: 
         Input::I64 { shape: &[n], data: &rows },
     ];
     let outputs = graphs.cvr.run(&inputs, &[&[n, mid_dim], &[n]])?;
-    events::batch_ran("cvr", n);
     let [mid_emb, cvr] = <[Vec<f32>; 2]>::try_from(outputs)
         .map_err(|outputs| GraphError::OutputCount { found: outputs.len(), expected: 2 })?;
     Ok(Fused { mid_emb: Matrix { n_cols: mid_dim, data: mid_emb }, cvr })

@@ -1,7 +1,7 @@
 //! Validated settings. Every error of a config is reported at once.
 
 use super::{
-    keys::{Bound, KEYS, MODEL_KEYS, find},
+    keys::{Bound, KEYS, Key, MODEL_KEYS, find},
     raw::Raw,
 };
 use crate::{
@@ -218,8 +218,12 @@ fn library(path: &str) -> Option<PathBuf> {
 
 fn unknown_keys(raw: &Raw) -> Vec<Fault> {
     let nearest = |name: &str| {
-        let last = name.rsplit('.').next().unwrap_or(name);
-        let near = KEYS.iter().find(|key| key.name.ends_with(last) || name.ends_with(key.name));
+        let last = |name: &str| name.rsplit('.').next().unwrap_or_default().to_owned();
+        let likeness = |key: &&Key| {
+            let (whole, end) = (strsim::jaro(key.name, name), strsim::jaro(&last(key.name), &last(name)));
+            whole.max(end)
+        };
+        let near = KEYS.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b))).filter(|key| likeness(key) > 0.85);
         near.map_or_else(String::new, |key| format!(", did you mean {}?", key.name))
     };
     let unknown = raw.leaves.keys().filter(|name| find(name).is_none());

@@ -63,7 +63,6 @@ impl EncoderModel {
         let shape = [batch.len(), n_columns];
         let inputs = [Input::I64 { shape: &shape, data: &ids }, Input::I64 { shape: &shape, data: &mask }];
         let mut outputs = graph.run(&inputs, &[&[batch.len(), self.dim]])?;
-        events::encoder_batch_ran(batch.len(), ids.len());
         Ok(mem::take(&mut outputs[0]))
     }
 }
@@ -212,6 +211,8 @@ fn encode(model: &EncoderModel, graph: &mut Graph, jobs: Vec<EncodeJob>) {
         events::queue_left(QUEUE, start - job.enqueued);
     }
     let batch: Vec<&[i64]> = jobs.iter().map(|job| job.tokens.as_slice()).collect();
+    let n_columns = batch.iter().map(|ids| ids.len()).max().unwrap_or(0);
+    events::encoder_batch_ran(batch.len(), batch.len() * n_columns);
     match model.encode(graph, &batch) {
         Ok(vectors) => {
             for (job, vector) in jobs.into_iter().zip(vectors.chunks_exact(model.dim)) {

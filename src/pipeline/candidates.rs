@@ -7,10 +7,11 @@ use crate::{
     content::{Content, KnownItem, batcher::Priority},
     domain::{RowStatus, Vector},
     error::{Error, ShedReason},
-    inference::JobError,
+    inference::{GraphError, JobError},
     item_text::TextDigest,
     telemetry::events::{self, Lookups},
-    towers::{ItemKey, item_tower},
+    towers::{ItemKey, TowerGraphs, item_tower},
+    vector_cache::VectorCache,
 };
 use std::{collections::HashMap, time::Instant};
 
@@ -46,7 +47,7 @@ impl Pipeline {
             let contents = self.contents.embed(&model.encoder, &wanted, Priority::Request, deadlines.encode_by).await;
             events::stage_finished("content", start);
             n_shed = contents.iter().filter(|content| matches!(content, Content::Shed)).count();
-            let embedded = self.run_item_tower(model, &wanted, &contents, deadlines.answer_by).await?;
+            let embedded = self.run_item_tower(model, &wanted, &contents, deadlines.embed_by).await?;
             let mut places = places.into_iter();
             for row in rows.iter_mut().filter(|row| is_missing(row)) {
                 *row = places.next().map_or(Err(RowStatus::Failed), |i| embedded[i].clone().map(Some));
@@ -72,7 +73,9 @@ impl Pipeline {
         rows
     }
 
-    /// The item embeddings of those of `wanted` that have a content embedding; they are cached.
+    /// The item embeddings of those of `wanted` that have a content embedding.
+    ///
+    /// They are cached where they are computed: a result that comes too late for its caller is there for the next.
     pub(super) async fn run_item_tower(
         &self,
         model: &Model,
@@ -80,18 +83,26 @@ impl Pipeline {
         contents: &[Content],
         until: Instant,
     ) -> Result<Rows, Error> {
-        let start = Instant::now();
-        let inputs: Vec<Vector> = contents.iter().filter_map(Content::vector).cloned().collect();
+        let with_content = wanted.iter().zip(contents).filter_map(|(known, content)| {
+            Some((ItemKey { tower: model.tower_digest, text: known.digest }, content.vector()?.clone()))
+        });
+        let (keys, inputs): (Vec<ItemKey>, Vec<Vector>) = with_content.unzip();
         if inputs.is_empty() {
             return Ok(contents.iter().map(vector_or_status).collect());
         }
-        let dim = model.manifest.item_tower.dim;
-        let ran = model.towers.run(until, move |graphs| item_tower::embed(graphs, &inputs, dim)).await;
-        events::stage_finished("item_tower", start);
-        let embedded = match ran {
-            Ok(Ok(items)) => Ok(items),
+        let (dim, items) = (model.manifest.item_tower.dim, self.items.clone());
+        let job = move |graphs: &mut TowerGraphs| {
+            let start = Instant::now();
+            let embedded = item_tower::embed(graphs, &inputs, dim)?;
+            events::stage_finished("item_tower", start);
+            events::batch_ran("item_tower", inputs.len());
+            Ok(keys.into_iter().zip(embedded).map(|(key, item)| keep(&items, key, item)).collect::<Rows>())
+        };
+        let embedded: Result<Rows, RowStatus> = match model.towers.run(until, job).await {
+            Ok(Ok(rows)) => Ok(rows),
             Ok(Err(error)) => {
-                events::encode_failed(contents.len(), &error);
+                let error: GraphError = error;
+                events::item_tower_failed(contents.len(), &error);
                 Err(RowStatus::Failed)
             }
             Err(JobError::QueueFull) => {
@@ -102,20 +113,20 @@ impl Pipeline {
             Err(JobError::Panicked(_)) => Err(RowStatus::Failed),
         };
         let mut embedded = embedded.map(Vec::into_iter);
-        let row = |(known, content): (&KnownItem, &Content)| match &mut embedded {
+        let row = |content: &Content| match &mut embedded {
             _ if content.vector().is_none() => vector_or_status(content),
             Err(status) => Err(*status),
-            Ok(items) => items.next().ok_or(RowStatus::Failed).and_then(|item| self.keep_item(model, known, item)),
+            Ok(rows) => rows.next().unwrap_or(Err(RowStatus::Failed)),
         };
-        Ok(wanted.iter().zip(contents).map(row).collect())
+        Ok(contents.iter().map(row).collect())
     }
+}
 
-    fn keep_item(&self, model: &Model, known: &KnownItem, item: Vector) -> Result<Vector, RowStatus> {
-        if !item.iter().all(|x| x.is_finite()) {
-            events::vector_not_finite("item_tower");
-            return Err(RowStatus::Failed);
-        }
-        self.items.insert(ItemKey { tower: model.tower_digest, text: known.digest }, item.clone());
-        Ok(item)
+fn keep(items: &VectorCache<ItemKey>, key: ItemKey, item: Vector) -> Result<Vector, RowStatus> {
+    if !item.iter().all(|x| x.is_finite()) {
+        events::vector_not_finite("item_tower");
+        return Err(RowStatus::Failed);
     }
+    items.insert(key, item.clone());
+    Ok(item)
 }

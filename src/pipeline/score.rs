@@ -50,7 +50,8 @@ impl ScoreJob {
         }
         let scored = model.towers.run(answer_by, move |graphs| self.score(graphs)).await;
         match scored {
-            Ok(Ok(scores)) => Ok(scores),
+            Ok(Ok(scores)) if scores.user.iter().flatten().all(|x| x.is_finite()) => Ok(scores),
+            Ok(Ok(_)) => Err(Error::internal("scoring", "the user embedding is not finite")),
             Ok(Err(error)) => Err(Error::internal("scoring", error)),
             Err(JobError::Expired) => Err(Error::DeadlineExceeded),
             Err(error @ JobError::Panicked(_)) => Err(Error::internal("scoring", error)),
@@ -72,13 +73,15 @@ impl ScoreJob {
     fn score(&self, graphs: &mut TowerGraphs) -> Result<Scores, GraphError> {
         let start = Instant::now();
         let user = user_tower::embed(graphs, &self.history, self.user_dims)?;
-        events::stage_finished("towers", start);
+        events::stage_finished("user_tower", start);
+        events::batch_ran("user_tower", self.history.len());
         let mut scores = self.unscored();
         if self.needs_fusion() {
             let start = Instant::now();
             let items: Vec<&Vector> = self.items.iter().collect();
             scores.fused = Some(fusion::fuse(graphs, &user, &items, self.mid_dim)?);
-            events::stage_finished("fusion", start);
+            events::stage_finished("cvr", start);
+            events::batch_ran("cvr", items.len());
         }
         scores.user = Some(user);
         Ok(scores)

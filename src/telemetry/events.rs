@@ -132,6 +132,11 @@ pub fn encode_failed(n_items: usize, error: &dyn std::fmt::Display) {
     tracing::error!(n_items, cause = %error, "encoding failed");
 }
 
+/// The item tower failed for a whole batch; every item of it fails, none is cached.
+pub fn item_tower_failed(n_items: usize, error: &dyn std::fmt::Display) {
+    tracing::error!(n_items, cause = %error, "item tower failed");
+}
+
 /// A graph gave values that are not finite for one item.
 pub fn vector_not_finite(stage: &'static str) {
     tracing::error!(stage, "vector is not finite, not cached");

@@ -4,7 +4,6 @@ use super::TowerGraphs;
 use crate::{
     domain::Vector,
     inference::{GraphError, Input},
-    telemetry::events,
 };
 
 /// Items of one run at most: enough to fill a core, and the activations stay small.
@@ -17,7 +16,6 @@ pub fn embed(graphs: &mut TowerGraphs, contents: &[Vector], dim: usize) -> Resul
         let data = batch.concat();
         let shape = [batch.len(), data.len() / batch.len()];
         let outputs = graphs.item.run(&[Input::F32 { shape: &shape, data: &data }], &[&[batch.len(), dim]])?;
-        events::batch_ran("item_tower", batch.len());
         items.extend(outputs.iter().flat_map(|rows| rows.chunks_exact(dim)).map(Vector::from));
     }
     Ok(items)

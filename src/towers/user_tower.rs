@@ -4,7 +4,6 @@ use super::TowerGraphs;
 use crate::{
     domain::Vector,
     inference::{GraphError, Input},
-    telemetry::events,
 };
 
 /// The widths of the user tower.
@@ -29,6 +28,5 @@ pub fn embed(graphs: &mut TowerGraphs, history: &[Vector], dims: UserDims) -> Re
         Input::I64 { shape: &[1, n_positions], data: &mask },
     ];
     let mut outputs = graphs.user.run(&inputs, &[&[1, dims.user]])?;
-    events::batch_ran("user_tower", history.len());
     Ok(std::mem::take(&mut outputs[0]))
 }

@@ -49,7 +49,7 @@ fn everything_wrong_is_reported_at_once_with_key_value_and_bound() {
     let found = faults(text, &[("MIDEMB__CACHE__ITEM_MB", "-1")]);
     let expected = [
         "colour.red: unknown key",
-        "server.lissten: unknown key",
+        "server.lissten: unknown key, did you mean server.listen?",
         "server.listen: \"nowhere\" is not an IP address and a port, for example 127.0.0.1:50051",
         "telemetry.log_filter: \"a=b=c\" is not a tracing filter, for example info or midemb=debug,info",
         "inference.provider: \"tpu\" is not one of auto, cpu, cuda",

@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""Serve the shipped bundle on free ports, ask it, show what happened, stop it.
+
+    python3 deploy/demo.py            real requests, cold and then warm, and the cache metrics
+    python3 deploy/demo.py --bench    the standard workload W1 (further arguments go to `midemb bench`)
+
+`make demo` and `make bench` build first and call this. Standard library only.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MIDEMB = ROOT / "target" / "release" / "midemb"
+CONFIG = ROOT / "deploy" / "midemb.toml"
+START_WITHIN_SECONDS = 120
+STOP_WITHIN_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Server:
+    grpc: str
+    metrics: str
+
+    def scrape(self) -> str:
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=10) as answer:
+            return answer.read().decode()
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    """A server of its own, on ports that are free, stopped at the end as an orchestrator would."""
+    free_ports = {
+        "MIDEMB__SERVER__LISTEN": "127.0.0.1:0",
+        "MIDEMB__ADMIN__LISTEN": "127.0.0.1:0",
+        "MIDEMB__TELEMETRY__METRICS_LISTEN": "127.0.0.1:0",
+        "MIDEMB__TELEMETRY__LOG_FORMAT": "json",
+    }
+    with tempfile.TemporaryFile("w+") as log:
+        command = [str(MIDEMB), "serve", "--config", str(CONFIG)]
+        process = subprocess.Popen(command, env=os.environ | free_ports, stderr=subprocess.PIPE, text=True)
+        watchdog = threading.Timer(START_WITHIN_SECONDS, process.kill)
+        watchdog.start()
+        try:
+            yield wait_until_serving(process)
+        finally:
+            watchdog.cancel()
+            process.send_signal(signal.SIGTERM)
+            for line in process.stderr:
+                log.write(line)
+            code = process.wait(timeout=STOP_WITHIN_SECONDS)
+        if code != 0:
+            log.seek(0)
+            sys.exit(f"the server ended with {code}:\n{log.read()}")
+
+
+def wait_until_serving(process: subprocess.Popen) -> Server:
+    for line in process.stderr:
+        if not line.startswith("{"):
+            print(line, end="", file=sys.stderr)
+            continue
+        event = json.loads(line)
+        if event["message"] == "model loaded":
+            print(f"loaded {event['name']} {event['version']} on {event['provider']} in {event['load_ms']} ms")
+        elif event["message"] == "serving":
+            print(f"serving on {event['grpc']}, metrics on {event['metrics']}\n")
+            return Server(event["grpc"], event["metrics"])
+    sys.exit(f"the server did not start (exit code {process.wait()})")
+
+
+def run(*arguments: str) -> None:
+    print(f"$ midemb {' '.join(arguments)}", flush=True)
+    subprocess.run([str(MIDEMB), *arguments], check=True, cwd=ROOT)
+    print(flush=True)
+
+
+def lookups(scrape: str) -> dict[tuple[str, str], float]:
+    """Look-ups by (cache, result)."""
+    pattern = r'^midemb_cache_lookups_total\{cache="(\w+)",result="(\w+)"\} ([\d.]+)$'
+    return {(cache, result): float(n) for cache, result, n in re.findall(pattern, scrape, re.MULTILINE)}
+
+
+def show_caches(title: str, before: dict, after: dict) -> float:
+    """Print what the caches did between two scrapes; returns the hit rate over the two caches of vectors."""
+    print(title)
+    hits = total = 0.0
+    for cache in ("content", "item"):
+        counts = {r: after.get((cache, r), 0) - before.get((cache, r), 0) for r in ("hit", "miss", "coalesced")}
+        print(f"  {cache:8}" + "".join(f"{result} {n:<6.0f}" for result, n in counts.items()))
+        hits, total = hits + counts["hit"], total + sum(counts.values())
+    rate = hits / total
+    print(f"  hit rate {rate:.1f}" if rate in (0, 1) else f"  hit rate {rate:.3f}", end="\n\n", flush=True)
+    return rate
+
+
+def demo(server: Server) -> None:
+    empty = lookups(server.scrape())
+    print("The same page twice: at first nothing is cached, then everything is.\n")
+    run("query", "--server", server.grpc)
+    cold = lookups(server.scrape())
+    show_caches("caches, first request:", empty, cold)
+    run("query", "--server", server.grpc, "--ids-only", "--rows", "3")
+    warm = lookups(server.scrape())
+    rate = show_caches("caches, second request (ids alone):", cold, warm)
+    if rate != 1.0:
+        sys.exit("the second request was not answered from the caches")
+
+
+def main() -> None:
+    if not MIDEMB.exists():
+        sys.exit(f"{MIDEMB} is missing: run `make build`")
+    arguments = sys.argv[1:]
+    with serving() as server:
+        if arguments[:1] == ["--bench"]:
+            run("bench", "--server", server.grpc, "--metrics", server.metrics, *arguments[1:])
+        else:
+            demo(server)
+    print("server stopped")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+//! What is cached is not computed again, and what is identical is computed once.
+
+use crate::harness::{Server, film, films, history_statuses, ids, page, rows, statuses};
+use midemb::wire::proto::{FlushCacheRequest, GetStatusRequest, Item, WarmItemsRequest};
+
+#[tokio::test]
+async fn the_second_identical_request_runs_no_encoder_and_look_ups_add_up() {
+    let server = Server::start();
+    let mut client = server.client().await;
+    let request = page(films("seen", 5), films("candidate", 20));
+    let first = client.get_mid_emb(request.clone()).await.unwrap().into_inner();
+    let cold = server.scrape();
+    assert_eq!(cold.n_encoded(), 25.0);
+    let second = client.get_mid_emb(request).await.unwrap().into_inner();
+    let warm = server.scrape();
+    assert_eq!(warm.n_encoded(), 25.0, "the second request was encoded again");
+    assert_eq!(first.mid_emb, second.mid_emb);
+
+    let lookups = |scrape: &crate::harness::Scrape, cache: &str, result: &str| {
+        let (cache, result) = (format!("cache=\"{cache}\""), format!("result=\"{result}\""));
+        scrape.sum("midemb_cache_lookups_total", &[&cache, &result])
+    };
+    // Per request: 20 look-ups of item embeddings; 5 of content for the history, and 20 for candidates that missed.
+    assert_eq!(lookups(&cold, "item", "miss"), 20.0);
+    assert_eq!(lookups(&warm, "item", "hit"), 20.0);
+    assert_eq!(lookups(&warm, "content", "miss"), 25.0);
+    assert_eq!(lookups(&warm, "content", "hit"), 5.0);
+    assert_eq!(warm.sum("midemb_cache_lookups_total", &["cache=\"item\""]), 40.0);
+    assert_eq!(warm.sum("midemb_cache_lookups_total", &["cache=\"content\""]), 30.0);
+    assert_eq!(warm.sum("midemb_rows_total", &["status=\"ok\""]), 40.0);
+    let answered = ["method=\"GetMidEmb\"", "code=\"OK\"", "model=\"learn\""];
+    assert_eq!(warm.sum("midemb_requests_total", &answered), 2.0);
+    assert_eq!(warm.sum("midemb_request_duration_seconds_count", &["method=\"GetMidEmb\""]), 2.0);
+    assert_eq!(warm.sum("midemb_in_flight_requests", &[]), 0.0);
+    assert_eq!(warm.sum("midemb_queue_depth", &[]), 0.0);
+}
+
+#[tokio::test]
+async fn duplicates_of_one_request_are_encoded_once_and_answered_twice() {
+    let server = Server::start();
+    let twin = Item { id: "twin".to_owned(), ..film("a", "Alpha") };
+    let candidates = vec![film("a", "Alpha"), film("b", "Beta"), film("a", "Alpha"), twin];
+    let answer =
+        server.client().await.get_mid_emb(page(vec![film("a", "Alpha")], candidates)).await.unwrap().into_inner();
+    assert_eq!(statuses(&answer), ["OK"; 4]);
+    let mid_emb = rows(&answer.mid_emb);
+    assert_eq!(mid_emb[0], mid_emb[2]);
+    assert_eq!(mid_emb[0], mid_emb[3], "the same text under another id is the same item");
+    assert_ne!(mid_emb[0], mid_emb[1]);
+    assert_eq!(server.scrape().n_encoded(), 2.0);
+}
+
+#[tokio::test]
+async fn identical_misses_of_many_requests_are_encoded_once() {
+    let server = Server::start();
+    let client = server.client().await;
+    let requests = (0..16).map(|_| {
+        let mut client = client.clone();
+        tokio::spawn(
+            async move { client.get_mid_emb(page(films("h", 8), films("cold", 100))).await.unwrap().into_inner() },
+        )
+    });
+    for request in requests.collect::<Vec<_>>() {
+        assert_eq!(statuses(&request.await.unwrap()), ["OK"; 100]);
+    }
+    let scrape = server.scrape();
+    assert_eq!(scrape.n_encoded(), 108.0);
+    assert_eq!(scrape.sum("midemb_cache_lookups_total", &["cache=\"content\"", "result=\"miss\""]), 108.0);
+}
+
+#[tokio::test]
+async fn text_sent_once_is_remembered_and_the_newest_wins() {
+    let server = Server::start();
+    let mut client = server.client().await;
+    let unknown = client.get_mid_emb(page(ids(&films("x", 1)), ids(&films("x", 1)))).await.unwrap().into_inner();
+    assert_eq!((statuses(&unknown), history_statuses(&unknown)), (vec!["UNKNOWN_ITEM"], vec!["UNKNOWN_ITEM"]));
+    assert_eq!(rows(&unknown.mid_emb)[0], [0.0; 12], "a row that is not OK is all zeros");
+    assert_eq!(unknown.history_used, 0);
+
+    let told = client.get_mid_emb(page(vec![], vec![film("x-0", "old text")])).await.unwrap().into_inner();
+    let known = client.get_mid_emb(page(vec![], ids(&films("x", 1)))).await.unwrap().into_inner();
+    assert_eq!(told.mid_emb, known.mid_emb);
+    let changed = client.get_mid_emb(page(vec![], vec![film("x-0", "new text")])).await.unwrap().into_inner();
+    assert_ne!(told.mid_emb, changed.mid_emb);
+    let newest = client.get_mid_emb(page(vec![], ids(&films("x", 1)))).await.unwrap().into_inner();
+    assert_eq!(newest.mid_emb, changed.mid_emb);
+}
+
+#[tokio::test]
+async fn warmed_items_are_served_by_id_without_one_encoder_run() {
+    let server = Server::start();
+    let mut client = server.client().await;
+    let items = films("warm", 300);
+    let mut bad = vec![film("", "no id"), Item { id: "no text".to_owned(), text: None }, film("empty", "")];
+    bad[2].text.as_mut().unwrap().category.clear();
+    let chunks = vec![
+        WarmItemsRequest { items: items.clone() },
+        WarmItemsRequest { items: bad },
+        WarmItemsRequest { items: items[..10].to_vec() },
+    ];
+    let warmed = client.warm_items(tokio_stream::iter(chunks)).await.unwrap().into_inner();
+    assert_eq!(
+        (warmed.items, warmed.encoded, warmed.already_cached, warmed.invalid, warmed.failed),
+        (313, 300, 10, 3, 0)
+    );
+    assert_eq!(server.scrape().n_encoded(), 300.0);
+
+    let answer = client.get_mid_emb(page(ids(&items[..8]), ids(&items))).await.unwrap().into_inner();
+    assert_eq!(statuses(&answer), ["OK"; 300]);
+    let scrape = server.scrape();
+    assert_eq!(scrape.n_encoded(), 300.0);
+    assert_eq!(scrape.sum("midemb_cache_lookups_total", &["cache=\"item\"", "result=\"miss\""]), 0.0);
+}
+
+#[tokio::test]
+async fn operators_see_the_caches_and_empty_them() {
+    let server = Server::start();
+    let mut client = server.client().await;
+    client.get_mid_emb(page(vec![], films("c", 30))).await.unwrap();
+    let mut admin = server.admin().await;
+    let status = admin.get_status(GetStatusRequest {}).await.unwrap().into_inner();
+    assert!(status.ready);
+    let entries: Vec<(String, u64)> = status.caches.into_iter().map(|c| (c.cache, c.entries)).collect();
+    assert_eq!(entries, [("content".to_owned(), 30), ("item".to_owned(), 30), ("known_items".to_owned(), 30)]);
+    assert_eq!(server.scrape().sum("midemb_cache_entries", &["cache=\"content\""]), 30.0);
+
+    let refused = admin.flush_cache(FlushCacheRequest { cache: "contents".to_owned() }).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+    let flushed = admin.flush_cache(FlushCacheRequest { cache: String::new() }).await.unwrap().into_inner();
+    assert_eq!(flushed.entries_removed, 90);
+    let answer = client.get_mid_emb(page(vec![], films("c", 30))).await.unwrap().into_inner();
+    assert_eq!(statuses(&answer), ["OK"; 30]);
+    assert_eq!(server.scrape().n_encoded(), 60.0, "a flushed cache was still read");
+}
+
+#[tokio::test]
+async fn the_history_is_the_newest_count_and_order_matters() {
+    let server = Server::start();
+    let mut client = server.client().await;
+    // The fixture reads 8 history items.
+    let history = films("h", 11);
+    let long = client.get_mid_emb(page(history.clone(), films("c", 2))).await.unwrap().into_inner();
+    let mut expected = vec!["NOT_USED"; 3];
+    expected.extend(["OK"; 8]);
+    assert_eq!(history_statuses(&long), expected);
+    assert_eq!(long.history_used, 8);
+    let newest = client.get_mid_emb(page(history[3..].to_vec(), films("c", 2))).await.unwrap().into_inner();
+    assert_eq!(newest.user_emb, long.user_emb);
+    let reversed = history[3..].iter().rev().cloned().collect();
+    let reversed = client.get_mid_emb(page(reversed, films("c", 2))).await.unwrap().into_inner();
+    assert_ne!(reversed.user_emb, long.user_emb);
+    let empty = client.get_mid_emb(page(vec![], films("c", 2))).await.unwrap().into_inner();
+    assert_eq!(empty.history_used, 0);
+    assert_eq!(statuses(&empty), ["OK"; 2]);
+    assert_ne!(empty.user_emb, long.user_emb);
+}

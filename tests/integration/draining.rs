@@ -1,0 +1,71 @@
+//! SIGTERM: what was accepted is answered, what comes later is not accepted, and the process ends well.
+
+use crate::harness::{Server, films, page, shipped, statuses};
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+use tonic::Code;
+
+#[tokio::test]
+async fn requests_under_way_are_answered_after_sigterm() {
+    let server = Server::start_with(&shipped(), "limits.default_deadline_ms = 60000");
+    // One connection each, as ranking services have them.
+    let mut calls = Vec::new();
+    for i in 0..12 {
+        let mut client = server.client().await;
+        let request = page(films("h", 4), films(&format!("page-{i}"), 12));
+        calls.push(tokio::spawn(async move { client.get_mid_emb(request).await }));
+    }
+    while server.scrape().sum("midemb_in_flight_requests", &[]) < 12.0 {
+        tokio::task::yield_now().await;
+    }
+    server.signal("TERM");
+    for call in calls {
+        let answer = call.await.unwrap().expect("an accepted request was lost").into_inner();
+        assert_eq!(statuses(&answer), ["OK"; 12]);
+    }
+    server.wait_for_log("stopped");
+    assert!(server.wait().success());
+}
+
+/// Hot traffic over the moment of the signal: every call either succeeds or was never accepted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sigterm_under_load_loses_no_accepted_request() {
+    let server = Server::start();
+    let n_answered = Arc::new(AtomicUsize::new(0));
+    let mut loops = Vec::new();
+    for i in 0..8 {
+        let mut client = server.client().await;
+        let n_answered = Arc::clone(&n_answered);
+        loops.push(tokio::spawn(async move {
+            loop {
+                match client.get_mid_emb(page(films("h", 8), films(&format!("{i}"), 50))).await {
+                    Ok(answer) => assert_eq!(statuses(answer.get_ref()), ["OK"; 50]),
+                    Err(status) => return status,
+                }
+                n_answered.fetch_add(1, Ordering::SeqCst);
+            }
+        }));
+    }
+    while n_answered.load(Ordering::SeqCst) < 200 {
+        tokio::task::yield_now().await;
+    }
+    server.signal("TERM");
+    for call in loops {
+        let status = call.await.unwrap();
+        // The connection was closed before the call was sent, or a new one was refused: nothing was accepted.
+        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    }
+    assert!(server.wait().success());
+}
+
+#[tokio::test]
+async fn readiness_follows_the_server() {
+    let server = Server::start();
+    assert_eq!(server.get("/livez"), (200, "ok\n".to_owned()));
+    assert_eq!(server.get("/readyz"), (200, "ready\n".to_owned()));
+    assert_eq!(server.get("/nothing").0, 404);
+    server.signal("INT");
+    assert!(server.wait().success());
+}

@@ -1,0 +1,270 @@
+//! Starts the real binary on free ports, talks to it, reads its metrics, and stops it.
+
+use midemb::wire::proto::{
+    GetMidEmbRequest, GetMidEmbResponse, Item, ItemText, Output, Tensor, admin_service_client::AdminServiceClient,
+    mid_emb_service_client::MidEmbServiceClient,
+};
+use serde_json::Value;
+use std::{
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Output as ProcessOutput, Stdio},
+    sync::mpsc,
+    time::Duration,
+};
+use tempfile::TempDir;
+use tonic::transport::Channel;
+
+pub(crate) type Client = MidEmbServiceClient<Channel>;
+
+/// No step of any test takes so long on a machine that works.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The tiny bundle that is made for tests.
+pub(crate) fn fixture() -> PathBuf {
+    root().join("tests/fixtures/bundle")
+}
+
+/// The bundle that is shipped; `make setup` fetches its encoder's weights.
+pub(crate) fn shipped() -> PathBuf {
+    root().join("models/default")
+}
+
+/// The binary, away from any settings of the caller's environment.
+pub(crate) fn midemb() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_midemb"));
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("MIDEMB__")) {
+        command.env_remove(name);
+    }
+    command.current_dir(root()).env("RUST_BACKTRACE", "0");
+    command
+}
+
+/// Runs one command to its end.
+pub(crate) fn run(arguments: &[&str]) -> ProcessOutput {
+    midemb().args(arguments).output().unwrap()
+}
+
+/// A config on free ports that serves `bundle`, and the folder it lies in.
+pub(crate) fn config(bundle: &Path, more: &str) -> (TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("midemb.toml");
+    let text = format!(
+        "server.listen = \"127.0.0.1:0\"\nadmin.listen = \"127.0.0.1:0\"\n\
+         telemetry.metrics_listen = \"127.0.0.1:0\"\ntelemetry.log_format = \"json\"\n{more}\n\
+         [[models]]\nname = \"learn\"\nbundle = {:?}\n",
+        bundle.display().to_string()
+    );
+    std::fs::write(&path, text).unwrap();
+    (folder, path)
+}
+
+/// A running server; killed when dropped.
+pub(crate) struct Server {
+    child: Child,
+    log: mpsc::Receiver<String>,
+    pub(crate) grpc: String,
+    pub(crate) admin: String,
+    pub(crate) metrics: String,
+    _folder: TempDir,
+}
+
+impl Server {
+    /// Serves the fixture bundle.
+    pub(crate) fn start() -> Self {
+        Self::start_with(&fixture(), "")
+    }
+
+    /// Serves `bundle` with `more` lines of config (dotted keys).
+    pub(crate) fn start_with(bundle: &Path, more: &str) -> Self {
+        let (folder, path) = config(bundle, more);
+        let mut child = midemb().arg("serve").arg("--config").arg(&path).stderr(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let (sender, log) = mpsc::channel();
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| drop(sender.send(line))));
+        let mut server =
+            Server { child, log, grpc: String::new(), admin: String::new(), metrics: String::new(), _folder: folder };
+        let serving = server.wait_for_log("serving");
+        let address = |name: &str| serving[name].as_str().unwrap().to_owned();
+        (server.grpc, server.admin, server.metrics) = (address("grpc"), address("admin"), address("metrics"));
+        server
+    }
+
+    /// The first log line from now on with this message.
+    pub(crate) fn wait_for_log(&self, message: &str) -> Value {
+        loop {
+            let line =
+                self.log.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("the server never logged {message:?}"));
+            let Ok(line) = serde_json::from_str::<Value>(&line) else { panic!("not a JSON log line: {line}") };
+            if line["message"] == message {
+                return line;
+            }
+        }
+    }
+
+    pub(crate) async fn channel(&self) -> Channel {
+        Channel::from_shared(format!("http://{}", self.grpc)).unwrap().connect().await.unwrap()
+    }
+
+    pub(crate) async fn client(&self) -> Client {
+        Client::new(self.channel().await).max_decoding_message_size(64 << 20)
+    }
+
+    pub(crate) async fn admin(&self) -> AdminServiceClient<Channel> {
+        let url = format!("http://{}", self.admin);
+        AdminServiceClient::new(Channel::from_shared(url).unwrap().connect().await.unwrap())
+    }
+
+    pub(crate) fn get(&self, path: &str) -> (u16, String) {
+        http_get(&format!("http://{}{path}", self.metrics))
+    }
+
+    /// Everything the server counts, right now.
+    pub(crate) fn scrape(&self) -> Scrape {
+        let (status, text) = self.get("/metrics");
+        assert_eq!(status, 200);
+        Scrape(text)
+    }
+
+    pub(crate) fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+    }
+
+    /// Waits until the process ends by itself: its log ends with it.
+    pub(crate) fn wait(mut self) -> ExitStatus {
+        while self.log.recv_timeout(PATIENCE).is_ok() {}
+        self.child.wait().unwrap()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub(crate) fn http_get(url: &str) -> (u16, String) {
+    let agent: ureq::Agent =
+        ureq::Agent::config_builder().timeout_global(Some(PATIENCE)).http_status_as_error(false).build().into();
+    let mut response = agent.get(url).call().unwrap();
+    (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
+}
+
+/// One reading of `/metrics`.
+pub(crate) struct Scrape(pub(crate) String);
+
+impl Scrape {
+    /// The sum of all series of `name` whose labels hold all of `labels`, such as `cache="item"`.
+    pub(crate) fn sum(&self, name: &str, labels: &[&str]) -> f64 {
+        let lines = self.0.lines().filter_map(|line| line.strip_prefix(name));
+        let series = lines.filter(|rest| rest.starts_with('{') || rest.starts_with(' '));
+        let matching = series.filter(|rest| labels.iter().all(|label| rest.contains(label)));
+        matching.map(|rest| rest.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+    }
+
+    /// Items that the encoder ran over.
+    pub(crate) fn n_encoded(&self) -> f64 {
+        self.sum("midemb_batch_items_sum", &["stage=\"encode\""])
+    }
+}
+
+pub(crate) fn film(id: &str, title: &str) -> Item {
+    let text = ItemText { title: title.to_owned(), category: "Drama".to_owned(), ..ItemText::default() };
+    Item { id: id.to_owned(), text: Some(text) }
+}
+
+/// `n` items whose ids and texts start with `prefix`.
+pub(crate) fn films(prefix: &str, n: usize) -> Vec<Item> {
+    (0..n).map(|i| film(&format!("{prefix}-{i}"), &format!("{prefix} part {i}"))).collect()
+}
+
+pub(crate) fn ids(items: &[Item]) -> Vec<Item> {
+    items.iter().map(|item| Item { id: item.id.clone(), text: None }).collect()
+}
+
+pub(crate) const ALL_OUTPUTS: [Output; 4] = [Output::MidEmb, Output::Cvr, Output::UserEmb, Output::ItemEmb];
+
+pub(crate) fn page(history: Vec<Item>, candidates: Vec<Item>) -> GetMidEmbRequest {
+    GetMidEmbRequest {
+        user_id: "user".to_owned(),
+        history,
+        candidates,
+        outputs: ALL_OUTPUTS.map(i32::from).to_vec(),
+        ..Default::default()
+    }
+}
+
+/// The statuses of an answer, short.
+pub(crate) fn statuses(answer: &GetMidEmbResponse) -> Vec<&'static str> {
+    answer.statuses().map(|status| status.as_str_name().trim_start_matches("ROW_STATUS_")).collect()
+}
+
+pub(crate) fn history_statuses(answer: &GetMidEmbResponse) -> Vec<&'static str> {
+    answer.history_statuses().map(|status| status.as_str_name().trim_start_matches("ROW_STATUS_")).collect()
+}
+
+pub(crate) fn floats(tensor: &Option<Tensor>) -> Vec<f32> {
+    let tensor = tensor.as_ref().expect("the tensor was asked for");
+    assert_eq!(tensor.dtype, 1, "not F32");
+    let values: Vec<f32> = tensor.data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    assert_eq!(values.len(), tensor.shape.iter().product::<u32>() as usize, "shape and data differ");
+    values
+}
+
+pub(crate) fn rows(tensor: &Option<Tensor>) -> Vec<Vec<f32>> {
+    let width = tensor.as_ref().unwrap().shape[1] as usize;
+    floats(tensor).chunks(width).map(<[f32]>::to_vec).collect()
+}
+
+/// A copy of the fixture bundle to break.
+pub(crate) struct BrokenBundle(TempDir);
+
+impl BrokenBundle {
+    pub(crate) fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(fixture()).unwrap() {
+            let path = entry.unwrap().path();
+            std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+        }
+        BrokenBundle(folder)
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        self.0.path()
+    }
+
+    pub(crate) fn path(&self, file: &str) -> PathBuf {
+        self.0.path().join(file)
+    }
+
+    /// Changes a text file.
+    pub(crate) fn edit(&self, file: &str, change: impl FnOnce(String) -> String) {
+        let text = std::fs::read_to_string(self.path(file)).unwrap();
+        let changed = change(text.clone());
+        assert_ne!(text, changed, "nothing was changed");
+        std::fs::write(self.path(file), changed).unwrap();
+    }
+
+    /// Overwrites a file and makes the manifest agree with it: what is wrong is found behind the digests.
+    pub(crate) fn replace(&self, file: &str, bytes: &[u8]) {
+        std::fs::File::create(self.path(file)).unwrap().write_all(bytes).unwrap();
+        let digest = midemb::bundle::digest::sha256(bytes);
+        self.edit("manifest.toml", |manifest| {
+            let mut manifest: toml::Table = manifest.parse().unwrap();
+            for entry in manifest["files"].as_array_mut().unwrap() {
+                if entry["path"].as_str() == Some(file) {
+                    entry["sha256"] = digest.clone().into();
+                    entry["bytes"] = (bytes.len() as i64).into();
+                }
+            }
+            manifest.to_string()
+        });
+    }
+}
