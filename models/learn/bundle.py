@@ -55,13 +55,8 @@ class Bundle:
     head: CvrHead
     golden_items: Sequence[ItemText]
     provenance: Mapping[str, Any]
-    # File name -> where set-up fetches it from. Names the encoder's weights here too if its graph links into them.
+    # File name -> where set-up fetches it from, for files that are not kept in git.
     fetched: Mapping[str, Fetched] = field(default_factory=dict)
-
-    @property
-    def links_weights(self) -> bool:
-        """True if the encoder graph points into the weights file instead of holding weights."""
-        return "model.safetensors" in self.fetched
 
 
 def write(bundle: Bundle, out: Path) -> None:
@@ -79,7 +74,7 @@ def write(bundle: Bundle, out: Path) -> None:
 def _write_files(bundle: Bundle, folder: Path) -> None:
     encoder = bundle.encoder
     shutil.copyfile(encoder.tokenizer_path, folder / "tokenizer.json")
-    _write_encoder(bundle, folder)
+    _write_encoder(encoder, folder)
     onnx.save(export.user_tower_model(UserTowerGraph(bundle.pch)), folder / "user_tower.onnx")
     onnx.save(export.item_tower_model(ItemTowerGraph(bundle.pch)), folder / "item_tower.onnx")
     onnx.save(export.cvr_model(CvrGraph(bundle.head)), folder / "cvr.onnx")
@@ -87,19 +82,24 @@ def _write_files(bundle: Bundle, folder: Path) -> None:
     (folder / "manifest.toml").write_text(tomli_w.dumps(manifest(bundle, folder)))
 
 
-def _write_encoder(bundle: Bundle, folder: Path) -> None:
-    model = export.encoder_model(bundle.encoder.graph)
+def _write_encoder(encoder: Encoder, folder: Path) -> None:
+    model = export.encoder_model(encoder.graph)
     path = folder / "encoder.onnx"
-    if bundle.links_weights:
-        assert bundle.encoder.weights is not None, "a linked encoder was loaded from a file"
-        shutil.copyfile(bundle.encoder.weights, folder / "model.safetensors")
-        if export.link(model, folder / "model.safetensors") == 0:
-            raise ValueError(f"no weight of the encoder was found in {bundle.encoder.weights}")
-        onnx.save(model, path)
-    elif model.ByteSize() <= INLINE_UP_TO_BYTES:
+    is_linked = encoder.weights is not None and _linked(model, encoder.weights, folder)
+    if is_linked or model.ByteSize() <= INLINE_UP_TO_BYTES:
         onnx.save(model, path)
     else:
         onnx.save(model, path, save_as_external_data=True, location="encoder.weights", size_threshold=1024)
+
+
+def _linked(model: onnx.ModelProto, weights: Path, folder: Path) -> bool:
+    """Copies the weights and links into them; false, and no copy, if they hold nothing of the graph (other dtypes)."""
+    copy = folder / "model.safetensors"
+    shutil.copyfile(weights, copy)
+    if export.link(model, copy):
+        return True
+    copy.unlink()
+    return False
 
 
 def _part(name: str) -> str:

@@ -30,6 +30,7 @@ BATCH = 64
 class Encoder:
     """A frozen model with its tokenizer. `weights` and `tokenizer_path` are the files that were read."""
 
+    name: str
     graph: EncoderGraph
     tokenizer: Tokenizer
     tokenizer_path: Path
@@ -70,13 +71,15 @@ def pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.
     return input_ids, mask
 
 
-def wrap(model: nn.Module, tokenizer_path: Path, max_tokens: int, pad_id: int, weights: Path | None = None) -> Encoder:
+def wrap(
+    name: str, model: nn.Module, tokenizer_path: Path, max_tokens: int, pad_id: int, weights: Path | None = None
+) -> Encoder:
     """A model in memory -> an encoder. The tokenizer's own padding and truncation are overridden, as in the server."""
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens, direction="right")
     graph = EncoderGraph(model.eval().requires_grad_(False)).eval()
-    return Encoder(graph, tokenizer, tokenizer_path, max_tokens, pad_id, model.config.hidden_size, weights)
+    return Encoder(name, graph, tokenizer, tokenizer_path, max_tokens, pad_id, model.config.hidden_size, weights)
 
 
 def load(folder: Path, max_tokens: int) -> Encoder:
@@ -88,12 +91,12 @@ def load(folder: Path, max_tokens: int) -> Encoder:
     if (folder / "config.json").is_file():
         model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         pad_id = model.config.pad_token_id if model.config.pad_token_id is not None else 0
-        return wrap(model, tokenizer, max_tokens, pad_id, weights)
+        return wrap(folder.resolve().name, model, tokenizer, max_tokens, pad_id, weights)
     model = BertModel(minilm.config(), add_pooling_layer=False)
     missing, _unused = model.load_state_dict(load_file(weights), strict=False)
     if missing:
         raise ValueError(f"{weights}: lacks {len(missing)} tensors of all-MiniLM-L6-v2, the first is {missing[0]}")
-    return wrap(model, tokenizer, max_tokens, minilm.PAD_ID, weights)
+    return wrap(minilm.NAME, model, tokenizer, max_tokens, minilm.PAD_ID, weights)
 
 
 def cache_key(encoder: Encoder, prompts: Sequence[str]) -> str:

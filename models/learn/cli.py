@@ -43,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     raw.add_argument("--data", type=Path, required=True, help="MovieLens folder in its original files")
     bundle = argparse.ArgumentParser(add_help=False)
     bundle.add_argument("--out", type=Path, default=HERE / "default", help="folder of the bundle")
-    bundle.add_argument("--bundle-version", default="1")
+    bundle.add_argument("--name", default="learn-minilm-ml-small", help="name in the manifest")
+    bundle.add_argument("--bundle-version", default="1", help="version in the manifest")
     bundle.add_argument("--source", default=SOURCE, help="what the manifest says of the data")
     steps = argparse.ArgumentParser(add_help=False)
     steps.add_argument("--steps", type=int, help="optimiser steps of the towers")
@@ -105,7 +106,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    _run(arguments).export(arguments.out, arguments.bundle_version, arguments.source)
+    from learn.default import Label
+
+    _run(arguments).export(arguments.out, Label(arguments.name, arguments.bundle_version), arguments.source)
 
 
 def _all(arguments: argparse.Namespace) -> None:

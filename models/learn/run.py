@@ -14,7 +14,7 @@ Nothing is read from anywhere else but the encoder's folder.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,12 @@ class Run:
         return torch.from_numpy(ceg.encode_cached(self.load_encoder(), prompts, self.folder / "cache"))
 
     def train(self, config: TrainConfig, sizes: PchConfig) -> None:
-        """Trains and keeps the towers."""
+        """Trains and keeps the towers; `sizes.content_dim` is whatever the encoder gives."""
         dataset = self.dataset()
         split = data.split(dataset.sequences, self.split)
-        pch = train(config, sizes, self.content(dataset), dataset, split, self.folder / "train.jsonl")
+        content = self.content(dataset)
+        sizes = replace(sizes, content_dim=content.shape[1])
+        pch = train(config, sizes, content, dataset, split, self.folder / "train.jsonl")
         _save(self.folder / "towers.pt", pch, sizes)
 
     def towers(self) -> Pch:
@@ -99,8 +101,8 @@ class Run:
         figures |= {"n_users": len(dataset.sequences), "n_items": len(dataset.item_ids), "n_test": len(split.test)}
         _report(self.folder / "metrics.json", figures)
 
-    def export(self, out: Path, number: str, source: str) -> None:
-        """The run's models -> the shipped bundle."""
+    def export(self, out: Path, label: default.Label, source: str) -> None:
+        """The run's models -> a bundle."""
         figures = {}
         for name in ("metrics.json", "cvr.json"):
             figures |= json.loads((self.folder / name).read_text())
@@ -109,7 +111,7 @@ class Run:
         figures |= {"seed": config["seed"], "steps": config["steps"]}
         figures |= {"held_out_test": self.split.n_test, "held_out_validation": self.split.n_validation}
         facts = {"data": source, "metrics": {name: _rounded(value) for name, value in figures.items()}}
-        default.write_default(self.load_encoder(), self.towers(), self.head(), facts, out, number)
+        default.write_default(self.load_encoder(), self.towers(), self.head(), facts, out, label)
 
 
 def _save(path: Path, module: torch.nn.Module, sizes: Any) -> None:

@@ -1,0 +1,52 @@
+"""From raw files to a verified bundle with somebody else's encoder, by the commands that a person would type."""
+
+from __future__ import annotations
+
+import tomllib
+
+import torch
+from conftest import write_movielens
+
+from learn import bundle, fixture
+from learn.cli import main
+
+
+def test_every_step_in_one_go_with_an_encoder_of_ones_own(tmp_path):
+    films = [(i, f"Film number {i}", "Drama|War" if i % 2 else "Comedy") for i in range(1, 21)]
+    ratings = [(u, (u * 3 + i) % 20 + 1, 5.0 if (u + i) % 2 else 2.0, i) for u in range(1, 13) for i in range(8)]
+    write_movielens(tmp_path / "ml", ratings, films)
+    torch.manual_seed(0)
+    fixture.encoder_model().save_pretrained(tmp_path / "encoder")
+    fixture.byte_tokenizer().save(str(tmp_path / "encoder" / "tokenizer.json"))
+    where = ["--data", tmp_path / "ml", "--run", tmp_path / "run", "--encoder", tmp_path / "encoder"]
+    made = ["--out", tmp_path / "out", "--name", "own", "--bundle-version", "7", "--source", "made up"]
+    assert main(["all", *map(str, where + made), "--steps", "3", "--threads", "1"]) == 0
+
+    manifest = tomllib.loads((tmp_path / "out" / "manifest.toml").read_text())
+    assert (manifest["name"], manifest["version"]) == ("own", "7")
+    assert manifest["encoder"]["dim"] == 32
+    # Its weights lie in the bundle and are linked; nothing is said to come from a package.
+    assert not any("pypi" in entry for entry in manifest["files"])
+    sizes = {entry["path"]: entry["bytes"] for entry in manifest["files"]}
+    assert sizes["model.safetensors"] > 2 * sizes["encoder.onnx"]
+    assert manifest["provenance"]["data"] == "made up"
+    assert manifest["provenance"]["metrics"]["n_users"] == 12
+    bundle.verify(tmp_path / "out")
+
+
+def test_weights_too_large_for_one_file_lie_beside_the_graph(tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle, "INLINE_UP_TO_BYTES", 0)
+    encoder = fixture.build(tmp_path / "tokenizer.json").encoder
+    (tmp_path / "out").mkdir()
+    bundle._write_encoder(encoder, tmp_path / "out")
+    assert (tmp_path / "out" / "encoder.weights").stat().st_size > 100_000
+    ids = torch.tensor(encoder.tokenize(["a lamp and a cup of tea"]))
+    feeds = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    (got,) = bundle.session(tmp_path / "out" / "encoder.onnx").run(None, feeds)
+    bundle.compare("encoder", got, encoder.graph(ids, torch.ones_like(ids)).detach().numpy())
+
+
+def test_what_a_user_can_mend_is_one_line(tmp_path, capsys):
+    assert main(["prepare", "--data", str(tmp_path / "nowhere"), "--run", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("learn: ") and "nowhere" in error and error.count("\n") == 1
