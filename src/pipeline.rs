@@ -200,3 +200,49 @@ fn vector_or_status(content: &Content) -> Result<Vector, RowStatus> {
 fn nothing_ready(n_shed: usize) -> Error {
     if n_shed > 0 { shed(ShedReason::EncoderQueue) } else { Error::DeadlineExceeded }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Outputs;
+
+    fn pipeline() -> Pipeline {
+        Pipeline::new(PipelineConfig {
+            content_cache_bytes: 1 << 20,
+            item_cache_bytes: 1 << 20,
+            known_items_bytes: 1 << 20,
+            max_text_bytes: 100,
+            max_in_flight: 1,
+        })
+    }
+
+    #[tokio::test]
+    async fn a_server_without_a_model_is_unavailable_and_gives_its_permit_back() {
+        let pipeline = pipeline();
+        for _ in 0..2 {
+            let request = MidEmbRequest {
+                user_id: "u".to_owned(),
+                history: Vec::new(),
+                candidates: vec![Item { id: "a".to_owned(), text: None }],
+                model: None,
+                outputs: Outputs::default(),
+                deadline: Instant::now() + Duration::from_secs(1),
+            };
+            let answer = pipeline.get_mid_emb(request, |_| ()).await;
+            assert!(matches!(answer, Err(Error::Unavailable(_))), "{answer:?}");
+        }
+        assert!(matches!(pipeline.warm_items(Vec::new()).await, Err(Error::Unavailable(_))));
+    }
+
+    #[test]
+    fn overload_is_told_before_lateness() {
+        assert!(matches!(nothing_ready(1), Error::Shed { reason: ShedReason::EncoderQueue, .. }));
+        assert!(matches!(nothing_ready(0), Error::DeadlineExceeded));
+    }
+
+    #[test]
+    fn a_cache_that_is_not_there_cannot_be_flushed() {
+        assert_eq!(pipeline().flush(Some("contents")), None);
+        assert_eq!(pipeline().flush(None), Some(0));
+    }
+}

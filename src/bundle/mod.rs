@@ -1,6 +1,6 @@
 //! Bundles: folders of graphs that are complete, immutable and checked before they serve.
 //!
-//! [`manifest`] reads `manifest.toml`, [`digest`] holds every file to it, [`load`] makes a running [`Model`] of it,
+//! [`manifest`] reads `manifest.toml`, [`digest`] holds every file to it, [`mod@load`] makes a running [`Model`] of it,
 //! [`golden`] compares what the graphs give here with what PyTorch gave in training, and [`registry`] routes requests to
 //! the models that serve.
 

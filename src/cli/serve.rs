@@ -19,13 +19,17 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let settings = Settings::load(Some(&args.config))?;
     logs::install(settings.log_format, &settings.log_filter)?;
     let recorder = Recorder::install()?;
+    logs::install_panic_hook();
     let runtime = tokio::runtime::Builder::new_multi_thread().thread_name("io").enable_all().build()?;
-    runtime.block_on(async {
+    let served = runtime.block_on(async {
         let stop = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
         let listeners = Listeners::bind(&settings).await?;
         server::run(settings, listeners, recorder, first(stop)).await?;
         Ok(())
-    })
+    });
+    // What is left has outlived its grace period, or is a load that nobody waits for any more.
+    runtime.shutdown_background();
+    served
 }
 
 async fn first([mut terminate, mut interrupt]: [Signal; 2]) {

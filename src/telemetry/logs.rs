@@ -49,3 +49,13 @@ pub fn install(format: LogFormat, filter: &str) -> Result<(), LogError> {
     }
     .map_err(LogError::Install)
 }
+
+/// Logs panics as any other event. They fail their own job and no more; see `inference::pool`.
+pub fn install_panic_hook() {
+    std::panic::set_hook(Box::new(|panic| {
+        let location = panic.location().map(ToString::to_string).unwrap_or_default();
+        let message = panic.payload_as_str().unwrap_or("no message");
+        let thread = std::thread::current();
+        tracing::error!(location, thread = thread.name().unwrap_or_default(), panic = message, "panicked");
+    }));
+}

@@ -46,8 +46,9 @@ class Bundle:
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / self.manifest["encoder"]["tokenizer"]))
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.manifest["item_text"]["max_tokens"])
+        on_cpu = ["CPUExecutionProvider"]
         self.sessions = {
-            name: onnxruntime.InferenceSession(str(folder / self.manifest[name]["file"]), providers=["CPUExecutionProvider"])
+            name: onnxruntime.InferenceSession(str(folder / self.manifest[name]["file"]), providers=on_cpu)
             for name in ("encoder", "user_tower", "item_tower", "cvr")
         }
 
