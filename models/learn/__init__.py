@@ -10,11 +10,14 @@ Read the files in the order in which data passes through them:
     losses        what the towers are asked to do
     train         the loop that asks it
     cvr           user and item embedding -> mid-emb and conversion probability
+    cvr_train     how that head is trained, on frozen towers
     evaluate      full-ranking metrics, and popularity in the same harness
     graphs        the four modules that the server runs, as it runs them
     export        modules -> ONNX
     bundle        ONNX + tokenizer + golden vectors -> a checked folder
+    default       what the shipped bundle covers and says of itself (its encoder's facts: minilm)
     fixture       a tiny random bundle for tests
+    run           one training run as a folder; cli gives each of its steps a command
 
 Facts of the method, and what they are taken from, stand beside the code that uses them.
 """
