@@ -23,6 +23,7 @@ RUN useradd --system --uid 10001 --no-create-home midemb
 COPY --from=build /midemb/target/release/midemb /opt/midemb/bin/midemb
 COPY --from=build /midemb/.runtime/lib/libonnxruntime.so /opt/midemb/lib/libonnxruntime.so
 COPY --from=build /midemb/models/default /opt/midemb/models/default
+COPY LICENSE /opt/midemb/LICENSE
 COPY deploy/midemb.toml /opt/midemb/deploy/midemb.toml
 ENV PATH=/opt/midemb/bin:$PATH \
     MIDEMB__SERVER__LISTEN=0.0.0.0:50051 \

@@ -28,22 +28,23 @@ bench: setup build
 	@$(PYTHON) deploy/demo.py --bench
 
 test: setup test-setup
-	cargo test --quiet
+	$(PYTHON) -m unittest discover -s tests/setup
+	cargo test --quiet --locked
 	@command -v prometheus > /dev/null || echo "SKIPPED: the test against a real Prometheus, as there is no binary of that name (Debian: apt-get install prometheus)"
 
 lint: lint-setup
 	cargo fmt --check
 	cargo clippy --quiet --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items
-	.venv/bin/ruff check deploy tests/clients models
-	.venv/bin/ruff format --check deploy tests/clients models
+	.venv/bin/ruff check deploy tests models
+	.venv/bin/ruff format --check deploy tests models
 
 # Fetches what git does not hold; says nothing when all is in place.
 setup:
 	@$(PYTHON) deploy/fetch.py
 
 build:
-	@cargo build --release --quiet
+	@cargo build --release --quiet --locked
 
 test-setup: .venv/.tests-installed
 lint-setup: .venv/.lint-installed

@@ -7,8 +7,8 @@
 use super::{Content, ContentKey};
 use crate::{domain::Vector, vector_cache::VectorCache};
 use dashmap::{DashMap, Entry};
-use std::{sync::Arc, time::Instant};
-use tokio::{sync::watch, time::timeout_at};
+use std::sync::Arc;
+use tokio::sync::watch;
 
 type Table = DashMap<ContentKey, watch::Receiver<Option<Vector>>>;
 
@@ -80,13 +80,19 @@ impl Drop for Flight {
 pub(super) struct Landing(watch::Receiver<Option<Vector>>);
 
 impl Landing {
-    /// Waits for the vector. Cancel-safe: the flight goes on.
-    pub(super) async fn wait(mut self, until: Instant) -> Content {
-        let landed = async { self.0.wait_for(Option::is_some).await.ok().and_then(|v| v.clone()) };
-        match timeout_at(until.into(), landed).await {
-            Ok(Some(vector)) => Content::Encoded(vector),
-            Ok(None) => Content::Failed,
-            Err(_elapsed) => Content::NotInTime,
+    /// What has arrived by now.
+    pub(super) fn now(&self) -> Content {
+        let vector = self.0.borrow().clone();
+        match vector {
+            Some(vector) => Content::Encoded(vector),
+            None if self.0.has_changed().is_err() => Content::Failed,
+            None => Content::NotInTime,
         }
+    }
+
+    /// Waits until the vector has arrived, or will not arrive. Cancel-safe: the flight goes on.
+    pub(super) async fn settled(&mut self) {
+        // An error says that the flight was dropped, which `now` finds as well.
+        let _ = self.0.wait_for(Option::is_some).await;
     }
 }

@@ -92,6 +92,24 @@ impl Content {
     }
 }
 
+impl Slot {
+    fn now(self) -> Content {
+        match self {
+            Slot::Cached(vector) => Content::Cached(vector),
+            Slot::Shed => Content::Shed,
+            Slot::Waiting(landing) => landing.now(),
+        }
+    }
+}
+
+async fn settle(slots: &mut [Slot]) {
+    for slot in slots {
+        if let Slot::Waiting(landing) = slot {
+            landing.settled().await;
+        }
+    }
+}
+
 /// The content embeddings of the process: one cache and one table of flights for all encoders.
 #[derive(Debug)]
 pub struct Contents {
@@ -135,15 +153,9 @@ impl Contents {
         }
         encoder.submit(jobs);
         events::cache_looked_up(self.cache.name(), lookups);
-        let mut contents = Vec::with_capacity(slots.len());
-        for slot in slots {
-            contents.push(match slot {
-                Slot::Cached(vector) => Content::Cached(vector),
-                Slot::Shed => Content::Shed,
-                Slot::Waiting(landing) => landing.wait(until).await,
-            });
-        }
-        contents
+        // One timer for all: after it only what has arrived counts, and thousands of late rows cost nothing more.
+        let _ = tokio::time::timeout_at(until.into(), settle(&mut slots)).await;
+        slots.into_iter().map(Slot::now).collect()
     }
 
     #[expect(clippy::too_many_arguments, reason = "the loop body of `embed`, kept apart to be read")]

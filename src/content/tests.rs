@@ -22,8 +22,9 @@ fn followed(boarding: Boarding) -> Landing {
     }
 }
 
-fn in_a_while() -> Instant {
-    tokio::time::Instant::now().into_std() + Duration::from_secs(60)
+async fn arrived(mut landing: Landing) -> Content {
+    landing.settled().await;
+    landing.now()
 }
 
 #[tokio::test(start_paused = true)]
@@ -35,7 +36,7 @@ async fn one_flight_serves_everybody_and_fills_the_cache() {
     // The request that led goes away: its flight is the job's, so the follower is still served.
     drop(leader);
     flight.land(vec![0.5; 4].into());
-    assert!(matches!(follower.wait(in_a_while()).await, Content::Encoded(v) if v[..] == [0.5; 4]));
+    assert!(matches!(arrived(follower).await, Content::Encoded(v) if v[..] == [0.5; 4]));
     assert!(matches!(contents.flights.board(key(1), &contents.cache), Boarding::Cached(_)));
 }
 
@@ -45,8 +46,8 @@ async fn a_flight_that_is_dropped_fails_everybody_and_the_next_caller_leads() {
     let (flight, leader) = led(contents.flights.board(key(1), &contents.cache));
     let follower = followed(contents.flights.board(key(1), &contents.cache));
     drop(flight);
-    assert!(matches!(leader.wait(in_a_while()).await, Content::Failed));
-    assert!(matches!(follower.wait(in_a_while()).await, Content::Failed));
+    assert!(matches!(arrived(leader).await, Content::Failed));
+    assert!(matches!(arrived(follower).await, Content::Failed));
     assert!(!contents.cache.contains(&key(1)), "a failure was cached");
     led(contents.flights.board(key(1), &contents.cache));
 }
@@ -55,10 +56,17 @@ async fn a_flight_that_is_dropped_fails_everybody_and_the_next_caller_leads() {
 async fn a_caller_waits_until_its_deadline_and_the_result_is_cached_for_the_next() {
     let contents = Contents::new(1 << 20);
     let (flight, landing) = led(contents.flights.board(key(1), &contents.cache));
+    let (other_flight, other) = led(contents.flights.board(key(2), &contents.cache));
+    other_flight.land(vec![0.25; 4].into());
     let before = tokio::time::Instant::now();
-    let until = before.into_std() + Duration::from_millis(50);
-    assert!(matches!(landing.wait(until).await, Content::NotInTime));
+    let mut slots = [Slot::Waiting(landing), Slot::Waiting(other), Slot::Shed];
+    let settled = tokio::time::timeout_at(before + Duration::from_millis(50), settle(&mut slots)).await;
+    assert!(settled.is_err());
     assert_eq!(before.elapsed(), Duration::from_millis(50));
+    let [late, in_time, shed] = slots.map(Slot::now);
+    assert!(matches!(late, Content::NotInTime), "{late:?}");
+    assert!(matches!(in_time, Content::Encoded(_)), "what arrived behind a late one was lost: {in_time:?}");
+    assert!(matches!(shed, Content::Shed));
     flight.land(vec![0.5; 4].into());
     assert!(contents.cache.contains(&key(1)));
 }

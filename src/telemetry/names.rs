@@ -59,7 +59,7 @@ macro_rules! metrics {
 metrics! {
     /// Calls answered, by gRPC code.
     REQUESTS = "midemb_requests_total", Kind::Counter, "method,code,model";
-    /// From the decoded call to its answer, in seconds.
+    /// From a call's headers to its answer, in seconds: reading and decoding the message included.
     REQUEST_DURATION = "midemb_request_duration_seconds", Kind::Histogram(SECONDS), "method,model";
     /// Time in one stage of a request (resolve, content, item_tower, user_tower, cvr) or of a batch (tokenize, encode), in seconds.
     STAGE_DURATION = "midemb_stage_duration_seconds", Kind::Histogram(SECONDS), "stage";

@@ -14,15 +14,28 @@ use std::{
 use tonic::Code;
 use tower::{Layer, Service};
 
-/// Where a handler leaves the name of the model that answers, for the label.
-#[derive(Debug, Clone, Default)]
-pub struct RoutedModel(Arc<OnceLock<String>>);
+/// What a handler shares with the layer around it.
+#[derive(Debug, Clone)]
+pub struct CallContext {
+    /// When the call's headers arrived: its body was still to be read and decoded.
+    pub arrival: Instant,
+    model: Arc<OnceLock<String>>,
+}
 
-impl RoutedModel {
-    /// The handler knows the model now.
-    pub fn set(&self, name: &str) {
+impl CallContext {
+    fn new() -> Self {
+        CallContext { arrival: Instant::now(), model: Arc::default() }
+    }
+
+    /// The context of `request`, or a new one where no layer put it there.
+    pub fn of<T>(request: &tonic::Request<T>) -> Self {
+        request.extensions().get::<Self>().cloned().unwrap_or_else(Self::new)
+    }
+
+    /// The handler knows which model answers now, for the label.
+    pub fn routed(&self, model: &str) {
         // A request is routed once.
-        let _ = self.0.set(name.to_owned());
+        let _ = self.model.set(model.to_owned());
     }
 }
 
@@ -70,9 +83,9 @@ where
         let Some((_, method)) = METHODS.iter().find(|(path, _)| *path == request.uri().path()) else {
             return Box::pin(self.inner.call(request));
         };
-        let model = RoutedModel::default();
-        request.extensions_mut().insert(model.clone());
-        let call = Call { method, model, start: Instant::now(), code: Code::Cancelled };
+        let context = CallContext::new();
+        request.extensions_mut().insert(context.clone());
+        let call = Call { method, context, code: Code::Cancelled };
         let answer = self.inner.call(request);
         Box::pin(async move {
             let mut call = call;
@@ -91,14 +104,13 @@ fn code_of<R>(response: &Response<R>) -> Code {
 /// Counts itself when it ends, also when its caller leaves.
 struct Call {
     method: &'static str,
-    model: RoutedModel,
-    start: Instant,
+    context: CallContext,
     code: Code,
 }
 
 impl Drop for Call {
     fn drop(&mut self) {
-        let model = self.model.0.get().map_or("", String::as_str);
-        events::request_finished(self.method, code_name(self.code), model, self.start.elapsed());
+        let model = self.context.model.get().map_or("", String::as_str);
+        events::request_finished(self.method, code_name(self.code), model, self.context.arrival.elapsed());
     }
 }

@@ -1,12 +1,16 @@
 //! `MidEmbService`: decode, hand to the pipeline, encode.
 
-use super::{decode, encode, layer::RoutedModel, proto, status};
+use super::{decode, encode, layer::CallContext, proto, status};
 use crate::{
-    bundle::ServedModel, config::settings::Limits, domain::WarmSummary, error::Error, pipeline::Pipeline,
+    bundle::{Model, ServedModel},
+    config::settings::Limits,
+    domain::WarmSummary,
+    error::Error,
+    pipeline::Pipeline,
     telemetry::events,
 };
 use proto::mid_emb_service_server::MidEmbService;
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 use tonic::{Request, Response, Status, Streaming};
 
 /// The handlers of `MidEmbService`.
@@ -38,10 +42,10 @@ impl MidEmbService for MidEmb {
         request: Request<proto::GetMidEmbRequest>,
     ) -> Result<Response<proto::GetMidEmbResponse>, Status> {
         let refuse = refuse("GetMidEmb");
-        let deadline = decode::deadline(request.metadata(), Instant::now(), self.limits.default_deadline);
-        let routed = request.extensions().get::<RoutedModel>().cloned().unwrap_or_default();
+        let context = CallContext::of(&request);
+        let deadline = decode::deadline(request.metadata(), context.arrival, self.limits.default_deadline);
         let decoded = decode::request(request.into_inner(), deadline, &self.limits).map_err(&refuse)?;
-        let told = |model: &crate::bundle::Model| routed.set(&model.reference.name);
+        let told = |model: &Model| context.routed(&model.reference.name);
         let answer = self.pipeline.get_mid_emb(decoded.request, told).await.map_err(&refuse)?;
         events::rows_answered(&answer.statuses);
         Ok(Response::new(encode::response(answer, decoded.dtype)))

@@ -30,14 +30,15 @@ async fn cold_rows_miss_the_deadline_warm_ones_do_not_and_later_all_are_there() 
     assert!(n_late > 100, "only {n_late} of 500 cold rows were late");
     assert!(first.iter().all(|status| ["OK", "NOT_IN_TIME"].contains(status)), "{first:?}");
 
-    let none_ready =
-        client.get_mid_emb(within(page(vec![], candidates[500..].to_vec()), Duration::from_millis(20))).await;
-    assert_eq!(none_ready.unwrap_err().code(), Code::DeadlineExceeded);
+    // These queue up behind what is left of the first page.
+    let behind = within(page(vec![], films("behind", 20)), Duration::from_millis(500));
+    assert_eq!(client.get_mid_emb(behind).await.unwrap_err().code(), Code::DeadlineExceeded);
+    candidates.extend(films("behind", 20));
 
     let later = client.get_mid_emb(within(page(vec![], candidates), PATIENCE)).await.unwrap().into_inner();
-    assert_eq!(statuses(&later), ["OK"; 504]);
+    assert_eq!(statuses(&later), ["OK"; 524]);
     let scrape = server.scrape();
-    assert_eq!(scrape.n_encoded(), 504.0, "what was begun was thrown away, or begun twice");
+    assert_eq!(scrape.n_encoded(), 524.0, "what was begun was thrown away, or begun twice");
     assert_eq!(scrape.sum("midemb_rows_total", &["status=\"not_in_time\""]), n_late as f64);
     let expired = ["code=\"DEADLINE_EXCEEDED\"", "model=\"learn\""];
     assert_eq!(scrape.sum("midemb_requests_total", &expired), 1.0);
@@ -92,4 +93,29 @@ async fn more_requests_than_may_be_in_flight_are_shed_with_a_time_to_come_back()
     assert!(shed.get_details_retry_info().unwrap().retry_delay.unwrap() > Duration::ZERO);
     assert_eq!(statuses(&busy.await.unwrap().unwrap().into_inner()), ["OK"; 200]);
     assert_eq!(server.scrape().sum("midemb_shed_total", &["reason=\"in_flight\""]), 1.0);
+}
+
+/// The encoder's queue holds 16,384 texts. What it cannot take is turned away at once and counted, and hits are still served.
+#[tokio::test]
+async fn a_full_encoder_queue_turns_rows_away_and_still_serves_hits() {
+    let server = Server::start_with(&shipped(), "inference.threads = 1");
+    let mut client = server.client().await;
+    client.get_mid_emb(within(page(vec![], films("warm", 1)), PATIENCE)).await.unwrap();
+    for i in 0..9 {
+        // Nothing of it is ready in time; all of it is queued, until the queue is full.
+        let flood = page(vec![], films(&format!("flood-{i}"), 2000));
+        client.get_mid_emb(within(flood, Duration::from_millis(200))).await.unwrap_err();
+    }
+    let mut more = films("more", 1999);
+    more.extend(films("warm", 1));
+    let second = client.get_mid_emb(within(page(vec![], more), Duration::from_secs(2))).await.unwrap().into_inner();
+    let second = statuses(&second);
+    assert_eq!(second[1999], "OK", "a hit was not served beside a full queue");
+    let n_shed = second.iter().filter(|status| **status == "FAILED").count();
+    assert!(n_shed > 500, "only {n_shed} rows were turned away");
+    assert!(server.scrape().sum("midemb_shed_total", &["reason=\"encoder_queue\""]) >= n_shed as f64);
+    // Where every row was turned away the request is, with a time to come back.
+    let refused =
+        client.get_mid_emb(within(page(vec![], films("none", 5000)), Duration::from_secs(2))).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
 }
