@@ -13,7 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -47,22 +46,25 @@ def serving() -> Iterator[Server]:
         "MIDEMB__TELEMETRY__METRICS_LISTEN": "127.0.0.1:0",
         "MIDEMB__TELEMETRY__LOG_FORMAT": "json",
     }
-    with tempfile.TemporaryFile("w+") as log:
-        command = [str(MIDEMB), "serve", "--config", str(CONFIG)]
-        process = subprocess.Popen(command, env=os.environ | free_ports, stderr=subprocess.PIPE, text=True)
-        watchdog = threading.Timer(START_WITHIN_SECONDS, process.kill)
-        watchdog.start()
-        try:
-            yield wait_until_serving(process)
-        finally:
-            watchdog.cancel()
-            process.send_signal(signal.SIGTERM)
-            for line in process.stderr:
-                log.write(line)
-            code = process.wait(timeout=STOP_WITHIN_SECONDS)
-        if code != 0:
-            log.seek(0)
-            sys.exit(f"the server ended with {code}:\n{log.read()}")
+    command = [str(MIDEMB), "serve", "--config", str(CONFIG)]
+    process = subprocess.Popen(command, env=os.environ | free_ports, stderr=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(START_WITHIN_SECONDS, process.kill)
+    watchdog.start()
+    log: list[str] = []
+    reader = threading.Thread(target=lambda: log.extend(process.stderr))
+    try:
+        server = wait_until_serving(process)
+        watchdog.cancel()
+        # The log is read on, or a full pipe would hold the server up.
+        reader.start()
+        yield server
+    finally:
+        watchdog.cancel()
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=STOP_WITHIN_SECONDS)
+    reader.join()
+    if code != 0:
+        sys.exit(f"the server ended with {code}:\n{''.join(log)}")
 
 
 def wait_until_serving(process: subprocess.Popen) -> Server:

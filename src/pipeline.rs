@@ -88,11 +88,10 @@ impl Pipeline {
         let model = snapshot.route(request.model.as_deref(), &request.user_id)?;
         routed(model);
         let (history, candidates) = self.resolve(model, request.history, request.candidates);
-        let (history, candidates) = tokio::join!(
-            self.embed_history(model, history, deadlines),
+        let (history, candidates) = tokio::try_join!(
+            async { Ok(self.embed_history(model, history, deadlines).await) },
             self.embed_candidates(model, candidates, deadlines),
-        );
-        let candidates = candidates?;
+        )?;
         let job = ScoreJob::new(model, &history, &candidates, request.outputs);
         let scores = job.run(model, deadlines.answer_by).await?;
         Ok(scores.into_response(model, history, candidates))
@@ -155,8 +154,10 @@ impl Pipeline {
     }
 
     async fn embed_history(&self, model: &Model, history: Resolved, deadlines: Deadlines) -> Rows {
+        let start = Instant::now();
         let (wanted, places) = unique(history.iter().flatten());
         let contents = self.contents.embed(&model.encoder, &wanted, Priority::Request, deadlines.encode_by).await;
+        events::stage_finished("history", start);
         let mut places = places.into_iter();
         let row = |known: Result<KnownItem, RowStatus>| {
             known.and_then(|_| places.next().map_or(Err(RowStatus::Failed), |i| vector_or_status(&contents[i])))
@@ -169,9 +170,9 @@ impl Pipeline {
         let until = Instant::now() + WARM_UP_PATIENCE;
         let contents = self.contents.embed(&model.encoder, &wanted, Priority::WarmUp, until).await;
         let embedded = self.run_item_tower(model, &wanted, &contents, until).await;
-        let warmth = |i: usize| match (&contents[i], &embedded) {
-            (Content::Cached(_), Ok(_)) => Warmth::Cached,
-            (Content::Encoded(_), Ok(_)) => Warmth::Encoded,
+        let warmth = |i: usize| match (&contents[i], embedded.as_ref().map(|rows| &rows[i])) {
+            (Content::Cached(_), Ok(Ok(_))) => Warmth::Cached,
+            (Content::Encoded(_), Ok(Ok(_))) => Warmth::Encoded,
             _ => Warmth::Failed,
         };
         places.into_iter().map(warmth).collect()

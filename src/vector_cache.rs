@@ -1,14 +1,18 @@
 //! A bounded cache of embeddings, counted in bytes.
 //!
 //! Keys are digests of everything a vector depends on, so an entry is never stale: it is only ever dropped for want of
-//! room. What counts against the bound is the payload, the key and the bookkeeping of an entry.
+//! room, the least recently used first. (moka's default keeps what is frequent, and throws a vector that was seen once
+//! away as soon as it is inserted into a full cache. But we promise that what was encoded is cached, and new items are
+//! what this server is for.) What counts against the bound is the payload, the key and the bookkeeping of an entry.
 
 use crate::{domain::Vector, telemetry::events};
-use moka::{notification::RemovalCause, sync::Cache};
+use moka::{notification::RemovalCause, policy::EvictionPolicy, sync::Cache};
 use std::{hash::Hash, mem::size_of};
 
-/// What one entry costs beside its payload and key: the vector's counts and length, and moka's own nodes.
-const ENTRY_OVERHEAD: usize = 80;
+/// What one entry costs beside its payload and key: the vector's counts and length, moka's nodes, the allocator's rounding.
+/// Measured as resident memory at a million entries (moka 0.12, LRU, glibc): 369 bytes with a key of 32, at 64 and at 384
+/// dimensions alike.
+const ENTRY_OVERHEAD: usize = 337;
 
 /// Vectors by digest.
 #[derive(Debug, Clone)]
@@ -23,6 +27,7 @@ impl<K: Hash + Eq + Send + Sync + 'static> VectorCache<K> {
         let cache = Cache::builder()
             .name(name)
             .max_capacity(max_bytes)
+            .eviction_policy(EvictionPolicy::lru())
             .weigher(|_key: &K, vector: &Vector| entry_bytes::<K>(vector.len()))
             .eviction_listener(move |_key, _vector, cause| {
                 if cause == RemovalCause::Size {
@@ -104,6 +109,7 @@ mod tests {
         let contents = cache.measure();
         assert!(contents.n_bytes <= contents.max_bytes, "{contents:?}");
         assert!((50..=100).contains(&contents.n_entries), "{contents:?}");
+        assert!(cache.contains(&999), "the newest entry was thrown away");
         assert_eq!(cache.flush(), contents.n_entries);
         assert_eq!(cache.measure().n_entries, 0);
     }

@@ -62,6 +62,7 @@ pub fn encoder_digest(manifest: &Manifest) -> EncoderDigest {
     hash_str(&mut hasher, &manifest.item_text.template);
     hasher.update((manifest.item_text.max_tokens as u64).to_le_bytes());
     hasher.update(manifest.encoder.pad_id.to_le_bytes());
+    hash_ports(&mut hasher, &manifest.encoder.inputs, &manifest.encoder.outputs);
     EncoderDigest(first_16(hasher))
 }
 
@@ -69,6 +70,7 @@ pub fn encoder_digest(manifest: &Manifest) -> EncoderDigest {
 pub fn tower_digest(manifest: &Manifest) -> TowerDigest {
     let mut hasher = part_hasher(manifest, Part::ItemTower);
     hasher.update(encoder_digest(manifest).0);
+    hash_ports(&mut hasher, &manifest.item_tower.inputs, &manifest.item_tower.outputs);
     TowerDigest(first_16(hasher))
 }
 
@@ -81,6 +83,11 @@ fn part_hasher(manifest: &Manifest, part: Part) -> Sha256 {
         hash_str(&mut hasher, &file.sha256);
     }
     hasher
+}
+
+/// Which inputs and outputs of a graph are used.
+fn hash_ports(hasher: &mut Sha256, inputs: &[String], outputs: &[String]) {
+    inputs.iter().chain(outputs).for_each(|port| hash_str(hasher, port));
 }
 
 fn hash_str(hasher: &mut Sha256, text: &str) {

@@ -165,8 +165,16 @@ impl Manifest {
             &self.cvr.file,
             &self.golden.file,
         ];
-        if let Some(file) = used.into_iter().find(|file| self.file(file).is_none()) {
-            return Err(format!("{file:?} is used but not listed under [[files]]"));
+        let parts = [Part::Encoder, Part::Encoder, Part::UserTower, Part::ItemTower, Part::Cvr, Part::Golden];
+        for (file, part) in used.into_iter().zip(parts) {
+            match self.file(file) {
+                None => return Err(format!("{file:?} is used but not listed under [[files]]")),
+                // Caches are keyed by the files of a part: one in the wrong part would not change its key.
+                Some(spec) if spec.part != part => {
+                    return Err(format!("{file:?} is listed as part {:?}, it is used as {part:?}", spec.part));
+                }
+                Some(_) => {}
+            }
         }
         if let Some(file) = self.files.iter().find(|file| !is_plain(&file.path)) {
             return Err(format!("file path {:?} leaves the bundle's folder", file.path));

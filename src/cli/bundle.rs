@@ -3,9 +3,10 @@
 use crate::{
     bundle::{self, digest, golden::StageReport, load::read_manifest},
     cli::client::table,
+    config::settings::library_from_environment,
     inference::{ProviderChoice, Runtime},
 };
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -19,7 +20,7 @@ pub(super) enum Command {
         /// The bundle's folder.
         folder: PathBuf,
         /// The path of libonnxruntime.so; found as `serve` finds it where this is absent.
-        #[arg(long, value_name = "FILE", env = "ORT_DYLIB_PATH")]
+        #[arg(long, value_name = "FILE")]
         onnxruntime: Option<PathBuf>,
     },
 }
@@ -31,7 +32,7 @@ pub(super) fn run(command: Command) -> anyhow::Result<()> {
     }
 }
 
-fn inspect(folder: &std::path::Path) -> anyhow::Result<()> {
+fn inspect(folder: &Path) -> anyhow::Result<()> {
     let bundle = read_manifest(folder)?;
     let manifest = &bundle.manifest;
     println!("{} {}", manifest.name, manifest.version);
@@ -59,8 +60,11 @@ fn inspect(folder: &std::path::Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn verify(folder: &std::path::Path, library: Option<&std::path::Path>) -> anyhow::Result<()> {
-    let runtime = Runtime::load(library, ProviderChoice::Auto)?;
+fn verify(folder: &Path, library: Option<&Path>) -> anyhow::Result<()> {
+    let runtime = Runtime::load(
+        library.map(Path::to_path_buf).or_else(library_from_environment).as_deref(),
+        ProviderChoice::Auto,
+    )?;
     let (bundle, reports) = bundle::verify(folder, &runtime)?;
     let mut stages = table(&["stage", "vectors", "largest difference", "smallest cosine"]);
     for StageReport { stage, n_vectors, max_absolute, min_cosine } in reports {

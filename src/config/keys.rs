@@ -88,15 +88,15 @@ pub const KEYS: &[Key] = &[
         "inference.onnxruntime",
         "",
         Bound::Path,
-        "The path of `libonnxruntime.so`; empty looks beside the executable and where `make setup` puts it.",
+        "The path of `libonnxruntime.so`; empty takes `ORT_DYLIB_PATH`, else looks beside the executable and where `make setup` puts it.",
     ),
     key(
         "cache.content_mb",
         "1024",
         MB,
-        "Memory for content embeddings (about 1.6 KB an item at 384 dimensions). The costliest to lose: raise it first.",
+        "Memory for content embeddings (about 1.9 KB an item at 384 dimensions). The costliest to lose: raise it first.",
     ),
-    key("cache.item_mb", "256", MB, "Memory for item embeddings (about 0.4 KB an item at 64 dimensions)."),
+    key("cache.item_mb", "256", MB, "Memory for item embeddings (about 0.6 KB an item at 64 dimensions)."),
     key("cache.known_items_mb", "256", MB, "Memory for remembered text, so that requests may send ids alone."),
     key("limits.max_candidates", "10000", Bound::Integer(1, 100_000), "Candidates of one request."),
     key(
@@ -113,7 +113,7 @@ pub const KEYS: &[Key] = &[
     ),
     key(
         "limits.max_message_mb",
-        "32",
+        "16",
         Bound::Integer(1, 1024),
         "Bytes of one request on the wire; more is answered OUT_OF_RANGE before it is read.",
     ),

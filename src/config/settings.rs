@@ -212,8 +212,12 @@ fn threads(n: u64) -> usize {
 }
 
 fn library(path: &str) -> Option<PathBuf> {
-    let path = if path.is_empty() { std::env::var_os("ORT_DYLIB_PATH")?.into() } else { PathBuf::from(path) };
-    (!path.as_os_str().is_empty()).then_some(path)
+    if path.is_empty() { library_from_environment() } else { Some(path.into()) }
+}
+
+/// The library that `ORT_DYLIB_PATH` names, as other programs of ONNX Runtime read it.
+pub fn library_from_environment() -> Option<PathBuf> {
+    std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()).map(PathBuf::from)
 }
 
 fn unknown_keys(raw: &Raw) -> Vec<Fault> {

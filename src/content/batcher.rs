@@ -5,7 +5,8 @@
 //! the token budget is used up. No timer waits for company: an idle thread takes what is there, a busy one finds more.
 //!
 //! Invariants (property-tested): every job is handed out exactly once at each step; no batch is over its limits, unless it
-//! is a single job; requests go before warm-up; the oldest request is in the next batch, so none starves.
+//! is a single job; requests go before warm-up; the oldest request is in the next batch, so none starves. A job's priority
+//! may change while it waits: a request may join a warm-up, or leave.
 //!
 //! The queue's bound is not here: a job holds a place of `encoder`'s semaphore for as long as it lives.
 
@@ -25,7 +26,7 @@ pub enum Priority {
 
 /// What the batcher has to know of a job.
 pub trait Queued {
-    /// Who waits for it.
+    /// Who waits for it. May change while it is queued.
     fn priority(&self) -> Priority;
     /// Its length; zero as long as it is raw.
     fn n_tokens(&self) -> usize;
@@ -98,6 +99,7 @@ impl<J: Queued> Batcher<J> {
     pub fn next(&self) -> Option<Work<J>> {
         let mut state = self.lock();
         loop {
+            state.refile();
             for priority in [Priority::Request, Priority::WarmUp] {
                 if let Some(work) = state.take(priority, self.limits) {
                     return Some(work);
@@ -123,33 +125,40 @@ impl<J: Queued> Batcher<J> {
 }
 
 impl<J: Queued> State<J> {
+    /// Moves jobs whose priority has changed while they waited behind those that have it.
+    fn refile(&mut self) {
+        for queues in [&mut self.raw, &mut self.tokenized] {
+            for (i, priority) in [Priority::Request, Priority::WarmUp].into_iter().enumerate() {
+                if queues[i].iter().any(|job| job.priority() != priority) {
+                    let (stay, moved) =
+                        std::mem::take(&mut queues[i]).into_iter().partition(|job| job.priority() == priority);
+                    queues[i] = stay;
+                    let moved: VecDeque<J> = moved;
+                    queues[1 - i].extend(moved);
+                }
+            }
+        }
+    }
+
     fn take(&mut self, priority: Priority, limits: BatchLimits) -> Option<Work<J>> {
         let raw = &mut self.raw[priority as usize];
         if !raw.is_empty() {
             let n = raw.len().min(TOKENIZE_AT_ONCE);
             return Some(Work::Tokenize(raw.drain(..n).collect()));
         }
-        let chosen = choose(self.tokenized.iter().flatten(), priority, limits);
-        if chosen.is_empty() {
+        if self.tokenized[priority as usize].is_empty() {
             return None;
         }
+        // Requests stand first in what is chosen among; room that they leave is filled with warm-up.
+        let chosen = choose(self.tokenized.iter().flatten(), limits);
         Some(Work::Encode(remove(&mut self.tokenized, &chosen)))
     }
 }
 
-/// The places, in queue order, of the jobs of the next batch; empty where no job of `priority` waits.
-fn choose<'a, J: Queued + 'a>(
-    jobs: impl Iterator<Item = &'a J>,
-    priority: Priority,
-    limits: BatchLimits,
-) -> Vec<usize> {
-    let mut by_length: Vec<(usize, usize)> = Vec::new();
-    for (place, job) in jobs.take(WINDOW).enumerate() {
-        if place == 0 && job.priority() != priority {
-            return Vec::new();
-        }
-        by_length.push((job.n_tokens(), place));
-    }
+/// The places, in queue order, of the jobs of the next batch: the first one and those nearest to it in length.
+fn choose<'a, J: Queued + 'a>(jobs: impl Iterator<Item = &'a J>, limits: BatchLimits) -> Vec<usize> {
+    let mut by_length: Vec<(usize, usize)> =
+        jobs.take(WINDOW).enumerate().map(|(place, job)| (job.n_tokens(), place)).collect();
     by_length.sort_unstable();
     let Some(seed) = by_length.iter().position(|(_, place)| *place == 0) else { return Vec::new() };
     let (mut first, mut last) = (seed, seed);
@@ -264,6 +273,35 @@ mod tests {
                 prop_assert!(batch.iter().all(|job| job.id < oldest_left) || batch[0].id < oldest_left);
             }
         }
+    }
+
+    /// A job whose priority is changed from outside.
+    struct Fickle(usize, std::sync::Arc<std::sync::atomic::AtomicBool>);
+
+    impl Queued for Fickle {
+        fn priority(&self) -> Priority {
+            if self.1.load(std::sync::atomic::Ordering::SeqCst) { Priority::Request } else { Priority::WarmUp }
+        }
+        fn n_tokens(&self) -> usize {
+            1
+        }
+    }
+
+    #[test]
+    fn a_job_that_somebody_has_come_to_wait_for_goes_first_and_one_that_was_left_goes_last() {
+        let flags: Vec<_> = (0..4).map(|_| std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false))).collect();
+        let set = |i: usize, wanted| flags[i].store(wanted, std::sync::atomic::Ordering::SeqCst);
+        set(0, true);
+        let batcher = Batcher::new(BatchLimits { max_items: 1, max_tokens: 1 });
+        batcher.push_tokenized(flags.iter().cloned().enumerate().map(|(i, flag)| Fickle(i, flag)).collect());
+        set(0, false);
+        set(2, true);
+        batcher.close();
+        let mut order = Vec::new();
+        while let Some(Work::Encode(batch)) = batcher.next() {
+            order.extend(batch.iter().map(|job| job.0));
+        }
+        assert_eq!(order, [2, 1, 3, 0]);
     }
 
     #[test]

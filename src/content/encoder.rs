@@ -9,7 +9,7 @@ use crate::{
     domain::ItemText,
     inference::{Graph, GraphError, Input, Provider, pool::run_guarded},
     item_text::{Template, TemplateError},
-    telemetry::events,
+    telemetry::events::{self, QueueStay},
 };
 use std::{io, mem, sync::Arc, thread, time::Instant};
 use thiserror::Error;
@@ -72,9 +72,8 @@ impl EncoderModel {
 pub(super) struct EncodeJob {
     text: Arc<ItemText>,
     tokens: Vec<i64>,
-    priority: Priority,
     flight: Flight,
-    enqueued: Instant,
+    stay: Option<QueueStay>,
     _place: Place,
 }
 
@@ -84,14 +83,15 @@ pub(super) struct EncodeJob {
 pub(super) struct Place(OwnedSemaphorePermit);
 
 impl EncodeJob {
-    pub(super) fn new(text: Arc<ItemText>, priority: Priority, flight: Flight, place: Place) -> Self {
-        EncodeJob { text, tokens: Vec::new(), priority, flight, enqueued: Instant::now(), _place: place }
+    pub(super) fn new(text: Arc<ItemText>, flight: Flight, place: Place) -> Self {
+        EncodeJob { text, tokens: Vec::new(), flight, stay: None, _place: place }
     }
 }
 
 impl Queued for EncodeJob {
+    /// A job is a request's for as long as a request waits for it, whoever queued it.
     fn priority(&self) -> Priority {
-        self.priority
+        if self.flight.is_wanted() { Priority::Request } else { Priority::WarmUp }
     }
 
     fn n_tokens(&self) -> usize {
@@ -99,8 +99,11 @@ impl Queued for EncodeJob {
     }
 }
 
-/// Jobs that may wait for the encoder. At a few milliseconds a job a longer queue only holds work nobody waits for.
-const MAX_QUEUED: usize = 16_384;
+/// Jobs that requests may have in the queue: a page or two of nothing but cold items. A minute of work for a few cores; what
+/// nobody waits for any more makes way for what somebody does.
+const MAX_REQUEST_JOBS: usize = 16_384;
+/// Jobs that warm-up may have in the queue: enough for full batches, and no more than that of its text in memory.
+const MAX_WARM_UP_JOBS: usize = 1024;
 const QUEUE: &str = "encoder";
 
 fn batch_limits(provider: Provider) -> BatchLimits {
@@ -116,7 +119,8 @@ fn batch_limits(provider: Provider) -> BatchLimits {
 pub struct Encoder {
     model: Arc<EncoderModel>,
     batcher: Arc<Batcher<EncodeJob>>,
-    places: Arc<Semaphore>,
+    request_places: Arc<Semaphore>,
+    warm_up_places: Arc<Semaphore>,
 }
 
 impl Encoder {
@@ -127,7 +131,8 @@ impl Encoder {
         let encoder = Encoder {
             model: Arc::clone(&model),
             batcher: Arc::clone(&batcher),
-            places: Arc::new(Semaphore::new(MAX_QUEUED)),
+            request_places: Arc::new(Semaphore::new(MAX_REQUEST_JOBS)),
+            warm_up_places: Arc::new(Semaphore::new(MAX_WARM_UP_JOBS)),
         };
         for (i, graph) in graphs.into_iter().enumerate() {
             let (model, batcher) = (Arc::clone(&model), Arc::clone(&batcher));
@@ -146,24 +151,28 @@ impl Encoder {
         self.model.dim
     }
 
-    /// A place in the queue, if there is one.
-    pub(super) fn try_reserve(&self) -> Option<Place> {
-        Arc::clone(&self.places).try_acquire_owned().ok().map(Place)
+    /// A place in the queue, if there is one. Requests and warm-up have places of their own.
+    pub(super) fn try_reserve(&self, priority: Priority) -> Option<Place> {
+        let places = match priority {
+            Priority::Request => &self.request_places,
+            Priority::WarmUp => &self.warm_up_places,
+        };
+        Arc::clone(places).try_acquire_owned().ok().map(Place)
     }
 
-    /// A place in the queue, as soon as there is one. Cancel-safe.
-    pub(super) async fn reserve(&self) -> Place {
+    /// A place for warm-up, as soon as there is one. Cancel-safe.
+    pub(super) async fn reserve_warm_up(&self) -> Place {
         loop {
             // The semaphore is never closed, so this succeeds on its first turn.
-            if let Ok(permit) = Arc::clone(&self.places).acquire_owned().await {
+            if let Ok(permit) = Arc::clone(&self.warm_up_places).acquire_owned().await {
                 return Place(permit);
             }
         }
     }
 
-    pub(super) fn submit(&self, jobs: Vec<EncodeJob>) {
+    pub(super) fn submit(&self, mut jobs: Vec<EncodeJob>) {
         if !jobs.is_empty() {
-            events::queue_joined(QUEUE, jobs.len());
+            jobs.iter_mut().for_each(|job| job.stay = Some(QueueStay::begin(QUEUE)));
             self.batcher.push(jobs);
         }
     }
@@ -196,7 +205,6 @@ fn tokenize(model: &EncoderModel, jobs: Vec<EncodeJob>) -> Vec<EncodeJob> {
                 tokenized.push(job);
             }
             Err(error) => {
-                events::queue_left(QUEUE, job.enqueued.elapsed());
                 events::encode_failed(1, &error);
             }
         }
@@ -205,11 +213,9 @@ fn tokenize(model: &EncoderModel, jobs: Vec<EncodeJob>) -> Vec<EncodeJob> {
     tokenized
 }
 
-fn encode(model: &EncoderModel, graph: &mut Graph, jobs: Vec<EncodeJob>) {
+fn encode(model: &EncoderModel, graph: &mut Graph, mut jobs: Vec<EncodeJob>) {
     let start = Instant::now();
-    for job in &jobs {
-        events::queue_left(QUEUE, start - job.enqueued);
-    }
+    jobs.iter_mut().for_each(|job| drop(job.stay.take()));
     let batch: Vec<&[i64]> = jobs.iter().map(|job| job.tokens.as_slice()).collect();
     let n_columns = batch.iter().map(|ids| ids.len()).max().unwrap_or(0);
     events::encoder_batch_ran(batch.len(), batch.len() * n_columns);

@@ -7,10 +7,42 @@
 use super::{Content, ContentKey};
 use crate::{domain::Vector, vector_cache::VectorCache};
 use dashmap::{DashMap, Entry};
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
 use tokio::sync::watch;
 
-type Table = DashMap<ContentKey, watch::Receiver<Option<Vector>>>;
+type Table = DashMap<ContentKey, Pending>;
+
+/// What the table holds of a flight.
+#[derive(Debug)]
+struct Pending {
+    landing: watch::Receiver<Option<Vector>>,
+    wanted: Arc<Wanted>,
+}
+
+/// Until when somebody waits for a flight. Raised by every request that joins it, so that a warm-up that a request has
+/// come to wait for goes first, and work that everybody has left goes last.
+#[derive(Debug, Default)]
+struct Wanted(AtomicU64);
+
+impl Wanted {
+    fn raise(&self, until: Option<Instant>) {
+        let until = until.map_or(0, |until| until.saturating_duration_since(*EPOCH).as_millis() as u64);
+        self.0.fetch_max(until, Ordering::Relaxed);
+    }
+
+    fn is_wanted(&self) -> bool {
+        u128::from(self.0.load(Ordering::Relaxed)) > EPOCH.elapsed().as_millis()
+    }
+}
+
+/// Deadlines are kept as milliseconds since then, so that they fit an atomic.
+static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// The flights under way.
 #[derive(Debug, Default)]
@@ -28,22 +60,35 @@ pub(super) enum Boarding {
 }
 
 impl Flights {
-    /// Joins the flight for `key`, or opens it.
+    /// Joins the flight for `key`, if there is one. `until` is when a request stops waiting, `None` for warm-up.
+    pub(super) fn follow(&self, key: &ContentKey, until: Option<Instant>) -> Option<Landing> {
+        self.table.get(key).map(|pending| pending.follow(until))
+    }
+
+    /// Joins the flight for `key`, or opens it. `until` is when a request stops waiting, `None` for warm-up.
     ///
     /// Holds one shard's lock for a look-up in `cache`, never across an await.
-    pub(super) fn board(&self, key: ContentKey, cache: &VectorCache<ContentKey>) -> Boarding {
+    pub(super) fn board(&self, key: ContentKey, until: Option<Instant>, cache: &VectorCache<ContentKey>) -> Boarding {
         match self.table.entry(key) {
-            Entry::Occupied(entry) => Boarding::Followed(Landing(entry.get().clone())),
+            Entry::Occupied(entry) => Boarding::Followed(entry.get().follow(until)),
             Entry::Vacant(entry) => {
                 if let Some(vector) = cache.get(&key) {
                     return Boarding::Cached(vector);
                 }
                 let (result, landing) = watch::channel(None);
-                entry.insert(landing.clone());
-                let flight = Flight { key, result, table: Arc::clone(&self.table), cache: cache.clone() };
-                Boarding::Led(flight, Landing(landing))
+                let wanted = Arc::new(Wanted::default());
+                let landing = entry.insert(Pending { landing, wanted: Arc::clone(&wanted) }).follow(until);
+                let flight = Flight { key, result, wanted, table: Arc::clone(&self.table), cache: cache.clone() };
+                Boarding::Led(flight, landing)
             }
         }
+    }
+}
+
+impl Pending {
+    fn follow(&self, until: Option<Instant>) -> Landing {
+        self.wanted.raise(until);
+        Landing(self.landing.clone())
     }
 }
 
@@ -52,11 +97,17 @@ impl Flights {
 pub(super) struct Flight {
     key: ContentKey,
     result: watch::Sender<Option<Vector>>,
+    wanted: Arc<Wanted>,
     table: Arc<Table>,
     cache: VectorCache<ContentKey>,
 }
 
 impl Flight {
+    /// Whether a request waits for it now.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.wanted.is_wanted()
+    }
+
     /// Caches `vector` and hands it to everybody who waits.
     pub(super) fn land(self, vector: Vector) {
         // Cached first: who finds the table empty afterwards must find the cache full.
@@ -69,8 +120,7 @@ impl Flight {
 impl Drop for Flight {
     fn drop(&mut self) {
         // A flight that landed may have been followed by a new one (after an eviction): that one is not ours to close.
-        let ours =
-            |_: &ContentKey, landing: &watch::Receiver<Option<Vector>>| landing.same_channel(&self.result.subscribe());
+        let ours = |_: &ContentKey, pending: &Pending| Arc::ptr_eq(&pending.wanted, &self.wanted);
         self.table.remove_if(&self.key, ours);
     }
 }
@@ -82,10 +132,11 @@ pub(super) struct Landing(watch::Receiver<Option<Vector>>);
 impl Landing {
     /// What has arrived by now.
     pub(super) fn now(&self) -> Content {
-        let vector = self.0.borrow().clone();
-        match vector {
+        // Asked before the value is read: a flight that lands in between was not dropped.
+        let dropped = self.0.has_changed().is_err();
+        match self.0.borrow().clone() {
             Some(vector) => Content::Encoded(vector),
-            None if self.0.has_changed().is_err() => Content::Failed,
+            None if dropped => Content::Failed,
             None => Content::NotInTime,
         }
     }

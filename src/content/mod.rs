@@ -149,7 +149,7 @@ impl Contents {
         let mut slots = Vec::with_capacity(items.len());
         let mut jobs = Vec::new();
         for item in items {
-            slots.push(self.begin(encoder, item, priority, &mut lookups, &mut jobs).await);
+            slots.push(self.begin(encoder, item, (priority, until), &mut lookups, &mut jobs).await);
         }
         encoder.submit(jobs);
         events::cache_looked_up(self.cache.name(), lookups);
@@ -163,7 +163,7 @@ impl Contents {
         &self,
         encoder: &Encoder,
         item: &KnownItem,
-        priority: Priority,
+        (priority, until): (Priority, Instant),
         lookups: &mut Lookups,
         jobs: &mut Vec<EncodeJob>,
     ) -> Slot {
@@ -172,7 +172,13 @@ impl Contents {
             lookups.n_hits += 1;
             return Slot::Cached(vector);
         }
-        let place = match (encoder.try_reserve(), priority) {
+        let until = (priority == Priority::Request).then_some(until);
+        // Following takes no place: what is under way is waited for, however full the queue.
+        if let Some(landing) = self.flights.follow(&key, until) {
+            lookups.n_coalesced += 1;
+            return Slot::Waiting(landing);
+        }
+        let place = match (encoder.try_reserve(priority), priority) {
             (Some(place), _) => place,
             (None, Priority::Request) => {
                 lookups.n_misses += 1;
@@ -182,10 +188,10 @@ impl Contents {
             (None, Priority::WarmUp) => {
                 // What this call queued so far has to run before there is room.
                 encoder.submit(std::mem::take(jobs));
-                encoder.reserve().await
+                encoder.reserve_warm_up().await
             }
         };
-        match self.flights.board(key, &self.cache) {
+        match self.flights.board(key, until, &self.cache) {
             Boarding::Cached(vector) => {
                 lookups.n_hits += 1;
                 Slot::Cached(vector)
@@ -196,7 +202,7 @@ impl Contents {
             }
             Boarding::Led(flight, landing) => {
                 lookups.n_misses += 1;
-                jobs.push(EncodeJob::new(Arc::clone(&item.text), priority, flight, place));
+                jobs.push(EncodeJob::new(Arc::clone(&item.text), flight, place));
                 Slot::Waiting(landing)
             }
         }

@@ -8,7 +8,7 @@
 //! Work here was asked for by somebody who waits. Work that must go on after its caller left (encoding) is not here but in
 //! `content::batcher`.
 
-use crate::telemetry::events;
+use crate::telemetry::events::{self, QueueStay};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::{
     any::Any,
@@ -36,7 +36,7 @@ pub enum JobError {
 
 struct Job<S> {
     task: Box<dyn FnOnce(&mut S) + Send>,
-    enqueued: Instant,
+    stay: QueueStay,
 }
 
 /// Threads that each own one `S`.
@@ -59,7 +59,7 @@ impl<S: Send + 'static> Pool<S> {
         let (queue, jobs) = bounded(max_queued);
         for (i, state) in states.into_iter().enumerate() {
             let jobs = jobs.clone();
-            thread::Builder::new().name(format!("{name}-{i}")).spawn(move || work(name, &jobs, state))?;
+            thread::Builder::new().name(format!("{name}-{i}")).spawn(move || work(&jobs, state))?;
         }
         Ok(Pool { name, queue })
     }
@@ -83,13 +83,13 @@ impl<S: Send + 'static> Pool<S> {
                 false => Err(JobError::Expired),
             });
         });
-        events::queue_joined(name, 1);
-        if let Err(error) = self.queue.try_send(Job { task, enqueued: Instant::now() }) {
-            events::queue_left(name, std::time::Duration::ZERO);
-            return Err(match error {
-                TrySendError::Full(_) => JobError::QueueFull,
-                TrySendError::Disconnected(_) => JobError::Panicked("no thread is left".to_owned()),
-            });
+        match self.queue.try_send(Job { task, stay: QueueStay::begin(name) }) {
+            Ok(()) => {}
+            Err(TrySendError::Full(job)) => {
+                job.stay.refuse();
+                return Err(JobError::QueueFull);
+            }
+            Err(TrySendError::Disconnected(_)) => return Err(JobError::Panicked("no thread is left".to_owned())),
         }
         match tokio::time::timeout_at(deadline.into(), answer).await {
             Ok(Ok(result)) => result,
@@ -99,10 +99,10 @@ impl<S: Send + 'static> Pool<S> {
     }
 }
 
-fn work<S>(name: &'static str, jobs: &Receiver<Job<S>>, mut state: S) {
-    for job in jobs {
-        events::queue_left(name, job.enqueued.elapsed());
-        (job.task)(&mut state);
+fn work<S>(jobs: &Receiver<Job<S>>, mut state: S) {
+    for Job { task, stay } in jobs {
+        drop(stay);
+        task(&mut state);
     }
 }
 

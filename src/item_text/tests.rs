@@ -47,8 +47,10 @@ fn moving_a_letter_between_fields_changes_the_digest() {
 #[test]
 fn text_is_bounded_over_all_fields_together() {
     let text = ItemText { title: "a".repeat(6), keywords: vec!["b".repeat(5)], ..ItemText::default() };
-    assert_eq!(check(&text, 11), Ok(()));
-    assert_eq!(check(&text, 10), Err(TextFault::TooLong { n_bytes: 11, max: 10 }));
+    assert_eq!(check(&text, 12), Ok(()));
+    assert_eq!(check(&text, 11), Err(TextFault::TooLong { n_bytes: 12, max: 11 }));
+    let hollow = ItemText { title: "a".into(), keywords: vec![String::new(); 100], ..ItemText::default() };
+    assert_eq!(check(&hollow, 100), Err(TextFault::TooLong { n_bytes: 101, max: 100 }));
     assert_eq!(check(&ItemText { keywords: vec![String::new()], ..ItemText::default() }, 10), Err(TextFault::Empty));
 }
 

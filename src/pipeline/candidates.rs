@@ -30,7 +30,8 @@ pub(super) fn unique<'a>(items: impl Iterator<Item = &'a KnownItem>) -> (Vec<Kno
 }
 
 impl Pipeline {
-    /// The item embedding of each candidate. An error only where not one row is ready and one might have been.
+    /// The item embedding of each candidate. An error where not one row is ready and one might have been, and where the
+    /// scoring queue is full, as then nothing can be scored either.
     pub(super) async fn embed_candidates(
         &self,
         model: &Model,
@@ -95,7 +96,7 @@ impl Pipeline {
             let start = Instant::now();
             let embedded = item_tower::embed(graphs, &inputs, dim)?;
             events::stage_finished("item_tower", start);
-            events::batch_ran("item_tower", inputs.len());
+            inputs.chunks(item_tower::BATCH).for_each(|batch| events::batch_ran("item_tower", batch.len()));
             Ok(keys.into_iter().zip(embedded).map(|(key, item)| keep(&items, key, item)).collect::<Rows>())
         };
         let embedded: Result<Rows, RowStatus> = match model.towers.run(until, job).await {

@@ -9,13 +9,14 @@ use axum::{
     routing::get,
 };
 use std::sync::Arc;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch};
 
 /// What the handlers read.
 #[derive(Debug, Clone)]
 pub(super) struct State {
     pub(super) recorder: Recorder,
     pub(super) pipeline: Arc<Pipeline>,
+    pub(super) draining: watch::Receiver<bool>,
 }
 
 /// Serves until the process ends: the last scrape of a drain counts, too.
@@ -37,6 +38,7 @@ async fn metrics(Extract(state): Extract<State>) -> impl IntoResponse {
 
 async fn ready(Extract(state): Extract<State>) -> impl IntoResponse {
     match state.pipeline.registry.current() {
+        _ if *state.draining.borrow() => (StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
         Ok(_) => (StatusCode::OK, "ready\n"),
         Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "loading\n"),
     }

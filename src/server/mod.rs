@@ -19,7 +19,7 @@ use crate::{
         services::MidEmb,
     },
 };
-use std::{future::Future, io, net::SocketAddr, sync::Arc};
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 use thiserror::Error;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -80,6 +80,10 @@ impl Listeners {
     }
 }
 
+/// A peer that vanished is found within the two together: it must not hold requests, nor a drain.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
 async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, ServerError> {
     TcpListener::bind(address).await.map_err(|source| ServerError::Bind { key, address, source })
 }
@@ -96,14 +100,18 @@ pub async fn run(
     let (draining, drained) = watch::channel(false);
     let addresses = addresses(&listeners);
     tokio::spawn(recorder.clone().keep_up());
-    tokio::spawn(http::serve(listeners.metrics, http::State { recorder, pipeline: Arc::clone(&pipeline) }));
+    let state = http::State { recorder, pipeline: Arc::clone(&pipeline), draining: drained.clone() };
+    tokio::spawn(http::serve(listeners.metrics, state));
     let (health, health_service) = tonic_health::server::health_reporter();
     set_health(&health, ServingStatus::NotServing).await;
     let grpc = Server::builder()
         .tcp_nodelay(true)
+        .tcp_keepalive(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .layer(CountLayer)
         .add_service(health_service)
-        .add_service(mid_emb_service(&settings, &pipeline))
+        .add_service(mid_emb_service(&settings, &pipeline, drained.clone()))
         .add_service(reflection_v1())
         .add_service(reflection_v1alpha())
         .serve_with_incoming_shutdown(incoming(listeners.grpc), until(drained.clone()));
@@ -112,7 +120,7 @@ pub async fn run(
         .add_service(AdminServiceServer::new(Admin::new(Arc::clone(&pipeline))))
         .add_service(reflection_v1())
         .serve_with_incoming_shutdown(incoming(listeners.admin), until(drained));
-    let serving = tokio::spawn(async { tokio::try_join!(grpc, admin) });
+    let mut serving = tokio::spawn(async { tokio::try_join!(grpc, admin) });
 
     let loading = load_models(&settings, &pipeline);
     tokio::pin!(shutdown);
@@ -125,10 +133,15 @@ pub async fn run(
     let [grpc, admin, metrics] = addresses;
     tracing::info!(grpc, admin, metrics, "serving");
 
-    shutdown.await;
-    tracing::info!(drain_seconds = settings.drain.as_secs(), "draining");
+    tokio::select! {
+        () = &mut shutdown => {}
+        // Without a listener there is nothing to wait for.
+        served = &mut serving => return served?.map(|_| ()).map_err(ServerError::from),
+    }
     set_health(&health, ServingStatus::NotServing).await;
     draining.send_replace(true);
+    end_health_watches(health).await;
+    tracing::info!(drain_seconds = settings.drain.as_secs(), "draining");
     match tokio::time::timeout(settings.drain, serving).await {
         Ok(served) => served??,
         Err(_elapsed) => {
@@ -170,9 +183,19 @@ async fn until(mut drained: watch::Receiver<bool>) {
     let _ = drained.wait_for(|draining| *draining).await;
 }
 
-fn mid_emb_service(settings: &Settings, pipeline: &Arc<Pipeline>) -> MidEmbServiceServer<MidEmb> {
-    MidEmbServiceServer::new(MidEmb::new(Arc::clone(pipeline), settings.limits))
+fn mid_emb_service(
+    settings: &Settings,
+    pipeline: &Arc<Pipeline>,
+    drained: watch::Receiver<bool>,
+) -> MidEmbServiceServer<MidEmb> {
+    MidEmbServiceServer::new(MidEmb::new(Arc::clone(pipeline), settings.limits, drained))
         .max_decoding_message_size(settings.limits.max_message_bytes)
+}
+
+/// Ends the streams of those who watch: they would hold the drain. They have seen NOT_SERVING.
+async fn end_health_watches(mut health: HealthReporter) {
+    health.clear_service_status("").await;
+    health.clear_service_status("midemb.v1.MidEmbService").await;
 }
 
 async fn set_health(health: &HealthReporter, status: ServingStatus) {

@@ -80,15 +80,35 @@ pub fn encoder_batch_ran(n_items: usize, n_tokens: usize) {
     histogram!(names::BATCH_TOKENS).record(n_tokens as f64);
 }
 
-/// `n` jobs joined a queue.
-pub fn queue_joined(queue: &'static str, n: usize) {
-    gauge!(names::QUEUE_DEPTH, "queue" => queue).increment(n as f64);
+/// One job's stay in a queue. It ends when this is dropped, by whatever way the job left: the depth cannot leak.
+#[derive(Debug)]
+pub struct QueueStay {
+    queue: &'static str,
+    joined: Instant,
+    refused: bool,
 }
 
-/// A job left its queue after it had waited for `wait`.
-pub fn queue_left(queue: &'static str, wait: Duration) {
-    gauge!(names::QUEUE_DEPTH, "queue" => queue).decrement(1.0);
-    histogram!(names::QUEUE_WAIT, "queue" => queue).record(wait);
+impl QueueStay {
+    /// A job joins `queue`.
+    pub fn begin(queue: &'static str) -> Self {
+        gauge!(names::QUEUE_DEPTH, "queue" => queue).increment(1.0);
+        QueueStay { queue, joined: Instant::now(), refused: false }
+    }
+
+    /// The queue was full after all: a job that never waited must not make waits look short.
+    pub fn refuse(mut self) {
+        self.refused = true;
+    }
+}
+
+impl Drop for QueueStay {
+    fn drop(&mut self) {
+        gauge!(names::QUEUE_DEPTH, "queue" => self.queue).decrement(1.0);
+        if self.refused {
+            return;
+        }
+        histogram!(names::QUEUE_WAIT, "queue" => self.queue).record(self.joined.elapsed());
+    }
 }
 
 /// `n` requests (or rows, where the reason is the encoder's queue) were turned away.

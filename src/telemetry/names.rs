@@ -61,7 +61,7 @@ metrics! {
     REQUESTS = "midemb_requests_total", Kind::Counter, "method,code,model";
     /// From a call's headers to its answer, in seconds: reading and decoding the message included.
     REQUEST_DURATION = "midemb_request_duration_seconds", Kind::Histogram(SECONDS), "method,model";
-    /// Time in one stage of a request (resolve, content, item_tower, user_tower, cvr) or of a batch (tokenize, encode), in seconds.
+    /// Time in one stage of a request (resolve, history, content, item_tower, user_tower, cvr) or of a batch (tokenize, encode), in seconds.
     STAGE_DURATION = "midemb_stage_duration_seconds", Kind::Histogram(SECONDS), "stage";
     /// Cache look-ups; hit, miss and coalesced (another call was encoding it already) add up to all of them.
     CACHE_LOOKUPS = "midemb_cache_lookups_total", Kind::Counter, "cache,result";

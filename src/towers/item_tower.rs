@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Items of one run at most: enough to fill a core, and the activations stay small.
-const BATCH: usize = 256;
+pub const BATCH: usize = 256;
 
 /// The item embedding (`E` wide) of each content embedding (`C` wide), in order.
 pub fn embed(graphs: &mut TowerGraphs, contents: &[Vector], dim: usize) -> Result<Vec<Vector>, GraphError> {

@@ -1,8 +1,14 @@
-//! prost's codec, but for one thing: bytes that are no valid message are the caller's fault.
+//! prost's codec, but for two things.
 //!
-//! tonic's own codec answers them INTERNAL, which would wake somebody up here for a bug over there.
+//! Bytes that are no valid message are the caller's fault: tonic's own codec answers them INTERNAL, which would wake
+//! somebody up here for a bug over there. And a message is counted before it is decoded: an empty item takes two bytes on
+//! the wire and 168 in memory, so that a message within its size limit could still ask for gigabytes.
 
-use prost::Message;
+use prost::{
+    Message,
+    bytes::Buf,
+    encoding::{DecodeContext, decode_key, skip_field},
+};
 use tonic::{
     Code, Status,
     codec::{BufferSettings, Codec as TonicCodec, DecodeBuf, Decoder},
@@ -51,6 +57,7 @@ impl<U: Message + Default> Decoder for CheckedDecoder<U> {
     type Error = Status;
 
     fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
+        check_entries(buffer.chunk())?;
         self.inner.decode(buffer).map_err(|status| match status.code() {
             Code::Internal => Status::invalid_argument(format!("request: {}", status.message())),
             _ => status,
@@ -59,5 +66,43 @@ impl<U: Message + Default> Decoder for CheckedDecoder<U> {
 
     fn buffer_settings(&self) -> BufferSettings {
         self.inner.buffer_settings()
+    }
+}
+
+/// Twice what `limits.max_candidates` and `limits.max_history` may be at the most.
+const MAX_ENTRIES: usize = 400_000;
+
+/// Walks over a message's own fields without decoding them. tonic hands a message over in one piece.
+fn check_entries(mut message: &[u8]) -> Result<(), Status> {
+    let mut n_entries = 0;
+    while message.has_remaining() {
+        let skipped = decode_key(&mut message)
+            .and_then(|(tag, wire_type)| skip_field(wire_type, tag, &mut message, DecodeContext::default()));
+        if skipped.is_err() {
+            // No valid message: decoding says so in its own words.
+            return Ok(());
+        }
+        n_entries += 1;
+        if n_entries > MAX_ENTRIES {
+            return Err(Status::invalid_argument(format!("request: more than {MAX_ENTRIES} entries")));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::proto::{GetMidEmbRequest, Item};
+
+    #[test]
+    fn a_message_of_too_many_entries_is_refused_and_others_are_not() {
+        let page = |n| GetMidEmbRequest { candidates: vec![Item::default(); n], ..Default::default() }.encode_to_vec();
+        assert!(check_entries(&page(1000)).is_ok());
+        assert!(check_entries(&page(MAX_ENTRIES)).is_ok());
+        let status = check_entries(&page(MAX_ENTRIES + 1)).unwrap_err();
+        assert_eq!((status.code(), status.message()), (Code::InvalidArgument, "request: more than 400000 entries"));
+        assert!(check_entries(&[0x0a, 0xff, 0xff]).is_ok(), "left to the decoder");
+        assert!(check_entries(&[]).is_ok());
     }
 }

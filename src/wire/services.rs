@@ -11,6 +11,7 @@ use crate::{
 };
 use proto::mid_emb_service_server::MidEmbService;
 use std::sync::Arc;
+use tokio::sync::watch;
 use tonic::{Request, Response, Status, Streaming};
 
 /// The handlers of `MidEmbService`.
@@ -18,12 +19,13 @@ use tonic::{Request, Response, Status, Streaming};
 pub struct MidEmb {
     pipeline: Arc<Pipeline>,
     limits: Limits,
+    drained: watch::Receiver<bool>,
 }
 
 impl MidEmb {
-    /// Handlers over `pipeline`.
-    pub fn new(pipeline: Arc<Pipeline>, limits: Limits) -> Self {
-        MidEmb { pipeline, limits }
+    /// Handlers over `pipeline`. Streams end once `drained` turns true.
+    pub fn new(pipeline: Arc<Pipeline>, limits: Limits, drained: watch::Receiver<bool>) -> Self {
+        MidEmb { pipeline, limits, drained }
     }
 }
 
@@ -56,11 +58,17 @@ impl MidEmbService for MidEmb {
         request: Request<Streaming<proto::WarmItemsRequest>>,
     ) -> Result<Response<proto::WarmItemsResponse>, Status> {
         let mut chunks = request.into_inner();
+        let (refuse, mut drained) = (refuse("WarmItems"), self.drained.clone());
         let mut summary = WarmSummary::default();
-        while let Some(chunk) = chunks.message().await? {
-            summary += self.pipeline.warm_items(decode::items(chunk.items)).await.map_err(refuse("WarmItems"))?;
+        loop {
+            let chunk = tokio::select! {
+                chunk = chunks.message() => chunk?,
+                // A stream may go on for ever, a drain may not. What was received is warmed and cached.
+                _ = drained.wait_for(|draining| *draining) => return Err(refuse(Error::Unavailable("draining"))),
+            };
+            let Some(chunk) = chunk else { return Ok(Response::new(encode::warm_summary(summary))) };
+            summary += self.pipeline.warm_items(decode::items(chunk.items)).await.map_err(&refuse)?;
         }
-        Ok(Response::new(encode::warm_summary(summary)))
     }
 
     async fn get_model_info(

@@ -188,6 +188,18 @@ async fn a_message_of_100_mb_is_refused_before_it_is_read() {
     assert!(grown < 64e6, "the server grew by {grown} bytes");
 }
 
+/// 7 million empty items in 14 MB: within the size limit, and over a gigabyte if it were decoded.
+#[tokio::test]
+async fn a_small_message_of_millions_of_entries_is_refused_before_it_is_decoded() {
+    let server = Server::start();
+    let before = server.scrape().sum("process_resident_memory_bytes", &[]);
+    let status = send_raw(&server, [0x1a, 0x00].repeat(7_000_000)).await;
+    assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+    let grown = server.scrape().sum("process_resident_memory_bytes", &[]) - before;
+    assert!(grown < 128e6, "the server grew by {grown} bytes");
+    assert_serves(&server).await;
+}
+
 #[tokio::test]
 async fn a_thousand_broken_messages_leave_a_server_that_serves() {
     let server = Server::start();

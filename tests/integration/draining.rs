@@ -1,6 +1,7 @@
 //! SIGTERM: what was accepted is answered, what comes later is not accepted, and the process ends well.
 
 use crate::harness::{Server, films, page, shipped, statuses};
+use midemb::wire::proto::WarmItemsRequest;
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},
@@ -21,6 +22,8 @@ async fn requests_under_way_are_answered_after_sigterm() {
         tokio::task::yield_now().await;
     }
     server.signal("TERM");
+    server.wait_for_log("draining");
+    assert_eq!(server.get("/readyz"), (503, "draining\n".to_owned()));
     for call in calls {
         let answer = call.await.unwrap().expect("an accepted request was lost").into_inner();
         assert_eq!(statuses(&answer), ["OK"; 12]);
@@ -68,4 +71,31 @@ async fn readiness_follows_the_server() {
     assert_eq!(server.get("/nothing").0, 404);
     server.signal("INT");
     assert!(server.wait().success());
+}
+
+/// What never ends by itself must not hold a drain: somebody who watches health, and an open stream of items.
+#[tokio::test]
+async fn open_streams_end_with_the_drain() {
+    use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+    let server = Server::start();
+    let watch = HealthCheckRequest { service: "midemb.v1.MidEmbService".to_owned() };
+    let mut health = HealthClient::new(server.channel().await).watch(watch).await.unwrap().into_inner();
+    assert_eq!(health.message().await.unwrap().unwrap().status, 1);
+
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    sender.send(WarmItemsRequest { items: films("warm", 10) }).await.unwrap();
+    let mut client = server.client().await;
+    let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+    let warming = tokio::spawn(async move { client.warm_items(stream).await });
+    while server.scrape().n_encoded() < 10.0 {
+        tokio::task::yield_now().await;
+    }
+    server.signal("TERM");
+    let told = warming.await.unwrap().unwrap_err();
+    assert_eq!((told.code(), told.message()), (Code::Unavailable, "not serving: draining"));
+    assert_eq!(health.message().await.unwrap().unwrap().status, 2, "a watcher was not told NOT_SERVING");
+    assert!(health.message().await.unwrap().is_none());
+    server.wait_for_log("stopped");
+    assert!(server.wait().success());
+    drop(sender);
 }

@@ -110,6 +110,11 @@ class FetchTest(unittest.TestCase):
         self.assertEqual(self.fetch().returncode, 0)
         self.assert_in_place()
 
+    def test_the_gpu_library_is_not_replaced_by_the_cpu_s(self) -> None:
+        self.fetch()
+        self.library.with_name("libonnxruntime.so.package").write_text(f"onnxruntime-gpu=={VERSION}\n")
+        self.assertEqual(self.fetch("--check").returncode, 0)
+
 
 if __name__ == "__main__":
     unittest.main()
