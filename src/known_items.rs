@@ -8,7 +8,7 @@ use crate::{
     domain::{Item, RowStatus},
     item_text::{self, TextDigest},
     telemetry::events::{self, Lookups},
-    vector_cache::Contents,
+    vector_cache::{self, Contents},
 };
 use moka::{notification::RemovalCause, policy::EvictionPolicy, sync::Cache};
 use std::{mem::size_of, sync::Arc};
@@ -68,21 +68,12 @@ impl KnownItems {
 
     /// Entries, bytes and the bound, after pending work was done.
     pub fn measure(&self) -> Contents {
-        self.cache.run_pending_tasks();
-        Contents {
-            cache: NAME,
-            n_entries: self.cache.entry_count(),
-            n_bytes: self.cache.weighted_size(),
-            max_bytes: self.cache.policy().max_capacity().unwrap_or(u64::MAX),
-        }
+        Contents::of(NAME, &self.cache)
     }
 
     /// Forgets everything; returns how many items were known.
     pub fn flush(&self) -> u64 {
-        let n_entries = self.measure().n_entries;
-        self.cache.invalidate_all();
-        self.cache.run_pending_tasks();
-        n_entries
+        vector_cache::flush(&self.cache)
     }
 }
 

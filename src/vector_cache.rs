@@ -61,21 +61,12 @@ impl<K: Hash + Eq + Send + Sync + 'static> VectorCache<K> {
 
     /// Entries, bytes and the bound, after pending work was done.
     pub fn measure(&self) -> Contents {
-        self.cache.run_pending_tasks();
-        Contents {
-            cache: self.name,
-            n_entries: self.cache.entry_count(),
-            n_bytes: self.cache.weighted_size(),
-            max_bytes: self.cache.policy().max_capacity().unwrap_or(u64::MAX),
-        }
+        Contents::of(self.name, &self.cache)
     }
 
     /// Drops everything; returns how many entries there were.
     pub fn flush(&self) -> u64 {
-        let n_entries = self.measure().n_entries;
-        self.cache.invalidate_all();
-        self.cache.run_pending_tasks();
-        n_entries
+        flush(&self.cache)
     }
 }
 
@@ -90,6 +81,36 @@ pub struct Contents {
     pub n_bytes: u64,
     /// The bound.
     pub max_bytes: u64,
+}
+
+impl Contents {
+    /// What `cache` holds, after pending work was done.
+    pub fn of<K, V>(name: &'static str, cache: &Cache<K, V>) -> Self
+    where
+        K: Hash + Eq + Send + Sync + 'static,
+        V: Clone + Send + Sync + 'static,
+    {
+        cache.run_pending_tasks();
+        Contents {
+            cache: name,
+            n_entries: cache.entry_count(),
+            n_bytes: cache.weighted_size(),
+            max_bytes: cache.policy().max_capacity().unwrap_or(u64::MAX),
+        }
+    }
+}
+
+/// Drops everything that `cache` holds; returns how many entries there were.
+pub fn flush<K, V>(cache: &Cache<K, V>) -> u64
+where
+    K: Hash + Eq + Send + Sync + 'static,
+    V: Clone + Send + Sync + 'static,
+{
+    cache.run_pending_tasks();
+    let n_entries = cache.entry_count();
+    cache.invalidate_all();
+    cache.run_pending_tasks();
+    n_entries
 }
 
 fn entry_bytes<K>(dim: usize) -> u32 {
