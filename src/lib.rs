@@ -16,11 +16,13 @@
 //! - [`content`]: CEG, content embeddings: cache, single flight, batches.
 //! - [`inference`]: the only place that knows ort.
 //! - [`item_text`]: six fields to digest and prompt.
-//! - [`vector_cache`]: a cache of embeddings, bounded in bytes.
+//! - [`vector_cache`]: embeddings by digest.
+//! - [`bounded_cache`]: a cache bounded in bytes.
 //! - [`telemetry`]: the only place that knows the metrics macros.
 //! - [`error`] and [`domain`]: the closed set of errors, the plain types.
 
 pub mod admission;
+pub mod bounded_cache;
 pub mod bundle;
 pub mod cli;
 pub mod config;

@@ -15,6 +15,7 @@ mod score;
 
 use crate::{
     admission::{Admission, Deadlines, shed},
+    bounded_cache::Contents as CacheContents,
     bundle::{Model, Registry},
     content::{Content, Contents, KnownItem, batcher::Priority},
     domain::{Item, MidEmbRequest, MidEmbResponse, RowStatus, Vector, WarmSummary},
@@ -22,7 +23,7 @@ use crate::{
     known_items::KnownItems,
     telemetry::events,
     towers::ItemKey,
-    vector_cache::{self, VectorCache},
+    vector_cache::VectorCache,
 };
 use candidates::unique;
 use score::ScoreJob;
@@ -125,7 +126,7 @@ impl Pipeline {
     }
 
     /// What each cache holds.
-    pub fn measure(&self) -> [vector_cache::Contents; 3] {
+    pub fn measure(&self) -> [CacheContents; 3] {
         let measured = [self.contents.cache().measure(), self.items.measure(), self.known_items.measure()];
         measured.iter().for_each(|c| events::cache_measured(c.cache, c.n_entries, c.n_bytes));
         measured

@@ -94,9 +94,9 @@ pub const KEYS: &[Key] = &[
         "cache.content_mb",
         "1024",
         MB,
-        "Memory for content embeddings (about 1.9 KB an item at 384 dimensions). The costliest to lose: raise it first.",
+        "Memory for content embeddings (about 1.7 KB an item at 384 dimensions). The costliest to lose: raise it first.",
     ),
-    key("cache.item_mb", "256", MB, "Memory for item embeddings (about 0.6 KB an item at 64 dimensions)."),
+    key("cache.item_mb", "256", MB, "Memory for item embeddings (about 0.4 KB an item at 64 dimensions)."),
     key("cache.known_items_mb", "256", MB, "Memory for remembered text, so that requests may send ids alone."),
     key("limits.max_candidates", "10000", Bound::Integer(1, 100_000), "Candidates of one request."),
     key(

@@ -102,6 +102,12 @@ impl Runtime {
             .with_logger(Arc::new(log))
             .build()
             .map_err(LibraryError::Environment)?;
+        // ONNX Runtime writes several lines about every run, and formats them whether or not anybody reads them.
+        environment.set_log_level(if tracing::enabled!(tracing::Level::DEBUG) {
+            LogLevel::Verbose
+        } else {
+            LogLevel::Warning
+        });
         let provider = choose(&environment, choice, &path)?;
         Ok(Runtime { environment, provider, library: path.into() })
     }

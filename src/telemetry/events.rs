@@ -48,9 +48,9 @@ pub fn cache_looked_up(cache: &'static str, lookups: Lookups) {
     }
 }
 
-/// A cache dropped an entry for want of room.
-pub fn cache_evicted(cache: &'static str) {
-    counter!(names::CACHE_EVICTIONS, "cache" => cache).increment(1);
+/// A cache dropped entries for want of room.
+pub fn cache_evicted(cache: &'static str, n_entries: u64) {
+    counter!(names::CACHE_EVICTIONS, "cache" => cache).increment(n_entries);
 }
 
 /// What a cache holds now; read before every scrape.

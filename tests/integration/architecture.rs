@@ -48,6 +48,7 @@ const ROOMS: &[&str] = &[
     "towers",
     "content",
     "vector_cache",
+    "bounded_cache",
     "inference",
     "item_text",
     "telemetry",
@@ -93,6 +94,7 @@ fn each_library_lives_in_one_room() {
         ("minijinja::", &["item_text"]),
         ("tokenizers::", &["content"]),
         ("dashmap::", &["content"]),
+        ("quick_cache::", &["bounded_cache"]),
         ("env::var", &["config"]),
         ("anyhow::", &["cli"]),
     ];
