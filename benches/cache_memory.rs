@@ -11,7 +11,7 @@ use midemb::{
     domain::{Item, ItemText, Vector},
     item_text::TextDigest,
     known_items::KnownItems,
-    towers::{ItemKey, TowerDigest},
+    towers::{ItemKey, TowerDigest, UserCache, UserKey},
     vector_cache::VectorCache,
 };
 use std::{hint::black_box, process::Command};
@@ -53,6 +53,13 @@ fn fill(name: &str, n: u64) -> (Box<dyn std::any::Any>, u64, u64) {
             let counted = cache.measure().n_bytes;
             (Box::new(cache), 1536, counted)
         }
+        "user, 64 dims" => {
+            let cache = UserCache::new(UNBOUNDED);
+            let key = |text| UserKey::of(TowerDigest([7; 16]), std::iter::once(&text));
+            digests.zip(0..).for_each(|(text, i)| cache.insert(key(text), vector(i, 64)));
+            let counted = cache.measure().n_bytes;
+            (Box::new(cache), 256, counted)
+        }
         _ => {
             let known = KnownItems::new(UNBOUNDED, 8192);
             (0..n).for_each(|i| drop(known.resolve(vec![Item { id: format!("item-{i:>9}"), text: Some(text(i)) }])));
@@ -81,7 +88,7 @@ fn main() {
         "{n} entries, bytes each\n{:20} {:>8} {:>9} {:>9} {:>6}",
         "cache", "payload", "resident", "counted", "goal"
     );
-    for name in ["item, 64 dims", "content, 384 dims", "known item"] {
+    for name in ["item, 64 dims", "content, 384 dims", "user, 64 dims", "known item"] {
         let status = Command::new(&arguments[0]).args(["--fill", name, &n.to_string()]).status().unwrap();
         assert!(status.success());
     }

@@ -94,10 +94,10 @@ def lookups(scrape: str) -> dict[tuple[str, str], float]:
 
 
 def show_caches(title: str, before: dict, after: dict) -> float:
-    """Print what the caches did between two scrapes; returns the hit rate over the two caches of vectors."""
+    """Print what the caches did between two scrapes; returns the hit rate over the caches of vectors."""
     print(title)
     hits = total = 0.0
-    for cache in ("content", "item"):
+    for cache in ("content", "item", "user"):
         counts = {r: after.get((cache, r), 0) - before.get((cache, r), 0) for r in ("hit", "miss", "coalesced")}
         print(f"  {cache:8}" + "".join(f"{result} {n:<6.0f}" for result, n in counts.items()))
         hits, total = hits + counts["hit"], total + sum(counts.values())

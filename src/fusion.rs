@@ -1,7 +1,7 @@
 //! The CVR MLP: one user and many items in, a mid-emb and a probability an item out.
 
 use crate::{
-    domain::{Matrix, Vector},
+    domain::Matrix,
     inference::{GraphError, Input},
     towers::TowerGraphs,
 };
@@ -15,15 +15,13 @@ pub struct Fused {
     pub cvr: Vec<f32>,
 }
 
-/// Fuses `user` with each of `items` (at least one, all as wide as `user`); `mid_dim` is `M`.
-pub fn fuse(graphs: &mut TowerGraphs, user: &[f32], items: &[&Vector], mid_dim: usize) -> Result<Fused, GraphError> {
-    let n = items.len();
-    let mut gathered = Vec::with_capacity(n * user.len());
-    items.iter().for_each(|item| gathered.extend_from_slice(item));
+/// Fuses `user` with each of `items` (`[n, E]`, at least one, each as wide as `user`); `mid_dim` is `M`.
+pub fn fuse(graphs: &mut TowerGraphs, user: &[f32], items: &[f32], mid_dim: usize) -> Result<Fused, GraphError> {
+    let n = items.len() / user.len();
     let rows = vec![0_i64; n];
     let inputs = [
         Input::F32 { shape: &[1, user.len()], data: user },
-        Input::F32 { shape: &[n, gathered.len() / n.max(1)], data: &gathered },
+        Input::F32 { shape: &[n, user.len()], data: items },
         Input::I64 { shape: &[n], data: &rows },
     ];
     let outputs = graphs.cvr.run(&inputs, &[&[n, mid_dim], &[n]])?;

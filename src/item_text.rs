@@ -28,6 +28,11 @@ impl TextDigest {
         hasher.finalize_xof().fill(&mut bytes);
         TextDigest(bytes)
     }
+
+    /// Its 16 bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 fn hash_str(hasher: &mut blake3::Hasher, field: &str) {

@@ -12,6 +12,7 @@
 
 mod candidates;
 mod score;
+mod user;
 
 use crate::{
     admission::{Admission, Deadlines, shed},
@@ -22,12 +23,13 @@ use crate::{
     error::{Error, ShedReason},
     known_items::KnownItems,
     telemetry::events,
-    towers::ItemKey,
+    towers::{ItemKey, UserCache, user_cache},
     vector_cache::VectorCache,
 };
 use candidates::unique;
 use score::ScoreJob;
 use std::time::{Duration, Instant};
+use user::User;
 
 /// Bounds of the state that requests share.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +38,8 @@ pub struct PipelineConfig {
     pub content_cache_bytes: u64,
     /// Bytes of item embeddings.
     pub item_cache_bytes: u64,
+    /// Bytes of user embeddings.
+    pub user_cache_bytes: u64,
     /// Bytes of remembered text.
     pub known_items_bytes: u64,
     /// Bytes of one item's text.
@@ -53,6 +57,7 @@ pub struct Pipeline {
     known_items: KnownItems,
     contents: Contents,
     items: VectorCache<ItemKey>,
+    users: UserCache,
 }
 
 /// Rows on their way to being scored: a vector, or why there is none.
@@ -72,6 +77,7 @@ impl Pipeline {
             known_items: KnownItems::new(config.known_items_bytes, config.max_text_bytes),
             contents: Contents::new(config.content_cache_bytes),
             items: VectorCache::new("item", config.item_cache_bytes),
+            users: UserCache::new(config.user_cache_bytes),
         }
     }
 
@@ -89,12 +95,13 @@ impl Pipeline {
         let model = snapshot.route(request.model.as_deref(), &request.user_id)?;
         routed(model);
         let (history, candidates) = self.resolve(model, request.history, request.candidates);
-        let (history, candidates) = tokio::try_join!(
+        let (user, candidates) = tokio::try_join!(
             async { Ok(self.embed_history(model, history, deadlines).await) },
             self.embed_candidates(model, candidates, deadlines),
         )?;
-        let job = ScoreJob::new(model, &history, &candidates, request.outputs);
-        let scores = job.run(model, deadlines.answer_by).await?;
+        let User { history, source } = user;
+        let job = ScoreJob::new(model, source, &candidates, request.outputs);
+        let scores = job.run(model, deadlines.answer_by, &self.users).await?;
         Ok(scores.into_response(model, history, candidates))
     }
 
@@ -126,8 +133,9 @@ impl Pipeline {
     }
 
     /// What each cache holds.
-    pub fn measure(&self) -> [CacheContents; 3] {
-        let measured = [self.contents.cache().measure(), self.items.measure(), self.known_items.measure()];
+    pub fn measure(&self) -> [CacheContents; 4] {
+        let (content, item) = (self.contents.cache().measure(), self.items.measure());
+        let measured = [content, item, self.users.measure(), self.known_items.measure()];
         measured.iter().for_each(|c| events::cache_measured(c.cache, c.n_entries, c.n_bytes));
         measured
     }
@@ -137,9 +145,12 @@ impl Pipeline {
         match name {
             Some("content") => Some(self.contents.cache().flush()),
             Some("item") => Some(self.items.flush()),
+            Some(user_cache::NAME) => Some(self.users.flush()),
             Some(crate::known_items::NAME) => Some(self.known_items.flush()),
             Some(_) => None,
-            None => Some(self.contents.cache().flush() + self.items.flush() + self.known_items.flush()),
+            None => {
+                Some(self.contents.cache().flush() + self.items.flush() + self.users.flush() + self.known_items.flush())
+            }
         }
     }
 
@@ -152,18 +163,6 @@ impl Pipeline {
         let candidates = self.known_items.resolve(candidates);
         events::stage_finished("resolve", start);
         (history, candidates)
-    }
-
-    async fn embed_history(&self, model: &Model, history: Resolved, deadlines: Deadlines) -> Rows {
-        let start = Instant::now();
-        let (wanted, places) = unique(history.iter().flatten());
-        let contents = self.contents.embed(&model.encoder, &wanted, Priority::Request, deadlines.encode_by).await;
-        events::stage_finished("history", start);
-        let mut places = places.into_iter();
-        let row = |known: Result<KnownItem, RowStatus>| {
-            known.and_then(|_| places.next().map_or(Err(RowStatus::Failed), |i| vector_or_status(&contents[i])))
-        };
-        history.into_iter().map(row).collect()
     }
 
     async fn warm_for(&self, model: &Model, known: &[KnownItem]) -> Vec<Warmth> {
@@ -212,6 +211,7 @@ mod tests {
         Pipeline::new(PipelineConfig {
             content_cache_bytes: 1 << 20,
             item_cache_bytes: 1 << 20,
+            user_cache_bytes: 1 << 20,
             known_items_bytes: 1 << 20,
             max_text_bytes: 100,
             max_in_flight: 1,

@@ -66,6 +66,14 @@ pub fn encoder_digest(manifest: &Manifest) -> EncoderDigest {
     EncoderDigest(first_16(hasher))
 }
 
+/// Everything that a user embedding depends on beside the texts.
+pub fn user_tower_digest(manifest: &Manifest) -> TowerDigest {
+    let mut hasher = part_hasher(manifest, Part::UserTower);
+    hasher.update(encoder_digest(manifest).0);
+    hash_ports(&mut hasher, &manifest.user_tower.inputs, &manifest.user_tower.outputs);
+    TowerDigest(first_16(hasher))
+}
+
 /// Everything that an item embedding depends on beside the text.
 pub fn tower_digest(manifest: &Manifest) -> TowerDigest {
     let mut hasher = part_hasher(manifest, Part::ItemTower);

@@ -219,8 +219,8 @@ fn check_users(golden: &Golden, manifest: &Manifest, graphs: &mut TowerGraphs) -
     let mut stage = Stage::new("user");
     let dims = UserDims { content: manifest.encoder.dim, user: manifest.user_tower.dim };
     for (i, user) in golden.users.iter().enumerate() {
-        let history: Vec<Vector> = user.history.iter().map(|j| golden.items[*j].content.as_slice().into()).collect();
-        stage.compare(i, &user_tower::embed(graphs, &history, dims)?, &user.user)?;
+        let history: Vec<f32> = user.history.iter().flat_map(|j| &golden.items[*j].content).copied().collect();
+        stage.compare(i, &user_tower::embed(graphs, history, dims)?, &user.user)?;
     }
     Ok(stage.0)
 }
@@ -232,8 +232,8 @@ fn check_pairs(
 ) -> Result<[StageReport; 2], BundleError> {
     let (mut mid_emb, mut cvr) = (Stage::new("mid_emb"), Stage::new("cvr"));
     for (i, pair) in golden.pairs.iter().enumerate() {
-        let item: Vector = golden.items[pair.item].item.as_slice().into();
-        let fused = fusion::fuse(graphs, &golden.users[pair.user].user, &[&item], manifest.cvr.dim)?;
+        let (user, item) = (&golden.users[pair.user].user, &golden.items[pair.item].item);
+        let fused = fusion::fuse(graphs, user, item, manifest.cvr.dim)?;
         mid_emb.compare(i, fused.mid_emb.row(0), &pair.mid_emb)?;
         cvr.compare(i, &fused.cvr, &[pair.cvr])?;
     }

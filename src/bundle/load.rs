@@ -110,6 +110,8 @@ pub struct Model {
     pub encoder: Encoder,
     /// What its item embeddings are cached under.
     pub tower_digest: TowerDigest,
+    /// What its user embeddings are cached under.
+    pub user_tower_digest: TowerDigest,
     /// PCH and the CVR MLP.
     pub towers: TowerPool,
     /// What runs the graphs.
@@ -161,8 +163,8 @@ pub fn load(folder: &Path, options: &LoadOptions, runtime: &Runtime) -> Result<M
     let CheckedFiles { manifest, digest, .. } = files;
     let reference = ModelRef { name: options.served_name.clone(), version: manifest.version.clone(), digest };
     events::model_served(&reference, provider.as_str(), start.elapsed());
-    let tower_digest = digest::tower_digest(&manifest);
-    Ok(Model { reference: Arc::new(reference), manifest, encoder, tower_digest, towers, provider })
+    let (tower_digest, user_tower_digest) = (digest::tower_digest(&manifest), digest::user_tower_digest(&manifest));
+    Ok(Model { reference: Arc::new(reference), manifest, encoder, tower_digest, user_tower_digest, towers, provider })
 }
 
 struct Parts {

@@ -18,7 +18,7 @@ enum Command {
     Status,
     /// Empty a cache.
     Flush {
-        /// content, item or known_items; all of them where this is absent.
+        /// content, item, user or known_items; all of them where this is absent.
         cache: Option<String>,
     },
 }

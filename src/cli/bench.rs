@@ -50,6 +50,9 @@ pub(super) struct Args {
     /// Send every item's text with every request.
     #[arg(long)]
     send_text: bool,
+    /// Requests in a row that send the same history, as the pages of one session do.
+    #[arg(long, default_value_t = 1)]
+    pages: u64,
     /// What the items are made up from.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -62,8 +65,8 @@ type Client = MidEmbServiceClient<Channel>;
 
 pub(super) async fn run(args: Args) -> anyhow::Result<()> {
     ensure!(
-        args.requests > 0 && args.concurrency > 0 && args.candidates > 0,
-        "requests, concurrency and candidates must be at least 1"
+        args.requests > 0 && args.concurrency > 0 && args.candidates > 0 && args.pages > 0,
+        "requests, concurrency, candidates and pages must be at least 1"
     );
     ensure!(args.items >= args.candidates.max(args.history), "--items must cover the candidates and the history");
     let server = client::mid_emb(&args.server).await?;
@@ -71,10 +74,11 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
     let items: Vec<Item> = (0..args.items).map(|i| made_up(i, &mut rng)).collect();
     warm(server.clone(), &items).await?;
     // What the first requests grow (arenas, connections) is not the steady state.
-    drive(&args, &server, &items, 20 * args.concurrency as u64).await?;
+    let warm_up = Args { requests: 20 * args.concurrency as u64, seed: rng.u64(..), ..args.clone() };
+    drive(&warm_up, &server, &items).await?;
     let before = Scrape::read(&args.metrics).await?;
     let start = Instant::now();
-    let latencies = drive(&args, &server, &items, args.requests).await?;
+    let latencies = drive(&args, &server, &items).await?;
     let took = start.elapsed();
     let after = Scrape::read(&args.metrics).await?;
     let result = Outcome { args: &args, latencies, took, before, after };
@@ -124,15 +128,20 @@ fn progress(n: u64, what: &'static str) -> ProgressBar {
     ProgressBar::new(n).with_style(style).with_message(what)
 }
 
-/// Sends `n_requests` from as many loops as there may be requests under way.
-async fn drive(args: &Args, server: &Client, items: &[Item], n_requests: u64) -> anyhow::Result<Histogram<u64>> {
-    let left = Arc::new(AtomicU64::new(n_requests));
-    let bar = progress(n_requests, "sending");
+/// Sends `args.requests` from as many loops as there may be requests under way.
+async fn drive(args: &Args, server: &Client, items: &[Item]) -> anyhow::Result<Histogram<u64>> {
+    let left = Arc::new(AtomicU64::new(args.requests));
+    let bar = progress(args.requests, "sending");
     let mut loops = tokio::task::JoinSet::new();
     for i in 0..args.concurrency {
         let mut rng = Rng::with_seed(args.seed ^ (i as u64 + 1));
         let requests: Vec<GetMidEmbRequest> = (0..16).map(|_| request(args, items, &mut rng)).collect();
-        loops.spawn(send(server.clone(), requests, Arc::clone(&left), bar.clone()));
+        loops.spawn(send(
+            server.clone(),
+            Session { requests, n_pages: args.pages, rng },
+            Arc::clone(&left),
+            bar.clone(),
+        ));
     }
     let mut all = Histogram::new(3)?;
     while let Some(one) = loops.join_next().await {
@@ -142,18 +151,39 @@ async fn drive(args: &Args, server: &Client, items: &[Item], n_requests: u64) ->
     Ok(all)
 }
 
+/// What one loop sends.
+struct Session {
+    /// Drawn beforehand, sent in turn.
+    requests: Vec<GetMidEmbRequest>,
+    /// After so many the history is one that was never sent: the server must not know its user.
+    n_pages: u64,
+    rng: Rng,
+}
+
+impl Session {
+    fn next(&mut self, i: u64) -> GetMidEmbRequest {
+        let n_requests = self.requests.len() as u64;
+        let mut request = self.requests[(i % n_requests) as usize].clone();
+        if i.is_multiple_of(self.n_pages) {
+            self.rng.shuffle(&mut self.requests[0].history);
+        }
+        request.history.clone_from(&self.requests[0].history);
+        request
+    }
+}
+
 async fn send(
     mut server: Client,
-    requests: Vec<GetMidEmbRequest>,
+    mut session: Session,
     left: Arc<AtomicU64>,
     bar: ProgressBar,
 ) -> anyhow::Result<Histogram<u64>> {
     let mut latencies = Histogram::new(3)?;
-    for request in requests.iter().cycle() {
+    for i in 0.. {
         if left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_err() {
             break;
         }
-        let request = request.clone();
+        let request = session.next(i);
         let start = Instant::now();
         let answer = server.get_mid_emb(request).await.map_err(refused("GetMidEmb"))?.into_inner();
         latencies.record(start.elapsed().as_micros() as u64)?;

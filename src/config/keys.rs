@@ -97,6 +97,12 @@ pub const KEYS: &[Key] = &[
         "Memory for content embeddings (about 1.7 KB an item at 384 dimensions). The costliest to lose: raise it first.",
     ),
     key("cache.item_mb", "256", MB, "Memory for item embeddings (about 0.4 KB an item at 64 dimensions)."),
+    key(
+        "cache.user_mb",
+        "16",
+        MB,
+        "Memory for user embeddings of sessions under way (about 0.6 KB a history at 64 dimensions), so that their next pages skip the user tower.",
+    ),
     key("cache.known_items_mb", "256", MB, "Memory for remembered text, so that requests may send ids alone."),
     key("limits.max_candidates", "10000", Bound::Integer(1, 100_000), "Candidates of one request."),
     key(

@@ -2,10 +2,12 @@
 //!
 //! [`keys`] lists every key with its default, its bound and when an operator would change it; the README's table and
 //! `midemb config print` come from it. [`raw`] reads what was written, [`settings`] checks it: all errors at once, each with
-//! its key, its value and its bound. This is the only room that reads environment variables.
+//! its key, its value and its bound ([`fault`]). This is the only room that reads environment variables.
 
+pub mod fault;
 pub mod keys;
 pub mod raw;
 pub mod settings;
 
-pub use settings::{ConfigError, ModelSettings, Settings};
+pub use fault::ConfigError;
+pub use settings::{ModelSettings, Settings};

@@ -1,6 +1,6 @@
 //! What was written, before anything is checked: file first, environment over it.
 
-use super::settings::ConfigError;
+use super::fault::ConfigError;
 use config::{Config, Environment, File, FileFormat, Value};
 use std::{collections::BTreeMap, path::Path};
 

@@ -1,6 +1,7 @@
 //! Validated settings. Every error of a config is reported at once.
 
 use super::{
+    fault::{ConfigError, Fault},
     keys::{Bound, KEYS, Key, MODEL_KEYS, find},
     raw::Raw,
 };
@@ -12,55 +13,10 @@ use config::{Value, ValueKind};
 use sha2::{Digest, Sha256};
 use std::{
     collections::{BTreeMap, HashSet},
-    fmt, io,
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
-use thiserror::Error;
-
-/// Why a config is refused.
-#[derive(Debug, Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("config {} cannot be read: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The file is no TOML.
-    #[error("config {}: {reason}", path.display())]
-    Syntax {
-        /// The file.
-        path: PathBuf,
-        /// Where and why.
-        reason: String,
-    },
-    /// Keys or values that cannot be.
-    #[error("config: {}", join(.0))]
-    Invalid(Vec<Fault>),
-}
-
-/// One key that cannot be as it is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fault {
-    /// The key.
-    pub key: String,
-    /// What it is and what it may be.
-    pub reason: String,
-}
-
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.key, self.reason)
-    }
-}
-
-fn join(faults: &[Fault]) -> String {
-    faults.iter().map(Fault::to_string).collect::<Vec<_>>().join("; ")
-}
 
 /// Settings that were checked: nothing behind them has to look again.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,6 +43,8 @@ pub struct Settings {
     pub content_cache_bytes: u64,
     /// `cache.item_mb`
     pub item_cache_bytes: u64,
+    /// `cache.user_mb`
+    pub user_cache_bytes: u64,
     /// `cache.known_items_mb`
     pub known_items_bytes: u64,
     /// `limits.*`
@@ -148,6 +106,7 @@ impl Settings {
             onnxruntime: library(&reader.text("inference.onnxruntime")),
             content_cache_bytes: mb(reader.integer("cache.content_mb")),
             item_cache_bytes: mb(reader.integer("cache.item_mb")),
+            user_cache_bytes: mb(reader.integer("cache.user_mb")),
             known_items_bytes: mb(reader.integer("cache.known_items_mb")),
             limits: Limits {
                 max_candidates: reader.integer("limits.max_candidates") as usize,

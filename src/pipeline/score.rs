@@ -1,6 +1,9 @@
 //! Scoring: user tower and CVR MLP in one crossing to an inference thread.
 
-use super::Rows;
+use super::{
+    Rows,
+    user::{HistoryUse, UserSource},
+};
 use crate::{
     admission::shed,
     bundle::Model,
@@ -9,15 +12,15 @@ use crate::{
     fusion::{self, Fused},
     inference::{GraphError, JobError},
     telemetry::events,
-    towers::{TowerGraphs, user_tower, user_tower::UserDims},
+    towers::{TowerGraphs, UserCache, user_tower, user_tower::UserDims},
 };
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 /// What one scoring job reads.
 pub(super) struct ScoreJob {
-    history: Vec<Vector>,
-    /// The candidates that have an embedding.
-    items: Vec<Vector>,
+    user: UserSource,
+    /// `[n, E]`, of the candidates that have an embedding.
+    items: Vec<f32>,
     outputs: Outputs,
     user_dims: UserDims,
     mid_dim: usize,
@@ -26,32 +29,37 @@ pub(super) struct ScoreJob {
 /// What one scoring job gave; rows are those of [`ScoreJob::items`].
 pub(super) struct Scores {
     outputs: Outputs,
-    n_history_used: usize,
-    user: Option<Vec<f32>>,
+    user: Option<Vector>,
     fused: Option<Fused>,
 }
 
 impl ScoreJob {
-    pub(super) fn new(model: &Model, history: &Rows, candidates: &Rows, outputs: Outputs) -> Self {
+    pub(super) fn new(model: &Model, user: UserSource, candidates: &Rows, outputs: Outputs) -> Self {
         let manifest = &model.manifest;
-        ScoreJob {
-            history: history.iter().flatten().cloned().collect(),
-            items: candidates.iter().flatten().cloned().collect(),
-            outputs,
-            user_dims: UserDims { content: manifest.encoder.dim, user: manifest.user_tower.dim },
-            mid_dim: manifest.cvr.dim,
-        }
+        let mut items = Vec::with_capacity(candidates.len() * manifest.item_tower.dim);
+        candidates.iter().flatten().for_each(|item| items.extend_from_slice(item));
+        let user_dims = UserDims { content: manifest.encoder.dim, user: manifest.user_tower.dim };
+        ScoreJob { user, items, outputs, user_dims, mid_dim: manifest.cvr.dim }
     }
 
-    /// Scores on an inference thread, or says why not.
-    pub(super) async fn run(self, model: &Model, answer_by: Instant) -> Result<Scores, Error> {
-        if !self.needs_fusion() && !self.outputs.user_emb {
-            return Ok(self.unscored());
+    /// Scores on an inference thread, or says why not. A user embedding that was computed is cached in `users`.
+    pub(super) async fn run(self, model: &Model, answer_by: Instant, users: &UserCache) -> Result<Scores, Error> {
+        let outputs = self.outputs;
+        match &self.user {
+            _ if self.needs_fusion() => {}
+            // What is asked for lies ready: no thread has to be crossed for it.
+            _ if !outputs.user_emb => return Ok(Scores { outputs, user: None, fused: None }),
+            UserSource::Cached(user) => return Ok(Scores { outputs, user: Some(Arc::clone(user)), fused: None }),
+            UserSource::History { .. } => {}
         }
-        let scored = model.towers.run(answer_by, move |graphs| self.score(graphs)).await;
-        match scored {
-            Ok(Ok(scores)) if scores.user.iter().flatten().all(|x| x.is_finite()) => Ok(scores),
-            Ok(Ok(_)) => Err(Error::internal("scoring", "the user embedding is not finite")),
+        let key = self.user.key();
+        match model.towers.run(answer_by, move |graphs| self.score(graphs)).await {
+            Ok(Ok(scores)) => {
+                let user = scores.user.iter().find(|user| user.iter().all(|x| x.is_finite()));
+                let user = user.ok_or_else(|| Error::internal("scoring", "the user embedding is not finite"))?;
+                key.into_iter().for_each(|key| users.insert(key, Arc::clone(user)));
+                Ok(scores)
+            }
             Ok(Err(error)) => Err(Error::internal("scoring", error)),
             Err(JobError::Expired) => Err(Error::DeadlineExceeded),
             Err(error @ JobError::Panicked(_)) => Err(Error::internal("scoring", error)),
@@ -66,31 +74,32 @@ impl ScoreJob {
         self.outputs.needs_fusion() && !self.items.is_empty()
     }
 
-    fn unscored(&self) -> Scores {
-        Scores { outputs: self.outputs, n_history_used: self.history.len(), user: None, fused: None }
-    }
-
-    fn score(&self, graphs: &mut TowerGraphs) -> Result<Scores, GraphError> {
-        let start = Instant::now();
-        let user = user_tower::embed(graphs, &self.history, self.user_dims)?;
-        events::stage_finished("user_tower", start);
-        events::batch_ran("user_tower", self.history.len());
-        let mut scores = self.unscored();
-        if self.needs_fusion() {
+    fn score(self, graphs: &mut TowerGraphs) -> Result<Scores, GraphError> {
+        let needs_fusion = self.needs_fusion();
+        let user = match self.user {
+            UserSource::Cached(user) => user,
+            UserSource::History { contents, .. } => {
+                let start = Instant::now();
+                events::batch_ran("user_tower", contents.len() / self.user_dims.content);
+                let user = user_tower::embed(graphs, contents, self.user_dims)?;
+                events::stage_finished("user_tower", start);
+                user.into()
+            }
+        };
+        let mut fused = None;
+        if needs_fusion {
             let start = Instant::now();
-            let items: Vec<&Vector> = self.items.iter().collect();
-            scores.fused = Some(fusion::fuse(graphs, &user, &items, self.mid_dim)?);
+            fused = Some(fusion::fuse(graphs, &user, &self.items, self.mid_dim)?);
             events::stage_finished("cvr", start);
-            events::batch_ran("cvr", items.len());
+            events::batch_ran("cvr", self.items.len() / user.len());
         }
-        scores.user = Some(user);
-        Ok(scores)
+        Ok(Scores { outputs: self.outputs, user: Some(user), fused })
     }
 }
 
 impl Scores {
     /// The answer: a row for every candidate, zeros where it has no vector.
-    pub(super) fn into_response(self, model: &Model, history: Rows, candidates: Rows) -> MidEmbResponse {
+    pub(super) fn into_response(self, model: &Model, history: HistoryUse, candidates: Rows) -> MidEmbResponse {
         let status = |row: &Result<Vector, RowStatus>| row.as_ref().err().copied().unwrap_or(RowStatus::Ok);
         let mut statuses: Vec<RowStatus> = candidates.iter().map(status).collect();
         if let Some(fused) = &self.fused {
@@ -116,9 +125,9 @@ impl Scores {
             item_emb: item_emb.then(item_matrix),
             cvr: cvr.then(cvr_column),
             mid_emb: mid_emb.then(|| scatter(fused.mid_emb, &had_item, &statuses)),
-            user_emb: self.user.filter(|_| user_emb),
-            n_history_used: self.n_history_used,
-            history_statuses: history.iter().map(status).collect(),
+            user_emb: self.user.filter(|_| user_emb).map(|user| user.to_vec()),
+            n_history_used: history.n_used,
+            history_statuses: history.statuses,
             statuses,
         }
     }

@@ -157,6 +157,7 @@ fn pipeline_config(settings: &Settings) -> PipelineConfig {
     PipelineConfig {
         content_cache_bytes: settings.content_cache_bytes,
         item_cache_bytes: settings.item_cache_bytes,
+        user_cache_bytes: settings.user_cache_bytes,
         known_items_bytes: settings.known_items_bytes,
         max_text_bytes: settings.limits.max_text_bytes,
         max_in_flight: settings.limits.max_in_flight,

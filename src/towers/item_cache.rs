@@ -3,7 +3,8 @@
 use crate::item_text::TextDigest;
 use std::fmt;
 
-/// Everything that an item embedding depends on beside the text: the encoder's digest and the item tower.
+/// Everything that an embedding depends on beside the text: the encoder and the tower, which is the item tower or the user
+/// tower.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TowerDigest(pub [u8; 16]);
 
@@ -22,7 +23,7 @@ impl fmt::Debug for TowerDigest {
 /// What an item embedding is cached under.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ItemKey {
-    /// The tower.
+    /// The item tower.
     pub tower: TowerDigest,
     /// The text.
     pub text: TextDigest,

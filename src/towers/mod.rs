@@ -1,14 +1,17 @@
 //! PCH, preference comprehension: content embeddings in, user and item embeddings out.
 //!
 //! [`user_tower`] and [`item_tower`] run their graphs on a pool thread; [`item_cache`] keeps what the item tower gave,
-//! by everything it depends on. [`TowerGraphs`] is what each pool thread owns: all three small graphs, so that a hot
+//! by everything it depends on, and
+//! [`user_cache`] does the same for the users of sessions under way. [`TowerGraphs`] is what each pool thread owns: all three small graphs, so that a hot
 //! request crosses threads once.
 
 pub mod item_cache;
 pub mod item_tower;
+pub mod user_cache;
 pub mod user_tower;
 
 pub use item_cache::{ItemKey, TowerDigest};
+pub use user_cache::{UserCache, UserKey};
 
 use crate::inference::{Graph, Pool};
 

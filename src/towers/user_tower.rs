@@ -1,10 +1,7 @@
 //! The user tower: the content embeddings of a history, oldest first, to one user embedding.
 
 use super::TowerGraphs;
-use crate::{
-    domain::Vector,
-    inference::{GraphError, Input},
-};
+use crate::inference::{GraphError, Input};
 
 /// The widths of the user tower.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,13 +12,13 @@ pub struct UserDims {
     pub user: usize,
 }
 
-/// The user embedding (`E` wide). An empty history is valid: the tower answers from its start token.
-pub fn embed(graphs: &mut TowerGraphs, history: &[Vector], dims: UserDims) -> Result<Vec<f32>, GraphError> {
+/// The user embedding (`E` wide) of a history `[n, C]`. An empty one is valid: the tower answers from its start token.
+pub fn embed(graphs: &mut TowerGraphs, mut content: Vec<f32>, dims: UserDims) -> Result<Vec<f32>, GraphError> {
+    let n_items = content.len() / dims.content;
     // The graph takes at least one position; where there is no item the mask says so.
-    let n_positions = history.len().max(1);
-    let mut content = history.concat();
+    let n_positions = n_items.max(1);
     content.resize(n_positions * dims.content, 0.0);
-    let mut mask = vec![1_i64; history.len()];
+    let mut mask = vec![1_i64; n_items];
     mask.resize(n_positions, 0);
     let inputs = [
         Input::F32 { shape: &[1, n_positions, dims.content], data: &content },

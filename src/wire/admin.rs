@@ -52,7 +52,7 @@ impl AdminService for Admin {
     ) -> Result<Response<proto::FlushCacheResponse>, Status> {
         let name = request.into_inner().cache;
         let unknown = || {
-            let description = format!("{name:?} is no cache, content, item and known_items are");
+            let description = format!("{name:?} is no cache, content, item, user and known_items are");
             refuse("FlushCache")(Error::InvalidArgument(vec![FieldViolation {
                 field: "cache".to_owned(),
                 description,

@@ -95,6 +95,7 @@ fn each_library_lives_in_one_room() {
         ("tokenizers::", &["content"]),
         ("dashmap::", &["content"]),
         ("quick_cache::", &["bounded_cache"]),
+        ("moka::", &["towers"]),
         ("env::var", &["config"]),
         ("anyhow::", &["cli"]),
     ];

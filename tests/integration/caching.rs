@@ -1,7 +1,7 @@
 //! What is cached is not computed again, and what is identical is computed once.
 
 use crate::harness::{Server, film, films, history_statuses, ids, page, rows, statuses};
-use midemb::wire::proto::{FlushCacheRequest, GetStatusRequest, Item, WarmItemsRequest};
+use midemb::wire::proto::{FlushCacheRequest, GetMidEmbRequest, GetStatusRequest, Item, WarmItemsRequest};
 
 #[tokio::test]
 async fn the_second_identical_request_runs_no_encoder_and_look_ups_add_up() {
@@ -20,13 +20,16 @@ async fn the_second_identical_request_runs_no_encoder_and_look_ups_add_up() {
         let (cache, result) = (format!("cache=\"{cache}\""), format!("result=\"{result}\""));
         scrape.sum("midemb_cache_lookups_total", &[&cache, &result])
     };
-    // Per request: 20 look-ups of item embeddings; 5 of content for the history, and 20 for candidates that missed.
+    // Per request: one look-up of the user and 20 of item embeddings; of content 5 for a history whose user is not known,
+    // and 20 for candidates that missed.
+    assert_eq!(lookups(&cold, "user", "miss"), 1.0);
+    assert_eq!(lookups(&warm, "user", "hit"), 1.0);
     assert_eq!(lookups(&cold, "item", "miss"), 20.0);
     assert_eq!(lookups(&warm, "item", "hit"), 20.0);
     assert_eq!(lookups(&warm, "content", "miss"), 25.0);
-    assert_eq!(lookups(&warm, "content", "hit"), 5.0);
+    assert_eq!(warm.sum("midemb_cache_lookups_total", &["cache=\"user\""]), 2.0);
     assert_eq!(warm.sum("midemb_cache_lookups_total", &["cache=\"item\""]), 40.0);
-    assert_eq!(warm.sum("midemb_cache_lookups_total", &["cache=\"content\""]), 30.0);
+    assert_eq!(warm.sum("midemb_cache_lookups_total", &["cache=\"content\""]), 25.0);
     assert_eq!(warm.sum("midemb_rows_total", &["status=\"ok\""]), 40.0);
     let answered = ["method=\"GetMidEmb\"", "code=\"OK\"", "model=\"learn\""];
     assert_eq!(warm.sum("midemb_requests_total", &answered), 2.0);
@@ -112,6 +115,43 @@ async fn warmed_items_are_served_by_id_without_one_encoder_run() {
     assert_eq!(scrape.sum("midemb_cache_lookups_total", &["cache=\"item\"", "result=\"miss\""]), 0.0);
 }
 
+/// The pages of one session: the tower runs once for a history, and again as soon as anything about it differs.
+#[tokio::test]
+async fn the_next_page_of_a_session_skips_the_user_tower_and_answers_the_same() {
+    let server = Server::start();
+    let mut client = server.client().await;
+    let n_runs = || server.scrape().sum("midemb_batch_items_count", &["stage=\"user_tower\""]);
+    let history = films("seen", 5);
+    let first = client.get_mid_emb(page(history.clone(), films("a", 3))).await.unwrap().into_inner();
+    assert_eq!(n_runs(), 1.0);
+    // Sent by id alone, with an item that is not known, and with another page: the same five vectors.
+    let mut again = ids(&history);
+    again.insert(2, Item { id: "never seen".to_owned(), text: None });
+    let mut candidates = films("b", 3);
+    candidates.extend(films("a", 1));
+    let second = client.get_mid_emb(page(again, candidates)).await.unwrap().into_inner();
+    assert_eq!(n_runs(), 1.0, "the user tower ran again");
+    assert_eq!((first.history_used, second.history_used), (5, 5));
+    assert_eq!(history_statuses(&second), ["OK", "OK", "UNKNOWN_ITEM", "OK", "OK", "OK"]);
+    assert_eq!(first.user_emb, second.user_emb);
+    assert_eq!(rows(&first.mid_emb)[0], rows(&second.mid_emb)[3]);
+
+    let mut changed = history.clone();
+    changed[4] = film("seen-4", "another text under the same id");
+    let third = client.get_mid_emb(page(changed, films("a", 3))).await.unwrap().into_inner();
+    assert_eq!(n_runs(), 2.0);
+    assert_ne!(first.user_emb, third.user_emb);
+    // What is asked for lies ready: not even the CVR graph runs.
+    let user_alone = GetMidEmbRequest { outputs: vec![3], ..page(ids(&history[..4]), films("a", 1)) };
+    for _ in 0..2 {
+        let answer = client.get_mid_emb(user_alone.clone()).await.unwrap().into_inner();
+        assert!(answer.user_emb.is_some() && answer.mid_emb.is_none());
+    }
+    let scrape = server.scrape();
+    assert_eq!(scrape.sum("midemb_batch_items_count", &["stage=\"user_tower\""]), 3.0);
+    assert_eq!(scrape.sum("midemb_batch_items_count", &["stage=\"cvr\""]), 3.0);
+}
+
 #[tokio::test]
 async fn operators_see_the_caches_and_empty_them() {
     let server = Server::start();
@@ -120,14 +160,14 @@ async fn operators_see_the_caches_and_empty_them() {
     let mut admin = server.admin().await;
     let status = admin.get_status(GetStatusRequest {}).await.unwrap().into_inner();
     assert!(status.ready);
-    let entries: Vec<(String, u64)> = status.caches.into_iter().map(|c| (c.cache, c.entries)).collect();
-    assert_eq!(entries, [("content".to_owned(), 30), ("item".to_owned(), 30), ("known_items".to_owned(), 30)]);
+    let entries: Vec<(&str, u64)> = status.caches.iter().map(|c| (c.cache.as_str(), c.entries)).collect();
+    assert_eq!(entries, [("content", 30), ("item", 30), ("user", 1), ("known_items", 30)]);
     assert_eq!(server.scrape().sum("midemb_cache_entries", &["cache=\"content\""]), 30.0);
 
     let refused = admin.flush_cache(FlushCacheRequest { cache: "contents".to_owned() }).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::InvalidArgument);
     let flushed = admin.flush_cache(FlushCacheRequest { cache: String::new() }).await.unwrap().into_inner();
-    assert_eq!(flushed.entries_removed, 90);
+    assert_eq!(flushed.entries_removed, 91);
     let answer = client.get_mid_emb(page(vec![], films("c", 30))).await.unwrap().into_inner();
     assert_eq!(statuses(&answer), ["OK"; 30]);
     assert_eq!(server.scrape().n_encoded(), 60.0, "a flushed cache was still read");

@@ -1,0 +1,138 @@
+//! User embeddings of the sessions under way: the pages of one session send the same history again and again.
+//!
+//! A user embedding depends on the user tower, on the encoder, and on the history's texts in their order, and on nothing
+//! else; the key is a digest of all of it. So an entry is never stale, and what is answered from it is what the tower
+//! would answer. It is only worth keeping for as long as a session lasts: entries go after ten minutes without a reader.
+//! One request looks up one user, so moka's strict recency and its expiry cost nothing here.
+
+use super::TowerDigest;
+use crate::{
+    bounded_cache::Contents,
+    domain::Vector,
+    item_text::TextDigest,
+    telemetry::events::{self, Lookups},
+};
+use moka::{notification::RemovalCause, policy::EvictionPolicy, sync::Cache};
+use std::{mem::size_of, time::Duration};
+
+/// What metrics call it.
+pub const NAME: &str = "user";
+/// A session that was silent for so long is over.
+const TIME_TO_IDLE: Duration = Duration::from_secs(600);
+/// What one entry costs beside its payload and key: moka's nodes, with its expiry on, the vector's counts and length, and
+/// the allocator's rounding. Measured by `cargo bench --bench cache_memory`.
+const ENTRY_OVERHEAD: usize = 340;
+
+/// Everything that a user embedding depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct UserKey([u8; 16]);
+
+impl UserKey {
+    /// The key of a history, oldest first, under the user tower `tower` (whose digest covers the encoder).
+    pub fn of<'a>(tower: TowerDigest, history: impl Iterator<Item = &'a TextDigest>) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&tower.0);
+        // Digests have one width, so no two histories share the bytes that are hashed.
+        history.for_each(|text| {
+            hasher.update(text.as_bytes());
+        });
+        let mut bytes = [0; 16];
+        hasher.finalize_xof().fill(&mut bytes);
+        UserKey(bytes)
+    }
+}
+
+/// User embeddings by [`UserKey`].
+#[derive(Debug)]
+pub struct UserCache(Cache<UserKey, Vector>);
+
+impl UserCache {
+    /// An empty cache of at most `max_bytes`.
+    pub fn new(max_bytes: u64) -> Self {
+        let cache = Cache::builder()
+            .name(NAME)
+            .max_capacity(max_bytes)
+            .time_to_idle(TIME_TO_IDLE)
+            .eviction_policy(EvictionPolicy::lru())
+            .weigher(|_key, vector: &Vector| entry_bytes(vector.len()))
+            .eviction_listener(|_key, _vector, cause| {
+                if cause == RemovalCause::Size {
+                    events::cache_evicted(NAME, 1);
+                }
+            })
+            .build();
+        UserCache(cache)
+    }
+
+    /// The user embedding under `key`. Counted.
+    pub fn get(&self, key: &UserKey) -> Option<Vector> {
+        let found = self.0.get(key);
+        let (n_hits, n_misses) = if found.is_some() { (1, 0) } else { (0, 1) };
+        events::cache_looked_up(NAME, Lookups { n_hits, n_misses, n_coalesced: 0 });
+        found
+    }
+
+    /// Caches a user embedding. The caller has checked that it is finite.
+    pub fn insert(&self, key: UserKey, user: Vector) {
+        debug_assert!(user.iter().all(|x| x.is_finite()));
+        self.0.insert(key, user);
+    }
+
+    /// Entries, bytes and the bound, after pending work was done.
+    pub fn measure(&self) -> Contents {
+        self.0.run_pending_tasks();
+        Contents {
+            cache: NAME,
+            n_entries: self.0.entry_count(),
+            n_bytes: self.0.weighted_size(),
+            max_bytes: self.0.policy().max_capacity().unwrap_or(u64::MAX),
+        }
+    }
+
+    /// Drops everything; returns how many entries there were.
+    pub fn flush(&self) -> u64 {
+        let n_entries = self.measure().n_entries;
+        self.0.invalidate_all();
+        self.0.run_pending_tasks();
+        n_entries
+    }
+}
+
+fn entry_bytes(dim: usize) -> u32 {
+    u32::try_from(dim * size_of::<f32>() + size_of::<UserKey>() + ENTRY_OVERHEAD).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::ItemText;
+
+    fn text(title: &str) -> TextDigest {
+        TextDigest::of(&ItemText { title: title.to_owned(), ..ItemText::default() })
+    }
+
+    #[test]
+    fn a_key_depends_on_tower_items_and_order() {
+        let key = |tower, titles: &[&str]| {
+            let history: Vec<TextDigest> = titles.iter().map(|title| text(title)).collect();
+            UserKey::of(TowerDigest([tower; 16]), history.iter())
+        };
+        let known = key(1, &["a", "b"]);
+        assert_eq!(known, key(1, &["a", "b"]));
+        for other in [key(2, &["a", "b"]), key(1, &["b", "a"]), key(1, &["a"]), key(1, &["a", "b", "b"]), key(1, &[])] {
+            assert_ne!(known, other);
+        }
+    }
+
+    #[test]
+    fn the_bound_is_held_in_bytes() {
+        let cache = UserCache::new(100 * u64::from(entry_bytes(64)));
+        let key = |i: u8| UserKey([i; 16]);
+        (0..=255).for_each(|i| cache.insert(key(i), vec![1.0; 64].into()));
+        let contents = cache.measure();
+        assert!(contents.n_entries == 100 && contents.n_bytes <= contents.max_bytes, "{contents:?}");
+        assert!(cache.get(&key(255)).is_some(), "the newest entry was thrown away");
+        assert_eq!(cache.flush(), 100);
+        assert!(cache.get(&key(255)).is_none());
+    }
+}
