@@ -1,18 +1,32 @@
-//! A cache bounded in bytes that many threads read at once: what one hot request looks up a thousand times.
+//! A cache bounded in bytes, made to be read in bulk: one hot request looks a thousand keys up.
 //!
-//! A read takes one shard's lock for reading and moves nothing, so readers do not wait for each other; what was read is
-//! marked. Eviction is S3-FIFO's kind of CLOCK (quick_cache): a new entry starts in a small queue, goes on to the main
-//! one if it was read there, and is dropped if not; entries of the main queue stay for as long as they are read between
-//! two turns of the clock. An entry is never refused, so what was put in can be read right afterwards, also where the
-//! cache is full. What counts against the bound is what the caller's weigher says: payload, key and bookkeeping.
+//! What such a look-up costs is waiting for memory: in a catalogue of a million items nothing that it touches lies in the
+//! processor's caches. So [`BoundedCache::read_many`] takes every shard's lock once, for reading, and then works in passes
+//! over all keys, first through the tables, then through the entries. Within a pass no step depends on the one before and
+//! nothing is written to shared memory, so that the processor waits for many entries at once. A loop of single look-ups,
+//! with a lock and a counted reference each, waits for one after the other: see `cargo bench --bench hot_path`.
 //!
-//! moka stood here before. It records every read and replays it, to keep strict recency, and an entry of its takes some
-//! 260 bytes more: W1 cost 3.7 CPU milliseconds a request with it and 2.8 with this, a cached item embedding 625 bytes and
-//! 362 (two cores, the same run; `midemb bench`, `cargo bench --bench cache_memory`).
+//! Eviction is a clock that counts: a read raises an entry's count (to at most [`MAX_USES`]), the hand lowers it as it
+//! passes and evicts what stands at none. A new entry lies just behind the hand, so it has a whole turn to be read in; it
+//! is never refused, and what was put in can be read right afterwards, also where the cache is full. An entry that was
+//! read more than once outlives a flood of entries that nobody reads.
+//!
+//! What counts against the bound is what the caller's `weigh` says: payload, key and bookkeeping.
+//!
+//! Locks: a reader holds all shards' locks for some microseconds and takes them in order; a writer holds one and waits for
+//! no other. Nothing here is held across an await.
 
 use crate::telemetry::events;
-use quick_cache::{DefaultHashBuilder, Equivalent, Lifecycle, OptionsBuilder, Weighter, sync::Cache};
-use std::{fmt, hash::Hash, sync::Arc};
+use foldhash::fast::RandomState;
+use hashbrown::HashTable;
+use std::{
+    fmt,
+    hash::{BuildHasher, Hash},
+    sync::{
+        Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicU8, Ordering},
+    },
+};
 
 /// What a cache holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,184 +41,223 @@ pub struct Contents {
     pub max_bytes: u64,
 }
 
-/// How large a cache is and how its entries are counted.
-#[derive(Debug, Clone, Copy)]
-pub struct Bound<K, V> {
-    /// Bytes at most.
-    pub max_bytes: u64,
-    /// Bytes of one entry, everything included.
-    pub weigh: fn(&K, &V) -> u64,
-    /// Bytes of an entry of the usual size; only the number of shards depends on it.
-    pub usual_bytes: u64,
-}
-
-type Entries<K, V> = Cache<K, V, Weigh<K, V>, DefaultHashBuilder, CountEvictions>;
-
 /// Values by key. Cheap to clone: clones share their entries.
 pub struct BoundedCache<K, V> {
-    name: &'static str,
-    cache: Arc<Entries<K, V>>,
+    shared: Arc<Shared<K, V>>,
 }
 
-/// Part of the bound that new entries have for themselves: in a cache of 256 MB some 60,000 item embeddings, or a hundred
-/// pages of new items between their first reading and their second.
-const NEW_PART: f64 = 0.1;
+struct Shared<K, V> {
+    name: &'static str,
+    weigh: fn(&K, &V) -> u64,
+    /// Of each shard.
+    max_bytes: u64,
+    hasher: RandomState,
+    shards: Box<[RwLock<Shard<K, V>>]>,
+}
 
-/// Evicted keys that are remembered by their hash, as a part of the entries: one that comes back goes straight to the main
-/// queue. Each costs the bookkeeping of an entry.
-const GHOSTS: f64 = 0.1;
+struct Shard<K, V> {
+    /// Places in `slots`, by key.
+    table: HashTable<u32>,
+    slots: Vec<Slot<K, V>>,
+    /// Slots without an entry.
+    vacant: Vec<u32>,
+    /// The slot at which the next eviction starts to look.
+    hand: usize,
+    n_bytes: u64,
+}
 
-impl<K: Hash + Eq, V: Clone> BoundedCache<K, V> {
-    /// An empty cache, which metrics call `name`.
-    pub fn new(name: &'static str, bound: Bound<K, V>) -> Self {
-        let usual_items = usize::try_from(bound.max_bytes / bound.usual_bytes.max(1)).unwrap_or(usize::MAX).max(1);
-        let options = OptionsBuilder::new()
-            .weight_capacity(bound.max_bytes)
-            .estimated_items_capacity(usual_items)
-            .hot_allocation(1.0 - NEW_PART)
-            .ghost_allocation(GHOSTS)
-            .build();
-        #[expect(clippy::expect_used, reason = "both capacities that a build asks for were just given")]
-        let options = options.expect("complete options");
-        let hasher = DefaultHashBuilder::default();
-        let cache = Cache::with_options(options, Weigh(bound.weigh), hasher, CountEvictions(name));
-        BoundedCache { name, cache: Arc::new(cache) }
+struct Slot<K, V> {
+    /// Reads since the hand passed, at most [`MAX_USES`].
+    uses: AtomicU8,
+    entry: Option<(K, V)>,
+}
+
+/// A frequent entry outlives so many turns of the hand without being read.
+const MAX_USES: u8 = 3;
+/// Writers wait for writers of the same shard only; readers take all locks, so there are not many of them.
+const MAX_SHARDS: u64 = 8;
+/// A shard has room for a good number of entries, or their sizes would leave much of it unused.
+const MIN_SHARD_BYTES: u64 = 1 << 20;
+
+impl<K: Copy + Eq + Hash, V> BoundedCache<K, V> {
+    /// An empty cache of at most `max_bytes`, as `weigh` counts them, which metrics call `name`.
+    pub fn new(name: &'static str, max_bytes: u64, weigh: fn(&K, &V) -> u64) -> Self {
+        let n_shards = (max_bytes / MIN_SHARD_BYTES).clamp(1, MAX_SHARDS);
+        let shards = (0..n_shards).map(|_| RwLock::new(Shard::default())).collect();
+        let shared = Shared { name, weigh, max_bytes: max_bytes / n_shards, hasher: RandomState::default(), shards };
+        BoundedCache { shared: Arc::new(shared) }
     }
 
     /// The name that metrics use.
     pub fn name(&self) -> &'static str {
-        self.name
+        self.shared.name
     }
 
-    /// The value under `key`.
-    pub fn get<Q: Hash + Equivalent<K> + ?Sized>(&self, key: &Q) -> Option<V> {
-        self.cache.get(key)
+    /// Calls `read` once for each of `keys`, in their order, with its place and the value under it.
+    ///
+    /// `read` runs while all shards are locked: it copies what it needs and does nothing else.
+    pub fn read_many(&self, keys: &[K], mut read: impl FnMut(usize, Option<&V>)) {
+        let hashes: Vec<u64> = keys.iter().map(|key| self.shared.hasher.hash_one(key)).collect();
+        let shards: Vec<RwLockReadGuard<'_, Shard<K, V>>> = self.shared.shards.iter().map(read_lock).collect();
+        let shard = |hash: u64| &shards[shard_of(hash, shards.len())];
+        let places: Vec<Option<u32>> =
+            keys.iter().zip(&hashes).map(|(key, hash)| shard(*hash).find(key, *hash)).collect();
+        for (i, (place, hash)) in places.iter().zip(&hashes).enumerate() {
+            read(i, place.and_then(|place| shard(*hash).value(place)));
+        }
+    }
+
+    /// Reads the value under `key`.
+    pub fn read<T>(&self, key: &K, read: impl FnOnce(&V) -> T) -> Option<T> {
+        let hash = self.shared.hasher.hash_one(key);
+        let shard = read_lock(self.shared.shard(hash));
+        shard.find(key, hash).and_then(|place| shard.value(place)).map(read)
     }
 
     /// Whether there is a value under `key`; does not count as a use.
-    pub fn contains<Q: Hash + Equivalent<K> + ?Sized>(&self, key: &Q) -> bool {
-        self.cache.contains_key(key)
+    pub fn contains(&self, key: &K) -> bool {
+        let hash = self.shared.hasher.hash_one(key);
+        read_lock(self.shared.shard(hash)).find(key, hash).is_some()
     }
 
-    /// Puts a value in; one that is there under the same key is replaced.
+    /// Puts a value in; one that is there under the same key is replaced. Others make room for it.
     pub fn insert(&self, key: K, value: V) {
-        self.cache.insert(key, value);
+        let shared = &*self.shared;
+        let hash = shared.hasher.hash_one(key);
+        let n_evicted = write_lock(shared.shard(hash)).insert((key, value), hash, shared);
+        if n_evicted > 0 {
+            events::cache_evicted(shared.name, n_evicted);
+        }
     }
 
     /// Entries, bytes and the bound.
     pub fn measure(&self) -> Contents {
-        Contents {
-            cache: self.name,
-            n_entries: self.cache.len() as u64,
-            n_bytes: self.cache.weight(),
-            max_bytes: self.cache.capacity(),
+        let shared = &*self.shared;
+        let max_bytes = shared.max_bytes * shared.shards.len() as u64;
+        let mut contents = Contents { cache: shared.name, n_entries: 0, n_bytes: 0, max_bytes };
+        for shard in shared.shards.iter().map(read_lock) {
+            contents.n_entries += shard.table.len() as u64;
+            contents.n_bytes += shard.n_bytes;
         }
+        contents
     }
 
     /// Drops everything; returns how many entries there were.
     pub fn flush(&self) -> u64 {
-        let n_entries = self.cache.len() as u64;
-        self.cache.clear();
-        n_entries
+        let empty = |shard| std::mem::take(&mut *write_lock(shard));
+        self.shared.shards.iter().map(empty).map(|shard| shard.table.len() as u64).sum()
+    }
+}
+
+impl<K, V> Shared<K, V> {
+    fn shard(&self, hash: u64) -> &RwLock<Shard<K, V>> {
+        &self.shards[shard_of(hash, self.shards.len())]
+    }
+}
+
+/// The table within a shard uses a hash's highest and lowest bits: these are others.
+fn shard_of(hash: u64, n_shards: usize) -> usize {
+    ((hash >> 32) as u16 as usize * n_shards) >> 16
+}
+
+/// A shard is changed by moves of whole entries, between which only the caller's `weigh` runs: a panic there cannot leave
+/// it half-changed.
+fn read_lock<K, V>(shard: &RwLock<Shard<K, V>>) -> RwLockReadGuard<'_, Shard<K, V>> {
+    shard.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write_lock<K, V>(shard: &RwLock<Shard<K, V>>) -> RwLockWriteGuard<'_, Shard<K, V>> {
+    shard.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<K, V> Default for Shard<K, V> {
+    fn default() -> Self {
+        Shard { table: HashTable::new(), slots: Vec::new(), vacant: Vec::new(), hand: 0, n_bytes: 0 }
+    }
+}
+
+impl<K: Copy + Eq + Hash, V> Shard<K, V> {
+    fn find(&self, key: &K, hash: u64) -> Option<u32> {
+        self.table.find(hash, |place| self.is_at(*place, key)).copied()
+    }
+
+    fn is_at(&self, place: u32, key: &K) -> bool {
+        self.slots[place as usize].entry.as_ref().is_some_and(|(found, _)| found == key)
+    }
+
+    /// The value in a slot, counted as used. A lost count of two that race is no loss.
+    fn value(&self, place: u32) -> Option<&V> {
+        let slot = &self.slots[place as usize];
+        let uses = slot.uses.load(Ordering::Relaxed);
+        if uses < MAX_USES {
+            slot.uses.store(uses + 1, Ordering::Relaxed);
+        }
+        slot.entry.as_ref().map(|(_, value)| value)
+    }
+
+    /// Returns how many entries had to go.
+    fn insert(&mut self, entry: (K, V), hash: u64, shared: &Shared<K, V>) -> u64 {
+        if let Some(place) = self.find(&entry.0, hash) {
+            self.remove(place, shared);
+        }
+        let n_bytes = (shared.weigh)(&entry.0, &entry.1);
+        let n_evicted = self.make_room(n_bytes, shared);
+        let slot = Slot { uses: AtomicU8::new(0), entry: Some(entry) };
+        let place = match self.vacant.pop() {
+            Some(place) => {
+                self.slots[place as usize] = slot;
+                place
+            }
+            None => {
+                self.slots.push(slot);
+                (self.slots.len() - 1) as u32
+            }
+        };
+        self.n_bytes += n_bytes;
+        let slots = &self.slots;
+        let rehash =
+            |place: &u32| slots[*place as usize].entry.as_ref().map_or(0, |(key, _)| shared.hasher.hash_one(key));
+        self.table.insert_unique(hash, place, rehash);
+        n_evicted
+    }
+
+    /// Evicts until `n_bytes` more fit, or nothing is left. Returns how many entries went.
+    fn make_room(&mut self, n_bytes: u64, shared: &Shared<K, V>) -> u64 {
+        let mut n_evicted = 0;
+        while self.n_bytes + n_bytes > shared.max_bytes && !self.table.is_empty() {
+            let place = self.hand;
+            self.hand = (self.hand + 1) % self.slots.len();
+            match self.slots[place].uses.get_mut() {
+                0 => n_evicted += u64::from(self.remove(place as u32, shared)),
+                uses => *uses -= 1,
+            }
+        }
+        n_evicted
+    }
+
+    /// Empties a slot; false where it was empty.
+    fn remove(&mut self, place: u32, shared: &Shared<K, V>) -> bool {
+        let Some((key, value)) = self.slots[place as usize].entry.take() else { return false };
+        self.n_bytes -= (shared.weigh)(&key, &value);
+        if let Ok(found) = self.table.find_entry(shared.hasher.hash_one(key), |at| *at == place) {
+            found.remove();
+        }
+        self.vacant.push(place);
+        true
     }
 }
 
 impl<K, V> Clone for BoundedCache<K, V> {
     fn clone(&self) -> Self {
-        BoundedCache { name: self.name, cache: Arc::clone(&self.cache) }
+        BoundedCache { shared: Arc::clone(&self.shared) }
     }
 }
 
 impl<K, V> fmt::Debug for BoundedCache<K, V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BoundedCache").field("name", &self.name).finish_non_exhaustive()
-    }
-}
-
-struct Weigh<K, V>(fn(&K, &V) -> u64);
-
-impl<K, V> Clone for Weigh<K, V> {
-    fn clone(&self) -> Self {
-        Weigh(self.0)
-    }
-}
-
-impl<K, V> Weighter<K, V> for Weigh<K, V> {
-    fn weight(&self, key: &K, value: &V) -> u64 {
-        (self.0)(key, value)
-    }
-}
-
-/// Counts what was dropped for want of room. Replaced and flushed entries are not.
-#[derive(Clone)]
-struct CountEvictions(&'static str);
-
-/// What one insertion pushed out; counted when the shard's lock is free again.
-#[derive(Default)]
-struct Evicted {
-    cache: &'static str,
-    n_entries: u64,
-}
-
-impl<K, V> Lifecycle<K, V> for CountEvictions {
-    type RequestState = Evicted;
-
-    fn on_evict(&self, evicted: &mut Evicted, _key: K, _value: V) {
-        evicted.cache = self.0;
-        evicted.n_entries += 1;
-    }
-}
-
-impl Drop for Evicted {
-    fn drop(&mut self) {
-        if self.n_entries > 0 {
-            events::cache_evicted(self.cache, self.n_entries);
-        }
+        f.debug_struct("BoundedCache").field("name", &self.shared.name).finish_non_exhaustive()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn cache(max_bytes: u64) -> BoundedCache<u64, u64> {
-        BoundedCache::new("test", Bound { max_bytes, weigh: |_, bytes| *bytes, usual_bytes: 10 })
-    }
-
-    #[test]
-    fn the_bound_is_held_in_bytes_and_the_newest_entry_is_there() {
-        let cache = cache(10_000);
-        for key in 0..100_000 {
-            cache.insert(key, 1 + key % 20);
-            assert!(cache.contains(&key), "the newest entry was thrown away");
-            let contents = cache.measure();
-            assert!(contents.n_bytes <= 10_000 && contents.max_bytes >= 10_000, "{contents:?}");
-        }
-        let contents = cache.measure();
-        assert!(contents.n_bytes > 9_000, "a third of the room is not used: {contents:?}");
-        assert_eq!(cache.flush(), contents.n_entries);
-        assert_eq!(cache.measure().n_entries, 0);
-        assert!(!cache.contains(&99_999));
-    }
-
-    #[test]
-    fn what_is_read_outlives_what_is_not() {
-        let cache = cache(10_000);
-        for round in 0..100 {
-            for key in 0..100 {
-                assert!(round == 0 || cache.get(&key).is_some(), "{key} was dropped although it was read all the time");
-                if round == 0 {
-                    cache.insert(key, 10);
-                }
-            }
-            (0..500).for_each(|i| cache.insert(1_000 + 500 * round + i, 10));
-        }
-    }
-
-    #[test]
-    fn a_replaced_value_is_counted_once() {
-        let cache = cache(10_000);
-        (0..50).for_each(|bytes| cache.insert(7, bytes + 1));
-        assert_eq!((cache.get(&7), cache.measure().n_entries, cache.measure().n_bytes), (Some(50), 1, 50));
-    }
-}
+mod tests;

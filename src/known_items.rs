@@ -1,66 +1,101 @@
 //! Text by item id: text sent once is remembered, so that later requests may send ids alone.
 //!
 //! Bounded in bytes; the newest text of an id wins. What an id that fell out costs is one UNKNOWN_ITEM row, upon which the
-//! caller sends the text again.
+//! caller sends the text again. A hot request needs the digests alone: its texts stay where they are.
+//!
+//! Ids are kept as 128 bits of SipHash under a key of this process: as sure as the digests of texts, of one size whatever
+//! the ids look like, and nobody outside can make two of them meet.
 
 use crate::{
-    bounded_cache::{Bound, BoundedCache, Contents},
-    content::KnownItem,
-    domain::{Item, RowStatus},
+    bounded_cache::{BoundedCache, Contents},
+    content::{IdKey, KnownItem, Texts},
+    domain::{Item, ItemText, RowStatus},
     item_text::{self, TextDigest},
     telemetry::events::{self, Lookups},
 };
-use std::{mem::size_of, sync::Arc};
+use siphasher::sip128::SipHasher13;
+use std::{
+    hash::{BuildHasher, RandomState},
+    mem::size_of,
+    sync::Arc,
+};
 
 /// What metrics call it.
 pub const NAME: &str = "known_items";
-/// What an entry costs beside its letters: its places in the cache, and the text's own six fields on the heap. Measured by
+/// What an entry costs beside its letters: its place in the cache, and the text's own six fields on the heap. Measured by
 /// `cargo bench --bench cache_memory`.
 const ENTRY_OVERHEAD: usize = 330;
-/// An entry of a few words; only the number of shards depends on it.
-const USUAL_BYTES: u64 = 480;
 
 /// The texts of the items seen so far.
 #[derive(Debug)]
 pub struct KnownItems {
-    cache: BoundedCache<Box<str>, KnownItem>,
+    cache: BoundedCache<IdKey, Known>,
+    hash_key: (u64, u64),
     max_text_bytes: usize,
+}
+
+#[derive(Debug)]
+struct Known {
+    digest: TextDigest,
+    text: Arc<ItemText>,
 }
 
 impl KnownItems {
     /// Nothing known. Texts of more than `max_text_bytes` are refused.
     pub fn new(max_bytes: u64, max_text_bytes: usize) -> Self {
-        let bound = Bound::<Box<str>, KnownItem> {
-            max_bytes,
-            weigh: |id, item| entry_bytes(id, item),
-            usual_bytes: USUAL_BYTES,
-        };
-        let cache = BoundedCache::new(NAME, bound);
-        KnownItems { cache, max_text_bytes }
+        let random = || RandomState::new().hash_one(0);
+        let cache = BoundedCache::new(NAME, max_bytes, |_id, known: &Known| entry_bytes(&known.text));
+        KnownItems { cache, hash_key: (random(), random()), max_text_bytes }
     }
 
-    /// The text of each item, sent now or known from before; else the row's status.
+    /// The text's digest of each item, sent now or known from before; else the row's status.
     pub fn resolve(&self, items: Vec<Item>) -> Vec<Result<KnownItem, RowStatus>> {
         let mut lookups = Lookups::default();
-        let resolved = items.into_iter().map(|item| self.resolve_one(item, &mut lookups)).collect();
+        let mut resolved = Vec::with_capacity(items.len());
+        // In the order of the request: an id that stands before its text is not known yet.
+        let mut ids = Vec::with_capacity(items.len());
+        for item in items {
+            let id = self.key(&item.id);
+            match item.text {
+                None => ids.push(id),
+                Some(text) => {
+                    self.resolve_ids(&mut ids, &mut resolved, &mut lookups);
+                    resolved.push(self.remember(id, text));
+                }
+            }
+        }
+        self.resolve_ids(&mut ids, &mut resolved, &mut lookups);
         events::cache_looked_up(NAME, lookups);
         resolved
     }
 
-    fn resolve_one(&self, item: Item, lookups: &mut Lookups) -> Result<KnownItem, RowStatus> {
-        let Some(text) = item.text else {
-            let known = self.cache.get(item.id.as_str());
+    fn key(&self, id: &str) -> IdKey {
+        let hash = SipHasher13::new_with_keys(self.hash_key.0, self.hash_key.1).hash(id.as_bytes());
+        IdKey([hash.h1, hash.h2])
+    }
+
+    /// Looks `ids` up, appends what was found and leaves `ids` empty.
+    fn resolve_ids(&self, ids: &mut Vec<IdKey>, rows: &mut Vec<Result<KnownItem, RowStatus>>, lookups: &mut Lookups) {
+        if ids.is_empty() {
+            return;
+        }
+        self.cache.read_many(ids, |i, known| {
             *if known.is_some() { &mut lookups.n_hits } else { &mut lookups.n_misses } += 1;
-            return known.ok_or(RowStatus::UnknownItem);
-        };
+            let found = known.map(|known| KnownItem { id: ids[i], digest: known.digest, text: None });
+            rows.push(found.ok_or(RowStatus::UnknownItem));
+        });
+        ids.clear();
+    }
+
+    fn remember(&self, id: IdKey, text: ItemText) -> Result<KnownItem, RowStatus> {
         item_text::check(&text, self.max_text_bytes).map_err(|_fault| RowStatus::InvalidItem)?;
         let digest = TextDigest::of(&text);
-        if let Some(known) = self.cache.get(item.id.as_str()).filter(|known| known.digest == digest) {
-            return Ok(known);
+        if self.cache.read(&id, |known| known.digest) == Some(digest) {
+            return Ok(KnownItem { id, digest, text: None });
         }
-        let known = KnownItem { digest, text: Arc::new(text) };
-        self.cache.insert(item.id.into(), known.clone());
-        Ok(known)
+        let text = Arc::new(text);
+        self.cache.insert(id, Known { digest, text: Arc::clone(&text) });
+        Ok(KnownItem { id, digest, text: Some(text) })
     }
 
     /// Entries, bytes and the bound.
@@ -74,11 +109,19 @@ impl KnownItems {
     }
 }
 
-fn entry_bytes(id: &str, item: &KnownItem) -> u64 {
-    let text = &item.text;
+impl Texts for KnownItems {
+    fn text(&self, item: &KnownItem) -> Option<Arc<ItemText>> {
+        item.text.clone().or_else(|| {
+            let same = |known: &Known| (known.digest == item.digest).then(|| Arc::clone(&known.text));
+            self.cache.read(&item.id, same).flatten()
+        })
+    }
+}
+
+fn entry_bytes(text: &ItemText) -> u64 {
     let fields = text.title.len() + text.category.len() + text.brand.len() + text.price.len();
     let words = text.keywords.iter().chain(&text.attributes).map(|word| word.len() + size_of::<String>());
-    (id.len() + fields + words.sum::<usize>() + ENTRY_OVERHEAD) as u64
+    (fields + words.sum::<usize>() + ENTRY_OVERHEAD) as u64
 }
 
 #[cfg(test)]
@@ -91,17 +134,22 @@ mod tests {
         Item { id: id.to_owned(), text }
     }
 
-    fn titles(resolved: Vec<Result<KnownItem, RowStatus>>) -> Vec<Result<String, RowStatus>> {
-        resolved.into_iter().map(|r| r.map(|known| known.text.title.clone())).collect()
+    fn titles(known: &KnownItems, items: Vec<Item>) -> Vec<Result<String, RowStatus>> {
+        let title =
+            |item: KnownItem| known.text(&item).map_or_else(|| "forgotten".to_owned(), |text| text.title.clone());
+        known.resolve(items).into_iter().map(|r| r.map(title)).collect()
     }
 
     #[test]
     fn the_newest_text_of_an_id_wins() {
         let known = KnownItems::new(1 << 20, 100);
-        let first = titles(known.resolve(vec![item("a", None), item("a", Some("old")), item("a", None)]));
+        let first = titles(&known, vec![item("a", None), item("a", Some("old")), item("a", None)]);
         assert_eq!(first, [Err(RowStatus::UnknownItem), Ok("old".into()), Ok("old".into())]);
-        let second = titles(known.resolve(vec![item("a", Some("new")), item("a", None), item("b", None)]));
+        let old = known.resolve(vec![item("a", None)]).remove(0).unwrap();
+        let second = titles(&known, vec![item("a", Some("new")), item("a", None), item("b", None)]);
         assert_eq!(second, [Ok("new".into()), Ok("new".into()), Err(RowStatus::UnknownItem)]);
+        assert!(known.text(&old).is_none(), "an item that was resolved before got another text's");
+        assert_eq!(titles(&known, vec![item("a", Some("new"))]), [Ok("new".into())], "sent again, not stored again");
     }
 
     #[test]
@@ -121,8 +169,7 @@ mod tests {
     fn text_that_cannot_be_used_does_not_replace_what_is_known() {
         let known = KnownItems::new(1 << 20, 5);
         let long = item("a", Some("too long"));
-        let resolved =
-            titles(known.resolve(vec![item("a", Some("short")), long, item("a", Some("")), item("a", None)]));
+        let resolved = titles(&known, vec![item("a", Some("short")), long, item("a", Some("")), item("a", None)]);
         let invalid = Err(RowStatus::InvalidItem);
         assert_eq!(resolved, [Ok("short".into()), invalid.clone(), invalid, Ok("short".into())]);
     }

@@ -18,7 +18,7 @@ use crate::{
     admission::{Admission, Deadlines, shed},
     bounded_cache::Contents as CacheContents,
     bundle::{Model, Registry},
-    content::{Content, Contents, KnownItem, batcher::Priority},
+    content::{Content, Contents, KnownItem, Wanted, batcher::Priority},
     domain::{Item, MidEmbRequest, MidEmbResponse, RowStatus, Vector, WarmSummary},
     error::{Error, ShedReason},
     known_items::KnownItems,
@@ -95,12 +95,12 @@ impl Pipeline {
         let model = snapshot.route(request.model.as_deref(), &request.user_id)?;
         routed(model);
         let (history, candidates) = self.resolve(model, request.history, request.candidates);
-        let (user, candidates) = tokio::try_join!(
+        let (user, mut candidates) = tokio::try_join!(
             async { Ok(self.embed_history(model, history, deadlines).await) },
             self.embed_candidates(model, candidates, deadlines),
         )?;
         let User { history, source } = user;
-        let job = ScoreJob::new(model, source, &candidates, request.outputs);
+        let job = ScoreJob::new(model, source, &mut candidates, request.outputs);
         let scores = job.run(model, deadlines.answer_by, &self.users).await?;
         Ok(scores.into_response(model, history, candidates))
     }
@@ -165,10 +165,14 @@ impl Pipeline {
         (history, candidates)
     }
 
+    fn wanted<'a>(&'a self, items: &'a [KnownItem], priority: Priority, until: Instant) -> Wanted<'a> {
+        Wanted { items, texts: &self.known_items, priority, until }
+    }
+
     async fn warm_for(&self, model: &Model, known: &[KnownItem]) -> Vec<Warmth> {
         let (wanted, places) = unique(known.iter());
         let until = Instant::now() + WARM_UP_PATIENCE;
-        let contents = self.contents.embed(&model.encoder, &wanted, Priority::WarmUp, until).await;
+        let contents = self.contents.embed(&model.encoder, self.wanted(&wanted, Priority::WarmUp, until)).await;
         let embedded = self.run_item_tower(model, &wanted, &contents, until).await;
         let warmth = |i: usize| match (&contents[i], embedded.as_ref().map(|rows| &rows[i])) {
             (Content::Cached(_), Ok(Ok(_))) => Warmth::Cached,
@@ -193,6 +197,7 @@ enum Warmth {
 fn vector_or_status(content: &Content) -> Result<Vector, RowStatus> {
     content.vector().cloned().ok_or(match content {
         Content::NotInTime => RowStatus::NotInTime,
+        Content::NoText => RowStatus::UnknownItem,
         _ => RowStatus::Failed,
     })
 }

@@ -4,26 +4,23 @@
 //! room.
 
 use crate::{
-    bounded_cache::{Bound, BoundedCache, Contents},
+    bounded_cache::{BoundedCache, Contents},
     domain::Vector,
 };
-use std::{hash::Hash, mem::size_of};
+use std::{hash::Hash, mem::size_of, sync::Arc};
 
 /// What one entry costs beside its payload and key: the vector's counts and length, its place in the cache's tables, the
 /// allocator's rounding, and tables that have room to grow. Measured by `cargo bench --bench cache_memory`.
 const ENTRY_OVERHEAD: usize = 80;
-/// The payload that the number of shards is chosen for; any other works, too.
-const USUAL_DIM: usize = 64;
 
 /// Vectors by digest. Cheap to clone: clones share their entries.
 #[derive(Debug, Clone)]
 pub struct VectorCache<K>(BoundedCache<K, Vector>);
 
-impl<K: Hash + Eq> VectorCache<K> {
+impl<K: Copy + Eq + Hash> VectorCache<K> {
     /// An empty cache of at most `max_bytes`, which metrics call `name`.
     pub fn new(name: &'static str, max_bytes: u64) -> Self {
-        let weigh = |_key: &K, vector: &Vector| entry_bytes::<K>(vector.len());
-        VectorCache(BoundedCache::new(name, Bound { max_bytes, weigh, usual_bytes: entry_bytes::<K>(USUAL_DIM) }))
+        VectorCache(BoundedCache::new(name, max_bytes, |_key, vector| entry_bytes::<K>(vector.len())))
     }
 
     /// The name that metrics use.
@@ -31,9 +28,22 @@ impl<K: Hash + Eq> VectorCache<K> {
         self.0.name()
     }
 
+    /// Calls `read` once for each of `keys`, in their order, with its place and the vector under it. `read` runs while the
+    /// cache is locked: it copies what it needs and does nothing else.
+    pub fn read_many(&self, keys: &[K], mut read: impl FnMut(usize, Option<&[f32]>)) {
+        self.0.read_many(keys, |i, vector| read(i, vector.map(|vector| &**vector)));
+    }
+
+    /// The vector under each of `keys`, in their order.
+    pub fn get_many(&self, keys: &[K]) -> Vec<Option<Vector>> {
+        let mut found = Vec::with_capacity(keys.len());
+        self.0.read_many(keys, |_, vector| found.push(vector.map(Arc::clone)));
+        found
+    }
+
     /// The vector under `key`.
     pub fn get(&self, key: &K) -> Option<Vector> {
-        self.0.get(key)
+        self.0.read(key, Arc::clone)
     }
 
     /// Whether there is a vector under `key`; does not count as a use.
@@ -67,17 +77,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_bound_is_held_in_bytes() {
+    fn the_bound_is_held_in_bytes_and_vectors_are_read_in_order() {
         let cache = VectorCache::new("test", 100 * entry_bytes::<u64>(64));
         for key in 0..1000_u64 {
-            cache.insert(key, vec![1.0; 64].into());
+            cache.insert(key, vec![key as f32; 64].into());
         }
         let contents = cache.measure();
-        assert!(contents.n_bytes <= contents.max_bytes, "{contents:?}");
-        assert!((50..=100).contains(&contents.n_entries), "{contents:?}");
-        assert!(cache.contains(&999), "the newest entry was thrown away");
-        assert_eq!(cache.get(&999).as_deref(), Some([1.0; 64].as_slice()));
-        assert_eq!(cache.flush(), contents.n_entries);
-        assert_eq!(cache.measure().n_entries, 0);
+        assert!(contents.n_bytes <= contents.max_bytes && contents.n_entries == 100, "{contents:?}");
+        let first = |vector: Vector| vector[0];
+        let found: Vec<Option<f32>> = cache.get_many(&[999, 1, 998]).into_iter().map(|v| v.map(first)).collect();
+        assert_eq!(found, [Some(999.0), None, Some(998.0)]);
+        let mut read = Vec::new();
+        cache.read_many(&[998, 2, 999], |i, vector| read.push((i, vector.map(|vector| vector[63]))));
+        assert_eq!(read, [(0, Some(998.0)), (1, None), (2, Some(999.0))]);
+        assert_eq!(cache.get(&999).as_deref(), Some([999.0; 64].as_slice()));
     }
 }

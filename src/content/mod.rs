@@ -58,13 +58,25 @@ pub struct ContentKey {
     pub text: TextDigest,
 }
 
-/// An item whose text is known.
+/// What an id is looked up by: 128 bits of a keyed hash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct IdKey(pub [u64; 2]);
+
+/// An item whose text is known. The text itself is fetched only where it has to be encoded.
 #[derive(Debug, Clone)]
 pub struct KnownItem {
+    /// Where its text is remembered.
+    pub id: IdKey,
     /// The text's digest.
     pub digest: TextDigest,
-    /// The text, for the encoder.
-    pub text: Arc<ItemText>,
+    /// The text, where it came with this request and is new.
+    pub text: Option<Arc<ItemText>>,
+}
+
+/// Where the texts of known items are.
+pub trait Texts: fmt::Debug + Sync {
+    /// The text of `item`; none where it was forgotten, or replaced, since the item was resolved.
+    fn text(&self, item: &KnownItem) -> Option<Arc<ItemText>>;
 }
 
 /// How one content embedding was come by.
@@ -80,6 +92,8 @@ pub enum Content {
     Failed,
     /// The encoder's queue is full.
     Shed,
+    /// Its text was forgotten between being looked up and being needed.
+    NoText,
 }
 
 impl Content {
@@ -87,24 +101,55 @@ impl Content {
     pub fn vector(&self) -> Option<&Vector> {
         match self {
             Content::Cached(vector) | Content::Encoded(vector) => Some(vector),
-            Content::NotInTime | Content::Failed | Content::Shed => None,
+            Content::NotInTime | Content::Failed | Content::Shed | Content::NoText => None,
         }
     }
+}
+
+/// What one call asks for.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// The items.
+    pub items: &'a [KnownItem],
+    /// Where their texts are.
+    pub texts: &'a dyn Texts,
+    /// Who asks.
+    pub priority: Priority,
+    /// What is not there by then is left to the next caller.
+    pub until: Instant,
+}
+
+/// One item on its way.
+enum Slot {
+    Cached(Vector),
+    Led(Landing),
+    Followed(Landing),
+    Shed,
+    NoText,
 }
 
 impl Slot {
     fn now(self) -> Content {
         match self {
             Slot::Cached(vector) => Content::Cached(vector),
+            Slot::Led(landing) | Slot::Followed(landing) => landing.now(),
             Slot::Shed => Content::Shed,
-            Slot::Waiting(landing) => landing.now(),
+            Slot::NoText => Content::NoText,
         }
+    }
+
+    fn count(&self, lookups: &mut Lookups) {
+        *match self {
+            Slot::Cached(_) => &mut lookups.n_hits,
+            Slot::Followed(_) => &mut lookups.n_coalesced,
+            Slot::Led(_) | Slot::Shed | Slot::NoText => &mut lookups.n_misses,
+        } += 1;
     }
 }
 
 async fn settle(slots: &mut [Slot]) {
     for slot in slots {
-        if let Slot::Waiting(landing) = slot {
+        if let Slot::Led(landing) | Slot::Followed(landing) = slot {
             landing.settled().await;
         }
     }
@@ -115,12 +160,6 @@ async fn settle(slots: &mut [Slot]) {
 pub struct Contents {
     cache: VectorCache<ContentKey>,
     flights: Flights,
-}
-
-enum Slot {
-    Cached(Vector),
-    Waiting(Landing),
-    Shed,
 }
 
 impl Contents {
@@ -134,54 +173,48 @@ impl Contents {
         &self.cache
     }
 
-    /// The content embeddings of `items`, in order, as far as they are to be had `until` then.
+    /// The content embeddings of what is wanted, in order, as far as they are to be had in time.
     ///
     /// A request is turned away (`Content::Shed`) by a full queue, warm-up waits for room. Cancel-safe: what was queued
     /// goes on and is cached.
-    pub async fn embed(
-        &self,
-        encoder: &Encoder,
-        items: &[KnownItem],
-        priority: Priority,
-        until: Instant,
-    ) -> Vec<Content> {
+    pub async fn embed(&self, encoder: &Encoder, wanted: Wanted<'_>) -> Vec<Content> {
+        let key = |item: &KnownItem| ContentKey { encoder: encoder.digest(), text: item.digest };
+        let cached = self.cache.get_many(&wanted.items.iter().map(key).collect::<Vec<_>>());
         let mut lookups = Lookups::default();
-        let mut slots = Vec::with_capacity(items.len());
+        let mut slots = Vec::with_capacity(cached.len());
         let mut jobs = Vec::new();
-        for item in items {
-            slots.push(self.begin(encoder, item, (priority, until), &mut lookups, &mut jobs).await);
+        for (item, cached) in wanted.items.iter().zip(cached) {
+            let slot = match cached {
+                Some(vector) => Slot::Cached(vector),
+                None => self.begin(encoder, (key(item), item), &wanted, &mut jobs).await,
+            };
+            slot.count(&mut lookups);
+            slots.push(slot);
         }
         encoder.submit(jobs);
         events::cache_looked_up(self.cache.name(), lookups);
         // One timer for all: after it only what has arrived counts, and thousands of late rows cost nothing more.
-        let _ = tokio::time::timeout_at(until.into(), settle(&mut slots)).await;
+        let _ = tokio::time::timeout_at(wanted.until.into(), settle(&mut slots)).await;
         slots.into_iter().map(Slot::now).collect()
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the loop body of `embed`, kept apart to be read")]
+    /// Joins or opens the flight of an item that is not cached.
     async fn begin(
         &self,
         encoder: &Encoder,
-        item: &KnownItem,
-        (priority, until): (Priority, Instant),
-        lookups: &mut Lookups,
+        (key, item): (ContentKey, &KnownItem),
+        wanted: &Wanted<'_>,
         jobs: &mut Vec<EncodeJob>,
     ) -> Slot {
-        let key = ContentKey { encoder: encoder.digest(), text: item.digest };
-        if let Some(vector) = self.cache.get(&key) {
-            lookups.n_hits += 1;
-            return Slot::Cached(vector);
-        }
-        let until = (priority == Priority::Request).then_some(until);
+        let until = (wanted.priority == Priority::Request).then_some(wanted.until);
         // Following takes no place: what is under way is waited for, however full the queue.
         if let Some(landing) = self.flights.follow(&key, until) {
-            lookups.n_coalesced += 1;
-            return Slot::Waiting(landing);
+            return Slot::Followed(landing);
         }
-        let place = match (encoder.try_reserve(priority), priority) {
+        let Some(text) = wanted.texts.text(item) else { return Slot::NoText };
+        let place = match (encoder.try_reserve(wanted.priority), wanted.priority) {
             (Some(place), _) => place,
             (None, Priority::Request) => {
-                lookups.n_misses += 1;
                 events::shed(ShedReason::EncoderQueue, 1);
                 return Slot::Shed;
             }
@@ -192,18 +225,11 @@ impl Contents {
             }
         };
         match self.flights.board(key, until, &self.cache) {
-            Boarding::Cached(vector) => {
-                lookups.n_hits += 1;
-                Slot::Cached(vector)
-            }
-            Boarding::Followed(landing) => {
-                lookups.n_coalesced += 1;
-                Slot::Waiting(landing)
-            }
+            Boarding::Cached(vector) => Slot::Cached(vector),
+            Boarding::Followed(landing) => Slot::Followed(landing),
             Boarding::Led(flight, landing) => {
-                lookups.n_misses += 1;
-                jobs.push(EncodeJob::new(Arc::clone(&item.text), flight, place));
-                Slot::Waiting(landing)
+                jobs.push(EncodeJob::new(text, flight, place));
+                Slot::Led(landing)
             }
         }
     }

@@ -59,7 +59,7 @@ async fn a_caller_waits_until_its_deadline_and_the_result_is_cached_for_the_next
     let (other_flight, other) = led(contents.flights.board(key(2), None, &contents.cache));
     other_flight.land(vec![0.25; 4].into());
     let before = tokio::time::Instant::now();
-    let mut slots = [Slot::Waiting(landing), Slot::Waiting(other), Slot::Shed];
+    let mut slots = [Slot::Led(landing), Slot::Followed(other), Slot::Shed];
     let settled = tokio::time::timeout_at(before + Duration::from_millis(50), settle(&mut slots)).await;
     assert!(settled.is_err());
     assert_eq!(before.elapsed(), Duration::from_millis(50));

@@ -5,7 +5,7 @@ use crate::{
     admission::{Deadlines, shed},
     bundle::Model,
     content::{Content, KnownItem, batcher::Priority},
-    domain::{RowStatus, Vector},
+    domain::{Matrix, RowStatus, Vector},
     error::{Error, ShedReason},
     inference::{GraphError, JobError},
     item_text::TextDigest,
@@ -29,49 +29,79 @@ pub(super) fn unique<'a>(items: impl Iterator<Item = &'a KnownItem>) -> (Vec<Kno
     (different, places)
 }
 
+/// The candidates' item embeddings.
+pub(super) struct Candidates {
+    /// One a candidate, in order.
+    pub(super) statuses: Vec<RowStatus>,
+    /// `[n, E]`; a row that is not OK is all zeros.
+    pub(super) items: Matrix,
+}
+
+impl Candidates {
+    fn put(&mut self, row: usize, item: &[f32]) {
+        self.items.row_mut(row).copy_from_slice(item);
+        self.statuses[row] = RowStatus::Ok;
+    }
+}
+
 impl Pipeline {
     /// The item embedding of each candidate. An error where not one row is ready and one might have been, and where the
     /// scoring queue is full, as then nothing can be scored either.
     pub(super) async fn embed_candidates(
         &self,
         model: &Model,
-        candidates: Resolved,
+        resolved: Resolved,
         deadlines: Deadlines,
-    ) -> Result<Rows, Error> {
+    ) -> Result<Candidates, Error> {
         let start = Instant::now();
-        let mut rows = self.look_up(model, &candidates);
-        let is_missing = |row: &Result<Option<Vector>, RowStatus>| matches!(row, Ok(None));
-        let missing = rows.iter().zip(&candidates).filter(|(row, _)| is_missing(row));
-        let (wanted, places) = unique(missing.filter_map(|(_, known)| known.as_ref().ok()));
+        let (mut candidates, missing) = self.look_up(model, &resolved);
         let mut n_shed = 0;
-        if !wanted.is_empty() {
-            let contents = self.contents.embed(&model.encoder, &wanted, Priority::Request, deadlines.encode_by).await;
+        if !missing.is_empty() {
+            let (wanted, places) = unique(missing.iter().filter_map(|row| resolved[*row].as_ref().ok()));
+            let contents =
+                self.contents.embed(&model.encoder, self.wanted(&wanted, Priority::Request, deadlines.encode_by)).await;
             events::stage_finished("content", start);
             n_shed = contents.iter().filter(|content| matches!(content, Content::Shed)).count();
             let embedded = self.run_item_tower(model, &wanted, &contents, deadlines.embed_by).await?;
-            let mut places = places.into_iter();
-            for row in rows.iter_mut().filter(|row| is_missing(row)) {
-                *row = places.next().map_or(Err(RowStatus::Failed), |i| embedded[i].clone().map(Some));
+            for (row, place) in missing.into_iter().zip(places) {
+                match &embedded[place] {
+                    Ok(item) => candidates.put(row, item),
+                    Err(status) => candidates.statuses[row] = *status,
+                }
             }
         }
-        let rows: Rows = rows.into_iter().map(|row| row.and_then(|item| item.ok_or(RowStatus::Failed))).collect();
-        let late = |row: &Result<Vector, RowStatus>| matches!(row, Err(RowStatus::NotInTime));
-        if rows.iter().all(Result::is_err) && (n_shed > 0 || rows.iter().any(late)) {
+        let is = |status: RowStatus| candidates.statuses.contains(&status);
+        if !is(RowStatus::Ok) && (n_shed > 0 || is(RowStatus::NotInTime)) {
             return Err(nothing_ready(n_shed));
         }
-        Ok(rows)
+        Ok(candidates)
     }
 
-    fn look_up(&self, model: &Model, candidates: &Resolved) -> Vec<Result<Option<Vector>, RowStatus>> {
-        let mut lookups = Lookups::default();
-        let mut look_up = |known: &KnownItem| {
-            let item = self.items.get(&ItemKey { tower: model.tower_digest, text: known.digest });
-            *if item.is_some() { &mut lookups.n_hits } else { &mut lookups.n_misses } += 1;
-            item
-        };
-        let rows = candidates.iter().map(|c| c.as_ref().map(&mut look_up).map_err(|status| *status)).collect();
+    /// What is cached, copied straight to where the CVR graph reads it, and the rows that are not.
+    fn look_up(&self, model: &Model, resolved: &Resolved) -> (Candidates, Vec<usize>) {
+        let mut keys = Vec::with_capacity(resolved.len());
+        let mut rows = Vec::with_capacity(resolved.len());
+        let mut statuses = vec![RowStatus::Failed; resolved.len()];
+        for (row, known) in resolved.iter().enumerate() {
+            match known {
+                Ok(known) => {
+                    keys.push(ItemKey { tower: model.tower_digest, text: known.digest });
+                    rows.push(row);
+                }
+                Err(status) => statuses[row] = *status,
+            }
+        }
+        let mut candidates =
+            Candidates { statuses, items: Matrix::zeros(resolved.len(), model.manifest.item_tower.dim) };
+        let mut missing = Vec::new();
+        self.items.read_many(&keys, |i, item| match item {
+            Some(item) => candidates.put(rows[i], item),
+            None => missing.push(rows[i]),
+        });
+        let n_misses = missing.len() as u64;
+        let lookups = Lookups { n_hits: keys.len() as u64 - n_misses, n_misses, n_coalesced: 0 };
         events::cache_looked_up(self.items.name(), lookups);
-        rows
+        (candidates, missing)
     }
 
     /// The item embeddings of those of `wanted` that have a content embedding.

@@ -1,7 +1,7 @@
 //! Scoring: user tower and CVR MLP in one crossing to an inference thread.
 
 use super::{
-    Rows,
+    candidates::Candidates,
     user::{HistoryUse, UserSource},
 };
 use crate::{
@@ -34,10 +34,12 @@ pub(super) struct Scores {
 }
 
 impl ScoreJob {
-    pub(super) fn new(model: &Model, user: UserSource, candidates: &Rows, outputs: Outputs) -> Self {
+    pub(super) fn new(model: &Model, user: UserSource, candidates: &mut Candidates, outputs: Outputs) -> Self {
         let manifest = &model.manifest;
-        let mut items = Vec::with_capacity(candidates.len() * manifest.item_tower.dim);
-        candidates.iter().flatten().for_each(|item| items.extend_from_slice(item));
+        let items = match outputs.needs_fusion() {
+            true => candidates.ready_items(outputs),
+            false => Vec::new(),
+        };
         let user_dims = UserDims { content: manifest.encoder.dim, user: manifest.user_tower.dim };
         ScoreJob { user, items, outputs, user_dims, mid_dim: manifest.cvr.dim }
     }
@@ -97,33 +99,35 @@ impl ScoreJob {
     }
 }
 
+impl Candidates {
+    /// The rows that are OK, one after the other. Taken, not copied, where that is all of them and nobody asks for them.
+    fn ready_items(&mut self, outputs: Outputs) -> Vec<f32> {
+        let is_ready = |status: &RowStatus| *status == RowStatus::Ok;
+        if self.statuses.iter().all(is_ready) {
+            let items = &mut self.items.data;
+            return if outputs.item_emb { items.clone() } else { std::mem::take(items) };
+        }
+        let ready = self.statuses.iter().enumerate().filter(|(_, status)| is_ready(status));
+        ready.flat_map(|(row, _)| self.items.row(row)).copied().collect()
+    }
+}
+
 impl Scores {
     /// The answer: a row for every candidate, zeros where it has no vector.
-    pub(super) fn into_response(self, model: &Model, history: HistoryUse, candidates: Rows) -> MidEmbResponse {
-        let status = |row: &Result<Vector, RowStatus>| row.as_ref().err().copied().unwrap_or(RowStatus::Ok);
-        let mut statuses: Vec<RowStatus> = candidates.iter().map(status).collect();
-        if let Some(fused) = &self.fused {
-            fail_rows_that_are_not_finite(&mut statuses, fused);
-        }
-        let Outputs { mid_emb, cvr, user_emb, item_emb } = self.outputs;
-        let n = candidates.len();
+    pub(super) fn into_response(self, model: &Model, history: HistoryUse, candidates: Candidates) -> MidEmbResponse {
+        let Candidates { mut statuses, items } = candidates;
+        let had_item: Vec<bool> = statuses.iter().map(|status| *status == RowStatus::Ok).collect();
         let mid_dim = model.manifest.cvr.dim;
         let fused = self.fused.unwrap_or(Fused { mid_emb: Matrix::zeros(0, mid_dim), cvr: Vec::new() });
-        let had_item: Vec<bool> = candidates.iter().map(Result::is_ok).collect();
-        let item_matrix = || {
-            let mut items = Matrix::zeros(n, model.manifest.item_tower.dim);
-            let ok = candidates.iter().enumerate().zip(&statuses).filter(|(_, s)| **s == RowStatus::Ok);
-            ok.for_each(|((i, row), _)| row.iter().for_each(|item| items.row_mut(i).copy_from_slice(item)));
-            items
-        };
-        let cvr_column = || {
-            let column = Matrix { n_cols: 1, data: fused.cvr.clone() };
-            scatter(column, &had_item, &statuses).data
-        };
+        if !fused.cvr.is_empty() {
+            fail_rows_that_are_not_finite(&mut statuses, &fused);
+        }
+        let Outputs { mid_emb, cvr, user_emb, item_emb } = self.outputs;
+        let cvr_column = Matrix { n_cols: 1, data: fused.cvr };
         MidEmbResponse {
             model: model.reference.clone(),
-            item_emb: item_emb.then(item_matrix),
-            cvr: cvr.then(cvr_column),
+            item_emb: item_emb.then(|| blank_rows_that_are_not_ok(items, &statuses)),
+            cvr: cvr.then(|| scatter(cvr_column, &had_item, &statuses).data),
             mid_emb: mid_emb.then(|| scatter(fused.mid_emb, &had_item, &statuses)),
             user_emb: self.user.filter(|_| user_emb).map(|user| user.to_vec()),
             n_history_used: history.n_used,
@@ -131,6 +135,13 @@ impl Scores {
             statuses,
         }
     }
+}
+
+/// A row that failed after its item embedding was there.
+fn blank_rows_that_are_not_ok(mut items: Matrix, statuses: &[RowStatus]) -> Matrix {
+    let failed = statuses.iter().enumerate().filter(|(_, status)| **status != RowStatus::Ok);
+    failed.for_each(|(row, _)| items.row_mut(row).fill(0.0));
+    items
 }
 
 fn fail_rows_that_are_not_finite(statuses: &mut [RowStatus], fused: &Fused) {

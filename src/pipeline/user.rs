@@ -68,7 +68,8 @@ impl Pipeline {
 
     async fn gather_history(&self, model: &Model, history: Resolved, key: UserKey, deadlines: Deadlines) -> User {
         let (wanted, places) = unique(history.iter().flatten());
-        let embedded = self.contents.embed(&model.encoder, &wanted, Priority::Request, deadlines.encode_by).await;
+        let wanted = self.wanted(&wanted, Priority::Request, deadlines.encode_by);
+        let embedded = self.contents.embed(&model.encoder, wanted).await;
         let mut places = places.into_iter();
         let mut contents = Vec::with_capacity(history.len() * model.manifest.encoder.dim);
         let mut row = |known: &Result<KnownItem, RowStatus>| {

@@ -94,7 +94,7 @@ fn each_library_lives_in_one_room() {
         ("minijinja::", &["item_text"]),
         ("tokenizers::", &["content"]),
         ("dashmap::", &["content"]),
-        ("quick_cache::", &["bounded_cache"]),
+        ("hashbrown::", &["bounded_cache"]),
         ("moka::", &["towers"]),
         ("env::var", &["config"]),
         ("anyhow::", &["cli"]),
