@@ -1,0 +1,188 @@
+"""The floor under W1: user tower and CVR graph of a bundle in a bare loop on one thread, and their matrix products alone.
+
+    python benches/peers/graphs.py --bundle models/default [--history 80] [--candidates 500] [--runs 400]
+
+Prints one JSON object with CPU milliseconds (of this whole process) for one request's worth of each:
+
+- `graphs_ms`: user tower, then CVR graph, through onnxruntime's Python API, on inputs that lie ready;
+- `products_ms`: nothing but the MatMuls of those two graphs, at the shapes that ONNX Runtime's own profile reports, as
+  MatMul nodes whose weights are constants where the graph's are. No bias, no activation, no norm, no softmax.
+
+Nothing that a server does is in either: no wire, no cache, no gathering of vectors.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+PRODUCTS = {"MatMul", "FusedMatMul", "Gemm"}
+OPSET = 20
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product: left operand, right operand, and whether the right one is a weight."""
+
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    is_weight: bool
+
+
+def options() -> onnxruntime.SessionOptions:
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    return settings
+
+
+def session(model: str | bytes, settings: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(model, settings or options(), providers=["CPUExecutionProvider"])
+
+
+class Graphs:
+    """The two graphs of a hot request and inputs for them."""
+
+    def __init__(self, folder: Path, n_history: int, n_candidates: int) -> None:
+        self.folder = folder
+        self.manifest = tomllib.loads((folder / "manifest.toml").read_text())
+        random = np.random.default_rng(1)
+        content = random.standard_normal((1, n_history, self.manifest["encoder"]["dim"])).astype(np.float32)
+        content /= np.linalg.norm(content, axis=-1, keepdims=True)
+        items = random.standard_normal((n_candidates, self.manifest["item_tower"]["dim"])).astype(np.float32)
+        items /= np.linalg.norm(items, axis=-1, keepdims=True)
+        user = random.standard_normal((1, self.manifest["user_tower"]["dim"])).astype(np.float32)
+        self.feeds = {
+            "user_tower": self._feed("user_tower", content, np.ones((1, n_history), np.int64)),
+            "cvr": self._feed("cvr", user, items, np.zeros(n_candidates, np.int64)),
+        }
+
+    def _feed(self, graph: str, *inputs: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(self.manifest[graph]["inputs"], inputs, strict=True))
+
+    def path(self, graph: str) -> str:
+        return str(self.folder / self.manifest[graph]["file"])
+
+    def loop(self) -> Callable[[], object]:
+        """One request's worth of graph runs; the CVR graph reads what the user tower gave."""
+        tower, cvr = session(self.path("user_tower")), session(self.path("cvr"))
+        tower_feed, cvr_feed = self.feeds["user_tower"], dict(self.feeds["cvr"])
+        user_name = self.manifest["cvr"]["inputs"][0]
+
+        def once() -> object:
+            (cvr_feed[user_name],) = tower.run(None, tower_feed)
+            return cvr.run(None, cvr_feed)
+
+        return once
+
+    def products(self) -> list[Product]:
+        """Every matrix product of one request, as ONNX Runtime ran it."""
+        return [product for graph in self.feeds for product in self._products_of(graph)]
+
+    def _products_of(self, graph: str) -> list[Product]:
+        settings = options()
+        with tempfile.TemporaryDirectory() as folder:
+            settings.enable_profiling = True
+            settings.profile_file_prefix = f"{folder}/profile"
+            settings.optimized_model_filepath = f"{folder}/optimized.onnx"
+            profiled = session(self.path(graph), settings)
+            profiled.run(None, self.feeds[graph])
+            events = json.loads(Path(profiled.end_profiling()).read_text())
+            weights = _weights(f"{folder}/optimized.onnx")
+        found = []
+        for event in events:
+            arguments = event.get("args", {})
+            if event.get("cat") == "Node" and arguments.get("op_name") in PRODUCTS and "input_type_shape" in arguments:
+                shapes = [tuple(next(iter(entry.values()))) for entry in arguments["input_type_shape"]]
+                # A weight that was packed for the kernel is no longer listed.
+                weight = weights.get(event["name"].removesuffix("_kernel_time"))
+                found.append(Product(shapes[0], _fitting(shapes[0], weight or shapes[1]), weight is not None))
+        return found
+
+
+def _weights(path: str) -> dict[str, tuple[int, ...]]:
+    """Of each product whose right operand is a constant of the graph: that operand's shape, by the node's name."""
+    graph = onnx.load(path).graph
+    constants = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    products = (node for node in graph.node if node.op_type in PRODUCTS)
+    return {node.name: constants[node.input[1]] for node in products if node.input[1] in constants}
+
+
+def _fitting(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+    """The right operand as a plain MatMul takes it: a fused product may transpose it on the way."""
+    return right if left[-1] == right[-2] else (*right[:-2], right[-1], right[-2])
+
+
+def products_alone(products: list[Product]) -> Callable[[], object]:
+    """A graph of nothing but `products`, run with its outputs bound to memory that lies ready."""
+    random = np.random.default_rng(2)
+    nodes, inputs, outputs, weights, feeds = [], [], [], [], {}
+    for i, product in enumerate(products):
+        left, right, out = f"left{i}", f"right{i}", f"out{i}"
+        values = random.standard_normal(product.right).astype(np.float32)
+        feeds[left] = random.standard_normal(product.left).astype(np.float32)
+        inputs.append(helper.make_tensor_value_info(left, TensorProto.FLOAT, product.left))
+        if product.is_weight:
+            weights.append(numpy_helper.from_array(values, right))
+        else:
+            feeds[right] = values
+            inputs.append(helper.make_tensor_value_info(right, TensorProto.FLOAT, product.right))
+        nodes.append(helper.make_node("MatMul", [left, right], [out]))
+        outputs.append(helper.make_tensor_value_info(out, TensorProto.FLOAT, None))
+    graph = helper.make_graph(nodes, "products", inputs, outputs, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    runner = session(model.SerializeToString())
+    binding = runner.io_binding()
+    for name, value in feeds.items():
+        binding.bind_cpu_input(name, value)
+    sizes = [np.matmul(feeds[f"left{i}"], np.zeros(p.right, np.float32)).shape for i, p in enumerate(products)]
+    kept = [np.empty(size, np.float32) for size in sizes]
+    for i, value in enumerate(kept):
+        binding.bind_output(f"out{i}", "cpu", 0, np.float32, value.shape, value.ctypes.data)
+    # The arrays live as long as the closure that writes into them.
+    return lambda kept=kept, feeds=feeds: runner.run_with_iobinding(binding)
+
+
+def flops(products: list[Product]) -> int:
+    return sum(2 * int(np.prod(product.left)) * product.right[-1] for product in products)
+
+
+def cpu_ms(once: Callable[[], object], runs: int) -> float:
+    """CPU milliseconds of one call, after some that are not counted."""
+    for _ in range(max(runs // 10, 5)):
+        once()
+    start = time.process_time()
+    for _ in range(runs):
+        once()
+    return (time.process_time() - start) * 1e3 / runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--history", type=int, default=80)
+    parser.add_argument("--candidates", type=int, default=500)
+    parser.add_argument("--runs", type=int, default=400)
+    args = parser.parse_args()
+    graphs = Graphs(args.bundle, args.history, args.candidates)
+    products = graphs.products()
+    result = {
+        "graphs_ms": cpu_ms(graphs.loop(), args.runs),
+        "products_ms": cpu_ms(products_alone(products), args.runs),
+        "products": len(products),
+        "products_mflop": flops(products) / 1e6,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The peer that a team would write first: grpcio and onnxruntime in Python, the same contract, bundle and work as midemb.
+
+    python benches/peers/python_server.py --bundle models/default --proto proto [--threads 2]
+
+Answers `GetMidEmb` (ids alone, F32, mid-emb) and `WarmItems`, and serves `process_*` for the benchmark. Prints one line,
+`serving GRPC METRICS`, when it is ready, and ends with SIGTERM.
+
+It is written to be fast, as Python goes: one session a thread on one core each, vectors in two matrices that are gathered by
+row numbers, tensors sent as the bytes they lie in. What it leaves out is in its favour: no deadlines, no statuses but OK
+and UNKNOWN_ITEM, no metrics of its own, caches without a bound.
+"""
+
+import argparse
+import importlib
+import signal
+import sys
+import tempfile
+import threading
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import jinja2
+import numpy as np
+import onnxruntime
+import prometheus_client
+import tokenizers
+from grpc_tools import protoc
+
+FIELDS = ("title", "category", "brand", "price", "keywords", "attributes")
+ENCODE_AT_ONCE = 16
+OK, UNKNOWN_ITEM = 1, 2
+ROWS = 1 << 16
+
+
+def generate_stubs(proto: Path):
+    folder = tempfile.mkdtemp(prefix="midemb-stubs-")
+    arguments = ["protoc", f"-I{proto}", f"--python_out={folder}", f"--grpc_python_out={folder}"]
+    if protoc.main([*arguments, "midemb/v1/midemb.proto"]) != 0:
+        sys.exit("the stubs could not be generated")
+    sys.path.insert(0, folder)
+    return importlib.import_module("midemb.v1.midemb_pb2"), importlib.import_module("midemb.v1.midemb_pb2_grpc")
+
+
+class Model:
+    """A bundle's graphs; every thread has sessions of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = tomllib.loads((folder / "manifest.toml").read_text())
+        self.template = jinja2.Environment(autoescape=False).from_string(self.manifest["item_text"]["template"])
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / self.manifest["encoder"]["tokenizer"]))
+        self.tokenizer.enable_truncation(self.manifest["item_text"]["max_tokens"])
+        self.tokenizer.enable_padding(pad_id=self.manifest["encoder"]["pad_id"])
+        self.local = threading.local()
+
+    def run(self, graph: str, *inputs: np.ndarray) -> list[np.ndarray]:
+        spec = self.manifest[graph]
+        sessions = self.local.__dict__
+        if graph not in sessions:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = options.inter_op_num_threads = 1
+            path = str(self.folder / spec["file"])
+            sessions[graph] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return sessions[graph].run(spec["outputs"], dict(zip(spec["inputs"], inputs, strict=True)))
+
+    def content(self, texts: list) -> np.ndarray:
+        prompts = [self.template.render(**{name: getattr(text, name) for name in FIELDS}) for text in texts]
+        encoded = self.tokenizer.encode_batch(prompts)
+        ids = np.array([row.ids for row in encoded], dtype=np.int64)
+        mask = np.array([row.attention_mask for row in encoded], dtype=np.int64)
+        return self.run("encoder", ids, mask)[0]
+
+
+class Peer:
+    """The service."""
+
+    def __init__(self, model: Model, pb) -> None:
+        self.model, self.pb = model, pb
+        manifest = model.manifest
+        self.max_history = manifest["user_tower"]["max_history"]
+        self.row_of: dict[str, int] = {}
+        self.contents = np.zeros((ROWS, manifest["encoder"]["dim"]), dtype=np.float32)
+        self.items = np.zeros((ROWS, manifest["item_tower"]["dim"]), dtype=np.float32)
+
+    def WarmItems(self, chunks, context):  # noqa: N802, the contract's name
+        n_items = n_encoded = 0
+        for chunk in chunks:
+            n_items += len(chunk.items)
+            new = [item for item in chunk.items if item.id not in self.row_of]
+            for start in range(0, len(new), ENCODE_AT_ONCE):
+                batch = new[start : start + ENCODE_AT_ONCE]
+                content = self.model.content([item.text for item in batch])
+                first = len(self.row_of)
+                if first + len(batch) > ROWS:
+                    context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"this peer keeps {ROWS} items")
+                self.contents[first : first + len(batch)] = content
+                self.items[first : first + len(batch)] = self.model.run("item_tower", content)[0]
+                self.row_of.update((item.id, first + i) for i, item in enumerate(batch))
+                n_encoded += len(batch)
+        return self.pb.WarmItemsResponse(items=n_items, encoded=n_encoded, already_cached=n_items - n_encoded)
+
+    def GetMidEmb(self, request, context):  # noqa: N802, the contract's name
+        history = [self.row_of[item.id] for item in request.history[-self.max_history :] if item.id in self.row_of]
+        rows = [self.row_of.get(item.id) for item in request.candidates]
+        known = [row for row in rows if row is not None]
+        content = self.contents[history][None] if history else np.zeros((1, 1, self.contents.shape[1]), np.float32)
+        mask = np.full(content.shape[:2], 1 if history else 0, dtype=np.int64)
+        (user,) = self.model.run("user_tower", content, mask)
+        mid_emb, _ = self.model.run("cvr", user, self.items[known], np.zeros(len(known), dtype=np.int64))
+        if len(known) < len(rows):
+            scattered = np.zeros((len(rows), mid_emb.shape[1]), np.float32)
+            scattered[[i for i, row in enumerate(rows) if row is not None]] = mid_emb
+            mid_emb = scattered
+        return self.pb.GetMidEmbResponse(
+            mid_emb=self.pb.Tensor(dtype=1, shape=mid_emb.shape, data=mid_emb.tobytes()),
+            statuses=[OK if row is not None else UNKNOWN_ITEM for row in rows],
+            history_used=len(history),
+            history_statuses=[OK] * len(request.history),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--proto", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    pb, pb_grpc = generate_stubs(args.proto)
+    service = type("Service", (Peer, pb_grpc.MidEmbServiceServicer), {})(Model(args.bundle), pb)
+    server = grpc.server(ThreadPoolExecutor(args.threads), options=[("grpc.max_receive_message_length", 64 << 20)])
+    pb_grpc.add_MidEmbServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    http, _ = prometheus_client.start_http_server(0, addr="127.0.0.1")
+    server.start()
+    signal.signal(signal.SIGTERM, lambda *_: server.stop(grace=5))
+    print(f"serving 127.0.0.1:{port} 127.0.0.1:{http.server_port}", flush=True)
+    server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    main()

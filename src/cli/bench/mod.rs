@@ -1,0 +1,111 @@
+//! `midemb bench`: known scenarios against a running server, for planning capacity and for keeping us honest.
+//!
+//! What counts most is the server's own CPU time (from its `process_cpu_seconds_total`): latencies on a shared machine hold
+//! little. [`traffic`] sends, [`scenarios`] says what, [`report`] prints.
+
+mod report;
+mod scenarios;
+mod scrape;
+mod traffic;
+
+use super::client;
+use anyhow::ensure;
+use fastrand::Rng;
+use std::time::Duration;
+
+/// What to send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Scenario {
+    /// Everything cached but the user: ids alone, a history that was never sent. Closed loop, or open with --rate.
+    W1Hot,
+    /// Items that were never seen, through WarmItems.
+    W2Cold,
+    /// Hot requests at --rate, alone and then while cold items keep the encoder busy.
+    W4HotWhileCold,
+    /// Three times what the server can take, with a deadline.
+    W5Overload,
+}
+
+impl Scenario {
+    fn name(self) -> &'static str {
+        match self {
+            Scenario::W1Hot => "w1-hot",
+            Scenario::W2Cold => "w2-cold",
+            Scenario::W4HotWhileCold => "w4-hot-while-cold",
+            Scenario::W5Overload => "w5-overload",
+        }
+    }
+}
+
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct Args {
+    #[arg(value_enum, default_value = "w1-hot")]
+    scenario: Scenario,
+    /// The server's `server.listen`.
+    #[arg(long, default_value = "127.0.0.1:50051")]
+    server: String,
+    /// The server's `telemetry.metrics_listen`.
+    #[arg(long, default_value = "127.0.0.1:9464")]
+    metrics: String,
+    /// Requests in all.
+    #[arg(long, default_value_t = 2000)]
+    requests: u64,
+    /// Closed loop: requests under way at once.
+    #[arg(long, default_value_t = 2)]
+    concurrency: usize,
+    /// Open loop: requests a second, sent when they are due, whatever became of those before. Latencies count from when a
+    /// request was due.
+    #[arg(long)]
+    rate: Option<f64>,
+    /// The deadline that requests carry; without it the server's default holds. w5-overload takes 100 where this is absent.
+    #[arg(long)]
+    deadline_ms: Option<u64>,
+    /// Candidates of a request.
+    #[arg(long, default_value_t = 500)]
+    candidates: usize,
+    /// History items of a request.
+    #[arg(long, default_value_t = 80)]
+    history: usize,
+    /// Different items: warmed before the first request, or sent cold by w2-cold.
+    #[arg(long, default_value_t = 1000)]
+    items: usize,
+    /// Send every item's text with every request.
+    #[arg(long)]
+    send_text: bool,
+    /// Requests in a row that send the same history, as the pages of one session do.
+    #[arg(long, default_value_t = 1)]
+    pages: u64,
+    /// What the hot items are made up from. Histories and cold items are others every time.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Print one JSON object a phase.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    fn deadline(&self) -> Option<Duration> {
+        self.deadline_ms.map(Duration::from_millis)
+    }
+}
+
+pub(super) async fn run(args: Args) -> anyhow::Result<()> {
+    ensure!(
+        args.requests > 0 && args.concurrency > 0 && args.candidates > 0 && args.pages > 0 && args.items > 0,
+        "requests, concurrency, candidates, pages and items must be at least 1"
+    );
+    ensure!(args.rate.is_none_or(|rate| rate.is_finite() && rate > 0.0), "--rate must be above 0");
+    ensure!(args.items >= args.candidates.max(args.history), "--items must cover the candidates and the history");
+    let server = client::mid_emb(&args.server).await?;
+    let mut rng = Rng::with_seed(args.seed);
+    let items = traffic::made_up(args.items, "hot", &mut rng);
+    let bench = scenarios::Bench { server, items, args: &args };
+    let phases = match args.scenario {
+        Scenario::W1Hot => bench.w1_hot().await?,
+        Scenario::W2Cold => bench.w2_cold().await?,
+        Scenario::W4HotWhileCold => bench.w4_hot_while_cold().await?,
+        Scenario::W5Overload => bench.w5_overload().await?,
+    };
+    report::print(&args, &phases);
+    Ok(())
+}

@@ -1,0 +1,71 @@
+//! Phases as a table for people or as JSON lines for machines.
+
+use super::{Args, Scenario, scenarios::Phase};
+use crate::cli::client::table;
+use serde_json::json;
+
+pub(super) fn print(args: &Args, phases: &[Phase]) {
+    if args.json {
+        return phases.iter().for_each(|phase| println!("{}", to_json(args, phase)));
+    }
+    println!("{}", headline(args));
+    let unit = phases.first().map_or("request", |phase| phase.unit);
+    let (rate, cpu) = (format!("good {unit}s/s"), format!("server CPU ms/{unit}"));
+    let mut figures = table(&["phase", &rate, "shed", "late", &cpu, "p50 ms", "p99 ms", "max ms", "server RSS MB"]);
+    for phase in phases {
+        let part =
+            |n: Option<u64>| n.map_or("-".to_owned(), |n| format!("{:.1} %", n as f64 * 1e2 / phase.n_units as f64));
+        let ms = |quantile| phase.latency_ms(quantile).map_or("-".to_owned(), |ms| format!("{ms:.2}"));
+        figures.add_row([
+            phase.name.to_owned(),
+            format!("{:.0}", phase.goodput()),
+            part(phase.answers.as_ref().map(|answers| answers.n_shed)),
+            part(phase.answers.as_ref().map(|answers| answers.n_late)),
+            format!("{:.3}", phase.cpu_ms()),
+            ms(0.5),
+            ms(0.99),
+            ms(1.0),
+            format!("{:.0}", phase.resident_bytes / 1e6),
+        ]);
+    }
+    println!("{figures}");
+}
+
+fn headline(args: &Args) -> String {
+    let scenario = args.scenario.name();
+    if args.scenario == Scenario::W2Cold {
+        return format!("{scenario}: {} items that were never seen", args.items);
+    }
+    let sent = if args.send_text { "with text" } else { "ids alone" };
+    let pace = match (args.scenario, args.rate) {
+        (Scenario::W5Overload, _) => String::new(),
+        (_, Some(rate)) => format!(", {rate} a second"),
+        (_, None) => format!(", {} at once", args.concurrency),
+    };
+    format!(
+        "{scenario}: {} requests of {} history items and {} candidates{pace}, {sent}",
+        args.requests, args.history, args.candidates
+    )
+}
+
+fn to_json(args: &Args, phase: &Phase) -> serde_json::Value {
+    json!({
+        "scenario": args.scenario.name(),
+        "phase": phase.name,
+        "unit": phase.unit,
+        "sent": phase.n_units,
+        "history": args.history,
+        "candidates": args.candidates,
+        "pages": args.pages,
+        "send_text": args.send_text,
+        "seconds": phase.took.as_secs_f64(),
+        "good_per_second": phase.goodput(),
+        "shed": phase.answers.as_ref().map(|answers| answers.n_shed),
+        "late": phase.answers.as_ref().map(|answers| answers.n_late),
+        "server_cpu_ms": phase.cpu_ms(),
+        "p50_ms": phase.latency_ms(0.5),
+        "p99_ms": phase.latency_ms(0.99),
+        "max_ms": phase.latency_ms(1.0),
+        "server_rss_bytes": phase.resident_bytes,
+    })
+}
