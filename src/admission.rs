@@ -26,8 +26,11 @@ pub struct Permit {
     _in_flight: InFlight,
 }
 
-/// What a caller that was turned away should wait: a few times what a hot request takes.
+/// What a caller that was turned away should wait at least: a few times what a hot request takes.
 const RETRY_AFTER: Duration = Duration::from_millis(50);
+/// The part of a request's time that it may spend in the scoring queue. A queue as long as the deadline answers nothing:
+/// every job in it expires just before, or just after, its turn. At half of it there is room for a wrong estimate.
+const MAX_WAIT_PART: u32 = 2;
 
 impl Admission {
     /// At most `max_in_flight` requests at once.
@@ -50,6 +53,16 @@ impl Admission {
 /// The error of work that was turned away for `reason`.
 pub fn shed(reason: ShedReason) -> Error {
     Error::Shed { reason, retry_after: RETRY_AFTER }
+}
+
+/// Turns a request away whose `wait` for an inference thread would take too much of what is `left` of its time. Said at
+/// once, it is a request that another replica can still answer.
+pub fn check_wait(wait: Duration, left: Duration) -> Result<(), Error> {
+    if wait <= left / MAX_WAIT_PART {
+        return Ok(());
+    }
+    events::shed(ShedReason::TowerQueue, 1);
+    Err(Error::Shed { reason: ShedReason::TowerQueue, retry_after: wait.max(RETRY_AFTER) })
 }
 
 /// When each part of a request has to be done, split from the moment at which its caller stops waiting.
@@ -103,6 +116,18 @@ mod tests {
         assert!(matches!(admission.admit(), Err(Error::Shed { reason: ShedReason::InFlight, .. })));
         drop(permit);
         admission.admit().unwrap();
+    }
+
+    #[test]
+    fn who_would_wait_too_long_is_told_at_once_when_to_come_back() {
+        let ms = Duration::from_millis;
+        assert!(check_wait(ms(0), ms(0)).is_ok());
+        assert!(check_wait(ms(50), ms(100)).is_ok());
+        let shed = check_wait(ms(80), ms(100));
+        assert!(
+            matches!(shed, Err(Error::Shed { reason: ShedReason::TowerQueue, retry_after }) if retry_after == ms(80)),
+            "{shed:?}"
+        );
     }
 
     #[test]

@@ -67,8 +67,8 @@ pub enum ShedReason {
     /// `limits.max_in_flight` requests are under way.
     #[error("too many requests in flight")]
     InFlight,
-    /// The scoring queue is full.
-    #[error("the scoring queue is full")]
+    /// The scoring queue is full, or longer than the request has time.
+    #[error("the scoring queue is too long")]
     TowerQueue,
     /// The encoder's queue is full.
     #[error("the encoder's queue is full")]

@@ -15,7 +15,7 @@ mod score;
 mod user;
 
 use crate::{
-    admission::{Admission, Deadlines, shed},
+    admission::{Admission, Deadlines, Permit, check_wait, shed},
     bounded_cache::Contents as CacheContents,
     bundle::{Model, Registry},
     content::{Content, Contents, KnownItem, Wanted, batcher::Priority},
@@ -81,7 +81,18 @@ impl Pipeline {
         }
     }
 
-    /// Answers one request. `routed` is told which model answers as soon as that is known.
+    /// Lets a request in that has until `deadline`, or turns it away. The permit is held until it is answered.
+    ///
+    /// Known of the request are its headers alone, so what is asked is whether the least busy model could serve it in time.
+    pub fn admit(&self, deadline: Instant) -> Result<Permit, Error> {
+        let permit = self.admission.admit()?;
+        let snapshot = self.registry.current()?;
+        let wait = snapshot.models.iter().map(|served| served.model.towers.expected_wait()).min().unwrap_or_default();
+        check_wait(wait, deadline.saturating_duration_since(Instant::now()))?;
+        Ok(permit)
+    }
+
+    /// Answers one request, which was admitted. `routed` is told which model answers as soon as that is known.
     ///
     /// Cancel-safe: encoding that was queued goes on and is cached, scoring is skipped.
     pub async fn get_mid_emb(
@@ -89,7 +100,6 @@ impl Pipeline {
         request: MidEmbRequest,
         routed: impl FnOnce(&Model),
     ) -> Result<MidEmbResponse, Error> {
-        let _permit = self.admission.admit()?;
         let deadlines = Deadlines::split(Instant::now(), request.deadline);
         let snapshot = self.registry.current()?;
         let model = snapshot.route(request.model.as_deref(), &request.user_id)?;

@@ -136,7 +136,11 @@ impl Encoder {
         };
         for (i, graph) in graphs.into_iter().enumerate() {
             let (model, batcher) = (Arc::clone(&model), Arc::clone(&batcher));
-            thread::Builder::new().name(format!("{QUEUE}-{i}")).spawn(move || work(&model, graph, &batcher))?;
+            let run = move || {
+                step_back();
+                work(&model, graph, &batcher);
+            };
+            thread::Builder::new().name(format!("{QUEUE}-{i}")).spawn(run)?;
         }
         Ok(encoder)
     }
@@ -181,6 +185,17 @@ impl Encoder {
 impl Drop for Encoder {
     fn drop(&mut self) {
         self.batcher.close();
+    }
+}
+
+/// Gives way to threads that score: a hot request has milliseconds, a cold item has until its request's deadline or longer.
+/// At this niceness a busy encoder gets a tenth of a core that both want, and all of what scoring leaves.
+const NICENESS: i32 = 10;
+
+/// Lowers the calling thread's priority (on Linux niceness is a thread's own).
+fn step_back() {
+    if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
+        tracing::warn!(%error, "the encoder's threads keep normal priority, hot requests will feel cold ones");
     }
 }
 

@@ -14,8 +14,12 @@ use std::{
     any::Any,
     fmt, io,
     panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 use thiserror::Error;
 use tokio::sync::oneshot;
@@ -35,7 +39,8 @@ pub enum JobError {
 }
 
 struct Job<S> {
-    task: Box<dyn FnOnce(&mut S) + Send>,
+    /// Says whether it ran: what has expired, or whose caller left, takes no time.
+    task: Box<dyn FnOnce(&mut S) -> bool + Send>,
     stay: QueueStay,
 }
 
@@ -43,6 +48,27 @@ struct Job<S> {
 pub struct Pool<S> {
     name: &'static str,
     queue: Sender<Job<S>>,
+    n_threads: u32,
+    pace: Arc<Pace>,
+}
+
+/// How long a job takes, as a moving average over the last few. Threads that race lose one of two samples, which is no loss.
+#[derive(Debug, Default)]
+struct Pace(AtomicU64);
+
+/// A new sample counts for one part in so many.
+const SAMPLES: u64 = 16;
+
+impl Pace {
+    fn record(&self, took: Duration) {
+        let (old, took) = (self.0.load(Ordering::Relaxed), took.as_nanos() as u64);
+        let new = if old == 0 { took } else { old - old / SAMPLES + took / SAMPLES };
+        self.0.store(new, Ordering::Relaxed);
+    }
+
+    fn job_time(&self) -> Duration {
+        Duration::from_nanos(self.0.load(Ordering::Relaxed))
+    }
 }
 
 impl<S> fmt::Debug for Pool<S> {
@@ -57,11 +83,17 @@ impl<S: Send + 'static> Pool<S> {
     /// The threads end when the pool is dropped and its queue is empty.
     pub fn start(name: &'static str, states: Vec<S>, max_queued: usize) -> io::Result<Self> {
         let (queue, jobs) = bounded(max_queued);
+        let (n_threads, pace) = (states.len() as u32, Arc::new(Pace::default()));
         for (i, state) in states.into_iter().enumerate() {
-            let jobs = jobs.clone();
-            thread::Builder::new().name(format!("{name}-{i}")).spawn(move || work(&jobs, state))?;
+            let (jobs, pace) = (jobs.clone(), Arc::clone(&pace));
+            thread::Builder::new().name(format!("{name}-{i}")).spawn(move || work(&jobs, state, &pace))?;
         }
-        Ok(Pool { name, queue })
+        Ok(Pool { name, queue, n_threads, pace })
+    }
+
+    /// How long a job that joins the queue now would wait for a thread, at the pace of the last jobs.
+    pub fn expected_wait(&self) -> Duration {
+        self.pace.job_time() * self.queue.len() as u32 / self.n_threads.max(1)
     }
 
     /// Runs `job` on one of the threads and waits for its result until `deadline`.
@@ -76,12 +108,15 @@ impl<S: Send + 'static> Pool<S> {
         let name = self.name;
         let task = Box::new(move |state: &mut S| {
             if reply.is_closed() {
-                return;
+                return false;
             }
-            let _ = reply.send(match deadline > Instant::now() {
+            let is_in_time = deadline > Instant::now();
+            // Who asked may leave while the job runs.
+            let _ = reply.send(match is_in_time {
                 true => run_guarded(name, || job(state)),
                 false => Err(JobError::Expired),
             });
+            is_in_time
         });
         match self.queue.try_send(Job { task, stay: QueueStay::begin(name) }) {
             Ok(()) => {}
@@ -99,10 +134,13 @@ impl<S: Send + 'static> Pool<S> {
     }
 }
 
-fn work<S>(jobs: &Receiver<Job<S>>, mut state: S) {
+fn work<S>(jobs: &Receiver<Job<S>>, mut state: S, pace: &Pace) {
     for Job { task, stay } in jobs {
         drop(stay);
-        task(&mut state);
+        let start = Instant::now();
+        if task(&mut state) {
+            pace.record(start.elapsed());
+        }
     }
 }
 
@@ -123,14 +161,7 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{
-        sync::{
-            Arc,
-            atomic::{AtomicUsize, Ordering},
-            mpsc,
-        },
-        time::Duration,
-    };
+    use std::sync::{atomic::AtomicUsize, mpsc};
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(30)
@@ -195,6 +226,32 @@ mod tests {
             }
         };
         assert_eq!(next, Ok(0), "the expired job ran");
+    }
+
+    #[tokio::test]
+    async fn the_expected_wait_is_the_queue_s_length_at_the_pace_of_the_last_jobs() {
+        let pool = Arc::new(Pool::start("test", vec![()], 8).unwrap());
+        assert_eq!(pool.expected_wait(), Duration::ZERO);
+        let (release, busy) = occupy(&pool).await;
+        pool.pace.record(Duration::from_millis(8));
+        pool.pace.record(Duration::from_millis(24));
+        assert_eq!(pool.pace.job_time(), Duration::from_millis(9), "one new sample counts for a sixteenth");
+        let waiting: Vec<_> = (0..3)
+            .map(|_| {
+                let pool = Arc::clone(&pool);
+                tokio::spawn(async move { pool.run(soon(), |()| ()).await })
+            })
+            .collect();
+        while pool.queue.len() < 3 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(pool.expected_wait(), Duration::from_millis(27));
+        drop(release);
+        busy.await.unwrap().unwrap();
+        for job in waiting {
+            job.await.unwrap().unwrap();
+        }
+        assert_eq!(pool.expected_wait(), Duration::ZERO);
     }
 
     #[tokio::test]

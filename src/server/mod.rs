@@ -14,6 +14,7 @@ use crate::{
     telemetry::{events, recorder::Recorder},
     wire::{
         admin::Admin,
+        admit::AdmitLayer,
         layer::CountLayer,
         proto::{self, admin_service_server::AdminServiceServer, mid_emb_service_server::MidEmbServiceServer},
         services::MidEmb,
@@ -110,6 +111,7 @@ pub async fn run(
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .layer(CountLayer)
+        .layer(AdmitLayer::new(Arc::clone(&pipeline), settings.limits.default_deadline))
         .add_service(health_service)
         .add_service(mid_emb_service(&settings, &pipeline, drained.clone()))
         .add_service(reflection_v1())

@@ -6,8 +6,8 @@ use crate::{
     domain::{DType, Item, ItemText, MidEmbRequest, Outputs},
     error::{Error, FieldViolation},
 };
+use http::HeaderMap;
 use std::time::{Duration, Instant};
-use tonic::metadata::MetadataMap;
 
 /// A checked request and the element type to answer in.
 #[derive(Debug)]
@@ -120,8 +120,8 @@ fn dtype(value: i32, violations: &mut Violations) -> DType {
 }
 
 /// When the caller stops waiting: its `grpc-timeout`, or the default.
-pub fn deadline(metadata: &MetadataMap, arrival: Instant, default: Duration) -> Instant {
-    let sent = metadata.get("grpc-timeout").and_then(|value| timeout(value.to_str().ok()?));
+pub fn deadline(headers: &HeaderMap, arrival: Instant, default: Duration) -> Instant {
+    let sent = headers.get("grpc-timeout").and_then(|value| timeout(value.to_str().ok()?));
     arrival + sent.unwrap_or(default).min(MAX_BUDGET)
 }
 
@@ -223,7 +223,7 @@ mod tests {
             let sent = timeout(wrong).filter(|_| wrong != "m");
             assert_eq!(sent, None, "{wrong}");
         }
-        let mut metadata = MetadataMap::new();
+        let mut metadata = HeaderMap::new();
         let now = Instant::now();
         assert_eq!(deadline(&metadata, now, Duration::from_secs(1)), now + Duration::from_secs(1));
         metadata.insert("grpc-timeout", "99999999H".parse().unwrap());

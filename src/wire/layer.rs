@@ -27,9 +27,9 @@ impl CallContext {
         CallContext { arrival: Instant::now(), model: Arc::default() }
     }
 
-    /// The context of `request`, or a new one where no layer put it there.
-    pub fn of<T>(request: &tonic::Request<T>) -> Self {
-        request.extensions().get::<Self>().cloned().unwrap_or_else(Self::new)
+    /// The context in a request's extensions, or a new one where no layer put it there.
+    pub fn of(extensions: &http::Extensions) -> Self {
+        extensions.get::<Self>().cloned().unwrap_or_else(Self::new)
     }
 
     /// The handler knows which model answers now, for the label.

@@ -1,10 +1,11 @@
 //! The wire: the only place that knows prost and tonic.
 //!
 //! [`decode`] checks a message and makes plain types of it, [`encode`] makes a message of an answer, [`status`] maps errors
-//! to gRPC statuses, [`services`] and [`admin`] are the handlers, [`codec`] answers bytes that are no message, and [`layer`]
-//! counts every call.
+//! to gRPC statuses, [`services`] and [`admin`] are the handlers, [`codec`] answers bytes that are no message, [`layer`]
+//! counts every call, and [`admit`] lets it in or turns it away before its message is read.
 
 pub mod admin;
+pub mod admit;
 pub mod codec;
 pub mod decode;
 pub mod encode;

@@ -44,8 +44,8 @@ impl MidEmbService for MidEmb {
         request: Request<proto::GetMidEmbRequest>,
     ) -> Result<Response<proto::GetMidEmbResponse>, Status> {
         let refuse = refuse("GetMidEmb");
-        let context = CallContext::of(&request);
-        let deadline = decode::deadline(request.metadata(), context.arrival, self.limits.default_deadline);
+        let context = CallContext::of(request.extensions());
+        let deadline = decode::deadline(request.metadata().as_ref(), context.arrival, self.limits.default_deadline);
         let decoded = decode::request(request.into_inner(), deadline, &self.limits).map_err(&refuse)?;
         let told = |model: &Model| context.routed(&model.reference.name);
         let answer = self.pipeline.get_mid_emb(decoded.request, told).await.map_err(&refuse)?;

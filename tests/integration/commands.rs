@@ -83,15 +83,59 @@ fn admin_shows_status_and_flushes() {
     assert_eq!(stdout(&run(&["admin", "--admin", &server.admin, "flush", "item"])), "0 entries removed\n");
 }
 
+/// The phases of one scenario, on a small workload.
+fn bench(server: &Server, scenario: &[&str]) -> Vec<Value> {
+    let arguments = ["--json", "--requests", "60", "--items", "70", "--candidates", "50", "--history", "8"];
+    let addresses = ["--server", &server.grpc, "--metrics", &server.metrics];
+    let output = midemb().arg("bench").args(scenario).args(arguments).args(addresses).output().unwrap();
+    stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
 #[test]
 fn bench_measures_the_hot_path() {
     let server = Server::start();
-    let arguments = ["bench", "--json", "--requests", "50", "--items", "60", "--candidates", "50", "--history", "8"];
-    let output =
-        midemb().args(arguments).args(["--server", &server.grpc, "--metrics", &server.metrics]).output().unwrap();
-    let result: Value = serde_json::from_str(&stdout(&output)).unwrap();
-    assert_eq!(result["requests"], 50);
-    assert!(result["server_cpu_ms_per_request"].as_f64().unwrap() >= 0.0);
-    assert!(result["p99_ms"].as_f64().unwrap() >= result["p50_ms"].as_f64().unwrap());
-    assert_eq!(server.scrape().n_encoded(), 60.0, "the benchmark was not hot");
+    for pace in [&["w1-hot"][..], &["w1-hot", "--rate", "200"]] {
+        let phases = bench(&server, pace);
+        assert_eq!(phases.len(), 1);
+        let hot = &phases[0];
+        assert_eq!((&hot["sent"], &hot["shed"], &hot["late"]), (&60.into(), &0.into(), &0.into()));
+        assert!(hot["server_cpu_ms"].as_f64().unwrap() >= 0.0);
+        assert!(hot["p99_ms"].as_f64().unwrap() >= hot["p50_ms"].as_f64().unwrap());
+    }
+    let scrape = server.scrape();
+    assert_eq!(scrape.n_encoded(), 70.0, "the benchmark was not hot");
+    assert_eq!(
+        scrape.sum("midemb_cache_lookups_total", &["cache=\"user\"", "result=\"hit\""]),
+        0.0,
+        "users were known"
+    );
+}
+
+#[test]
+fn bench_measures_pages_of_one_session_cold_items_and_hot_beside_cold() {
+    let server = Server::start();
+    bench(&server, &["w1-hot", "--pages", "4"]);
+    let hits = server.scrape().sum("midemb_cache_lookups_total", &["cache=\"user\"", "result=\"hit\""]);
+    assert!(hits >= 60.0, "three pages of four should find their user, {hits} requests did");
+
+    let before = server.scrape().n_encoded();
+    let cold = bench(&server, &["w2-cold"]);
+    assert_eq!((&cold[0]["unit"], &cold[0]["sent"]), (&"item".into(), &70.into()));
+    assert_eq!(server.scrape().n_encoded() - before, 64.0 + 70.0, "items that should be cold were known");
+
+    let both = bench(&server, &["w4-hot-while-cold", "--rate", "200"]);
+    let phases: Vec<&str> = both.iter().map(|phase| phase["phase"].as_str().unwrap()).collect();
+    assert_eq!(phases, ["hot alone", "hot beside cold"]);
+    let refused = midemb().args(["bench", "w4-hot-while-cold", "--server", &server.grpc]).output().unwrap();
+    assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("--rate"));
+}
+
+#[test]
+fn bench_measures_overload() {
+    let server = Server::start();
+    let phases = bench(&server, &["w5-overload"]);
+    assert_eq!(phases.len(), 3);
+    let overload = &phases[1];
+    assert_eq!(overload["sent"], 180);
+    assert!(overload["shed"].is_u64() && overload["late"].is_u64() && overload["good_per_second"].is_f64());
 }

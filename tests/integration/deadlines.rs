@@ -1,6 +1,6 @@
 //! A deadline is kept: what is ready is answered, what is not says so, and nothing that was begun is lost.
 
-use crate::harness::{PATIENCE, Server, films, page, shipped, statuses};
+use crate::harness::{PATIENCE, Server, films, fixture, page, shipped, statuses};
 use std::time::{Duration, Instant};
 use tonic::{Code, Request};
 
@@ -124,4 +124,68 @@ async fn a_full_encoder_queue_turns_rows_away_and_still_serves_hits() {
     let n_shed = second.iter().filter(|status| **status == "FAILED").count();
     assert!(n_shed > 500, "only {n_shed} rows were turned away");
     assert!(server.scrape().sum("midemb_shed_total", &["reason=\"encoder_queue\""]) >= n_shed as f64);
+}
+
+/// Five times what two threads can score within the deadline, at once: who cannot be served is told so, and when to come back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_burst_is_answered_or_turned_away_and_the_next_request_is_served() {
+    use tonic_types::StatusExt;
+    let server = Server::start_with(&shipped(), "limits.max_in_flight = 10000");
+    let mut client = server.client().await;
+    let items = films("hot", 300);
+    let warm = within(page(items[..80].to_vec(), items.clone()), PATIENCE);
+    client.get_mid_emb(warm).await.unwrap();
+    let calls: Vec<_> = (0..400)
+        .map(|i| {
+            // Every user is another one: the tower has to run for each.
+            let mut history = items[..80].to_vec();
+            history.rotate_left(i % 80);
+            history.swap(i % 7, 7 + i % 70);
+            let request = within(page(history, items.clone()), Duration::from_millis(400));
+            let mut client = client.clone();
+            tokio::spawn(async move { client.get_mid_emb(request).await })
+        })
+        .collect();
+    let (mut n_ok, mut n_shed) = (0.0, 0.0);
+    for call in calls {
+        match call.await.unwrap() {
+            Ok(answer) => {
+                assert_eq!(statuses(answer.get_ref()), ["OK"; 300]);
+                n_ok += 1.0;
+            }
+            Err(status) if status.code() == Code::ResourceExhausted => {
+                assert!(status.get_details_retry_info().unwrap().retry_delay.unwrap() >= Duration::from_millis(50));
+                n_shed += 1.0;
+            }
+            // Its own timer was first, here or there.
+            Err(status) => {
+                assert!(matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled), "{status:?}");
+            }
+        }
+    }
+    assert!(n_ok > 0.0 && n_shed > 0.0, "{n_ok} answered, {n_shed} turned away");
+    // The answer to some that were turned away may have come after their own timer.
+    assert!(server.scrape().sum("midemb_shed_total", &["reason=\"tower_queue\""]) >= n_shed);
+    let next = client.get_mid_emb(within(page(vec![], items), PATIENCE)).await.unwrap().into_inner();
+    assert_eq!(statuses(&next), ["OK"; 300]);
+    assert_eq!(server.scrape().sum("midemb_in_flight_requests", &[]), 0.0);
+}
+
+/// A caller that never finishes its message holds a place among the requests in flight until its deadline, and no longer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_that_never_ends_is_given_up_at_its_deadline() {
+    use midemb::wire::proto::{GetMidEmbRequest, GetMidEmbResponse};
+    let server = Server::start_with(&fixture(), "limits.max_in_flight = 1\nlimits.default_deadline_ms = 300");
+    let mut slow = tonic::client::Grpc::new(server.channel().await);
+    slow.ready().await.unwrap();
+    let (hold, held) = tokio::sync::mpsc::channel::<GetMidEmbRequest>(1);
+    let path = tonic::codegen::http::uri::PathAndQuery::from_static("/midemb.v1.MidEmbService/GetMidEmb");
+    let codec = tonic_prost::ProstCodec::<GetMidEmbRequest, GetMidEmbResponse>::default();
+    let message = tokio_stream::wrappers::ReceiverStream::new(held);
+    let given_up = slow.client_streaming(Request::new(message), path, codec).await.unwrap_err();
+    assert_eq!(given_up.code(), Code::DeadlineExceeded, "{given_up:?}");
+    let mut client = server.client().await;
+    let answer = client.get_mid_emb(within(page(vec![], films("c", 3)), PATIENCE)).await.unwrap().into_inner();
+    assert_eq!(statuses(&answer), ["OK"; 3]);
+    drop(hold);
 }

@@ -2,7 +2,7 @@
 //!
 //! A drain needs its clients to answer, so they run on threads of their own here while the test waits for log lines.
 
-use crate::harness::{Server, films, page, shipped, statuses};
+use crate::harness::{PATIENCE, Server, films, page, shipped, statuses};
 use midemb::wire::proto::{GetMidEmbRequest, GetMidEmbResponse, WarmItemsRequest};
 use std::{
     error::Error,
@@ -51,7 +51,9 @@ async fn sigterm_under_load_loses_no_accepted_request() {
     let held = tokio::spawn(async move {
         let path = PathAndQuery::from_static("/midemb.v1.MidEmbService/GetMidEmb");
         let codec = ProstCodec::<GetMidEmbRequest, GetMidEmbResponse>::default();
-        slow_caller.client_streaming(Request::new(ReceiverStream::new(held)), path, codec).await
+        let mut request = Request::new(ReceiverStream::new(held));
+        request.set_timeout(PATIENCE);
+        slow_caller.client_streaming(request, path, codec).await
     });
     let n_answered = Arc::new(AtomicUsize::new(0));
     let mut loops = Vec::new();

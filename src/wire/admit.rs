@@ -1,0 +1,85 @@
+//! Lets `GetMidEmb` calls in, or turns them away, when their headers have arrived: a message that cannot be served in time
+//! is neither read nor decoded, and one that is read too slowly ends with its deadline.
+
+use super::{decode, layer::CallContext, services::refuse, status};
+use crate::{error::Error, pipeline::Pipeline, telemetry::events};
+use http::{Request, Response};
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+use tower::{Layer, Service};
+
+/// Wraps a service with [`Admitted`].
+#[derive(Debug, Clone)]
+pub struct AdmitLayer {
+    pipeline: Arc<Pipeline>,
+    default_deadline: Duration,
+}
+
+impl AdmitLayer {
+    /// Admission to `pipeline`; calls without a `grpc-timeout` have `default_deadline`.
+    pub fn new(pipeline: Arc<Pipeline>, default_deadline: Duration) -> Self {
+        AdmitLayer { pipeline, default_deadline }
+    }
+}
+
+impl<S> Layer<S> for AdmitLayer {
+    type Service = Admitted<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Admitted { inner, admit: self.clone() }
+    }
+}
+
+/// A service that only admitted calls reach. A permit is held until the answer is there.
+#[derive(Debug, Clone)]
+pub struct Admitted<S> {
+    inner: S,
+    admit: AdmitLayer,
+}
+
+const METHOD: &str = "GetMidEmb";
+const PATH: &str = "/midemb.v1.MidEmbService/GetMidEmb";
+
+impl<S, B, R> Service<Request<B>> for Admitted<S>
+where
+    S: Service<Request<B>, Response = Response<R>>,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+    R: Default + Send + 'static,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<S::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        if request.uri().path() != PATH {
+            return Box::pin(self.inner.call(request));
+        }
+        let arrival = CallContext::of(request.extensions()).arrival;
+        let deadline = decode::deadline(request.headers(), arrival, self.admit.default_deadline);
+        let permit = match self.admit.pipeline.admit(deadline) {
+            Ok(permit) => permit,
+            Err(error) => {
+                let response = refuse(METHOD)(error).into_http();
+                return Box::pin(async { Ok(response) });
+            }
+        };
+        let answer = self.inner.call(request);
+        Box::pin(async move {
+            let _permit = permit;
+            tokio::time::timeout_at(deadline.into(), answer).await.unwrap_or_else(|_elapsed| {
+                events::request_failed(METHOD, &Error::DeadlineExceeded);
+                Ok(status::from_error(&Error::DeadlineExceeded).into_http())
+            })
+        })
+    }
+}
