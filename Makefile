@@ -4,7 +4,7 @@
 #   make serve        the same set-up, then serve until Ctrl-C
 #   make test         the same set-up, then every test that needs no PyTorch
 #   make lint         formatting, clippy, documentation, Python sources
-#   make bench        the standard workload W1 against a server of its own
+#   make bench        every scenario beside the floors and a peer, five rounds in some five minutes
 #   make train-setup  a virtual environment with PyTorch (5 GB)
 #   make train        train and export a bundle from DATA, a MovieLens folder, into OUT
 #   make train-test   the offline half's tests
@@ -12,7 +12,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo serve test lint bench setup build test-setup lint-setup train-setup train train-test
+.PHONY: demo serve test lint bench setup build test-setup lint-setup bench-setup train-setup train train-test
 
 PYTHON ?= python3
 DATA ?= ../shared/data/ml-latest-small
@@ -24,8 +24,8 @@ demo: setup build
 serve: setup build
 	./target/release/midemb serve --config deploy/midemb.toml
 
-bench: setup build
-	@$(PYTHON) deploy/demo.py --bench
+bench: setup build bench-setup
+	@.venv/bin/python benches/run.py
 
 test: setup test-setup
 	$(PYTHON) -m unittest discover -s tests/setup
@@ -36,8 +36,8 @@ lint: lint-setup
 	cargo fmt --check
 	cargo clippy --quiet --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items
-	.venv/bin/ruff check deploy tests models
-	.venv/bin/ruff format --check deploy tests models
+	.venv/bin/ruff check deploy tests models benches
+	.venv/bin/ruff format --check deploy tests models benches
 
 # Fetches what git does not hold; says nothing when all is in place.
 setup:
@@ -48,6 +48,7 @@ build:
 
 test-setup: .venv/.tests-installed
 lint-setup: .venv/.lint-installed
+bench-setup: .venv/.bench-installed
 train-setup: models/.venv/.installed
 
 .venv/bin/python:
@@ -56,6 +57,11 @@ train-setup: models/.venv/.installed
 # The stamp is written last: a set-up that was cut off goes on where it was.
 .venv/.tests-installed: tests/requirements.txt | .venv/bin/python
 	@echo "installing the tests' Python client" >&2
+	@.venv/bin/pip install --quiet -r $<
+	@touch $@
+
+.venv/.bench-installed: benches/requirements.txt | .venv/bin/python
+	@echo "installing what the benchmark runs beside the server" >&2
 	@.venv/bin/pip install --quiet -r $<
 	@touch $@
 

@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """Serve the shipped bundle on free ports, ask it, show what happened, stop it.
 
-    python3 deploy/demo.py            real requests, cold and then warm, and the cache metrics
-    python3 deploy/demo.py --bench    the standard workload W1 (further arguments go to `midemb bench`)
+    python3 deploy/demo.py
 
-`make demo` and `make bench` build first and call this. Standard library only.
+`make demo` builds first and calls this; `benches/run.py` takes the server from here. Standard library only.
 """
 
 import json
@@ -122,12 +121,8 @@ def demo(server: Server) -> None:
 def main() -> None:
     if not MIDEMB.exists():
         sys.exit(f"{MIDEMB} is missing: run `make build`")
-    arguments = sys.argv[1:]
     with serving() as server:
-        if arguments[:1] == ["--bench"]:
-            run("bench", "--server", server.grpc, "--metrics", server.metrics, *arguments[1:])
-        else:
-            demo(server)
+        demo(server)
     print("server stopped")
 
 

@@ -185,7 +185,8 @@ impl Pipeline {
         let contents = self.contents.embed(&model.encoder, self.wanted(&wanted, Priority::WarmUp, until)).await;
         let embedded = self.run_item_tower(model, &wanted, &contents, until).await;
         let warmth = |i: usize| match (&contents[i], embedded.as_ref().map(|rows| &rows[i])) {
-            (Content::Cached(_), Ok(Ok(_))) => Warmth::Cached,
+            // What another chunk or call is encoding is that one's to count.
+            (Content::Cached(_) | Content::Joined(_), Ok(Ok(_))) => Warmth::Cached,
             (Content::Encoded(_), Ok(Ok(_))) => Warmth::Encoded,
             _ => Warmth::Failed,
         };

@@ -1,4 +1,4 @@
-"""The floor under W1: user tower and CVR graph of a bundle in a bare loop on one thread, and their matrix products alone.
+"""The floor under W1: a bundle's user tower and CVR graph in a bare loop on one thread, and their products alone.
 
     python benches/peers/graphs.py --bundle models/default [--history 80] [--candidates 500] [--runs 400]
 

@@ -1,13 +1,13 @@
-"""The peer that a team would write first: grpcio and onnxruntime in Python, the same contract, bundle and work as midemb.
+"""The peer that a team would write first: grpcio and onnxruntime in Python, same contract, bundle and work as midemb.
 
     python benches/peers/python_server.py --bundle models/default --proto proto [--threads 2]
 
-Answers `GetMidEmb` (ids alone, F32, mid-emb) and `WarmItems`, and serves `process_*` for the benchmark. Prints one line,
-`serving GRPC METRICS`, when it is ready, and ends with SIGTERM.
+Answers `GetMidEmb` (ids alone, F32, mid-emb) and `WarmItems`, and serves `process_*` for the benchmark. Prints one
+line, `serving GRPC METRICS`, when it is ready, and ends with SIGTERM.
 
-It is written to be fast, as Python goes: one session a thread on one core each, vectors in two matrices that are gathered by
-row numbers, tensors sent as the bytes they lie in. What it leaves out is in its favour: no deadlines, no statuses but OK
-and UNKNOWN_ITEM, no metrics of its own, caches without a bound.
+It is written to be fast, as Python goes: one session a thread on one core each, vectors in two matrices that are
+gathered by row numbers, tensors sent as the bytes they lie in. What it leaves out is in its favour: no deadlines, no
+statuses but OK and UNKNOWN_ITEM, no metrics of its own, caches without a bound.
 """
 
 import argparse
@@ -84,7 +84,7 @@ class Peer:
         self.contents = np.zeros((ROWS, manifest["encoder"]["dim"]), dtype=np.float32)
         self.items = np.zeros((ROWS, manifest["item_tower"]["dim"]), dtype=np.float32)
 
-    def WarmItems(self, chunks, context):  # noqa: N802, the contract's name
+    def WarmItems(self, chunks, context):
         n_items = n_encoded = 0
         for chunk in chunks:
             n_items += len(chunk.items)
@@ -101,7 +101,7 @@ class Peer:
                 n_encoded += len(batch)
         return self.pb.WarmItemsResponse(items=n_items, encoded=n_encoded, already_cached=n_items - n_encoded)
 
-    def GetMidEmb(self, request, context):  # noqa: N802, the contract's name
+    def GetMidEmb(self, request, context):
         history = [self.row_of[item.id] for item in request.history[-self.max_history :] if item.id in self.row_of]
         rows = [self.row_of.get(item.id) for item in request.candidates]
         known = [row for row in rows if row is not None]

@@ -84,8 +84,10 @@ pub trait Texts: fmt::Debug + Sync {
 pub enum Content {
     /// It was cached.
     Cached(Vector),
-    /// It was encoded just now, for this caller or for another.
+    /// It was encoded just now, for this caller.
     Encoded(Vector),
+    /// It was being encoded already, for another caller.
+    Joined(Vector),
     /// It is being encoded, and will be cached.
     NotInTime,
     /// The encoder failed on it.
@@ -100,7 +102,7 @@ impl Content {
     /// The vector, if there is one.
     pub fn vector(&self) -> Option<&Vector> {
         match self {
-            Content::Cached(vector) | Content::Encoded(vector) => Some(vector),
+            Content::Cached(vector) | Content::Encoded(vector) | Content::Joined(vector) => Some(vector),
             Content::NotInTime | Content::Failed | Content::Shed | Content::NoText => None,
         }
     }
@@ -132,7 +134,11 @@ impl Slot {
     fn now(self) -> Content {
         match self {
             Slot::Cached(vector) => Content::Cached(vector),
-            Slot::Led(landing) | Slot::Followed(landing) => landing.now(),
+            Slot::Led(landing) => landing.now(),
+            Slot::Followed(landing) => match landing.now() {
+                Content::Encoded(vector) => Content::Joined(vector),
+                other => other,
+            },
             Slot::Shed => Content::Shed,
             Slot::NoText => Content::NoText,
         }

@@ -65,7 +65,7 @@ async fn a_caller_waits_until_its_deadline_and_the_result_is_cached_for_the_next
     assert_eq!(before.elapsed(), Duration::from_millis(50));
     let [late, in_time, shed] = slots.map(Slot::now);
     assert!(matches!(late, Content::NotInTime), "{late:?}");
-    assert!(matches!(in_time, Content::Encoded(_)), "what arrived behind a late one was lost: {in_time:?}");
+    assert!(matches!(in_time, Content::Joined(_)), "what arrived behind a late one was lost: {in_time:?}");
     assert!(matches!(shed, Content::Shed));
     flight.land(vec![0.5; 4].into());
     assert!(contents.cache.contains(&key(1)));

@@ -11,8 +11,11 @@ use crate::{
 };
 use proto::mid_emb_service_server::MidEmbService;
 use std::sync::Arc;
-use tokio::sync::watch;
+use tokio::{sync::watch, task::JoinSet};
 use tonic::{Request, Response, Status, Streaming};
+
+/// Messages of one warm-up stream that are under way at once: the encoder always has the next one's items to choose from.
+const CHUNKS_AT_ONCE: usize = 8;
 
 /// The handlers of `MidEmbService`.
 #[derive(Debug, Clone)]
@@ -60,15 +63,28 @@ impl MidEmbService for MidEmb {
         let mut chunks = request.into_inner();
         let (refuse, mut drained) = (refuse("WarmItems"), self.drained.clone());
         let mut summary = WarmSummary::default();
-        loop {
-            let chunk = tokio::select! {
-                chunk = chunks.message() => chunk?,
+        // Ends with this call. What was queued is encoded and cached all the same.
+        let mut warming = JoinSet::new();
+        let mut is_open = true;
+        while is_open || !warming.is_empty() {
+            tokio::select! {
+                // Cancel-safe, as is `join_next`: what another branch interrupts goes on at the next turn.
+                chunk = chunks.message(), if is_open && warming.len() < CHUNKS_AT_ONCE => match chunk? {
+                    Some(chunk) => {
+                        let pipeline = Arc::clone(&self.pipeline);
+                        warming.spawn(async move { pipeline.warm_items(decode::items(chunk.items)).await });
+                    }
+                    None => is_open = false,
+                },
+                Some(warmed) = warming.join_next() => {
+                    let warmed = warmed.unwrap_or_else(|panicked| Err(Error::internal("warming", panicked)));
+                    summary += warmed.map_err(&refuse)?;
+                }
                 // A stream may go on for ever, a drain may not. What was received is warmed and cached.
                 _ = drained.wait_for(|draining| *draining) => return Err(refuse(Error::Unavailable("draining"))),
-            };
-            let Some(chunk) = chunk else { return Ok(Response::new(encode::warm_summary(summary))) };
-            summary += self.pipeline.warm_items(decode::items(chunk.items)).await.map_err(&refuse)?;
+            }
         }
+        Ok(Response::new(encode::warm_summary(summary)))
     }
 
     async fn get_model_info(

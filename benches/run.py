@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""Every scenario of `midemb bench`, beside the floors and a peer, in one run: what README's performance section shows.
+
+    make bench                       (or: .venv/bin/python benches/run.py)  five rounds, some five minutes
+    .venv/bin/python benches/run.py --rounds 1 --write benches/results/2026-11-24-cpu.md
+
+In each round everything is measured once, one after the other, so that what the machine does to one it does to all.
+Figures are medians over the rounds, with the lowest and the highest; ratios are taken within a round. CPU is the
+server's own, user and system, of the whole process.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "deploy"))
+from demo import MIDEMB, Server, serving  # noqa: E402
+
+BUNDLE = ROOT / "models" / "default"
+PEERS = ROOT / "benches" / "peers"
+# About half of what two cores take: the question is what cold work does to hot work, not overload.
+W4_RATE = 100
+# Eight requests at once keep every thread busy. With fewer, threads sleep in between, and what waking up costs on a
+# virtual machine is in the figures, too.
+BUSY = ["--concurrency", "8"]
+CURVES = {"candidates": [50, 500, 1000, 2000, 4000], "history": [1, 20, 40, 80]}
+CURVE_ITEMS = 4000
+
+Figures = dict[str, list[float]]
+
+
+def run_json(*command: str) -> list[dict]:
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        sys.exit(f"{' '.join(command)}\n{run.stderr}")
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def bench(server: Server, scenario: str, *more: str) -> list[dict]:
+    addresses = ["--server", server.grpc, "--metrics", server.metrics]
+    return run_json(str(MIDEMB), "bench", scenario, "--json", *addresses, *more)
+
+
+def floor(script: str) -> dict:
+    return run_json(sys.executable, str(PEERS / script), "--bundle", str(BUNDLE))[0]
+
+
+@contextmanager
+def python_peer() -> Iterator[Server]:
+    command = [sys.executable, str(PEERS / "python_server.py"), "--bundle", str(BUNDLE), "--proto", str(ROOT / "proto")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        words = process.stdout.readline().split()
+        if words[:1] != ["serving"]:
+            sys.exit(f"the Python peer did not start (exit code {process.wait()})")
+        yield Server(words[1], words[2])
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+def one_round(ours: Server, peer: Server, figures: Figures) -> None:
+    def note(name: str, value: float) -> None:
+        figures[name].append(value)
+
+    hot, python = bench(ours, "w1-hot", *BUSY)[0], bench(peer, "w1-hot", *BUSY)[0]
+    graphs = floor("graphs.py")
+    hot_at_2, python_at_2 = bench(ours, "w1-hot")[0], bench(peer, "w1-hot")[0]
+    pages = bench(ours, "w1-hot", "--pages", "8", *BUSY)[0]
+    note("W1 midemb, CPU ms a request", hot["server_cpu_ms"])
+    note("W1 Python server, CPU ms a request", python["server_cpu_ms"])
+    note("W1 midemb, 2 requests at once, CPU ms a request", hot_at_2["server_cpu_ms"])
+    note("W1 Python server, 2 requests at once, CPU ms a request", python_at_2["server_cpu_ms"])
+    note("W1 midemb, sessions of 8 pages, CPU ms a request", pages["server_cpu_ms"])
+    note("W1 midemb, requests a second", hot["good_per_second"])
+    note("W1 Python server, requests a second", python["good_per_second"])
+    note("W1 the two graphs in a bare loop, CPU ms", graphs["graphs_ms"])
+    note("W1 their matrix products alone, CPU ms", graphs["products_ms"])
+    note("W1 midemb / graphs (goal 1.10)", hot["server_cpu_ms"] / graphs["graphs_ms"])
+    note("W1 midemb / products (goal 1.35)", hot["server_cpu_ms"] / graphs["products_ms"])
+    note("W1 midemb / Python server (goal 0.65)", hot["server_cpu_ms"] / python["server_cpu_ms"])
+
+    cold, loop = bench(ours, "w2-cold")[0], floor("encoder.py")
+    note("W2 midemb, cold items a second", cold["good_per_second"])
+    note("W2 midemb, CPU ms an item", cold["server_cpu_ms"])
+    note("W2 bare encoder loop, items a second", loop["items_per_second"])
+    note("W2 midemb / bare loop (goal 1.15)", cold["good_per_second"] / loop["items_per_second"])
+
+    alone, beside = bench(ours, "w4-hot-while-cold", "--rate", str(W4_RATE), "--requests", "1000")
+    note(f"W4 p99 of hot requests alone, {W4_RATE} a second, ms", alone["p99_ms"])
+    note("W4 p99 of hot requests beside cold items, ms", beside["p99_ms"])
+    note("W4 beside / alone (goal 2)", beside["p99_ms"] / alone["p99_ms"])
+
+    capacity, overload, after = bench(ours, "w5-overload", "--requests", "1500")
+    note("W5 capacity, requests a second", capacity["good_per_second"])
+    note("W5 goodput at three times that, requests a second", overload["good_per_second"])
+    note("W5 late there, percent of what was sent", 100 * overload["late"] / overload["sent"])
+    note("W5 goodput / capacity (goal 0.90)", overload["good_per_second"] / capacity["good_per_second"])
+    note("W5 memory after / before", after["server_rss_bytes"] / capacity["server_rss_bytes"])
+
+
+def curve(ours: Server, axis: str) -> list[tuple[int, float]]:
+    def cpu_ms(value: int) -> float:
+        size = ["--items", str(CURVE_ITEMS), "--requests", "400", f"--{axis}", str(value)]
+        return bench(ours, "w1-hot", *size)[0]["server_cpu_ms"]
+
+    return [(value, cpu_ms(value)) for value in CURVES[axis]]
+
+
+def machine() -> str:
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    name = models[0].split(":", 1)[1].strip() if models else platform.machine()
+    return f"{os.cpu_count()} cores ({name}), shared between server, client and whatever else runs on the machine"
+
+
+def report(figures: Figures, curves: dict[str, list[tuple[int, float]]], rounds: int) -> str:
+    lines = [
+        f"{rounds} rounds of `make bench` on {machine()}.",
+        "",
+        "| what | median | lowest | highest |",
+        "|---|---|---|---|",
+    ]
+    for name, values in figures.items():
+        cells = [f"{value:.2f}" for value in (statistics.median(values), min(values), max(values))]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for axis, points in curves.items():
+        other = "history 80" if axis == "candidates" else "500 candidates"
+        lines += ["", f"Server CPU ms a request by {axis} ({other}, {CURVE_ITEMS} items, one run each):", ""]
+        lines.append("| " + " | ".join([axis, *(str(value) for value, _ in points)]) + " |")
+        lines.append("|---" * (len(points) + 1) + "|")
+        lines.append("| " + " | ".join(["CPU ms", *(f"{ms:.2f}" for _, ms in points)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write", type=Path, help="also write the report into this file")
+    args = parser.parse_args()
+    if not MIDEMB.exists():
+        sys.exit(f"{MIDEMB} is missing: run `make build`")
+    figures: Figures = defaultdict(list)
+    with serving() as ours, python_peer() as peer:
+        for i in range(args.rounds):
+            print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
+            one_round(ours, peer, figures)
+        print("curves", file=sys.stderr)
+        curves = {axis: curve(ours, axis) for axis in CURVES}
+    text = report(figures, curves, args.rounds)
+    print(text)
+    if args.write:
+        args.write.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
