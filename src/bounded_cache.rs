@@ -6,7 +6,7 @@
 //! nothing is written to shared memory, so that the processor waits for many entries at once. A loop of single look-ups,
 //! with a lock and a counted reference each, waits for one after the other: see `cargo bench --bench hot_path`.
 //!
-//! Eviction is a clock that counts: a read raises an entry's count (to at most [`MAX_USES`]), the hand lowers it as it
+//! Eviction is a clock that counts: a read raises an entry's count (to at most three), the hand lowers it as it
 //! passes and evicts what stands at none. A new entry lies just behind the hand, so it has a whole turn to be read in; it
 //! is never refused, and what was put in can be read right afterwards, also where the cache is full. An entry that was
 //! read more than once outlives a flood of entries that nobody reads.
