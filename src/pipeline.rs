@@ -1,7 +1,7 @@
 //! One request, one line a stage. Start here.
 //!
 //! ```text
-//! admit ──> route ──> resolve text ──> content (history) ─────────────────┐
+//! admit ──> route ──> resolve text ──> user cache ──> content (history) ──┐
 //!                                 └──> item cache ──> content ──> item tower ──> score ──> answer
 //! ```
 //!
@@ -115,23 +115,26 @@ impl Pipeline {
         Ok(scores.into_response(model, history, candidates))
     }
 
-    /// Encodes, caches and remembers `items` for every model that serves.
+    /// Remembers the texts of a warm-up, as the newest of their ids; [`Pipeline::warm`] takes it from there.
+    pub fn remember(&self, items: Vec<Item>) -> WarmUp {
+        let n_items = items.len();
+        let usable = |item: &Item| item.text.is_some() && !item.id.is_empty();
+        let resolved = self.known_items.resolve(items.into_iter().filter(usable).collect());
+        WarmUp { n_items, known: resolved.into_iter().flatten().collect() }
+    }
+
+    /// Encodes and caches what was remembered for every model that serves.
     ///
     /// Cancel-safe: what was queued goes on and is cached.
-    pub async fn warm_items(&self, items: Vec<Item>) -> Result<WarmSummary, Error> {
+    pub async fn warm(&self, warm_up: WarmUp) -> Result<WarmSummary, Error> {
         let snapshot = self.registry.current()?;
-        let mut summary = WarmSummary::default();
-        let mut items = items.into_iter().peekable();
-        while items.peek().is_some() {
-            let chunk: Vec<Item> = items.by_ref().take(WARM_UP_CHUNK).collect();
-            let (n_items, with_text): (_, Vec<Item>) =
-                (chunk.len(), chunk.into_iter().filter(|item| item.text.is_some() && !item.id.is_empty()).collect());
-            let known: Vec<KnownItem> = self.known_items.resolve(with_text).into_iter().flatten().collect();
-            summary.n_items += n_items as u64;
-            summary.n_invalid += (n_items - known.len()) as u64;
+        let WarmUp { n_items, known } = warm_up;
+        let n_invalid = (n_items - known.len()) as u64;
+        let mut summary = WarmSummary { n_items: n_items as u64, n_invalid, ..WarmSummary::default() };
+        for known in known.chunks(WARM_UP_CHUNK) {
             let mut worst = vec![Warmth::Cached; known.len()];
             for served in &snapshot.models {
-                let warmths = self.warm_for(&served.model, &known).await;
+                let warmths = self.warm_for(&served.model, known).await;
                 worst.iter_mut().zip(warmths).for_each(|(worst, warmth)| *worst = warmth.max(*worst));
             }
             let count = |warmth| worst.iter().filter(|w| **w == warmth).count() as u64;
@@ -194,6 +197,15 @@ impl Pipeline {
     }
 }
 
+/// Items of a warm-up whose texts are remembered, and that wait to be encoded.
+#[derive(Debug)]
+pub struct WarmUp {
+    /// All that were sent.
+    n_items: usize,
+    /// Those that can be encoded.
+    known: Vec<KnownItem>,
+}
+
 /// Items whose text was sent or known, else the row's status.
 type Resolved = Vec<Result<KnownItem, RowStatus>>;
 
@@ -249,7 +261,9 @@ mod tests {
             let answer = pipeline.get_mid_emb(request, |_| ()).await;
             assert!(matches!(answer, Err(Error::Unavailable(_))), "{answer:?}");
         }
-        assert!(matches!(pipeline.warm_items(Vec::new()).await, Err(Error::Unavailable(_))));
+        assert!(matches!(pipeline.warm(pipeline.remember(Vec::new())).await, Err(Error::Unavailable(_))));
+        assert!(matches!(pipeline.admit(Instant::now()), Err(Error::Unavailable(_))), "the one permit was lost");
+        assert!(matches!(pipeline.admit(Instant::now()), Err(Error::Unavailable(_))), "the one permit was lost");
     }
 
     #[test]

@@ -71,8 +71,10 @@ impl MidEmbService for MidEmb {
                 // Cancel-safe, as is `join_next`: what another branch interrupts goes on at the next turn.
                 chunk = chunks.message(), if is_open && warming.len() < CHUNKS_AT_ONCE => match chunk? {
                     Some(chunk) => {
+                        // In the order of the stream: the newest text of an id wins.
+                        let warm_up = self.pipeline.remember(decode::items(chunk.items));
                         let pipeline = Arc::clone(&self.pipeline);
-                        warming.spawn(async move { pipeline.warm_items(decode::items(chunk.items)).await });
+                        warming.spawn(async move { pipeline.warm(warm_up).await });
                     }
                     None => is_open = false,
                 },

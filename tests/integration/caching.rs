@@ -152,6 +152,20 @@ async fn the_next_page_of_a_session_skips_the_user_tower_and_answers_the_same() 
     assert_eq!(scrape.sum("midemb_batch_items_count", &["stage=\"cvr\""]), 3.0);
 }
 
+/// Messages of one stream are warmed side by side, but remembered one after the other.
+#[tokio::test]
+async fn the_newest_text_of_a_warm_up_stream_wins() {
+    let server = Server::start();
+    let mut client = server.client().await;
+    let versions = (0..50).map(|i| WarmItemsRequest { items: vec![film("same id", &format!("text {i}"))] });
+    let warmed = client.warm_items(tokio_stream::iter(versions.collect::<Vec<_>>())).await.unwrap().into_inner();
+    assert_eq!((warmed.items, warmed.encoded), (50, 50));
+    let by_id = Item { id: "same id".to_owned(), text: None };
+    let known = client.get_mid_emb(page(vec![], vec![by_id])).await.unwrap().into_inner();
+    let newest = client.get_mid_emb(page(vec![], vec![film("another id", "text 49")])).await.unwrap().into_inner();
+    assert_eq!(known.mid_emb, newest.mid_emb);
+}
+
 #[tokio::test]
 async fn operators_see_the_caches_and_empty_them() {
     let server = Server::start();
