@@ -49,13 +49,16 @@ pub(crate) fn run(arguments: &[&str]) -> ProcessOutput {
     midemb().args(arguments).output().unwrap()
 }
 
-/// A config on free ports that serves `bundle`, and the folder it lies in.
+/// A config on free ports that serves `bundle`, and the folder it lies in. Where `more` says nothing of deadlines they are
+/// long: many servers of many tests share the machine, and only what is about time should depend on it.
 pub(crate) fn config(bundle: &Path, more: &str) -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("midemb.toml");
+    let patient = format!("limits.default_deadline_ms = {}", PATIENCE.as_millis());
+    let patient = if more.contains("default_deadline_ms") { "" } else { &patient };
     let text = format!(
         "server.listen = \"127.0.0.1:0\"\nadmin.listen = \"127.0.0.1:0\"\n\
-         telemetry.metrics_listen = \"127.0.0.1:0\"\ntelemetry.log_format = \"json\"\n{more}\n\
+         telemetry.metrics_listen = \"127.0.0.1:0\"\ntelemetry.log_format = \"json\"\n{patient}\n{more}\n\
          [[models]]\nname = \"learn\"\nbundle = {:?}\n",
         bundle.display().to_string()
     );
