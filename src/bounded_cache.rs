@@ -2,8 +2,8 @@
 //!
 //! What such a look-up costs is waiting for memory: in a catalogue of a million items nothing that it touches lies in the
 //! processor's caches. So [`BoundedCache::read_many`] takes every shard's lock once, for reading, and then works in passes
-//! over all keys, first through the tables, then through the entries. Within a pass no step depends on the one before and
-//! nothing is written to shared memory, so that the processor waits for many entries at once. A loop of single look-ups,
+//! over all keys, first through the tables, then through the entries. Within a pass no step depends on the one before, and
+//! all that is written is an entry's count of uses, so that the processor waits for many entries at once. A loop of single look-ups,
 //! with a lock and a counted reference each, waits for one after the other: see `cargo bench --bench hot_path`.
 //!
 //! Eviction is a clock that counts: a read raises an entry's count (to at most three), the hand lowers it as it

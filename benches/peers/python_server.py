@@ -11,10 +11,8 @@ statuses but OK and UNKNOWN_ITEM, no metrics of its own, caches without a bound.
 """
 
 import argparse
-import importlib
 import signal
 import sys
-import tempfile
 import threading
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
@@ -26,21 +24,14 @@ import numpy as np
 import onnxruntime
 import prometheus_client
 import tokenizers
-from grpc_tools import protoc
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "clients"))
+from stubs import generate_stubs
 
 FIELDS = ("title", "category", "brand", "price", "keywords", "attributes")
 ENCODE_AT_ONCE = 16
 OK, UNKNOWN_ITEM = 1, 2
 ROWS = 1 << 16
-
-
-def generate_stubs(proto: Path):
-    folder = tempfile.mkdtemp(prefix="midemb-stubs-")
-    arguments = ["protoc", f"-I{proto}", f"--python_out={folder}", f"--grpc_python_out={folder}"]
-    if protoc.main([*arguments, "midemb/v1/midemb.proto"]) != 0:
-        sys.exit("the stubs could not be generated")
-    sys.path.insert(0, folder)
-    return importlib.import_module("midemb.v1.midemb_pb2"), importlib.import_module("midemb.v1.midemb_pb2_grpc")
 
 
 class Model:

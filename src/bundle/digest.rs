@@ -68,17 +68,20 @@ pub fn encoder_digest(manifest: &Manifest) -> EncoderDigest {
 
 /// Everything that a user embedding depends on beside the texts.
 pub fn user_tower_digest(manifest: &Manifest) -> TowerDigest {
-    let mut hasher = part_hasher(manifest, Part::UserTower);
-    hasher.update(encoder_digest(manifest).0);
-    hash_ports(&mut hasher, &manifest.user_tower.inputs, &manifest.user_tower.outputs);
-    TowerDigest(first_16(hasher))
+    let tower = &manifest.user_tower;
+    digest_of_tower(manifest, Part::UserTower, &tower.inputs, &tower.outputs)
 }
 
 /// Everything that an item embedding depends on beside the text.
 pub fn tower_digest(manifest: &Manifest) -> TowerDigest {
-    let mut hasher = part_hasher(manifest, Part::ItemTower);
+    let tower = &manifest.item_tower;
+    digest_of_tower(manifest, Part::ItemTower, &tower.inputs, &tower.outputs)
+}
+
+fn digest_of_tower(manifest: &Manifest, part: Part, inputs: &[String], outputs: &[String]) -> TowerDigest {
+    let mut hasher = part_hasher(manifest, part);
     hasher.update(encoder_digest(manifest).0);
-    hash_ports(&mut hasher, &manifest.item_tower.inputs, &manifest.item_tower.outputs);
+    hash_ports(&mut hasher, inputs, outputs);
     TowerDigest(first_16(hasher))
 }
 

@@ -1,7 +1,12 @@
 //! Lets `GetMidEmb` calls in, or turns them away, when their headers have arrived: a message that cannot be served in time
 //! is neither read nor decoded, and one that is read too slowly ends with its deadline.
 
-use super::{decode, layer::CallContext, services::refuse, status};
+use super::{
+    decode,
+    layer::{CallContext, GET_MID_EMB},
+    services::refuse,
+    status,
+};
 use crate::{error::Error, pipeline::Pipeline, telemetry::events};
 use http::{Request, Response};
 use std::{
@@ -42,8 +47,8 @@ pub struct Admitted<S> {
     admit: AdmitLayer,
 }
 
-const METHOD: &str = "GetMidEmb";
-const PATH: &str = "/midemb.v1.MidEmbService/GetMidEmb";
+const PATH: &str = GET_MID_EMB.0;
+const METHOD: &str = GET_MID_EMB.1;
 
 impl<S, B, R> Service<Request<B>> for Admitted<S>
 where

@@ -39,9 +39,12 @@ impl CallContext {
     }
 }
 
+/// The path and the label of the method that is admitted.
+pub(super) const GET_MID_EMB: (&str, &str) = ("/midemb.v1.MidEmbService/GetMidEmb", "GetMidEmb");
+
 /// The closed set of method labels; what is not ours (health, reflection, nonsense) is not counted.
 const METHODS: &[(&str, &str)] = &[
-    ("/midemb.v1.MidEmbService/GetMidEmb", "GetMidEmb"),
+    GET_MID_EMB,
     ("/midemb.v1.MidEmbService/WarmItems", "WarmItems"),
     ("/midemb.v1.MidEmbService/GetModelInfo", "GetModelInfo"),
     ("/midemb.v1.AdminService/GetStatus", "GetStatus"),

@@ -7,9 +7,6 @@ no code with the server or with the exporter, and compared row by row.
 """
 
 import argparse
-import importlib
-import sys
-import tempfile
 import tomllib
 from pathlib import Path
 
@@ -20,21 +17,11 @@ import onnxruntime
 import tokenizers
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from grpc_tools import protoc
+from stubs import generate_stubs
 
 ABSOLUTE, COSINE = 1e-4, 0.99999
 FIELDS = ("title", "category", "brand", "price")
 LISTS = ("keywords", "attributes")
-
-
-def generate_stubs(proto: Path):
-    """The messages and the client stubs, generated into a folder that goes away."""
-    folder = tempfile.mkdtemp(prefix="midemb-stubs-")
-    arguments = ["protoc", f"-I{proto}", f"--python_out={folder}", f"--grpc_python_out={folder}"]
-    if protoc.main([*arguments, "midemb/v1/midemb.proto"]) != 0:
-        sys.exit("the stubs could not be generated")
-    sys.path.insert(0, folder)
-    return importlib.import_module("midemb.v1.midemb_pb2"), importlib.import_module("midemb.v1.midemb_pb2_grpc")
 
 
 class Bundle:

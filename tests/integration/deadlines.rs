@@ -1,6 +1,6 @@
 //! A deadline is kept: what is ready is answered, what is not says so, and nothing that was begun is lost.
 
-use crate::harness::{PATIENCE, Server, films, fixture, page, shipped, statuses};
+use crate::harness::{PATIENCE, Server, call_slowly, films, fixture, page, shipped, statuses};
 use std::time::{Duration, Instant};
 use tonic::{Code, Request};
 
@@ -174,15 +174,9 @@ async fn a_burst_is_answered_or_turned_away_and_the_next_request_is_served() {
 /// A caller that never finishes its message holds a place among the requests in flight until its deadline, and no longer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_message_that_never_ends_is_given_up_at_its_deadline() {
-    use midemb::wire::proto::{GetMidEmbRequest, GetMidEmbResponse};
     let server = Server::start_with(&fixture(), "limits.max_in_flight = 1\nlimits.default_deadline_ms = 300");
-    let mut slow = tonic::client::Grpc::new(server.channel().await);
-    slow.ready().await.unwrap();
-    let (hold, held) = tokio::sync::mpsc::channel::<GetMidEmbRequest>(1);
-    let path = tonic::codegen::http::uri::PathAndQuery::from_static("/midemb.v1.MidEmbService/GetMidEmb");
-    let codec = tonic_prost::ProstCodec::<GetMidEmbRequest, GetMidEmbResponse>::default();
-    let message = tokio_stream::wrappers::ReceiverStream::new(held);
-    let given_up = slow.client_streaming(Request::new(message), path, codec).await.unwrap_err();
+    let (hold, held) = tokio::sync::mpsc::channel(1);
+    let given_up = call_slowly(server.channel().await, held, None).await.unwrap_err();
     assert_eq!(given_up.code(), Code::DeadlineExceeded, "{given_up:?}");
     let mut client = server.client().await;
     let answer = client.get_mid_emb(within(page(vec![], films("c", 3)), PATIENCE)).await.unwrap().into_inner();

@@ -2,8 +2,8 @@
 //!
 //! A drain needs its clients to answer, so they run on threads of their own here while the test waits for log lines.
 
-use crate::harness::{PATIENCE, Server, films, page, shipped, statuses};
-use midemb::wire::proto::{GetMidEmbRequest, GetMidEmbResponse, WarmItemsRequest};
+use crate::harness::{PATIENCE, Server, call_slowly, films, page, shipped, statuses};
+use midemb::wire::proto::WarmItemsRequest;
 use std::{
     error::Error,
     sync::{
@@ -13,8 +13,7 @@ use std::{
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request, client::Grpc, codegen::http::uri::PathAndQuery};
-use tonic_prost::ProstCodec;
+use tonic::Code;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_under_way_are_answered_after_sigterm() {
@@ -46,15 +45,7 @@ async fn requests_under_way_are_answered_after_sigterm() {
 async fn sigterm_under_load_loses_no_accepted_request() {
     let server = Server::start();
     let (hold, held) = mpsc::channel(1);
-    let mut slow_caller = Grpc::new(server.channel().await);
-    slow_caller.ready().await.unwrap();
-    let held = tokio::spawn(async move {
-        let path = PathAndQuery::from_static("/midemb.v1.MidEmbService/GetMidEmb");
-        let codec = ProstCodec::<GetMidEmbRequest, GetMidEmbResponse>::default();
-        let mut request = Request::new(ReceiverStream::new(held));
-        request.set_timeout(PATIENCE);
-        slow_caller.client_streaming(request, path, codec).await
-    });
+    let held = tokio::spawn(call_slowly(server.channel().await, held, Some(PATIENCE)));
     let n_answered = Arc::new(AtomicUsize::new(0));
     let mut loops = Vec::new();
     for i in 0..8 {
@@ -87,7 +78,7 @@ async fn sigterm_under_load_loses_no_accepted_request() {
 
     hold.send(page(vec![], films("held", 3))).await.unwrap();
     drop(hold);
-    let answer = held.await.unwrap().expect("a call that came before the signal was lost").into_inner();
+    let answer = held.await.unwrap().expect("a call that came before the signal was lost");
     assert_eq!(statuses(&answer), ["OK"; 3]);
     server.wait_for_log("stopped");
     assert!(server.wait().success());

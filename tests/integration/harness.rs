@@ -153,6 +153,21 @@ impl Drop for Server {
     }
 }
 
+/// Calls `GetMidEmb` with a message that is sent when `message` has it, and ends when its sender is dropped.
+pub(crate) async fn call_slowly(
+    channel: Channel,
+    message: tokio::sync::mpsc::Receiver<GetMidEmbRequest>,
+    timeout: Option<Duration>,
+) -> Result<GetMidEmbResponse, tonic::Status> {
+    let mut grpc = tonic::client::Grpc::new(channel);
+    grpc.ready().await.unwrap();
+    let path = tonic::codegen::http::uri::PathAndQuery::from_static("/midemb.v1.MidEmbService/GetMidEmb");
+    let codec = tonic_prost::ProstCodec::<GetMidEmbRequest, GetMidEmbResponse>::default();
+    let mut request = tonic::Request::new(tokio_stream::wrappers::ReceiverStream::new(message));
+    timeout.into_iter().for_each(|timeout| request.set_timeout(timeout));
+    grpc.client_streaming(request, path, codec).await.map(tonic::Response::into_inner)
+}
+
 pub(crate) fn http_get(url: &str) -> (u16, String) {
     let agent: ureq::Agent =
         ureq::Agent::config_builder().timeout_global(Some(PATIENCE)).http_status_as_error(false).build().into();

@@ -25,7 +25,7 @@ pub(super) fn print(args: &Args, phases: &[Phase]) {
             ms(0.5),
             ms(0.99),
             ms(1.0),
-            format!("{:.0}", phase.resident_bytes / 1e6),
+            format!("{:.0}", phase.cost.resident_bytes / 1e6),
         ]);
     }
     println!("{figures}");
@@ -58,7 +58,7 @@ fn to_json(args: &Args, phase: &Phase) -> serde_json::Value {
         "candidates": args.candidates,
         "pages": args.pages,
         "send_text": args.send_text,
-        "seconds": phase.took.as_secs_f64(),
+        "seconds": phase.cost.took.as_secs_f64(),
         "good_per_second": phase.goodput(),
         "shed": phase.answers.as_ref().map(|answers| answers.n_shed),
         "late": phase.answers.as_ref().map(|answers| answers.n_late),
@@ -66,6 +66,6 @@ fn to_json(args: &Args, phase: &Phase) -> serde_json::Value {
         "p50_ms": phase.latency_ms(0.5),
         "p99_ms": phase.latency_ms(0.99),
         "max_ms": phase.latency_ms(1.0),
-        "server_rss_bytes": phase.resident_bytes,
+        "server_rss_bytes": phase.cost.resident_bytes,
     })
 }

@@ -19,8 +19,15 @@ pub(super) struct Phase {
     pub(super) n_units: u64,
     /// None where no single requests were timed.
     pub(super) answers: Option<Answers>,
+    pub(super) cost: Cost,
+}
+
+/// What a phase took, of time and of the server.
+#[derive(Debug)]
+pub(super) struct Cost {
     pub(super) took: Duration,
     pub(super) cpu_seconds: f64,
+    /// At the end of it.
     pub(super) resident_bytes: f64,
 }
 
@@ -28,12 +35,12 @@ impl Phase {
     /// Answered in full and in time, a second.
     pub(super) fn goodput(&self) -> f64 {
         let n_good = self.answers.as_ref().map_or(self.n_units, |answers| answers.latencies.len());
-        n_good as f64 / self.took.as_secs_f64()
+        n_good as f64 / self.cost.took.as_secs_f64()
     }
 
     /// Server CPU milliseconds for each unit sent.
     pub(super) fn cpu_ms(&self) -> f64 {
-        self.cpu_seconds * 1e3 / self.n_units as f64
+        self.cost.cpu_seconds * 1e3 / self.n_units as f64
     }
 
     pub(super) fn latency_ms(&self, quantile: f64) -> Option<f64> {
@@ -64,19 +71,9 @@ impl Bench<'_> {
         let cold = |n| traffic::made_up(n, &format!("cold-{}", Rng::new().u64(..)), &mut Rng::new());
         traffic::warm(self.server.clone(), &cold(64)).await?;
         let items = cold(self.args.items);
-        let (before, start) = (self.scrape().await?, Instant::now());
-        traffic::warm(self.server.clone(), &items).await?;
-        let took = start.elapsed();
-        let after = self.scrape().await?;
-        Ok(vec![Phase {
-            name: "cold items",
-            unit: "item",
-            n_units: items.len() as u64,
-            answers: None,
-            took,
-            cpu_seconds: after.cpu_seconds - before.cpu_seconds,
-            resident_bytes: after.resident_bytes,
-        }])
+        let ((), cost) = self.measure(traffic::warm(self.server.clone(), &items)).await?;
+        let n_units = items.len() as u64;
+        Ok(vec![Phase { name: "cold items", unit: "item", n_units, answers: None, cost }])
     }
 
     pub(super) async fn w4_hot_while_cold(&self) -> anyhow::Result<Vec<Phase>> {
@@ -125,19 +122,18 @@ impl Bench<'_> {
     }
 
     async fn phase(&self, name: &'static str, args: &Args) -> anyhow::Result<Phase> {
+        let (answers, cost) = self.measure(traffic::send(args, &self.server, &self.items)).await?;
+        Ok(Phase { name, unit: "request", n_units: answers.n_sent(), answers: Some(answers), cost })
+    }
+
+    /// What `work` gives, and what it cost the server.
+    async fn measure<T>(&self, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<(T, Cost)> {
         let (before, start) = (self.scrape().await?, Instant::now());
-        let answers = traffic::send(args, &self.server, &self.items).await?;
+        let result = work.await?;
         let took = start.elapsed();
         let after = self.scrape().await?;
-        Ok(Phase {
-            name,
-            unit: "request",
-            n_units: answers.n_sent(),
-            answers: Some(answers),
-            took,
-            cpu_seconds: after.cpu_seconds - before.cpu_seconds,
-            resident_bytes: after.resident_bytes,
-        })
+        let cpu_seconds = after.cpu_seconds - before.cpu_seconds;
+        Ok((result, Cost { took, cpu_seconds, resident_bytes: after.resident_bytes }))
     }
 
     async fn scrape(&self) -> anyhow::Result<Scrape> {
