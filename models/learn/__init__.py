@@ -12,8 +12,9 @@ Read the files in the order in which data passes through them:
     cvr           user and item embedding -> mid-emb and conversion probability
     cvr_train     how that head is trained, on frozen towers
     evaluate      full-ranking metrics, and popularity in the same harness
-    graphs        the four modules that the server runs, as it runs them
-    export        modules -> ONNX
+    graphs        the four modules that the server runs, and that its golden vectors come from
+    export        the encoder -> ONNX
+    lean          the towers and the head -> ONNX, the same functions for less work
     bundle        ONNX + tokenizer + golden vectors -> a checked folder
     default       what the shipped bundle covers and says of itself (its encoder's facts: minilm)
     fixture       a tiny random bundle for tests

@@ -22,7 +22,7 @@ import onnxruntime
 import tomli_w
 import torch
 
-from learn import export
+from learn import export, lean
 from learn.ceg import Encoder, pad
 from learn.cvr import CvrHead
 from learn.graphs import CvrGraph, ItemTowerGraph, UserTowerGraph
@@ -75,9 +75,9 @@ def _write_files(bundle: Bundle, folder: Path) -> None:
     encoder = bundle.encoder
     shutil.copyfile(encoder.tokenizer_path, folder / "tokenizer.json")
     _write_encoder(encoder, folder)
-    onnx.save(export.user_tower_model(UserTowerGraph(bundle.pch)), folder / "user_tower.onnx")
-    onnx.save(export.item_tower_model(ItemTowerGraph(bundle.pch)), folder / "item_tower.onnx")
-    onnx.save(export.cvr_model(CvrGraph(bundle.head)), folder / "cvr.onnx")
+    onnx.save(lean.user_tower_model(bundle.pch), folder / "user_tower.onnx")
+    onnx.save(lean.item_tower_model(bundle.pch), folder / "item_tower.onnx")
+    onnx.save(lean.cvr_model(bundle.head), folder / "cvr.onnx")
     (folder / "golden.json").write_text(json.dumps(golden(bundle), ensure_ascii=True, indent=1) + "\n")
     (folder / "manifest.toml").write_text(tomli_w.dumps(manifest(bundle, folder)))
 

@@ -1,4 +1,6 @@
-"""PyTorch modules -> ONNX models that carry no trace of the machine they were made on.
+"""The encoder -> an ONNX model that carries no trace of the machine it was made on; names for the ports of all graphs.
+
+PyTorch's exporter writes it, because encoders are of many shapes. Towers and head are of one: `lean` writes them.
 
 Weights go one of two ways: inline, or linked. Linking is for encoders whose weights the bundle has anyway as a
 safetensors file: that format is raw little-endian behind a header, which is just what ONNX calls external data, so the
@@ -24,7 +26,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
-from learn.graphs import CvrGraph, EncoderGraph, ItemTowerGraph, UserTowerGraph
+from learn.graphs import EncoderGraph
 
 # The first opset with Gelu, after the one with LayerNormalization: both stay one node each.
 OPSET = 20
@@ -53,24 +55,6 @@ def encoder_model(graph: EncoderGraph) -> ModelProto:
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
     return _export(graph, (ids, mask), ENCODER)
-
-
-def user_tower_model(graph: UserTowerGraph) -> ModelProto:
-    """The user tower."""
-    content = torch.randn(2, 5, graph.pch.config.content_dim)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    return _export(graph, (content, mask), USER_TOWER)
-
-
-def item_tower_model(graph: ItemTowerGraph) -> ModelProto:
-    """The item tower."""
-    return _export(graph, (torch.randn(3, graph.pch.config.content_dim),), ITEM_TOWER)
-
-
-def cvr_model(graph: CvrGraph) -> ModelProto:
-    """The fusion head."""
-    dim = graph.head.config.in_dim
-    return _export(graph, (torch.randn(2, dim), torch.randn(3, dim), torch.tensor([0, 1, 1])), CVR)
 
 
 def _export(module: nn.Module, example: tuple[torch.Tensor, ...], signature: Signature) -> ModelProto:

@@ -1,6 +1,7 @@
 """The four modules that the server runs, with exactly the inputs and outputs that the bundle format names.
 
-Golden vectors come from these modules too, so that what is exported and what is promised are the same thing.
+Golden vectors come from these modules. The encoder is exported from its own; `lean` writes the other three as ONNX in
+another way, and the golden vectors hold it to what is promised here.
 """
 
 from __future__ import annotations
@@ -46,21 +47,15 @@ class UserTowerGraph(nn.Module):
 
 
 class ItemTowerGraph(nn.Module):
-    """content [n,C] -> item [n,E]. The start token's keys and values are constants of the graph."""
+    """content [n,C] -> item [n,E]."""
 
     def __init__(self, pch: Pch) -> None:
         super().__init__()
-        self.pch = pch.eval()
-        with torch.no_grad():
-            for layer, (key, value) in enumerate(pch.start_keys_values()):
-                self.register_buffer(f"start_key_{layer}", key)
-                self.register_buffer(f"start_value_{layer}", value)
+        self.pch = pch
 
     def forward(self, content: Tensor) -> Tensor:
         """Shapes as above."""
-        layers = range(self.pch.config.layers)
-        start = [(getattr(self, f"start_key_{i}"), getattr(self, f"start_value_{i}")) for i in layers]
-        return self.pch.alone(content, start)
+        return self.pch.alone(content)
 
 
 class CvrGraph(nn.Module):

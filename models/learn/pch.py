@@ -158,14 +158,14 @@ class Pch(nn.Module):
         seen = visible(n_items[:, None, None, None], index[None, None, None, :])  # [b,1,1,l+1]
         return self._output(final(x.gather(1, at), *final.keys_values(x), seen)).squeeze(1)
 
-    def alone(self, content: Tensor, start: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """[n,C] -> the output at the item of [start, item], [n,E]. `start` is `start_keys_values()`, if at hand."""
+    def alone(self, content: Tensor) -> Tensor:
+        """[n,C] -> the output at the item of [start, item], [n,E]."""
         x = self._adapt(content)[:, None]  # [n,1,D]
         if self.positions is not None:
             x = x + self.positions[1:2]
         x = self.dropout(x)
         shared = (x.shape[0], -1, -1, -1)
-        for block, (start_key, start_value) in zip(self.blocks, start or self.start_keys_values(), strict=True):
+        for block, (start_key, start_value) in zip(self.blocks, self.start_keys_values(), strict=True):
             key, value = block.keys_values(x)
             pair_key = torch.cat([start_key.expand(shared), key], dim=2)  # [n,heads,2,D/heads]
             pair_value = torch.cat([start_value.expand(shared), value], dim=2)

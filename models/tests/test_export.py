@@ -1,4 +1,4 @@
-"""Every graph against PyTorch, at sizes that the exporter did not see, and nothing of this machine in any of them."""
+"""The encoder against PyTorch, at sizes that the exporter did not see; of every graph, its ports and its privacy."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import DEFAULT, FIXTURE, small_pch
+from conftest import DEFAULT, FIXTURE
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
 
 from learn import bundle, export
-from learn.cvr import CvrConfig, CvrHead
-from learn.graphs import CvrGraph, EncoderGraph, ItemTowerGraph, UserTowerGraph
+from learn.graphs import EncoderGraph
 
 GRAPHS = ("encoder.onnx", "user_tower.onnx", "item_tower.onnx", "cvr.onnx")
 COMMON = {
@@ -83,42 +82,6 @@ def test_encoders_of_any_shape(build, tmp_path):
             np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1.0, atol=1e-5)
 
 
-@pytest.mark.parametrize("positions", ["none", "learned"])
-def test_user_tower(positions, tmp_path):
-    graph = UserTowerGraph(small_pch(positions=positions)).eval()
-    onnx.save(export.user_tower_model(graph), tmp_path / "user.onnx")
-    for lengths, width in (([1], 1), ([0], 1), ([9], 9), ([4, 0, 9, 1], 9), ([2, 2], 6)):
-        content = torch.randn(len(lengths), width, 12)
-        mask = (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
-        (got,) = run(tmp_path / "user.onnx", content, mask)
-        states = graph.pch.states(content).detach()
-        want = states[torch.arange(len(lengths)), torch.tensor(lengths)]
-        np.testing.assert_allclose(got, want.numpy(), atol=2e-5)
-
-
-def test_item_tower(tmp_path):
-    graph = ItemTowerGraph(small_pch(positions="learned"))
-    onnx.save(export.item_tower_model(graph), tmp_path / "item.onnx")
-    for n_items in (1, 2, 7):
-        content = torch.randn(n_items, 12)
-        (got,) = run(tmp_path / "item.onnx", content)
-        np.testing.assert_allclose(got, graph.pch.states(content[:, None])[:, 1].detach().numpy(), atol=2e-5)
-
-
-def test_cvr(tmp_path):
-    head = CvrHead(CvrConfig(in_dim=6, fuse_dim=10, mid_dim=4)).eval()
-    onnx.save(export.cvr_model(CvrGraph(head)), tmp_path / "cvr.onnx")
-    for n_users, row in ((1, [0]), (1, [0, 0, 0]), (3, [2, 0, 2, 1]), (3, [1])):
-        user, item = torch.randn(n_users, 6), torch.randn(len(row), 6)
-        mid_emb, cvr = run(tmp_path / "cvr.onnx", user, item, torch.tensor(row))
-        pair = torch.nn.functional.gelu(
-            user[row] @ head.fuse_user.weight.T + head.fuse_user.bias + item @ head.fuse_item.weight.T
-        )
-        want = torch.nn.functional.gelu(head.mid(pair))
-        np.testing.assert_allclose(mid_emb, want.detach().numpy(), atol=1e-5)
-        np.testing.assert_allclose(cvr, head.out(want).sigmoid().squeeze(1).detach().numpy(), atol=1e-5)
-
-
 def test_linked_weights_give_the_same_answers_and_are_not_inline(tmp_path):
     graph = EncoderGraph(wide(bert())).eval()
     weights = tmp_path / "model.safetensors"
@@ -174,6 +137,7 @@ def test_axes_are_dynamic_and_ports_are_named_as_the_format_says(folder):
 
 
 def test_gelu_and_layer_norm_stay_single_nodes():
-    kinds = [node.op_type for node in onnx.load(FIXTURE / "user_tower.onnx").graph.node]
+    graph = onnx.load(DEFAULT / "encoder.onnx", load_external_data=False).graph
+    kinds = [node.op_type for node in graph.node]
     assert "Gelu" in kinds and "LayerNormalization" in kinds
     assert "Erf" not in kinds and "ReduceMean" not in kinds

@@ -52,7 +52,6 @@ def test_alone_equals_a_sequence_of_one(positions):
     pch = small_pch(positions=positions)
     content = torch.randn(5, 12)
     torch.testing.assert_close(pch.alone(content), pch.states(content[:, None])[:, 1], **EXACT)
-    torch.testing.assert_close(pch.alone(content, pch.start_keys_values()), pch.alone(content), **EXACT)
 
 
 def test_alone_depends_on_the_item_alone():
