@@ -4,7 +4,7 @@
 #   make serve        the same set-up, then serve until Ctrl-C
 #   make test         the same set-up, then every test that needs no PyTorch
 #   make lint         formatting, clippy, documentation, Python sources
-#   make bench        every scenario beside the floors and a peer, five rounds in some five minutes
+#   make bench        every scenario beside the floors and two peers, five rounds in some five minutes
 #   make train-setup  a virtual environment with PyTorch (5 GB)
 #   make train        train and export a bundle from DATA, a MovieLens folder, into OUT
 #   make train-test   the offline half's tests
@@ -48,7 +48,7 @@ build:
 
 test-setup: .venv/.tests-installed
 lint-setup: .venv/.lint-installed
-bench-setup: .venv/.bench-installed
+bench-setup: .venv/.bench-installed benches/.venv-triton/.installed
 train-setup: models/.venv/.installed
 
 .venv/bin/python:
@@ -63,6 +63,12 @@ train-setup: models/.venv/.installed
 .venv/.bench-installed: benches/requirements.txt | .venv/bin/python
 	@echo "installing what the benchmark runs beside the server" >&2
 	@.venv/bin/pip install --quiet -r $<
+	@touch $@
+
+benches/.venv-triton/.installed: benches/requirements-triton.txt
+	@echo "installing Triton's server, the benchmark's other peer" >&2
+	@[ -x benches/.venv-triton/bin/python ] || $(PYTHON) -m venv benches/.venv-triton
+	@benches/.venv-triton/bin/pip install --quiet -r $<
 	@touch $@
 
 .venv/.lint-installed: tests/requirements-lint.txt | .venv/bin/python

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Every scenario of `midemb bench`, beside the floors and a peer, in one run: what README's performance section shows.
+"""Every scenario of `midemb bench` beside the floors and two peers, in one run: README's performance section.
 
     make bench                       (or: .venv/bin/python benches/run.py)  five rounds, some five minutes
     .venv/bin/python benches/run.py --rounds 1 --write benches/results/2026-11-24-cpu.md
 
 In each round everything is measured once, one after the other, so that what the machine does to one it does to all.
 Figures are medians over the rounds, with the lowest and the highest; ratios are taken within a round. CPU is the
-server's own, user and system, of the whole process.
+server's own, user and system, of the whole process; of Triton it is that of its models' processes, too.
 """
 
 import argparse
@@ -55,40 +55,53 @@ def floor(script: str) -> dict:
     return run_json(sys.executable, str(PEERS / script), "--bundle", str(BUNDLE))[0]
 
 
+def triton_bench(triton: tuple[str, str], *more: str) -> dict:
+    address, pid = triton
+    command = [sys.executable, str(PEERS / "triton_bench.py"), "--bundle", str(BUNDLE)]
+    return run_json(*command, "--server", address, "--pid", pid, *more)[0]
+
+
 @contextmanager
-def python_peer() -> Iterator[Server]:
-    command = [sys.executable, str(PEERS / "python_server.py"), "--bundle", str(BUNDLE), "--proto", str(ROOT / "proto")]
+def peer(script: str, *more: str) -> Iterator[tuple[str, str]]:
+    """A server beside ours: the two words that it says of itself when it serves."""
+    command = [sys.executable, str(PEERS / script), "--bundle", str(BUNDLE), *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         words = process.stdout.readline().split()
         if words[:1] != ["serving"]:
-            sys.exit(f"the Python peer did not start (exit code {process.wait()})")
-        yield Server(words[1], words[2])
+            sys.exit(f"{script} did not start (exit code {process.wait()})")
+        yield words[1], words[2]
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=30)
 
 
-def one_round(ours: Server, peer: Server, figures: Figures) -> None:
+def one_round(ours: Server, peer: Server, triton_peer: tuple[str, str], figures: Figures) -> None:
     def note(name: str, value: float) -> None:
         figures[name].append(value)
 
     hot, python = bench(ours, "w1-hot", *BUSY)[0], bench(peer, "w1-hot", *BUSY)[0]
+    triton = triton_bench(triton_peer, *BUSY)
     graphs = floor("graphs.py")
     hot_at_2, python_at_2 = bench(ours, "w1-hot")[0], bench(peer, "w1-hot")[0]
+    triton_at_2 = triton_bench(triton_peer)
     pages = bench(ours, "w1-hot", "--pages", "8", *BUSY)[0]
     note("W1 midemb, CPU ms a request", hot["server_cpu_ms"])
     note("W1 Python server, CPU ms a request", python["server_cpu_ms"])
+    note("W1 Triton, CPU ms a request", triton["server_cpu_ms"])
     note("W1 midemb, 2 requests at once, CPU ms a request", hot_at_2["server_cpu_ms"])
     note("W1 Python server, 2 requests at once, CPU ms a request", python_at_2["server_cpu_ms"])
+    note("W1 Triton, 2 requests at once, CPU ms a request", triton_at_2["server_cpu_ms"])
     note("W1 midemb, sessions of 8 pages, CPU ms a request", pages["server_cpu_ms"])
     note("W1 midemb, requests a second", hot["good_per_second"])
     note("W1 Python server, requests a second", python["good_per_second"])
+    note("W1 Triton, requests a second", triton["good_per_second"])
     note("W1 the two graphs in a bare loop, CPU ms", graphs["graphs_ms"])
     note("W1 their matrix products alone, CPU ms", graphs["products_ms"])
     note("W1 midemb / graphs (goal 1.10)", hot["server_cpu_ms"] / graphs["graphs_ms"])
     note("W1 midemb / products (goal 1.35)", hot["server_cpu_ms"] / graphs["products_ms"])
     note("W1 midemb / Python server (goal 0.65)", hot["server_cpu_ms"] / python["server_cpu_ms"])
+    note("W1 midemb / Triton (goal 0.75)", hot["server_cpu_ms"] / triton["server_cpu_ms"])
 
     cold, loop = bench(ours, "w2-cold")[0], floor("encoder.py")
     note("W2 midemb, cold items a second", cold["good_per_second"])
@@ -150,10 +163,11 @@ def main() -> None:
     if not MIDEMB.exists():
         sys.exit(f"{MIDEMB} is missing: run `make build`")
     figures: Figures = defaultdict(list)
-    with serving() as ours, python_peer() as peer:
+    python_peer = peer("python_server.py", "--proto", str(ROOT / "proto"))
+    with serving() as ours, python_peer as python, peer("triton_server.py") as triton:
         for i in range(args.rounds):
             print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
-            one_round(ours, peer, figures)
+            one_round(ours, Server(*python), triton, figures)
         print("curves", file=sys.stderr)
         curves = {axis: curve(ours, axis) for axis in CURVES}
     text = report(figures, curves, args.rounds)

@@ -5,8 +5,9 @@
 Prints one JSON object with CPU milliseconds (of this whole process) for one request's worth of each:
 
 - `graphs_ms`: user tower, then CVR graph, through onnxruntime's Python API, on inputs that lie ready;
-- `products_ms`: nothing but the MatMuls of those two graphs, at the shapes that ONNX Runtime's own profile reports, as
-  MatMul nodes whose weights are constants where the graph's are. No bias, no activation, no norm, no softmax.
+- `products_ms`: nothing but the matrix products of those two graphs, at the shapes that ONNX Runtime's own profile
+  reports, as MatMul nodes whose weights are constants where the graph's are. An Attention node counts as its two
+  products, over all positions. No bias, no activation, no norm, no softmax.
 
 Nothing that a server does is in either: no wire, no cache, no gathering of vectors.
 """
@@ -98,15 +99,36 @@ class Graphs:
             profiled.run(None, self.feeds[graph])
             events = json.loads(Path(profiled.end_profiling()).read_text())
             weights = _weights(f"{folder}/optimized.onnx")
+            heads = _heads(f"{folder}/optimized.onnx")
         found = []
         for event in events:
             arguments = event.get("args", {})
-            if event.get("cat") == "Node" and arguments.get("op_name") in PRODUCTS and "input_type_shape" in arguments:
-                shapes = [tuple(next(iter(entry.values()))) for entry in arguments["input_type_shape"]]
+            if event.get("cat") != "Node" or "input_type_shape" not in arguments:
+                continue
+            node = event["name"].removesuffix("_kernel_time")
+            shapes = [tuple(next(iter(entry.values()))) for entry in arguments["input_type_shape"]]
+            if arguments.get("op_name") in PRODUCTS:
                 # A weight that was packed for the kernel is no longer listed.
-                weight = weights.get(event["name"].removesuffix("_kernel_time"))
+                weight = weights.get(node)
                 found.append(Product(shapes[0], _fitting(shapes[0], weight or shapes[1]), weight is not None))
+            elif arguments.get("op_name") == "Attention":
+                found.extend(_attention(shapes, heads[node]))
         return found
+
+
+def _heads(path: str) -> dict[str, int]:
+    """The heads of each Attention node, by its name."""
+    nodes = (node for node in onnx.load(path).graph.node if node.op_type == "Attention")
+    return {node.name: next(part.i for part in node.attribute if part.name == "q_num_heads") for node in nodes}
+
+
+def _attention(shapes: list[tuple[int, ...]], heads: int) -> tuple[Product, Product]:
+    """Queries, keys and values [b,l,D] as scores and as mixtures of a head."""
+    n_users, length, width = shapes[0]
+    query, scores = (n_users, heads, length, width // heads), (n_users, heads, length, shapes[1][1])
+    key = (n_users, heads, width // heads, shapes[1][1])
+    value = (n_users, heads, shapes[2][1], shapes[2][2] // heads)
+    return Product(query, key, False), Product(scores, value, False)
 
 
 def _weights(path: str) -> dict[str, tuple[int, ...]]:

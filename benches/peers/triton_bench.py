@@ -1,0 +1,196 @@
+"""The W1 hot workload against the Triton peer, closed loop: what `midemb bench w1-hot` sends, in KServe's protocol.
+
+    python benches/peers/triton_bench.py --server GRPC --pid PID --bundle models/default [--requests 2000]
+
+Takes what `triton_server.py` printed. Warms made-up items with random unit vectors in place of the encoder's, holds one
+answer to what onnxruntime computes here, then sends histories and candidates that were never sent before. Prints one
+JSON object with the names of `midemb bench --json`; `server_*` are sums over Triton and the processes of its models
+(resident memory counts shared pages once in each).
+
+Requests are serialized before the clock starts and answers only measured, so that this client costs little.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import struct
+import sys
+import time
+import tomllib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import numpy as np
+import onnxruntime
+
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+# What the first requests grow is not the steady state; `midemb bench` sends as many.
+UNCOUNTED = 40
+WARM_AT_ONCE = 250
+TOLERANCE = 1e-4
+protos = grpc.protos("kserve.proto")
+
+Tensor = tuple[str, str, tuple[int, ...], bytes]
+
+
+def infer_request(model: str, *tensors: Tensor) -> bytes:
+    message = protos.ModelInferRequest(model_name=model)
+    for name, datatype, shape, data in tensors:
+        message.inputs.add(name=name, datatype=datatype, shape=shape)
+        message.raw_input_contents.append(data)
+    return message.SerializeToString()
+
+
+@dataclass(frozen=True)
+class Items:
+    """Made-up items: the same ids have the same vectors in every run."""
+
+    ids: list[bytes]
+    contents: np.ndarray
+
+    @classmethod
+    def made_up(cls, n: int, dim: int) -> "Items":
+        contents = np.random.default_rng(1).standard_normal((n, dim), dtype=np.float32)
+        contents /= np.linalg.norm(contents, axis=-1, keepdims=True)
+        return cls([f"hot-{i}".encode() for i in range(n)], contents)
+
+    def tensor(self, name: str, rows: Iterable[int]) -> Tensor:
+        chosen = [self.ids[row] for row in rows]
+        return name, "BYTES", (len(chosen),), b"".join(struct.pack("<I", len(item)) + item for item in chosen)
+
+    def warm_requests(self) -> Iterator[bytes]:
+        for start in range(0, len(self.ids), WARM_AT_ONCE):
+            part = self.contents[start : start + WARM_AT_ONCE]
+            ids = self.tensor("IDS", range(start, start + len(part)))
+            yield infer_request("items", ids, ("CONTENT", "FP32", part.shape, part.tobytes()))
+
+    def request(self, history: np.ndarray, candidates: np.ndarray) -> bytes:
+        return infer_request("mid_emb", self.tensor("HISTORY", history), self.tensor("CANDIDATES", candidates))
+
+
+def expected(folder: Path, manifest: dict, history: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """MID_EMB of the content embeddings of one request."""
+
+    def run(graph: str, *inputs: np.ndarray) -> np.ndarray:
+        spec = manifest[graph]
+        session = onnxruntime.InferenceSession(str(folder / spec["file"]), providers=["CPUExecutionProvider"])
+        return session.run(spec["outputs"], dict(zip(spec["inputs"], inputs, strict=True)))[0]
+
+    user = run("user_tower", history[None], np.ones((1, len(history)), np.int64))
+    return run("cvr", user, run("item_tower", candidates), np.zeros(len(candidates), np.int64))
+
+
+def check(answer: bytes, wanted: np.ndarray) -> None:
+    message = protos.ModelInferResponse.FromString(answer)
+    (output,), (data,) = message.outputs, message.raw_output_contents
+    if tuple(output.shape) != wanted.shape or len(data) != wanted.nbytes:
+        sys.exit(f"MID_EMB is {list(output.shape)} in {len(data)} bytes, not {list(wanted.shape)}")
+    difference = np.abs(np.frombuffer(data, np.float32).reshape(wanted.shape) - wanted).max()
+    if not difference <= TOLERANCE:
+        sys.exit(f"MID_EMB is off by {difference}")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process and all its descendants have used so far."""
+
+    cpu_seconds: float = 0
+    resident_bytes: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(self.cpu_seconds + other.cpu_seconds, self.resident_bytes + other.resident_bytes)
+
+    @classmethod
+    def of_one(cls, pid: int) -> "Usage":
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        user, system, pages = int(fields[11]), int(fields[12]), int(fields[21])
+        return cls((user + system) / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE"))
+
+    @classmethod
+    def of_tree(cls, pid: int) -> "Usage":
+        return sum(map(cls.of_one, [pid, *descendants(pid)]), cls())
+
+
+def descendants(pid: int) -> Iterator[int]:
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            yield child
+            yield from descendants(child)
+
+
+def send(infer: grpc.UnaryUnaryMultiCallable, requests: Iterable[bytes], concurrency: int) -> tuple[list[float], int]:
+    """Seconds of every request, and bytes of the smallest answer. An error ends the run, as no request may fail."""
+    left = iter(requests)
+
+    def loop() -> list[tuple[float, int]]:
+        answers = []
+        # A list's iterator hands each request to one thread only.
+        for request in left:
+            start = time.perf_counter()
+            answer = infer(request)
+            answers.append((time.perf_counter() - start, len(answer)))
+        return answers
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        loops = [pool.submit(loop) for _ in range(concurrency)]
+        answers = list(itertools.chain.from_iterable(future.result() for future in loops))
+    return [took for took, _ in answers], min(size for _, size in answers)
+
+
+def measure(args: argparse.Namespace, infer: grpc.UnaryUnaryMultiCallable) -> dict:
+    manifest = tomllib.loads((args.bundle / "manifest.toml").read_text())
+    items, random = Items.made_up(args.items, manifest["encoder"]["dim"]), np.random.default_rng()
+    draw = lambda n: random.choice(args.items, n, replace=False)  # noqa: E731
+    for request in items.warm_requests():
+        infer(request)
+    history, candidates = draw(args.history), draw(args.candidates)
+    wanted = expected(args.bundle, manifest, items.contents[history], items.contents[candidates])
+    check(infer(items.request(history, candidates)), wanted)
+
+    requests = [items.request(draw(args.history), draw(args.candidates)) for _ in range(args.requests + UNCOUNTED)]
+    send(infer, requests[:UNCOUNTED], args.concurrency)
+    before, own, start = Usage.of_tree(args.pid), time.process_time(), time.perf_counter()
+    seconds, smallest = send(infer, requests[UNCOUNTED:], args.concurrency)
+    took, own, after = time.perf_counter() - start, time.process_time() - own, Usage.of_tree(args.pid)
+    if smallest < wanted.nbytes:
+        sys.exit(f"an answer has {smallest} bytes, and MID_EMB alone has {wanted.nbytes}")
+    p50, p99, longest = np.quantile(seconds, [0.5, 0.99, 1]) * 1e3
+    return {
+        "scenario": "w1-hot",
+        "sent": args.requests,
+        "good": len(seconds),
+        "history": args.history,
+        "candidates": args.candidates,
+        "seconds": took,
+        "good_per_second": len(seconds) / took,
+        "server_cpu_ms": (after.cpu_seconds - before.cpu_seconds) * 1e3 / args.requests,
+        "client_cpu_ms": own * 1e3 / args.requests,
+        "p50_ms": p50,
+        "p99_ms": p99,
+        "max_ms": longest,
+        "server_rss_bytes": after.resident_bytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--server", required=True)
+    parser.add_argument("--pid", type=int, required=True)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--concurrency", type=int, default=2)
+    parser.add_argument("--history", type=int, default=80)
+    parser.add_argument("--candidates", type=int, default=500)
+    parser.add_argument("--items", type=int, default=1000)
+    args = parser.parse_args()
+    with grpc.insecure_channel(args.server, options=[("grpc.max_receive_message_length", 64 << 20)]) as channel:
+        # No serializers: bytes go in and come out as they are.
+        print(json.dumps(measure(args, channel.unary_unary(INFER))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The peer that a team would take from the shelf: Triton with a Python-backend model, same bundle and work as midemb.
+
+    python benches/peers/triton_server.py --bundle models/default [--instances 2]
+
+Writes a model repository (`triton_model.py`, twice) into a temporary folder and runs the `tritonserver` that the
+package nvidia-pytriton carries, on a free loopback port. Prints one line, `serving GRPC PID`, when it is ready, and
+ends with SIGTERM, and Triton with it. `triton_bench.py` is its client.
+
+It is set up to be fast: an instance a core, one thread each, no batching and so no waiting for a batch, no HTTP, no
+metrics, no tracing. What it leaves out is in its favour: see `python_server.py`, and there are no statuses at all.
+
+Ids are BYTES tensors, one element an id, as the protocol means it. Triton takes those apart in Python, 0.3 CPU ms for
+580 ids; a caller who joins them into one element, and so makes up a format of his own, saves most of that.
+
+Standard library only; whichever Python starts it, it goes on in that of `benches/.venv-triton` (`make bench-setup`):
+Triton's Python backend is built against numpy 1, and everything else here runs on numpy 2.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+START_WITHIN_SECONDS = 60
+STOP_WITHIN_SECONDS = 20
+MODEL = Path(__file__).with_name("triton_model.py")
+ENVIRONMENT = Path(__file__).resolve().parents[1] / ".venv-triton"
+INSTALL = "make bench-setup"
+
+# name: (inputs, outputs), each (name, type, dims).
+ID = "TYPE_STRING", "-1"
+MODELS = {
+    "items": ([("IDS", *ID), ("CONTENT", "TYPE_FP32", "-1, -1")], [("KEPT", "TYPE_INT64", "1")]),
+    "mid_emb": ([("HISTORY", *ID), ("CANDIDATES", *ID)], [("MID_EMB", "TYPE_FP32", "-1, -1")]),
+}
+
+
+class Failed(Exception):
+    """Triton cannot run; the message is for the person who runs this."""
+
+
+def package() -> Path:
+    """The folder of Triton's own files in the installed package."""
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None:
+        raise Failed(f"nvidia-pytriton is not installed in {ENVIRONMENT}: run `{INSTALL}`")
+    return Path(spec.submodule_search_locations[0]) / "tritonserver"
+
+
+def python_stub(triton: Path) -> Path:
+    """The executable that runs a Python model; there is one for each version of Python."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = triton / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.exists():
+        raise Failed(f"nvidia-pytriton has no Python backend for Python {version}")
+    return stub
+
+
+def link_backend(folder: Path, triton: Path) -> None:
+    """The Python backend with the stub beside it, where it looks for that; the installed package stays as it is."""
+    folder.mkdir(parents=True)
+    parts = filter(Path.is_file, (triton / "backends" / "python").iterdir())
+    for file in [*parts, python_stub(triton)]:
+        (folder / file.name).symlink_to(file)
+
+
+def tensors(kind: str, entries: list[tuple[str, str, str]]) -> str:
+    fields = (f'{{ name: "{name}" data_type: {dtype} dims: [ {dims} ] }}' for name, dtype, dims in entries)
+    return f"{kind} [ {', '.join(fields)} ]"
+
+
+def parameter(key: str, value: Path) -> str:
+    return f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+
+
+def write_model(folder: Path, bundle: Path, store: Path, instances: int) -> None:
+    inputs, outputs = MODELS[folder.name]
+    (folder / "1").mkdir(parents=True)
+    shutil.copy(MODEL, folder / "1" / "model.py")
+    config = [
+        'backend: "python"',
+        "max_batch_size: 0",
+        tensors("input", inputs),
+        tensors("output", outputs),
+        f"instance_group [ {{ kind: KIND_CPU count: {instances} }} ]",
+        parameter("bundle", bundle),
+        parameter("store", store),
+    ]
+    (folder / "config.pbtxt").write_text("\n".join(config) + "\n")
+
+
+def environment(triton: Path) -> dict[str, str]:
+    """The stub embeds Python, isolated from PYTHONPATH: it is this one if it is the first `python3` of PATH."""
+    added = {
+        "LD_LIBRARY_PATH": [sysconfig.get_config_var("LIBDIR"), triton.parents[1] / "nvidia_pytriton.libs"],
+        "PATH": [Path(sys.executable).parent],
+    }
+    inherited = {name: [os.environ[name]] if os.environ.get(name) else [] for name in added}
+    return os.environ | {name: ":".join(map(str, added[name] + inherited[name])) for name in added}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def start(folder: Path, bundle: Path, instances: int, port: int, log: Path) -> subprocess.Popen:
+    triton, store = package(), folder / "store"
+    store.mkdir()
+    link_backend(folder / "backends" / "python", triton)
+    write_model(folder / "models" / "items", bundle, store, 1)
+    write_model(folder / "models" / "mid_emb", bundle, store, instances)
+    command = [
+        str(triton / "bin" / "tritonserver"),
+        f"--model-repository={folder / 'models'}",
+        f"--backend-directory={folder / 'backends'}",
+        "--grpc-address=127.0.0.1",
+        f"--grpc-port={port}",
+        "--allow-http=false",
+        "--allow-metrics=false",
+        "--disable-auto-complete-config",
+        "--log-info=false",
+        "--exit-timeout-secs=5",
+    ]
+    with log.open("wb") as output:
+        # A group of its own, so that nothing of it is left over at the end, however it ends.
+        return subprocess.Popen(command, env=environment(triton), stdout=output, stderr=output, start_new_session=True)
+
+
+def wait_until_ready(process: subprocess.Popen, port: int) -> None:
+    """Triton listens when every instance of every model is up, and ends when one does not come up."""
+    until = time.monotonic() + START_WITHIN_SECONDS
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.05)
+    raise Failed(f"tritonserver did not get ready (exit code {process.poll()})")
+
+
+def stop(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=STOP_WITHIN_SECONDS)
+    except subprocess.TimeoutExpired:
+        print("tritonserver did not end in time and is killed", file=sys.stderr)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def serve(bundle: Path, instances: int, folder: Path) -> None:
+    log, port = folder / "log", free_port()
+    process = start(folder, bundle, instances, port, log)
+    try:
+        wait_until_ready(process, port)
+        print(f"serving 127.0.0.1:{port} {process.pid}", flush=True)
+        if code := process.wait():
+            raise Failed(f"tritonserver ended with {code}")
+    except Failed as failed:
+        raise Failed(f"{failed}\n{log.read_text(errors='replace')[-4000:]}") from None
+    finally:
+        stop(process)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--instances", type=int, default=2)
+    args = parser.parse_args()
+    python = ENVIRONMENT / "bin" / "python"
+    if python.exists() and Path(sys.prefix) != ENVIRONMENT:
+        os.execv(python, [str(python), *sys.argv])
+    # An exit by exception: Triton is stopped and the folder removed on the way.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        with tempfile.TemporaryDirectory(prefix="midemb-triton-") as folder:
+            serve(args.bundle.resolve(), args.instances, Path(folder))
+    except Failed as failed:
+        sys.exit(str(failed))
+
+
+if __name__ == "__main__":
+    main()
