@@ -27,6 +27,15 @@ pub struct ItemText {
     pub attributes: Vec<String>,
 }
 
+impl ItemText {
+    /// Bytes of all fields together, and one more for each list entry: its separator is not free, even where it is empty.
+    pub fn n_bytes(&self) -> usize {
+        let fields = [&self.title, &self.category, &self.brand, &self.price];
+        let entries = self.keywords.iter().chain(&self.attributes);
+        fields.into_iter().map(String::len).sum::<usize>() + entries.map(|entry| entry.len() + 1).sum::<usize>()
+    }
+}
+
 /// One history item or candidate: an id, and its text where the caller sent it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

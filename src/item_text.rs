@@ -62,17 +62,12 @@ pub enum TextFault {
     },
 }
 
-/// Checks that `text` says something and stays within `max_bytes` over all of its fields, a byte more for each list entry.
+/// Checks that `text` says something and stays within `max_bytes`, as [`ItemText::n_bytes`] counts them.
 pub fn check(text: &ItemText, max_bytes: usize) -> Result<(), TextFault> {
-    let lists = || text.keywords.iter().chain(&text.attributes);
-    let fields = [&text.title, &text.category, &text.brand, &text.price].into_iter().chain(lists());
-    // An entry of a list costs its separator even where it is empty: a million of them are not free.
-    let n_separators = lists().count();
-    match fields.map(String::len).sum::<usize>() {
-        0 => Err(TextFault::Empty),
-        n_letters if n_letters + n_separators > max_bytes => {
-            Err(TextFault::TooLong { n_bytes: n_letters + n_separators, max: max_bytes })
-        }
+    let n_separators = text.keywords.len() + text.attributes.len();
+    match text.n_bytes() {
+        n_bytes if n_bytes == n_separators => Err(TextFault::Empty),
+        n_bytes if n_bytes > max_bytes => Err(TextFault::TooLong { n_bytes, max: max_bytes }),
         _ => Ok(()),
     }
 }

@@ -10,6 +10,7 @@
 //! - [`pipeline`]: the request, one line a stage. **Start here.**
 //! - [`admission`]: permits and deadlines.
 //! - [`bundle`]: from a folder of graphs to a checked model that serves.
+//! - [`item_trace`]: which items requests ask for, written to a file.
 //! - [`known_items`]: text by item id.
 //! - [`fusion`]: the CVR MLP, mid-emb.
 //! - [`towers`]: PCH, user and item embeddings.
@@ -32,6 +33,7 @@ pub mod error;
 pub mod fusion;
 pub mod inference;
 pub mod item_text;
+pub mod item_trace;
 pub mod known_items;
 pub mod pipeline;
 pub mod server;

@@ -21,6 +21,7 @@ use crate::{
     content::{Content, Contents, KnownItem, Wanted, batcher::Priority},
     domain::{Item, MidEmbRequest, MidEmbResponse, RowStatus, Vector, WarmSummary},
     error::{Error, ShedReason},
+    item_trace::{Recorder, Traced},
     known_items::KnownItems,
     telemetry::events,
     towers::{ItemKey, UserCache, user_cache},
@@ -28,7 +29,10 @@ use crate::{
 };
 use candidates::unique;
 use score::ScoreJob;
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use user::User;
 
 /// Bounds of the state that requests share.
@@ -58,6 +62,7 @@ pub struct Pipeline {
     contents: Contents,
     items: VectorCache<ItemKey>,
     users: UserCache,
+    trace: Option<Arc<Recorder>>,
 }
 
 /// Rows on their way to being scored: a vector, or why there is none.
@@ -78,7 +83,13 @@ impl Pipeline {
             contents: Contents::new(config.content_cache_bytes),
             items: VectorCache::new("item", config.item_cache_bytes),
             users: UserCache::new(config.user_cache_bytes),
+            trace: None,
         }
+    }
+
+    /// Records which items requests ask for.
+    pub fn with_trace(self, trace: Option<Arc<Recorder>>) -> Self {
+        Pipeline { trace, ..self }
     }
 
     /// Lets a request in that has until `deadline`, or turns it away. The permit is held until it is answered.
@@ -110,7 +121,7 @@ impl Pipeline {
             self.embed_candidates(model, candidates, deadlines),
         )?;
         let User { history, source } = user;
-        let job = ScoreJob::new(model, source, &mut candidates, request.outputs);
+        let job = ScoreJob::new(source, &mut candidates, request.outputs);
         let scores = job.run(model, deadlines.answer_by, &self.users).await?;
         Ok(scores.into_response(model, history, candidates))
     }
@@ -170,10 +181,14 @@ impl Pipeline {
     /// Text for ids. History items older than the model's window are remembered, too, but not used.
     fn resolve(&self, model: &Model, history: Vec<Item>, candidates: Vec<Item>) -> (Resolved, Resolved) {
         let start = Instant::now();
+        let traced = self.trace.as_deref().map(|trace| (trace, Traced::ids(&history), Traced::ids(&candidates)));
         let n_too_old = history.len().saturating_sub(model.manifest.user_tower.max_history);
         let mut history = self.known_items.resolve(history);
-        history[..n_too_old].fill(Err(RowStatus::NotUsed));
         let candidates = self.known_items.resolve(candidates);
+        if let Some((trace, history_ids, candidate_ids)) = traced {
+            trace.record(history_ids.resolved(&history), candidate_ids.resolved(&candidates));
+        }
+        history[..n_too_old].fill(Err(RowStatus::NotUsed));
         events::stage_finished("resolve", start);
         (history, candidates)
     }

@@ -20,7 +20,12 @@ pub struct VectorCache<K>(BoundedCache<K, Vector>);
 impl<K: Copy + Eq + Hash> VectorCache<K> {
     /// An empty cache of at most `max_bytes`, which metrics call `name`.
     pub fn new(name: &'static str, max_bytes: u64) -> Self {
-        VectorCache(BoundedCache::new(name, max_bytes, |_key, vector| entry_bytes::<K>(vector.len())))
+        VectorCache(BoundedCache::new(name, max_bytes, |_key, vector| Self::entry_bytes(vector.len())))
+    }
+
+    /// What a vector of `dim` numbers counts against the bound: payload, key and bookkeeping.
+    pub fn entry_bytes(dim: usize) -> u64 {
+        (dim * size_of::<f32>() + size_of::<K>() + ENTRY_OVERHEAD) as u64
     }
 
     /// The name that metrics use.
@@ -68,17 +73,13 @@ impl<K: Copy + Eq + Hash> VectorCache<K> {
     }
 }
 
-fn entry_bytes<K>(dim: usize) -> u64 {
-    (dim * size_of::<f32>() + size_of::<K>() + ENTRY_OVERHEAD) as u64
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn the_bound_is_held_in_bytes_and_vectors_are_read_in_order() {
-        let cache = VectorCache::new("test", 100 * entry_bytes::<u64>(64));
+        let cache = VectorCache::new("test", 100 * VectorCache::<u64>::entry_bytes(64));
         for key in 0..1000_u64 {
             cache.insert(key, vec![key as f32; 64].into());
         }

@@ -218,9 +218,13 @@ fn check_items(golden: &Golden, manifest: &Manifest, graphs: &mut TowerGraphs) -
 fn check_users(golden: &Golden, manifest: &Manifest, graphs: &mut TowerGraphs) -> Result<StageReport, BundleError> {
     let mut stage = Stage::new("user");
     let dims = UserDims { content: manifest.encoder.dim, user: manifest.user_tower.dim };
-    for (i, user) in golden.users.iter().enumerate() {
-        let history: Vec<f32> = user.history.iter().flat_map(|j| &golden.items[*j].content).copied().collect();
-        stage.compare(i, &user_tower::embed(graphs, history, dims)?, &user.user)?;
+    let history = |user: &GoldenUser| user.history.iter().flat_map(|j| &golden.items[*j].content).copied().collect();
+    let histories: Vec<Vec<f32>> = golden.users.iter().map(history).collect();
+    // Together and one by one: a tower that lets another user's items in, or padding, would pass alone.
+    let together = user_tower::embed(graphs, histories.clone(), dims)?;
+    for (i, (history, user)) in histories.into_iter().zip(&golden.users).enumerate() {
+        stage.compare(i, &together[i * dims.user..(i + 1) * dims.user], &user.user)?;
+        stage.compare(i, &user_tower::embed(graphs, vec![history], dims)?, &user.user)?;
     }
     Ok(stage.0)
 }
@@ -231,11 +235,19 @@ fn check_pairs(
     graphs: &mut TowerGraphs,
 ) -> Result<[StageReport; 2], BundleError> {
     let (mut mid_emb, mut cvr) = (Stage::new("mid_emb"), Stage::new("cvr"));
+    let dims = (manifest.user_tower.dim, manifest.cvr.dim);
+    // Together and one by one, for the same reason: each row has to read its own user.
+    let users: Vec<f32> = golden.users.iter().flat_map(|user| &user.user).copied().collect();
+    let items: Vec<f32> = golden.pairs.iter().flat_map(|pair| &golden.items[pair.item].item).copied().collect();
+    let owners: Vec<i64> = golden.pairs.iter().map(|pair| pair.user as i64).collect();
+    let together = fusion::fuse(graphs, &users, &items, &owners, dims)?;
     for (i, pair) in golden.pairs.iter().enumerate() {
         let (user, item) = (&golden.users[pair.user].user, &golden.items[pair.item].item);
-        let fused = fusion::fuse(graphs, user, item, manifest.cvr.dim)?;
-        mid_emb.compare(i, fused.mid_emb.row(0), &pair.mid_emb)?;
-        cvr.compare(i, &fused.cvr, &[pair.cvr])?;
+        let alone = fusion::fuse(graphs, user, item, &[0], dims)?;
+        for (fused, row) in [(&together, i), (&alone, 0)] {
+            mid_emb.compare(i, fused.mid_emb.row(row), &pair.mid_emb)?;
+            cvr.compare(i, &fused.cvr[row..=row], &[pair.cvr])?;
+        }
     }
     Ok([mid_emb.0, cvr.0])
 }

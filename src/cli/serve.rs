@@ -2,10 +2,11 @@
 
 use crate::{
     config::Settings,
+    item_trace,
     server::{self, Listeners},
     telemetry::{logs, recorder::Recorder},
 };
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 #[derive(Debug, clap::Args)]
@@ -13,6 +14,13 @@ pub(super) struct Args {
     /// The config file; `deploy/midemb.toml` is one to start from.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+    /// Record which items requests ask for into a new file: ids and digests, never text. `midemb bench w3-zipf --trace` and
+    /// `midemb bench cache-curve --trace` read it.
+    #[arg(long, value_name = "FILE")]
+    record_trace: Option<PathBuf>,
+    /// The trace ends at so many megabytes. A request of 580 items is about 30 KB.
+    #[arg(long, value_name = "MB", default_value_t = 1024, requires = "record_trace")]
+    record_trace_mb: u64,
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
@@ -20,6 +28,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     logs::install(settings.log_format, &settings.log_filter)?;
     let recorder = Recorder::install()?;
     logs::install_panic_hook();
+    let trace = args.record_trace.as_deref().map(|path| item_trace::Recorder::start(path, args.record_trace_mb << 20));
+    let trace = trace.transpose()?.map(Arc::new);
+    let serving = trace.clone();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(io_threads(settings.n_threads))
         .thread_name("io")
@@ -28,11 +39,12 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let served = runtime.block_on(async {
         let stop = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
         let listeners = Listeners::bind(&settings).await?;
-        server::run(settings, listeners, recorder, first(stop)).await?;
+        server::run(settings, listeners, recorder, serving, first(stop)).await?;
         Ok(())
     });
     // What is left has outlived its grace period, or is a load that nobody waits for any more.
     runtime.shutdown_background();
+    trace.into_iter().for_each(|trace| trace.finish());
     served
 }
 

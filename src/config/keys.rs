@@ -85,6 +85,12 @@ pub const KEYS: &[Key] = &[
         "Threads that score, and as many that encode; 0 is one a core. Lower it where other processes share the machine.",
     ),
     key(
+        "inference.batch_requests",
+        "0",
+        Bound::Integer(0, 1024),
+        "Requests that one run of the towers scores together where they wait anyway; 0 is 1 on a CPU, where nothing is gained, and 32 on a GPU.",
+    ),
+    key(
         "inference.onnxruntime",
         "",
         Bound::Path,

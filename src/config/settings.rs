@@ -37,6 +37,8 @@ pub struct Settings {
     pub provider: ProviderChoice,
     /// `inference.threads`, with 0 resolved to the cores there are.
     pub n_threads: usize,
+    /// `inference.batch_requests`; 0 leaves it to the provider.
+    pub batch_requests: usize,
     /// `inference.onnxruntime`, or `ORT_DYLIB_PATH` where that is empty.
     pub onnxruntime: Option<PathBuf>,
     /// `cache.content_mb`
@@ -103,6 +105,7 @@ impl Settings {
             provider: reader
                 .word("inference.provider", &[ProviderChoice::Auto, ProviderChoice::Cpu, ProviderChoice::Cuda]),
             n_threads: threads(reader.integer("inference.threads")),
+            batch_requests: reader.integer("inference.batch_requests") as usize,
             onnxruntime: library(&reader.text("inference.onnxruntime")),
             content_cache_bytes: mb(reader.integer("cache.content_mb")),
             item_cache_bytes: mb(reader.integer("cache.item_mb")),

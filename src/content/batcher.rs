@@ -2,17 +2,21 @@
 //!
 //! Jobs enter raw, are tokenized by whichever thread is free, and are then encoded in batches. A batch starts from the
 //! oldest job of the highest priority and takes in the jobs nearest to it in length, so that little is padded, until
-//! the token budget is used up. No timer waits for company: an idle thread takes what is there, a busy one finds more.
+//! the token budget is used up. The budget shrinks to what can be encoded before the oldest job's caller stops waiting: a
+//! full batch that is late answers nothing, half of one that is in time does. No timer waits for company: an idle thread
+//! takes what is there, a busy one finds more.
 //!
-//! Invariants (property-tested): every job is handed out exactly once at each step; no batch is over its limits, unless it
-//! is a single job; requests go before warm-up; the oldest request is in the next batch, so none starves. A job's priority
+//! Invariants (property-tested): every job is handed out exactly once at each step; no batch is over its limits, nor longer
+//! than its caller waits, unless it is a single job; requests go before warm-up; the oldest request is in the next batch, so none starves. A job's priority
 //! may change while it waits: a request may join a warm-up, or leave.
 //!
 //! The queue's bound is not here: a job holds a place of `encoder`'s semaphore for as long as it lives.
 
+use crate::inference::Pace;
 use std::{
     collections::VecDeque,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 /// Who waits for a job.
@@ -30,6 +34,8 @@ pub trait Queued {
     fn priority(&self) -> Priority;
     /// Its length; zero as long as it is raw.
     fn n_tokens(&self) -> usize;
+    /// How long a request will still wait for it; zero where none does.
+    fn time_left(&self) -> Duration;
 }
 
 /// How much one run of the encoder takes.
@@ -39,6 +45,17 @@ pub struct BatchLimits {
     pub max_items: usize,
     /// Items times the longest one's tokens at most.
     pub max_tokens: usize,
+}
+
+impl BatchLimits {
+    /// What can surely be done of it in `time_left`. Where nobody waits (none is left) there is no hurry.
+    fn within(self, time_left: Duration, token_time: Duration) -> Self {
+        if time_left.is_zero() || token_time.is_zero() {
+            return self;
+        }
+        let n_tokens = (time_left / SAFETY).as_nanos() / token_time.as_nanos();
+        BatchLimits { max_tokens: self.max_tokens.min(n_tokens as usize), ..self }
+    }
 }
 
 /// What a thread does next.
@@ -52,6 +69,9 @@ pub enum Work<J> {
 
 /// So many raw jobs are tokenized in one go: long enough to be worth a lock, short enough that threads share the work.
 const TOKENIZE_AT_ONCE: usize = 32;
+/// A batch is cut to this part of the time that its oldest job has: one that is just too late is worth nothing, and what
+/// time is left is good for another.
+const SAFETY: u32 = 2;
 /// A batch is chosen among so many of the oldest jobs: enough for like lengths, and the choice stays cheap.
 const WINDOW: usize = 256;
 
@@ -59,6 +79,8 @@ const WINDOW: usize = 256;
 #[derive(Debug)]
 pub struct Batcher<J> {
     limits: BatchLimits,
+    /// Of one token, padding included.
+    pace: Pace,
     state: Mutex<State<J>>,
     more: Condvar,
 }
@@ -74,7 +96,7 @@ impl<J: Queued> Batcher<J> {
     /// An empty queue.
     pub fn new(limits: BatchLimits) -> Self {
         let state = State { raw: Default::default(), tokenized: Default::default(), closed: false };
-        Batcher { limits, state: Mutex::new(state), more: Condvar::new() }
+        Batcher { limits, pace: Pace::default(), state: Mutex::new(state), more: Condvar::new() }
     }
 
     /// Queues raw jobs, oldest first.
@@ -101,7 +123,7 @@ impl<J: Queued> Batcher<J> {
         loop {
             state.refile();
             for priority in [Priority::Request, Priority::WarmUp] {
-                if let Some(work) = state.take(priority, self.limits) {
+                if let Some(work) = state.take(priority, self.limits, self.pace.average()) {
                     return Some(work);
                 }
             }
@@ -109,6 +131,13 @@ impl<J: Queued> Batcher<J> {
                 return None;
             }
             state = self.more.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Learns how long the encoder takes.
+    pub fn record(&self, n_tokens: usize, took: Duration) {
+        if n_tokens > 0 {
+            self.pace.record(took / n_tokens as u32);
         }
     }
 
@@ -140,15 +169,17 @@ impl<J: Queued> State<J> {
         }
     }
 
-    fn take(&mut self, priority: Priority, limits: BatchLimits) -> Option<Work<J>> {
-        let raw = &mut self.raw[priority as usize];
-        if !raw.is_empty() {
+    fn take(&mut self, priority: Priority, limits: BatchLimits, token_time: Duration) -> Option<Work<J>> {
+        let (raw, tokenized) = (&mut self.raw[priority as usize], &self.tokenized[priority as usize]);
+        let oldest = tokenized.front().or(raw.front())?;
+        let in_time = limits.within(oldest.time_left(), token_time);
+        // More to choose from than a batch looks at only delays the first one; in a hurry, like lengths matter less.
+        let n_ahead = if in_time == limits { WINDOW } else { limits.max_items };
+        if !raw.is_empty() && tokenized.len() < n_ahead {
             let n = raw.len().min(TOKENIZE_AT_ONCE);
             return Some(Work::Tokenize(raw.drain(..n).collect()));
         }
-        if self.tokenized[priority as usize].is_empty() {
-            return None;
-        }
+        let limits = in_time;
         // Requests stand first in what is chosen among; room that they leave is filled with warm-up.
         let chosen = choose(self.tokenized.iter().flatten(), limits);
         Some(Work::Encode(remove(&mut self.tokenized, &chosen)))
@@ -192,138 +223,4 @@ fn remove<J>(queues: &mut [VecDeque<J>; 2], places: &[usize]) -> Vec<J> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::collections::HashSet;
-
-    #[derive(Debug, Clone, PartialEq)]
-    struct Job {
-        id: usize,
-        warm_up: bool,
-        length: usize,
-        tokenized: bool,
-    }
-
-    impl Queued for Job {
-        fn priority(&self) -> Priority {
-            if self.warm_up { Priority::WarmUp } else { Priority::Request }
-        }
-        fn n_tokens(&self) -> usize {
-            if self.tokenized { self.length } else { 0 }
-        }
-    }
-
-    /// Runs the queue dry on one thread; returns the encoded batches.
-    fn run_dry(batcher: &Batcher<Job>) -> Vec<Vec<Job>> {
-        batcher.close();
-        let mut batches = Vec::new();
-        while let Some(work) = batcher.next() {
-            match work {
-                Work::Tokenize(mut jobs) => {
-                    jobs.iter_mut().for_each(|job| job.tokenized = true);
-                    batcher.push_tokenized(jobs);
-                }
-                Work::Encode(jobs) => batches.push(jobs),
-            }
-        }
-        batches
-    }
-
-    proptest! {
-        #[test]
-        fn every_job_is_encoded_once_within_the_limits_and_requests_first(
-            shapes in prop::collection::vec((any::<bool>(), 1..130_usize), 0..600),
-            max_items in 1..40_usize,
-            max_tokens in 1..1200_usize,
-        ) {
-            let limits = BatchLimits { max_items, max_tokens };
-            let batcher = Batcher::new(limits);
-            let new = |(id, (warm_up, length))| Job { id, warm_up, length, tokenized: false };
-            let jobs: Vec<Job> = shapes.into_iter().enumerate().map(new).collect();
-            batcher.push(jobs.clone());
-            let batches = run_dry(&batcher);
-            let mut seen = HashSet::new();
-            let mut n_requests_left = jobs.iter().filter(|job| !job.warm_up).count();
-            for batch in &batches {
-                let longest = batch.iter().map(|job| job.length).max().unwrap_or(0);
-                prop_assert!(batch.len() == 1 || batch.len() <= max_items && batch.len() * longest <= max_tokens);
-                // A batch without a request may only come when no request is left.
-                prop_assert!(n_requests_left == 0 || batch.iter().any(|job| !job.warm_up));
-                n_requests_left -= batch.iter().filter(|job| !job.warm_up).count();
-                for job in batch {
-                    prop_assert!(seen.insert(job.id), "job {} twice", job.id);
-                }
-            }
-            prop_assert_eq!(seen.len(), jobs.len());
-        }
-
-        #[test]
-        fn the_oldest_request_is_in_the_next_batch(lengths in prop::collection::vec(1..100_usize, 1..100)) {
-            let batcher = Batcher::new(BatchLimits { max_items: 4, max_tokens: 200 });
-            let new = |(id, length)| Job { id, warm_up: false, length, tokenized: true };
-            batcher.push_tokenized(lengths.into_iter().enumerate().map(new).collect());
-            let mut left: Vec<usize> = Vec::new();
-            for batch in run_dry(&batcher) {
-                if left.is_empty() {
-                    prop_assert_eq!(batch[0].id, 0);
-                }
-                left.extend(batch.iter().map(|job| job.id));
-                let oldest_left = (0..).find(|id| !left.contains(id)).unwrap_or(0);
-                prop_assert!(batch.iter().all(|job| job.id < oldest_left) || batch[0].id < oldest_left);
-            }
-        }
-    }
-
-    /// A job whose priority is changed from outside.
-    struct Fickle(usize, std::sync::Arc<std::sync::atomic::AtomicBool>);
-
-    impl Queued for Fickle {
-        fn priority(&self) -> Priority {
-            if self.1.load(std::sync::atomic::Ordering::SeqCst) { Priority::Request } else { Priority::WarmUp }
-        }
-        fn n_tokens(&self) -> usize {
-            1
-        }
-    }
-
-    #[test]
-    fn a_job_that_somebody_has_come_to_wait_for_goes_first_and_one_that_was_left_goes_last() {
-        let flags: Vec<_> = (0..4).map(|_| std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false))).collect();
-        let set = |i: usize, wanted| flags[i].store(wanted, std::sync::atomic::Ordering::SeqCst);
-        set(0, true);
-        let batcher = Batcher::new(BatchLimits { max_items: 1, max_tokens: 1 });
-        batcher.push_tokenized(flags.iter().cloned().enumerate().map(|(i, flag)| Fickle(i, flag)).collect());
-        set(0, false);
-        set(2, true);
-        batcher.close();
-        let mut order = Vec::new();
-        while let Some(Work::Encode(batch)) = batcher.next() {
-            order.extend(batch.iter().map(|job| job.0));
-        }
-        assert_eq!(order, [2, 1, 3, 0]);
-    }
-
-    #[test]
-    fn like_lengths_share_a_batch() {
-        let batcher = Batcher::new(BatchLimits { max_items: 3, max_tokens: 1000 });
-        let new = |(id, length)| Job { id, warm_up: false, length, tokenized: true };
-        batcher.push_tokenized([50, 9, 52, 10, 49, 11].into_iter().enumerate().map(new).collect());
-        let lengths: Vec<Vec<usize>> =
-            run_dry(&batcher).iter().map(|batch| batch.iter().map(|job| job.length).collect()).collect();
-        assert_eq!(lengths, [vec![50, 52, 49], vec![9, 10, 11]]);
-    }
-
-    #[test]
-    fn a_closed_queue_is_emptied_before_its_threads_end() {
-        let batcher = std::sync::Arc::new(Batcher::new(BatchLimits { max_items: 1, max_tokens: 1 }));
-        let waiting = {
-            let batcher = batcher.clone();
-            std::thread::spawn(move || run_dry(&batcher).len())
-        };
-        batcher.push_tokenized((0..10).map(|id| Job { id, warm_up: false, length: 1, tokenized: true }).collect());
-        batcher.close();
-        let n_here = run_dry(&batcher).len();
-        assert_eq!(waiting.join().unwrap() + n_here, 10);
-    }
-}
+mod tests;

@@ -11,7 +11,12 @@ use crate::{
     item_text::{Template, TemplateError},
     telemetry::events::{self, QueueStay},
 };
-use std::{io, mem, sync::Arc, thread, time::Instant};
+use std::{
+    io, mem,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -97,13 +102,21 @@ impl Queued for EncodeJob {
     fn n_tokens(&self) -> usize {
         self.tokens.len()
     }
+
+    fn time_left(&self) -> Duration {
+        self.flight.time_left()
+    }
 }
 
-/// Jobs that requests may have in the queue: a page or two of nothing but cold items. A minute of work for a few cores; what
+/// Tokens that requests may have in the queue: a page or two of nothing but cold items. A minute of work for a few cores; what
 /// nobody waits for any more makes way for what somebody does.
-const MAX_REQUEST_JOBS: usize = 16_384;
-/// Jobs that warm-up may have in the queue: enough for full batches, and no more than that of its text in memory.
-const MAX_WARM_UP_JOBS: usize = 1024;
+const MAX_REQUEST_TOKENS: usize = 1 << 18;
+/// Tokens that warm-up may have in the queue: enough for full batches, and no more than that of its text in memory.
+const MAX_WARM_UP_TOKENS: usize = 1 << 15;
+/// A text is counted before it is tokenized: so many bytes of it as one token, and never as less than the template's own
+/// words come to. Right enough to bound the queue's time within a factor of two.
+const BYTES_PER_TOKEN: usize = 4;
+const MIN_TOKENS: usize = 16;
 const QUEUE: &str = "encoder";
 
 fn batch_limits(provider: Provider) -> BatchLimits {
@@ -119,8 +132,9 @@ fn batch_limits(provider: Provider) -> BatchLimits {
 pub struct Encoder {
     model: Arc<EncoderModel>,
     batcher: Arc<Batcher<EncodeJob>>,
-    request_places: Arc<Semaphore>,
-    warm_up_places: Arc<Semaphore>,
+    /// Tokens that there is still room for.
+    request_room: Arc<Semaphore>,
+    warm_up_room: Arc<Semaphore>,
 }
 
 impl Encoder {
@@ -131,8 +145,8 @@ impl Encoder {
         let encoder = Encoder {
             model: Arc::clone(&model),
             batcher: Arc::clone(&batcher),
-            request_places: Arc::new(Semaphore::new(MAX_REQUEST_JOBS)),
-            warm_up_places: Arc::new(Semaphore::new(MAX_WARM_UP_JOBS)),
+            request_room: Arc::new(Semaphore::new(MAX_REQUEST_TOKENS)),
+            warm_up_room: Arc::new(Semaphore::new(MAX_WARM_UP_TOKENS)),
         };
         for (i, graph) in graphs.into_iter().enumerate() {
             let (model, batcher) = (Arc::clone(&model), Arc::clone(&batcher));
@@ -155,23 +169,29 @@ impl Encoder {
         self.model.dim
     }
 
-    /// A place in the queue, if there is one. Requests and warm-up have places of their own.
-    pub(super) fn try_reserve(&self, priority: Priority) -> Option<Place> {
-        let places = match priority {
-            Priority::Request => &self.request_places,
-            Priority::WarmUp => &self.warm_up_places,
+    /// A place for `text` in the queue, if there is room. Requests and warm-up have room of their own.
+    pub(super) fn try_reserve(&self, text: &ItemText, priority: Priority) -> Option<Place> {
+        let room = match priority {
+            Priority::Request => &self.request_room,
+            Priority::WarmUp => &self.warm_up_room,
         };
-        Arc::clone(places).try_acquire_owned().ok().map(Place)
+        Arc::clone(room).try_acquire_many_owned(self.cost(text)).ok().map(Place)
     }
 
-    /// A place for warm-up, as soon as there is one. Cancel-safe.
-    pub(super) async fn reserve_warm_up(&self) -> Place {
+    /// A place for `text` as warm-up, as soon as there is room. Cancel-safe.
+    pub(super) async fn reserve_warm_up(&self, text: &ItemText) -> Place {
         loop {
             // The semaphore is never closed, so this succeeds on its first turn.
-            if let Ok(permit) = Arc::clone(&self.warm_up_places).acquire_owned().await {
+            if let Ok(permit) = Arc::clone(&self.warm_up_room).acquire_many_owned(self.cost(text)).await {
                 return Place(permit);
             }
         }
+    }
+
+    /// About how many tokens `text` is. Never more than there is room for when nothing is queued.
+    fn cost(&self, text: &ItemText) -> u32 {
+        let at_most = self.model.tokenizer.max_tokens().clamp(MIN_TOKENS, MAX_WARM_UP_TOKENS);
+        (text.n_bytes() / BYTES_PER_TOKEN).clamp(MIN_TOKENS, at_most) as u32
     }
 
     pub(super) fn submit(&self, mut jobs: Vec<EncodeJob>) {
@@ -204,7 +224,10 @@ fn work(model: &EncoderModel, mut graph: Graph, batcher: &Batcher<EncodeJob>) {
         // A panic drops the jobs it had, and with them their flights: whoever waits is told.
         let _ = run_guarded(QUEUE, || match work {
             Work::Tokenize(jobs) => batcher.push_tokenized(tokenize(model, jobs)),
-            Work::Encode(jobs) => encode(model, &mut graph, jobs),
+            Work::Encode(jobs) => {
+                let (n_tokens, took) = encode(model, &mut graph, jobs);
+                batcher.record(n_tokens, took);
+            }
         });
     }
 }
@@ -228,12 +251,14 @@ fn tokenize(model: &EncoderModel, jobs: Vec<EncodeJob>) -> Vec<EncodeJob> {
     tokenized
 }
 
-fn encode(model: &EncoderModel, graph: &mut Graph, mut jobs: Vec<EncodeJob>) {
+/// Returns how many tokens were run, padding included, and how long that took.
+fn encode(model: &EncoderModel, graph: &mut Graph, mut jobs: Vec<EncodeJob>) -> (usize, Duration) {
     let start = Instant::now();
     jobs.iter_mut().for_each(|job| drop(job.stay.take()));
     let batch: Vec<&[i64]> = jobs.iter().map(|job| job.tokens.as_slice()).collect();
     let n_columns = batch.iter().map(|ids| ids.len()).max().unwrap_or(0);
-    events::encoder_batch_ran(batch.len(), batch.len() * n_columns);
+    let n_tokens = batch.len() * n_columns;
+    events::encoder_batch_ran(batch.len(), n_tokens);
     match model.encode(graph, &batch) {
         Ok(vectors) => {
             for (job, vector) in jobs.into_iter().zip(vectors.chunks_exact(model.dim)) {
@@ -243,6 +268,7 @@ fn encode(model: &EncoderModel, graph: &mut Graph, mut jobs: Vec<EncodeJob>) {
         Err(error) => events::encode_failed(jobs.len(), &error),
     }
     events::stage_finished("encode", start);
+    (n_tokens, start.elapsed())
 }
 
 fn land(job: EncodeJob, vector: &[f32]) {

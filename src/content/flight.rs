@@ -12,7 +12,7 @@ use std::{
         Arc, LazyLock,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::sync::watch;
 
@@ -36,8 +36,8 @@ impl Wanted {
         self.0.fetch_max(until, Ordering::Relaxed);
     }
 
-    fn is_wanted(&self) -> bool {
-        u128::from(self.0.load(Ordering::Relaxed)) > EPOCH.elapsed().as_millis()
+    fn time_left(&self) -> Duration {
+        Duration::from_millis(self.0.load(Ordering::Relaxed)).saturating_sub(EPOCH.elapsed())
     }
 }
 
@@ -105,7 +105,12 @@ pub(super) struct Flight {
 impl Flight {
     /// Whether a request waits for it now.
     pub(super) fn is_wanted(&self) -> bool {
-        self.wanted.is_wanted()
+        !self.time_left().is_zero()
+    }
+
+    /// How long a request will still wait for it; zero where none does.
+    pub(super) fn time_left(&self) -> Duration {
+        self.wanted.time_left()
     }
 
     /// Caches `vector` and hands it to everybody who waits.

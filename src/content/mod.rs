@@ -218,7 +218,7 @@ impl Contents {
             return Slot::Followed(landing);
         }
         let Some(text) = wanted.texts.text(item) else { return Slot::NoText };
-        let place = match (encoder.try_reserve(wanted.priority), wanted.priority) {
+        let place = match (encoder.try_reserve(&text, wanted.priority), wanted.priority) {
             (Some(place), _) => place,
             (None, Priority::Request) => {
                 events::shed(ShedReason::EncoderQueue, 1);
@@ -227,7 +227,7 @@ impl Contents {
             (None, Priority::WarmUp) => {
                 // What this call queued so far has to run before there is room.
                 encoder.submit(std::mem::take(jobs));
-                encoder.reserve_warm_up().await
+                encoder.reserve_warm_up(&text).await
             }
         };
         match self.flights.board(key, until, &self.cache) {

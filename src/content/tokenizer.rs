@@ -27,6 +27,7 @@ pub enum TokenizerError {
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    max_tokens: usize,
 }
 
 impl Tokenizer {
@@ -42,7 +43,12 @@ impl Tokenizer {
         };
         inner.with_truncation(Some(truncation)).map_err(failed)?;
         inner.with_padding(None);
-        Ok(Tokenizer { inner })
+        Ok(Tokenizer { inner, max_tokens })
+    }
+
+    /// Where texts are cut.
+    pub fn max_tokens(&self) -> usize {
+        self.max_tokens
     }
 
     /// Between 1 and `max_tokens` ids, special tokens included.

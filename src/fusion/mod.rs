@@ -1,4 +1,11 @@
-//! The CVR MLP: one user and many items in, a mid-emb and a probability an item out.
+//! Fusion: the user tower and the CVR MLP, from histories and items to mid-embs.
+//!
+//! [`fuse`] runs the CVR graph; [`scoring`] is the job of an inference thread: the users' embeddings and everything that is
+//! fused with them, for one request or for several together.
+
+pub mod scoring;
+
+pub use scoring::{Score, ScoreDims, ScoreInput, UserInput};
 
 use crate::{
     domain::Matrix,
@@ -15,14 +22,20 @@ pub struct Fused {
     pub cvr: Vec<f32>,
 }
 
-/// Fuses `user` with each of `items` (`[n, E]`, at least one, each as wide as `user`); `mid_dim` is `M`.
-pub fn fuse(graphs: &mut TowerGraphs, user: &[f32], items: &[f32], mid_dim: usize) -> Result<Fused, GraphError> {
-    let n = items.len() / user.len();
-    let rows = vec![0_i64; n];
+/// Fuses each of `items` (`[n, E]`, at least one) with one of `users` (`[b, E]`): `rows` (`[n]`) says which. `dim` is `E`,
+/// `mid_dim` is `M`.
+pub fn fuse(
+    graphs: &mut TowerGraphs,
+    users: &[f32],
+    items: &[f32],
+    rows: &[i64],
+    (dim, mid_dim): (usize, usize),
+) -> Result<Fused, GraphError> {
+    let n = rows.len();
     let inputs = [
-        Input::F32 { shape: &[1, user.len()], data: user },
-        Input::F32 { shape: &[n, user.len()], data: items },
-        Input::I64 { shape: &[n], data: &rows },
+        Input::F32 { shape: &[users.len() / dim, dim], data: users },
+        Input::F32 { shape: &[n, dim], data: items },
+        Input::I64 { shape: &[n], data: rows },
     ];
     let outputs = graphs.cvr.run(&inputs, &[&[n, mid_dim], &[n]])?;
     let [mid_emb, cvr] = <[Vec<f32>; 2]>::try_from(outputs)

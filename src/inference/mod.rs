@@ -3,10 +3,14 @@
 //! [`library`] finds and loads ONNX Runtime, [`session`] runs one graph of it, and [`pool`] owns the threads that may do
 //! so: compute never runs on tokio's own threads.
 
+pub mod batches;
 pub mod library;
+mod pace;
 pub mod pool;
 pub mod session;
 
+pub use batches::Batches;
 pub use library::{LibraryError, Provider, ProviderChoice, Runtime};
+pub use pace::Pace;
 pub use pool::{JobError, Pool};
 pub use session::{Graph, GraphError, Input};

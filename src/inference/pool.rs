@@ -8,16 +8,17 @@
 //! Work here was asked for by somebody who waits. Work that must go on after its caller left (encoding) is not here but in
 //! `content::batcher`.
 
+use super::{
+    Pace,
+    batches::{Batches, Waiting},
+};
 use crate::telemetry::events::{self, QueueStay};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::{
     any::Any,
     fmt, io,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -38,37 +39,19 @@ pub enum JobError {
     Panicked(String),
 }
 
-struct Job<S> {
-    /// Says whether it ran: what has expired, or whose caller left, takes no time.
-    task: Box<dyn FnOnce(&mut S) -> bool + Send>,
-    stay: QueueStay,
+struct Task<S> {
+    /// Says how many jobs it ran: what has expired, or whose caller left, takes no time.
+    run: Box<dyn FnOnce(&mut S) -> u32 + Send>,
+    /// None where each job of a batch has its own.
+    stay: Option<QueueStay>,
 }
 
 /// Threads that each own one `S`.
 pub struct Pool<S> {
     name: &'static str,
-    queue: Sender<Job<S>>,
+    queue: Sender<Task<S>>,
     n_threads: u32,
     pace: Arc<Pace>,
-}
-
-/// How long a job takes, as a moving average over the last few. Threads that race lose one of two samples, which is no loss.
-#[derive(Debug, Default)]
-struct Pace(AtomicU64);
-
-/// A new sample counts for one part in so many.
-const SAMPLES: u64 = 16;
-
-impl Pace {
-    fn record(&self, took: Duration) {
-        let (old, took) = (self.0.load(Ordering::Relaxed), took.as_nanos() as u64);
-        let new = if old == 0 { took } else { old - old / SAMPLES + took / SAMPLES };
-        self.0.store(new, Ordering::Relaxed);
-    }
-
-    fn job_time(&self) -> Duration {
-        Duration::from_nanos(self.0.load(Ordering::Relaxed))
-    }
 }
 
 impl<S> fmt::Debug for Pool<S> {
@@ -93,7 +76,7 @@ impl<S: Send + 'static> Pool<S> {
 
     /// How long a job that joins the queue now would wait for a thread, at the pace of the last jobs.
     pub fn expected_wait(&self) -> Duration {
-        self.pace.job_time() * self.queue.len() as u32 / self.n_threads.max(1)
+        self.pace.average() * self.queue.len() as u32 / self.n_threads.max(1)
     }
 
     /// Runs `job` on one of the threads and waits for its result until `deadline`.
@@ -106,9 +89,9 @@ impl<S: Send + 'static> Pool<S> {
     ) -> Result<T, JobError> {
         let (reply, answer) = oneshot::channel();
         let name = self.name;
-        let task = Box::new(move |state: &mut S| {
+        let run = Box::new(move |state: &mut S| {
             if reply.is_closed() {
-                return false;
+                return 0;
             }
             let is_in_time = deadline > Instant::now();
             // Who asked may leave while the job runs.
@@ -116,30 +99,61 @@ impl<S: Send + 'static> Pool<S> {
                 true => run_guarded(name, || job(state)),
                 false => Err(JobError::Expired),
             });
-            is_in_time
+            is_in_time.into()
         });
-        match self.queue.try_send(Job { task, stay: QueueStay::begin(name) }) {
-            Ok(()) => {}
-            Err(TrySendError::Full(job)) => {
-                job.stay.refuse();
-                return Err(JobError::QueueFull);
-            }
-            Err(TrySendError::Disconnected(_)) => return Err(JobError::Panicked("no thread is left".to_owned())),
+        match self.queue.try_send(Task { run, stay: Some(QueueStay::begin(name)) }) {
+            Ok(()) => wait(deadline, answer).await,
+            Err(error) => Err(refused(error)),
         }
-        match tokio::time::timeout_at(deadline.into(), answer).await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_dropped)) => Err(JobError::Panicked("no thread is left".to_owned())),
-            Err(_elapsed) => Err(JobError::Expired),
-        }
+    }
+
+    /// Like [`Pool::run`], for a job that a thread may run together with others of `batches`.
+    pub async fn run_together<J, T>(
+        &self,
+        batches: &Arc<Batches<S, J, T>>,
+        deadline: Instant,
+        job: J,
+    ) -> Result<T, JobError>
+    where
+        J: Send + 'static,
+        T: Send + 'static,
+    {
+        let (reply, answer) = oneshot::channel();
+        let waiting = Waiting { job, deadline, reply, stay: QueueStay::begin(self.name) };
+        let (name, shared) = (self.name, Arc::clone(batches));
+        let run = Box::new(move |state: &mut S| shared.run_next(name, state));
+        batches.join(waiting, || self.queue.try_send(Task { run, stay: None }).map_err(refused))?;
+        wait(deadline, answer).await
     }
 }
 
-fn work<S>(jobs: &Receiver<Job<S>>, mut state: S, pace: &Pace) {
-    for Job { task, stay } in jobs {
+fn refused<S>(error: TrySendError<Task<S>>) -> JobError {
+    match error {
+        TrySendError::Full(task) => {
+            task.stay.into_iter().for_each(QueueStay::refuse);
+            JobError::QueueFull
+        }
+        TrySendError::Disconnected(_) => JobError::Panicked(NO_THREAD.to_owned()),
+    }
+}
+
+const NO_THREAD: &str = "no thread is left";
+
+async fn wait<T>(deadline: Instant, answer: oneshot::Receiver<Result<T, JobError>>) -> Result<T, JobError> {
+    match tokio::time::timeout_at(deadline.into(), answer).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(_dropped)) => Err(JobError::Panicked(NO_THREAD.to_owned())),
+        Err(_elapsed) => Err(JobError::Expired),
+    }
+}
+
+fn work<S>(tasks: &Receiver<Task<S>>, mut state: S, pace: &Pace) {
+    for Task { run, stay } in tasks {
         drop(stay);
         let start = Instant::now();
-        if task(&mut state) {
-            pace.record(start.elapsed());
+        let n_run = run(&mut state);
+        if n_run > 0 {
+            pace.record(start.elapsed() / n_run);
         }
     }
 }
@@ -161,7 +175,10 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::{atomic::AtomicUsize, mpsc};
+    use std::sync::{
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    };
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(30)
@@ -235,7 +252,7 @@ mod tests {
         let (release, busy) = occupy(&pool).await;
         pool.pace.record(Duration::from_millis(8));
         pool.pace.record(Duration::from_millis(24));
-        assert_eq!(pool.pace.job_time(), Duration::from_millis(9), "one new sample counts for a sixteenth");
+        assert_eq!(pool.pace.average(), Duration::from_millis(9));
         let waiting: Vec<_> = (0..3)
             .map(|_| {
                 let pool = Arc::clone(&pool);

@@ -9,10 +9,10 @@ use crate::{
     bundle::Model,
     domain::{Matrix, MidEmbResponse, Outputs, RowStatus, Vector},
     error::{Error, ShedReason},
-    fusion::{self, Fused},
-    inference::{GraphError, JobError},
+    fusion::{Fused, Score, ScoreInput, UserInput},
+    inference::JobError,
     telemetry::events,
-    towers::{TowerGraphs, UserCache, user_tower, user_tower::UserDims},
+    towers::UserCache,
 };
 use std::{sync::Arc, time::Instant};
 
@@ -22,8 +22,6 @@ pub(super) struct ScoreJob {
     /// `[n, E]`, of the candidates that have an embedding.
     items: Vec<f32>,
     outputs: Outputs,
-    user_dims: UserDims,
-    mid_dim: usize,
 }
 
 /// What one scoring job gave; rows are those of [`ScoreJob::items`].
@@ -34,33 +32,35 @@ pub(super) struct Scores {
 }
 
 impl ScoreJob {
-    pub(super) fn new(model: &Model, user: UserSource, candidates: &mut Candidates, outputs: Outputs) -> Self {
-        let manifest = &model.manifest;
+    pub(super) fn new(user: UserSource, candidates: &mut Candidates, outputs: Outputs) -> Self {
         let items = match outputs.needs_fusion() {
             true => candidates.ready_items(outputs),
             false => Vec::new(),
         };
-        let user_dims = UserDims { content: manifest.encoder.dim, user: manifest.user_tower.dim };
-        ScoreJob { user, items, outputs, user_dims, mid_dim: manifest.cvr.dim }
+        ScoreJob { user, items, outputs }
     }
 
     /// Scores on an inference thread, or says why not. A user embedding that was computed is cached in `users`.
     pub(super) async fn run(self, model: &Model, answer_by: Instant, users: &UserCache) -> Result<Scores, Error> {
-        let outputs = self.outputs;
-        match &self.user {
-            _ if self.needs_fusion() => {}
+        let ScoreJob { user, items, outputs } = self;
+        match &user {
+            _ if !items.is_empty() => {}
             // What is asked for lies ready: no thread has to be crossed for it.
             _ if !outputs.user_emb => return Ok(Scores { outputs, user: None, fused: None }),
             UserSource::Cached(user) => return Ok(Scores { outputs, user: Some(Arc::clone(user)), fused: None }),
             UserSource::History { .. } => {}
         }
-        let key = self.user.key();
-        match model.towers.run(answer_by, move |graphs| self.score(graphs)).await {
-            Ok(Ok(scores)) => {
-                let user = scores.user.iter().find(|user| user.iter().all(|x| x.is_finite()));
-                let user = user.ok_or_else(|| Error::internal("scoring", "the user embedding is not finite"))?;
-                key.into_iter().for_each(|key| users.insert(key, Arc::clone(user)));
-                Ok(scores)
+        let (user, key) = match user {
+            UserSource::Cached(user) => (UserInput::Known(user), None),
+            UserSource::History { contents, key } => (UserInput::History(contents), key),
+        };
+        match model.towers.run_together(&model.scoring, answer_by, ScoreInput { user, items }).await {
+            Ok(Ok(Score { user, fused })) => {
+                if !user.iter().all(|x| x.is_finite()) {
+                    return Err(Error::internal("scoring", "the user embedding is not finite"));
+                }
+                key.into_iter().for_each(|key| users.insert(key, Arc::clone(&user)));
+                Ok(Scores { outputs, user: Some(user), fused })
             }
             Ok(Err(error)) => Err(Error::internal("scoring", error)),
             Err(JobError::Expired) => Err(Error::DeadlineExceeded),
@@ -70,32 +70,6 @@ impl ScoreJob {
                 Err(shed(ShedReason::TowerQueue))
             }
         }
-    }
-
-    fn needs_fusion(&self) -> bool {
-        self.outputs.needs_fusion() && !self.items.is_empty()
-    }
-
-    fn score(self, graphs: &mut TowerGraphs) -> Result<Scores, GraphError> {
-        let needs_fusion = self.needs_fusion();
-        let user = match self.user {
-            UserSource::Cached(user) => user,
-            UserSource::History { contents, .. } => {
-                let start = Instant::now();
-                events::batch_ran("user_tower", contents.len() / self.user_dims.content);
-                let user = user_tower::embed(graphs, contents, self.user_dims)?;
-                events::stage_finished("user_tower", start);
-                user.into()
-            }
-        };
-        let mut fused = None;
-        if needs_fusion {
-            let start = Instant::now();
-            fused = Some(fusion::fuse(graphs, &user, &self.items, self.mid_dim)?);
-            events::stage_finished("cvr", start);
-            events::batch_ran("cvr", self.items.len() / user.len());
-        }
-        Ok(Scores { outputs: self.outputs, user: Some(user), fused })
     }
 }
 

@@ -40,16 +40,6 @@ pub(super) enum UserSource {
     },
 }
 
-impl UserSource {
-    /// What the user embedding is to be cached under once it was computed.
-    pub(super) fn key(&self) -> Option<UserKey> {
-        match self {
-            UserSource::Cached(_) => None,
-            UserSource::History { key, .. } => *key,
-        }
-    }
-}
-
 impl Pipeline {
     /// The user's side of a request. History items without a vector in time are left out and say so.
     pub(super) async fn embed_history(&self, model: &Model, history: Resolved, deadlines: Deadlines) -> User {

@@ -10,6 +10,7 @@ use crate::{
     bundle::{self, BundleError, LoadOptions, ServedModel, Snapshot},
     config::{ModelSettings, Settings},
     inference::{LibraryError, Runtime},
+    item_trace,
     pipeline::{Pipeline, PipelineConfig},
     telemetry::{events, recorder::Recorder},
     wire::{
@@ -89,15 +90,16 @@ async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, Ser
     TcpListener::bind(address).await.map_err(|source| ServerError::Bind { key, address, source })
 }
 
-/// Serves until `shutdown` completes and accepted requests are done.
+/// Serves until `shutdown` completes and accepted requests are done. `trace` records which items they ask for.
 pub async fn run(
     settings: Settings,
     listeners: Listeners,
     recorder: Recorder,
+    trace: Option<Arc<item_trace::Recorder>>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServerError> {
     events::config_applied(&settings.digest);
-    let pipeline = Arc::new(Pipeline::new(pipeline_config(&settings)));
+    let pipeline = Arc::new(Pipeline::new(pipeline_config(&settings)).with_trace(trace));
     let (draining, drained) = watch::channel(false);
     let addresses = addresses(&listeners);
     tokio::spawn(recorder.clone().keep_up());
@@ -226,20 +228,22 @@ fn reflection_v1alpha()
 
 /// Loads every model on a blocking thread and puts them in force together.
 async fn load_models(settings: &Settings, pipeline: &Pipeline) -> Result<(), ServerError> {
-    let (models, n_threads) = (settings.models.clone(), settings.n_threads);
+    let models = settings.models.clone();
+    let (n_threads, batch_requests) = (settings.n_threads, settings.batch_requests);
     let (library, provider) = (settings.onnxruntime.clone(), settings.provider);
     let load = move || {
         let runtime = Runtime::load(library.as_deref(), provider)?;
-        models.iter().map(|model| load_model(model, n_threads, &runtime)).collect::<Result<Vec<_>, _>>()
+        let options =
+            |model: &ModelSettings| LoadOptions { served_name: model.name.clone(), n_threads, batch_requests };
+        models.iter().map(|model| load_model(model, &options(model), &runtime)).collect::<Result<Vec<_>, _>>()
     };
     let models = tokio::task::spawn_blocking(load).await??;
     pipeline.registry.install(Snapshot { models });
     Ok(())
 }
 
-fn load_model(model: &ModelSettings, n_threads: usize, runtime: &Runtime) -> Result<ServedModel, ServerError> {
-    let options = LoadOptions { served_name: model.name.clone(), n_threads };
-    let loaded = bundle::load(&model.bundle, &options, runtime)
+fn load_model(model: &ModelSettings, options: &LoadOptions, runtime: &Runtime) -> Result<ServedModel, ServerError> {
+    let loaded = bundle::load(&model.bundle, options, runtime)
         .map_err(|source| ServerError::Bundle { name: model.name.clone(), source: Box::new(source) })?;
     Ok(ServedModel { model: Arc::new(loaded), share: model.share })
 }

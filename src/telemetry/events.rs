@@ -134,6 +134,12 @@ impl Drop for InFlight {
     }
 }
 
+/// A request was handed to the trace's writer, or was left out because the writer is behind.
+pub fn trace_recorded(is_written: bool) {
+    let result = if is_written { "recorded" } else { "left_out" };
+    counter!(names::TRACE_REQUESTS, "result" => result).increment(1);
+}
+
 /// A model passed its checks and is served.
 pub fn model_served(model: &ModelRef, provider: &'static str, load_time: Duration) {
     let ModelRef { name, version, digest } = model.clone();

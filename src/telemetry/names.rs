@@ -73,7 +73,7 @@ metrics! {
     CACHE_EVICTIONS = "midemb_cache_evictions_total", Kind::Counter, "cache";
     /// Candidate rows answered, by their status.
     ROWS = "midemb_rows_total", Kind::Counter, "status";
-    /// Items in one run of a graph.
+    /// Items in one run of a graph; for the user tower, users.
     BATCH_ITEMS = "midemb_batch_items", Kind::Histogram(ITEMS), "stage";
     /// Tokens in one run of the encoder, padding included.
     BATCH_TOKENS = "midemb_batch_tokens", Kind::Histogram(TOKENS), "";
@@ -85,6 +85,8 @@ metrics! {
     SHED = "midemb_shed_total", Kind::Counter, "reason";
     /// GetMidEmb requests under way.
     IN_FLIGHT = "midemb_in_flight_requests", Kind::Gauge, "";
+    /// Requests written into a trace (`midemb serve --record-trace`), or left out because the writer was behind.
+    TRACE_REQUESTS = "midemb_trace_requests_total", Kind::Counter, "result";
     /// 1 for every served model.
     MODEL_INFO = "midemb_model_info", Kind::Gauge, "name,version,digest,provider";
     /// 1 for the config in force.

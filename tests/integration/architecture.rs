@@ -43,6 +43,7 @@ const ROOMS: &[&str] = &[
     "pipeline",
     "admission",
     "bundle",
+    "item_trace",
     "known_items",
     "fusion",
     "towers",

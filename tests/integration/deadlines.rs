@@ -1,6 +1,6 @@
 //! A deadline is kept: what is ready is answered, what is not says so, and nothing that was begun is lost.
 
-use crate::harness::{PATIENCE, Server, call_slowly, films, fixture, page, shipped, statuses};
+use crate::harness::{PATIENCE, Server, call_slowly, films, fixture, ids, page, shipped, statuses};
 use std::time::{Duration, Instant};
 use tonic::{Code, Request};
 
@@ -68,6 +68,31 @@ async fn without_a_grpc_timeout_the_default_deadline_holds() {
     assert!(took < Duration::from_secs(10), "took {took:?}");
 }
 
+/// Fifty milliseconds are a few items' worth of the shipped encoder. They are spent on items that the answer can still hold,
+/// not on a full batch that comes too late (how many depends on the machine: `midemb bench w6-cold-page` says it), and the
+/// rest is there for the next page.
+#[tokio::test]
+async fn a_cold_page_with_little_time_is_answered_and_the_rest_is_there_for_the_next() {
+    let server = Server::start_with(&shipped(), "inference.threads = 1");
+    let mut client = server.client().await;
+    // The encoder learns how fast it is.
+    client.get_mid_emb(within(page(vec![], films("first", 40)), PATIENCE)).await.unwrap();
+    let token_time = server.scrape().sum("midemb_stage_duration_seconds_sum", &["stage=\"encode\""])
+        / server.scrape().sum("midemb_batch_tokens_sum", &[]);
+    // Half of a full batch's time, on whatever machine this runs.
+    let deadline = Duration::from_secs_f64(token_time * 256.0).max(Duration::from_millis(20));
+    let cold = films("cold", 300);
+    let answer = client.get_mid_emb(within(page(vec![], cold.clone()), deadline)).await;
+    if let Ok(answer) = &answer {
+        let first = statuses(answer.get_ref());
+        assert!(first.contains(&"NOT_IN_TIME"), "{first:?}");
+        assert!(first.iter().all(|status| ["OK", "NOT_IN_TIME"].contains(status)), "{first:?}");
+    }
+    let again = client.get_mid_emb(within(page(vec![], cold), PATIENCE)).await.unwrap().into_inner();
+    assert_eq!(statuses(&again), ["OK"; 300]);
+    assert_eq!(server.scrape().n_encoded(), 340.0, "an item was encoded twice, or not at all");
+}
+
 /// A caller that hangs up strands nobody: the next one finds what the first one began.
 #[tokio::test]
 async fn a_caller_that_leaves_loses_nothing_for_the_next_one() {
@@ -105,16 +130,18 @@ async fn more_requests_than_may_be_in_flight_are_shed_with_a_time_to_come_back()
     assert_eq!(server.scrape().sum("midemb_shed_total", &["reason=\"in_flight\""]), 1.0);
 }
 
-/// The encoder's queue holds 16,384 texts. What it cannot take is turned away at once and counted, and hits are still served.
+/// The encoder's queue holds 262,144 tokens: 16,384 short texts. What it cannot take is turned away at once and counted, and hits are still served.
 #[tokio::test]
 async fn a_full_encoder_queue_turns_rows_away_and_still_serves_hits() {
     let server = Server::start_with(&shipped(), "inference.threads = 1");
     let mut client = server.client().await;
     client.get_mid_emb(within(page(vec![], films("warm", 1)), PATIENCE)).await.unwrap();
     for i in 0..9 {
-        // Nothing of it is ready in time; all of it is queued, until the queue is full.
+        // Little of it is ready in time, if anything; all of it is queued, until the queue is full.
         let flood = page(vec![], films(&format!("flood-{i}"), 2000));
-        client.get_mid_emb(within(flood, Duration::from_millis(200))).await.unwrap_err();
+        if let Ok(answer) = client.get_mid_emb(within(flood, Duration::from_millis(200))).await {
+            assert!(statuses(answer.get_ref()).contains(&"NOT_IN_TIME"));
+        }
     }
     let mut more = films("more", 1999);
     more.extend(films("warm", 1));
@@ -126,22 +153,22 @@ async fn a_full_encoder_queue_turns_rows_away_and_still_serves_hits() {
     assert!(server.scrape().sum("midemb_shed_total", &["reason=\"encoder_queue\""]) >= n_shed as f64);
 }
 
-/// Five times what two threads can score within the deadline, at once: who cannot be served is told so, and when to come back.
+/// More than two threads can score within the deadline, at once, in requests that are all scoring and little else: who cannot be served is told so, and when to come back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_burst_is_answered_or_turned_away_and_the_next_request_is_served() {
     use tonic_types::StatusExt;
     let server = Server::start_with(&shipped(), "limits.max_in_flight = 10000");
     let mut client = server.client().await;
-    let items = films("hot", 300);
-    let warm = within(page(items[..80].to_vec(), items.clone()), PATIENCE);
-    client.get_mid_emb(warm).await.unwrap();
-    let calls: Vec<_> = (0..400)
+    let items = films("hot", 80);
+    client.get_mid_emb(within(page(items.clone(), items.clone()), PATIENCE)).await.unwrap();
+    let (items, candidates) = (ids(&items), ids(&items[..5]));
+    let calls: Vec<_> = (0..1500)
         .map(|i| {
             // Every user is another one: the tower has to run for each.
-            let mut history = items[..80].to_vec();
+            let mut history = items.clone();
             history.rotate_left(i % 80);
-            history.swap(i % 7, 7 + i % 70);
-            let request = within(page(history, items.clone()), Duration::from_millis(400));
+            history.swap(i / 80, 20 + i / 80);
+            let request = within(page(history, candidates.clone()), Duration::from_millis(400));
             let mut client = client.clone();
             tokio::spawn(async move { client.get_mid_emb(request).await })
         })
@@ -150,7 +177,7 @@ async fn a_burst_is_answered_or_turned_away_and_the_next_request_is_served() {
     for call in calls {
         match call.await.unwrap() {
             Ok(answer) => {
-                assert_eq!(statuses(answer.get_ref()), ["OK"; 300]);
+                assert_eq!(statuses(answer.get_ref()), ["OK"; 5]);
                 n_ok += 1.0;
             }
             Err(status) if status.code() == Code::ResourceExhausted => {
@@ -167,7 +194,7 @@ async fn a_burst_is_answered_or_turned_away_and_the_next_request_is_served() {
     // The answer to some that were turned away may have come after their own timer.
     assert!(server.scrape().sum("midemb_shed_total", &["reason=\"tower_queue\""]) >= n_shed);
     let next = client.get_mid_emb(within(page(vec![], items), PATIENCE)).await.unwrap().into_inner();
-    assert_eq!(statuses(&next), ["OK"; 300]);
+    assert_eq!(statuses(&next), ["OK"; 80]);
     assert_eq!(server.scrape().sum("midemb_in_flight_requests", &[]), 0.0);
 }
 

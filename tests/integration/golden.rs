@@ -1,14 +1,20 @@
 //! What PyTorch gave in training is what comes back over the wire.
 
-use crate::harness::{Server, fixture, floats, page, rows, shipped, statuses};
+use crate::harness::{Server, films, fixture, floats, page, rows, shipped, statuses};
 use midemb::{
     bundle,
+    bundle::LoadOptions,
     domain::ItemText,
+    fusion::{Score, ScoreDims, ScoreInput, UserInput, scoring::score_all},
     inference::{ProviderChoice, Runtime},
-    wire::proto::{self, Item},
+    wire::proto::{self, FlushCacheRequest, Item},
 };
 use serde::Deserialize;
-use std::{path::Path, sync::OnceLock};
+use std::{
+    path::Path,
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
 
 #[derive(Deserialize)]
 struct Golden {
@@ -20,6 +26,7 @@ struct Golden {
 #[derive(Deserialize)]
 struct GoldenItem {
     text: ItemText,
+    content: Vec<f32>,
     item: Vec<f32>,
 }
 
@@ -104,5 +111,104 @@ fn every_stage_of_both_bundles_is_within_tolerance() {
             assert!(report.n_vectors >= 4, "{report:?}");
             assert!(report.max_absolute <= 1e-4 && report.min_cosine > 0.99999, "{report:?}");
         }
+    }
+}
+
+/// Users with histories of every length, a user who is known, one who is new, and one without candidates: together each gets
+/// what it gets alone, and what PyTorch gave.
+#[tokio::test]
+async fn requests_that_are_scored_together_get_what_each_gets_alone() {
+    for folder in [fixture(), shipped()] {
+        let golden: Golden =
+            serde_json::from_str(&std::fs::read_to_string(folder.join("golden.json")).unwrap()).unwrap();
+        let options = LoadOptions { served_name: "learn".to_owned(), n_threads: 1, batch_requests: 0 };
+        let model = bundle::load(&folder, &options, runtime()).unwrap();
+        let manifest = &model.manifest;
+        let dims = ScoreDims { content: manifest.encoder.dim, user: manifest.user_tower.dim, mid: manifest.cvr.dim };
+        let content = |j: &usize| golden.items[*j].content.clone();
+        let mut inputs: Vec<ScoreInput> = Vec::new();
+        for (i, user) in golden.users.iter().enumerate() {
+            let history = user.history.iter().flat_map(content).collect();
+            let items = golden.items.iter().take(i + 1).flat_map(|item| item.item.clone()).collect();
+            inputs.push(ScoreInput { user: UserInput::History(history), items });
+            let items = golden.items[0].item.clone();
+            inputs.push(ScoreInput { user: UserInput::Known(user.user.clone().into()), items });
+        }
+        let everyone = golden.users[0].history.iter().flat_map(content).collect();
+        inputs.push(ScoreInput { user: UserInput::History(everyone), items: Vec::new() });
+        inputs.push(ScoreInput { user: UserInput::History(Vec::new()), items: golden.items[0].item.clone() });
+        assert!(golden.users.iter().any(|user| user.history.len() > 1), "no history has to be padded");
+
+        let all = inputs.clone();
+        let score = move |graphs: &mut _| {
+            let alone: Vec<_> = all.iter().flat_map(|input| score_all(graphs, vec![input.clone()], dims)).collect();
+            (alone, score_all(graphs, all, dims))
+        };
+        let (alone, together) = model.towers.run(Instant::now() + Duration::from_secs(60), score).await.unwrap();
+        assert_eq!(together.len(), inputs.len());
+        for (i, (alone, together)) in alone.into_iter().zip(together).enumerate() {
+            let (alone, together): (Score, Score) = (alone.unwrap(), together.unwrap());
+            assert_near(&format!("user of request {i}"), &together.user, &alone.user);
+            match (alone.fused, together.fused) {
+                (Some(alone), Some(together)) => {
+                    assert_near(&format!("mid_emb of request {i}"), &together.mid_emb.data, &alone.mid_emb.data);
+                    assert_eq!(together.cvr.len(), inputs[i].items.len() / dims.user);
+                    together.cvr.iter().zip(&alone.cvr).for_each(|(a, b)| assert_near("cvr", &[*a], &[*b]));
+                }
+                (None, None) => assert!(inputs[i].items.is_empty()),
+                different => panic!("request {i}: {different:?}"),
+            }
+            if let Some(user) = golden.users.get(i / 2) {
+                assert_near(&format!("user {}", i / 2), &together.user, &user.user);
+            }
+        }
+    }
+}
+
+/// One thread and many callers: what waits is scored together, and everybody gets the answer that a server without batches
+/// gives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_scores_requests_together_answers_as_one_that_does_not() {
+    let items = films("c", 40);
+    let requests: Vec<_> = (0..60)
+        .map(|i| {
+            let candidates = items.iter().cycle().skip(i).take(1 + i % 30).cloned().collect();
+            page(items[..i % 8].iter().rev().chain(&items[i % 20..i % 20 + i % 3]).cloned().collect(), candidates)
+        })
+        .collect();
+    let mut answers = Vec::new();
+    for batch_requests in [1, 16] {
+        let more = format!("inference.threads = 1\ninference.batch_requests = {batch_requests}\ncache.user_mb = 1");
+        let server = Server::start_with(&fixture(), &more);
+        let client = server.client().await;
+        let mut of_this = Vec::new();
+        // The second time everything but the scoring is cached, so that it is what requests wait for.
+        for _ in 0..2 {
+            server.admin().await.flush_cache(FlushCacheRequest { cache: "user".to_owned() }).await.unwrap();
+            let calls: Vec<_> = requests
+                .iter()
+                .map(|request| {
+                    let (mut client, request) = (client.clone(), request.clone());
+                    tokio::spawn(async move { client.get_mid_emb(request).await })
+                })
+                .collect();
+            of_this.clear();
+            for call in calls {
+                of_this.push(call.await.unwrap().unwrap().into_inner());
+            }
+        }
+        let scrape = server.scrape();
+        let users = |part: &str| scrape.sum(&format!("midemb_batch_items_{part}"), &["stage=\"user_tower\""]);
+        assert!(users("count") > 0.0);
+        assert_eq!(users("sum") > users("count"), batch_requests > 1, "{} in {}", users("sum"), users("count"));
+        answers.push(of_this);
+    }
+    let [alone, together] = answers.try_into().unwrap();
+    for (alone, together) in alone.iter().zip(&together) {
+        assert_eq!(statuses(alone), statuses(together));
+        assert_near("user", &floats(&together.user_emb), &floats(&alone.user_emb));
+        assert_near("item", &floats(&together.item_emb), &floats(&alone.item_emb));
+        assert_near("mid_emb", &floats(&together.mid_emb), &floats(&alone.mid_emb));
+        floats(&together.cvr).iter().zip(&floats(&alone.cvr)).for_each(|(a, b)| assert_near("cvr", &[*a], &[*b]));
     }
 }

@@ -1,8 +1,10 @@
 //! `midemb bench`: known scenarios against a running server, for planning capacity and for keeping us honest.
 //!
 //! What counts most is the server's own CPU time (from its `process_cpu_seconds_total`): latencies on a shared machine hold
-//! little. [`traffic`] sends, [`scenarios`] says what, [`report`] prints.
+//! little. [`traffic`] sends, [`scenarios`] says what ([`draws`] which items), [`report`] prints; [`curve`] needs no server.
 
+mod curve;
+mod draws;
 mod report;
 mod scenarios;
 mod scrape;
@@ -10,8 +12,9 @@ mod traffic;
 
 use super::client;
 use anyhow::ensure;
+use draws::Draws;
 use fastrand::Rng;
-use std::time::Duration;
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 /// What to send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -20,10 +23,17 @@ enum Scenario {
     W1Hot,
     /// Items that were never seen, through WarmItems.
     W2Cold,
+    /// Items drawn by popularity (--zipf over --items) or as a trace has them (--trace), each with its text: first into caches
+    /// as they are, then again.
+    W3Zipf,
     /// Hot requests at --rate, alone and then while cold items keep the encoder busy.
     W4HotWhileCold,
     /// Three times what the server can take, with a deadline.
     W5Overload,
+    /// Pages of items that were never seen, with a deadline that only a part of them can make, and each again afterwards.
+    W6ColdPage,
+    /// Hit rates by cache size for the draws of w3-zipf; asks no server.
+    CacheCurve,
 }
 
 impl Scenario {
@@ -31,8 +41,11 @@ impl Scenario {
         match self {
             Scenario::W1Hot => "w1-hot",
             Scenario::W2Cold => "w2-cold",
+            Scenario::W3Zipf => "w3-zipf",
             Scenario::W4HotWhileCold => "w4-hot-while-cold",
             Scenario::W5Overload => "w5-overload",
+            Scenario::W6ColdPage => "w6-cold-page",
+            Scenario::CacheCurve => "cache-curve",
         }
     }
 }
@@ -57,7 +70,8 @@ pub(super) struct Args {
     /// request was due.
     #[arg(long)]
     rate: Option<f64>,
-    /// The deadline that requests carry; without it the server's default holds. w5-overload takes 100 where this is absent.
+    /// The deadline that requests carry; without it the server's default holds. w5-overload takes 100 where this is absent,
+    /// w6-cold-page 50.
     #[arg(long)]
     deadline_ms: Option<u64>,
     /// Candidates of a request.
@@ -66,7 +80,7 @@ pub(super) struct Args {
     /// History items of a request.
     #[arg(long, default_value_t = 80)]
     history: usize,
-    /// Different items: warmed before the first request, or sent cold by w2-cold.
+    /// Different items: warmed before the first request, sent cold by w2-cold, or drawn by w3-zipf and cache-curve.
     #[arg(long, default_value_t = 1000)]
     items: usize,
     /// Send every item's text with every request.
@@ -75,6 +89,18 @@ pub(super) struct Args {
     /// Requests in a row that send the same history, as the pages of one session do.
     #[arg(long, default_value_t = 1)]
     pages: u64,
+    /// w3-zipf and cache-curve: the k-th most popular item is drawn in proportion to 1/k^S.
+    #[arg(long, value_name = "S", default_value_t = 1.0)]
+    zipf: f64,
+    /// w3-zipf and cache-curve: ask for what this trace (of `midemb serve --record-trace`) asks for, with made-up texts.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// cache-curve: the width of content embeddings.
+    #[arg(long, default_value_t = 384)]
+    content_dim: usize,
+    /// cache-curve: the width of item embeddings.
+    #[arg(long, default_value_t = 64)]
+    item_dim: usize,
     /// What the hot items are made up from. Histories and cold items are others every time.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -84,6 +110,14 @@ pub(super) struct Args {
 }
 
 impl Args {
+    fn draws(&self) -> anyhow::Result<Draws> {
+        match &self.trace {
+            // Twice as many requests are sent as there are in a phase.
+            Some(path) => Draws::trace(path, 2 * self.requests as usize),
+            None => Ok(Draws::zipf(self.zipf, self.items, self.history, self.candidates, self.seed)),
+        }
+    }
+
     fn deadline(&self) -> Option<Duration> {
         self.deadline_ms.map(Duration::from_millis)
     }
@@ -96,15 +130,23 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
     );
     ensure!(args.rate.is_none_or(|rate| rate.is_finite() && rate > 0.0), "--rate must be above 0");
     ensure!(args.items >= args.candidates.max(args.history), "--items must cover the candidates and the history");
+    ensure!(args.zipf.is_finite() && args.zipf >= 0.0, "--zipf must be 0 or more");
+    if args.scenario == Scenario::CacheCurve {
+        curve::run(&args, &args.draws()?);
+        return Ok(());
+    }
     let server = client::mid_emb(&args.server).await?;
     let mut rng = Rng::with_seed(args.seed);
-    let items = traffic::made_up(args.items, "hot", &mut rng);
+    let items = traffic::made_up(args.items, "hot", &mut rng).into();
     let bench = scenarios::Bench { server, items, args: &args };
     let phases = match args.scenario {
         Scenario::W1Hot => bench.w1_hot().await?,
         Scenario::W2Cold => bench.w2_cold().await?,
+        Scenario::W3Zipf => bench.w3_zipf(Arc::new(args.draws()?)).await?,
         Scenario::W4HotWhileCold => bench.w4_hot_while_cold().await?,
         Scenario::W5Overload => bench.w5_overload().await?,
+        Scenario::W6ColdPage => bench.w6_cold_page().await?,
+        Scenario::CacheCurve => Vec::new(),
     };
     report::print(&args, &phases);
     Ok(())

@@ -2,13 +2,17 @@
 
 use super::{
     Args,
-    scrape::Scrape,
-    traffic::{self, Answers, Client},
+    draws::Draws,
+    scrape::{HitRates, Scrape},
+    traffic::{self, Answers, Client, Workload},
 };
-use crate::wire::proto::Item;
-use anyhow::ensure;
+use crate::wire::proto::{GetMidEmbRequest, Item};
+use anyhow::{bail, ensure};
 use fastrand::Rng;
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// One measured phase of a scenario.
 #[derive(Debug)]
@@ -29,9 +33,20 @@ pub(super) struct Cost {
     pub(super) cpu_seconds: f64,
     /// At the end of it.
     pub(super) resident_bytes: f64,
+    pub(super) hit_rates: HitRates,
 }
 
 impl Phase {
+    fn of(name: &'static str, (answers, cost): (Answers, Cost)) -> Self {
+        Phase { name, unit: "request", n_units: answers.n_sent(), answers: Some(answers), cost }
+    }
+
+    /// Of the rows answered, those that are OK.
+    pub(super) fn rows_ok(&self) -> Option<f64> {
+        let answers = self.answers.as_ref().filter(|answers| answers.n_rows > 0)?;
+        Some(answers.n_rows_ok as f64 / answers.n_rows as f64)
+    }
+
     /// Answered in full and in time, a second.
     pub(super) fn goodput(&self) -> f64 {
         let n_good = self.answers.as_ref().map_or(self.n_units, |answers| answers.latencies.len());
@@ -52,13 +67,23 @@ impl Phase {
 /// Sends to one server.
 pub(super) struct Bench<'a> {
     pub(super) server: Client,
-    pub(super) items: Vec<Item>,
+    pub(super) items: Arc<[Item]>,
     pub(super) args: &'a Args,
 }
 
 /// What w5-overload sends, as a multiple of what the server took in its first phase.
 const OVERLOAD: f64 = 3.0;
 const OVERLOAD_DEADLINE_MS: u64 = 100;
+const COLD_PAGES: usize = 5;
+const COLD_PAGE_DEADLINE_MS: u64 = 50;
+/// Longer than any scenario leaves work behind.
+const SETTLING: Duration = Duration::from_secs(120);
+
+/// `n` items that no server has seen.
+fn cold(n: usize) -> Vec<Item> {
+    let mut rng = Rng::new();
+    traffic::made_up(n, &format!("cold-{}", rng.u64(..)), &mut rng)
+}
 
 impl Bench<'_> {
     pub(super) async fn w1_hot(&self) -> anyhow::Result<Vec<Phase>> {
@@ -68,12 +93,21 @@ impl Bench<'_> {
 
     pub(super) async fn w2_cold(&self) -> anyhow::Result<Vec<Phase>> {
         // What the first batches grow is not the steady state.
-        let cold = |n| traffic::made_up(n, &format!("cold-{}", Rng::new().u64(..)), &mut Rng::new());
         traffic::warm(self.server.clone(), &cold(64)).await?;
+        self.settle().await?;
         let items = cold(self.args.items);
         let ((), cost) = self.measure(traffic::warm(self.server.clone(), &items)).await?;
         let n_units = items.len() as u64;
         Ok(vec![Phase { name: "cold items", unit: "item", n_units, answers: None, cost }])
+    }
+
+    pub(super) async fn w3_zipf(&self, draws: Arc<Draws>) -> anyhow::Result<Vec<Phase>> {
+        self.settle().await?;
+        let first = Workload::Drawn(Arc::clone(&draws), 0);
+        let first = self.phase_of("caches as they are", self.args, &first).await?;
+        self.settle().await?;
+        let then = Workload::Drawn(draws, self.args.requests);
+        Ok(vec![first, self.phase_of("then", self.args, &then).await?])
     }
 
     pub(super) async fn w4_hot_while_cold(&self) -> anyhow::Result<Vec<Phase>> {
@@ -82,14 +116,8 @@ impl Bench<'_> {
         let alone = self.phase("hot alone", self.args).await?;
         let server = self.server.clone();
         let cold = tokio::spawn(async move {
-            let mut rng = Rng::new();
-            loop {
-                let prefix = format!("cold-{}", rng.u64(..));
-                // Ends with the phase; until then there is always more.
-                if traffic::warm(server.clone(), &traffic::made_up(512, &prefix, &mut rng)).await.is_err() {
-                    return;
-                }
-            }
+            // Ends with the phase; until then there is always more.
+            while traffic::warm(server.clone(), &cold(512)).await.is_ok() {}
         });
         // The encoder's queue fills first.
         tokio::time::sleep(Duration::from_millis(500)).await;
@@ -114,16 +142,58 @@ impl Bench<'_> {
         Ok(vec![capacity, overload, after])
     }
 
+    /// The history is hot, so all that a page waits for is its own.
+    pub(super) async fn w6_cold_page(&self) -> anyhow::Result<Vec<Phase>> {
+        self.prepare().await?;
+        let id = |item: &Item| Item { id: item.id.clone(), text: None };
+        let history: Vec<Item> = self.items.iter().take(self.args.history).map(id).collect();
+        let page = |i| GetMidEmbRequest {
+            user_id: format!("bench-user-{i}"),
+            history: history.clone(),
+            candidates: cold(self.args.candidates),
+            ..Default::default()
+        };
+        let pages: Vec<GetMidEmbRequest> = (0..COLD_PAGES).map(page).collect();
+        let deadline = Duration::from_millis(self.args.deadline_ms.unwrap_or(COLD_PAGE_DEADLINE_MS));
+        let settled = async || self.settle().await;
+        let first = traffic::send_one_by_one(&self.server, &pages, Some(deadline), settled);
+        let first = Phase::of("never seen", self.measure(first).await?);
+        let again = traffic::send_one_by_one(&self.server, &pages, None, async || Ok(()));
+        Ok(vec![first, Phase::of("the same again", self.measure(again).await?)])
+    }
+
+    /// Waits until the server has done what was left to it: no request waits for it, and it would be in the figures.
+    async fn settle(&self) -> anyhow::Result<()> {
+        let (start, mut n_idle) = (Instant::now(), 0);
+        // Twice: between two batches the queue may be empty for a moment.
+        while n_idle < 2 {
+            n_idle = if self.scrape().await?.n_queued_to_encode > 0.0 { 0 } else { n_idle + 1 };
+            if start.elapsed() > SETTLING {
+                bail!("the server's encoder is still busy after {SETTLING:?}: does somebody else use it?");
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        Ok(())
+    }
+
     /// Warms the items, then the paths: what the first requests grow (arenas, connections) is not the steady state.
     async fn prepare(&self) -> anyhow::Result<()> {
         traffic::warm(self.server.clone(), &self.items).await?;
+        self.settle().await?;
         let first = Args { requests: 40, rate: None, deadline_ms: None, ..self.args.clone() };
-        traffic::send(&first, &self.server, &self.items).await.map(drop)
+        traffic::send(&first, &self.server, &self.hot()).await.map(drop)
+    }
+
+    fn hot(&self) -> Workload {
+        Workload::Hot(Arc::clone(&self.items))
     }
 
     async fn phase(&self, name: &'static str, args: &Args) -> anyhow::Result<Phase> {
-        let (answers, cost) = self.measure(traffic::send(args, &self.server, &self.items)).await?;
-        Ok(Phase { name, unit: "request", n_units: answers.n_sent(), answers: Some(answers), cost })
+        self.phase_of(name, args, &self.hot()).await
+    }
+
+    async fn phase_of(&self, name: &'static str, args: &Args, workload: &Workload) -> anyhow::Result<Phase> {
+        Ok(Phase::of(name, self.measure(traffic::send(args, &self.server, workload)).await?))
     }
 
     /// What `work` gives, and what it cost the server.
@@ -133,7 +203,8 @@ impl Bench<'_> {
         let took = start.elapsed();
         let after = self.scrape().await?;
         let cpu_seconds = after.cpu_seconds - before.cpu_seconds;
-        Ok((result, Cost { took, cpu_seconds, resident_bytes: after.resident_bytes }))
+        let hit_rates = after.hit_rates_since(&before);
+        Ok((result, Cost { took, cpu_seconds, resident_bytes: after.resident_bytes, hit_rates }))
     }
 
     async fn scrape(&self) -> anyhow::Result<Scrape> {

@@ -1,0 +1,253 @@
+//! Traces of which items requests ask for, to size caches by: ids and text digests, never text, and nothing of the user.
+//!
+//! A trace is a file of JSON lines, one a request in the order in which requests were resolved:
+//!
+//! ```json
+//! {"at_ms":1764000000000,"history":[["tt0111161","6b8b…32 hex digits"]],"candidates":[["tt0068646",null]]}
+//! ```
+//!
+//! `at_ms` is Unix time. An item is its id and the digest of its text; `null` where the text was not known, or was not
+//! taken. [`Recorder`] writes it off the request's path and never holds a request up: what the writer has no time for is
+//! left out and counted, and it stops for good at the file's bound or at the first write that fails.
+
+use crate::{
+    content::KnownItem,
+    domain::{Item, RowStatus},
+    telemetry::events,
+};
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, BufRead, BufReader, BufWriter, Write},
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    thread::{self, JoinHandle},
+    time::{SystemTime, UNIX_EPOCH},
+};
+use thiserror::Error;
+
+/// One line of a trace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TracedRequest {
+    /// Unix time in milliseconds.
+    pub at_ms: u64,
+    /// Oldest first.
+    pub history: Vec<TracedItem>,
+    /// In the request's order.
+    pub candidates: Vec<TracedItem>,
+}
+
+/// An item's id and its text's digest in hex, where the text was known.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct TracedItem(pub String, pub Option<String>);
+
+/// A trace cannot be written or read.
+#[derive(Debug, Error)]
+pub enum TraceError {
+    /// The file cannot be created, opened or read.
+    #[error("trace {}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A line is no request.
+    #[error("trace {} line {line}: {source}", path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// The file holds no request.
+    #[error("trace {} holds no request", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// Requests that may wait to be written: some megabytes.
+const MAX_WAITING: usize = 256;
+
+enum Message {
+    Request(TracedRequest),
+    End,
+}
+
+/// Writes a trace on a thread of its own.
+#[derive(Debug)]
+pub struct Recorder {
+    queue: Sender<Message>,
+    writer: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Recorder {
+    /// Starts a new trace of at most `max_bytes`. A file that exists is never touched.
+    pub fn start(path: &Path, max_bytes: u64) -> Result<Self, TraceError> {
+        let failed = |source| TraceError::File { path: path.to_path_buf(), source };
+        let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(failed)?;
+        let (queue, waiting) = bounded(MAX_WAITING);
+        let path = path.to_path_buf();
+        let write = move || match write_all(&waiting, &file, max_bytes) {
+            Ok(n_requests) => tracing::info!(path = %path.display(), n_requests, "trace ended"),
+            Err(error) => tracing::error!(path = %path.display(), %error, "trace ended: it cannot be written"),
+        };
+        let writer = thread::Builder::new().name("trace".to_owned()).spawn(write).map_err(failed)?;
+        Ok(Recorder { queue, writer: Mutex::new(Some(writer)) })
+    }
+
+    /// Records one request, or counts it as left out.
+    pub fn record(&self, history: Traced, candidates: Traced) {
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let at_ms = since_epoch.as_millis() as u64;
+        let request = TracedRequest { at_ms, history: history.0, candidates: candidates.0 };
+        match self.queue.try_send(Message::Request(request)) {
+            Ok(()) => events::trace_recorded(true),
+            Err(TrySendError::Full(_)) => events::trace_recorded(false),
+            // The writer said why it ended.
+            Err(TrySendError::Disconnected(_)) => {}
+        }
+    }
+
+    /// Writes what waits and ends the trace.
+    pub fn finish(&self) {
+        // An error says that the writer has ended already.
+        let _ = self.queue.send(Message::End);
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        writer.into_iter().for_each(|writer| drop(writer.join()));
+    }
+}
+
+/// The items of a request on their way into a trace.
+#[derive(Debug)]
+pub struct Traced(Vec<TracedItem>);
+
+impl Traced {
+    /// Their ids, as the request has them.
+    pub fn ids(items: &[Item]) -> Self {
+        Traced(items.iter().map(|item| TracedItem(item.id.clone(), None)).collect())
+    }
+
+    /// With the digests that they were resolved to, one an item.
+    pub fn resolved(mut self, resolved: &[Result<KnownItem, RowStatus>]) -> Self {
+        for (item, resolved) in self.0.iter_mut().zip(resolved) {
+            item.1 = resolved.as_ref().ok().map(|known| format!("{:?}", known.digest));
+        }
+        self
+    }
+}
+
+/// Returns how many requests were written.
+fn write_all(waiting: &Receiver<Message>, file: &File, max_bytes: u64) -> io::Result<u64> {
+    let mut writer = BufWriter::new(file);
+    let (mut n_requests, mut n_bytes) = (0, 0);
+    let mut line = Vec::new();
+    loop {
+        // Who looks at the file while traffic pauses finds whole lines in it.
+        let next = match waiting.try_recv() {
+            Ok(next) => Some(next),
+            Err(_) => {
+                writer.flush()?;
+                waiting.recv().ok()
+            }
+        };
+        let Some(Message::Request(request)) = next else { break };
+        line.clear();
+        serde_json::to_writer(&mut line, &request)?;
+        line.push(b'\n');
+        n_bytes += line.len() as u64;
+        if n_bytes > max_bytes {
+            tracing::warn!(max_bytes, "the trace is full");
+            break;
+        }
+        writer.write_all(&line)?;
+        n_requests += 1;
+    }
+    writer.flush()?;
+    Ok(n_requests)
+}
+
+/// The first `max_requests` requests of a trace; at least one.
+pub fn read(path: &Path, max_requests: usize) -> Result<Vec<TracedRequest>, TraceError> {
+    let failed = |source| TraceError::File { path: path.to_path_buf(), source };
+    let lines = BufReader::new(File::open(path).map_err(failed)?).lines();
+    let mut requests = Vec::new();
+    for (i, line) in lines.take(max_requests).enumerate() {
+        let request = serde_json::from_str(&line.map_err(failed)?);
+        requests.push(request.map_err(|source| TraceError::Line { path: path.to_path_buf(), line: i + 1, source })?);
+    }
+    if requests.is_empty() {
+        return Err(TraceError::Empty { path: path.to_path_buf() });
+    }
+    Ok(requests)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{domain::ItemText, known_items::KnownItems};
+
+    fn traced(known: &KnownItems, items: Vec<Item>) -> Traced {
+        let traced = Traced::ids(&items);
+        traced.resolved(&known.resolve(items))
+    }
+
+    fn item(id: &str, title: Option<&str>) -> Item {
+        Item { id: id.to_owned(), text: title.map(|t| ItemText { title: t.to_owned(), ..ItemText::default() }) }
+    }
+
+    #[test]
+    fn what_was_recorded_is_read_back_without_a_word_of_text() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("trace.jsonl");
+        let known = KnownItems::new(1 << 20, 100);
+        let recorder = Recorder::start(&path, 1 << 20).unwrap();
+        recorder.record(traced(&known, vec![item("a", Some("Secret"))]), traced(&known, vec![item("b", None)]));
+        recorder.record(traced(&known, vec![]), traced(&known, vec![item("a", None)]));
+        recorder.finish();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(!text.contains("Secret"), "{text}");
+        let requests = read(&path, usize::MAX).unwrap();
+        assert_eq!(requests.len(), 2);
+        let [TracedItem(a, Some(digest))] = requests[0].history.as_slice() else { panic!("{requests:?}") };
+        assert_eq!((a.as_str(), digest.len()), ("a", 32));
+        assert_eq!(requests[0].candidates, [TracedItem("b".to_owned(), None)]);
+        assert_eq!(requests[1].candidates, [TracedItem("a".to_owned(), Some(digest.clone()))]);
+        assert!(requests[0].at_ms > 1_700_000_000_000 && requests[1].at_ms >= requests[0].at_ms);
+        assert_eq!(read(&path, 1).unwrap().len(), 1);
+        assert!(matches!(Recorder::start(&path, 1), Err(TraceError::File { .. })), "a trace was overwritten");
+    }
+
+    #[test]
+    fn a_full_trace_ends_with_a_whole_line_and_holds_nobody_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("trace.jsonl");
+        let recorder = Recorder::start(&path, 300).unwrap();
+        let known = KnownItems::new(1 << 20, 100);
+        for _ in 0..1000 {
+            recorder.record(traced(&known, vec![]), traced(&known, vec![item("a", None)]));
+        }
+        recorder.finish();
+        recorder.finish();
+        let n_requests = read(&path, usize::MAX).unwrap().len();
+        assert!((1..10).contains(&n_requests), "{n_requests} requests in 300 bytes");
+        assert!(std::fs::metadata(&path).unwrap().len() <= 300);
+    }
+
+    #[test]
+    fn a_file_that_is_no_trace_is_refused_with_its_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("trace.jsonl");
+        assert!(read(&path, 1).unwrap_err().to_string().contains("trace.jsonl"));
+        std::fs::write(&path, "").unwrap();
+        assert!(matches!(read(&path, 1), Err(TraceError::Empty { .. })));
+        std::fs::write(&path, "{\"at_ms\":1,\"history\":[],\"candidates\":[]}\nuserId,movieId\n").unwrap();
+        let error = read(&path, 9).unwrap_err().to_string();
+        assert!(error.contains("line 2"), "{error}");
+    }
+}
