@@ -1,4 +1,4 @@
-//! How often our cache's clock finds what is asked for, beside the policies that teams would take from a crate.
+//! How often our caches find what is asked for, beside the policies that teams would take from a crate.
 //!
 //!     cargo bench --bench hit_rate [-- TRACE.csv]
 //!
@@ -23,9 +23,9 @@ trait Policy {
     fn ask(&mut self, key: u64) -> bool;
 }
 
-struct Clock(BoundedCache<u64, ()>);
+struct Ours(BoundedCache<u64, ()>);
 
-impl Policy for Clock {
+impl Policy for Ours {
     fn ask(&mut self, key: u64) -> bool {
         let hit = self.0.read(&key, |()| ()).is_some();
         if !hit {
@@ -60,7 +60,7 @@ fn compare(name: &str, keys: &[u64], n_different: usize) {
     for part in PARTS {
         let n_entries = (n_different / part).max(1) as u64;
         let mut policies: [(&str, Box<dyn Policy>); 3] = [
-            ("clock (ours)", Box::new(Clock(BoundedCache::new("bench", n_entries, |_, ()| 1)))),
+            ("S3-FIFO (ours)", Box::new(Ours(BoundedCache::new("bench", n_entries, |_, ()| 1)))),
             ("LRU", Box::new(Moka::new(n_entries, EvictionPolicy::lru()))),
             ("TinyLFU", Box::new(Moka::new(n_entries, EvictionPolicy::tiny_lfu()))),
         ];
@@ -110,7 +110,7 @@ fn ratings(path: &str) -> Vec<u64> {
 fn main() {
     println!(
         "hits, percent\n{:<28} {:>8} {:>12} {:>12} {:>12}",
-        "workload", "entries", "clock (ours)", "LRU", "TinyLFU"
+        "workload", "entries", "S3-FIFO (ours)", "LRU", "TinyLFU"
     );
     for s in [0.8, 1.0] {
         let keys = zipf(s, &mut Rng::with_seed(1));

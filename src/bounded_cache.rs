@@ -6,10 +6,12 @@
 //! all that is written is an entry's count of uses, so that the processor waits for many entries at once. A loop of single look-ups,
 //! with a lock and a counted reference each, waits for one after the other: see `cargo bench --bench hot_path`.
 //!
-//! Eviction is a clock that counts: a read raises an entry's count (to at most three), the hand lowers it as it
-//! passes and evicts what stands at none. A new entry lies just behind the hand, so it has a whole turn to be read in; it
-//! is never refused, and what was put in can be read right afterwards, also where the cache is full. An entry that was
-//! read more than once outlives a flood of entries that nobody reads.
+//! Eviction is S3-FIFO (Yang et al., SOSP 2023): three queues, and a read that moves nothing. A new entry goes into a
+//! queue of a tenth of the room, from which it leaves for good unless it was read again meanwhile; then it goes into the
+//! main queue, where each read (up to three) is worth another round. What left the first queue is remembered by its hash,
+//! and if it comes back while it is, it goes into the main queue at once. So what is asked for once, as in a flood of new
+//! items, never displaces what is asked for often, and still nothing is refused: what was put in can be read right
+//! afterwards, also where the cache is full. `cargo bench --bench hit_rate` compares it with LRU and TinyLFU.
 //!
 //! What counts against the bound is what the caller's `weigh` says: payload, key and bookkeeping.
 //!
@@ -20,6 +22,7 @@ use crate::telemetry::events;
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
 use std::{
+    collections::{HashSet, VecDeque},
     fmt,
     hash::{BuildHasher, Hash},
     sync::{
@@ -61,19 +64,28 @@ struct Shard<K, V> {
     slots: Vec<Slot<K, V>>,
     /// Slots without an entry.
     vacant: Vec<u32>,
-    /// The slot at which the next eviction starts to look.
-    hand: usize,
+    /// Places of entries on probation, oldest first.
+    new: VecDeque<u32>,
+    n_new_bytes: u64,
+    /// Places of entries that proved themselves, the next to be looked at first.
+    main: VecDeque<u32>,
     n_bytes: u64,
+    gone: Gone,
 }
 
 struct Slot<K, V> {
-    /// Reads since the hand passed, at most [`MAX_USES`].
+    /// Reads that still count, at most [`MAX_USES`].
     uses: AtomicU8,
+    is_new: bool,
     entry: Option<(K, V)>,
 }
 
-/// A frequent entry outlives so many turns of the hand without being read.
+/// A frequent entry outlives so many rounds of the main queue without being read.
 const MAX_USES: u8 = 3;
+/// A new entry has to be read so often to stay.
+const USES_TO_STAY: u8 = 1;
+/// New entries have one part in so many of the room.
+const NEW_PART: u64 = 10;
 /// Writers wait for writers of the same shard only; readers take all locks, so there are not many of them.
 const MAX_SHARDS: u64 = 8;
 /// A shard has room for a good number of entries, or their sizes would leave much of it unused.
@@ -172,7 +184,48 @@ fn write_lock<K, V>(shard: &RwLock<Shard<K, V>>) -> RwLockWriteGuard<'_, Shard<K
 
 impl<K, V> Default for Shard<K, V> {
     fn default() -> Self {
-        Shard { table: HashTable::new(), slots: Vec::new(), vacant: Vec::new(), hand: 0, n_bytes: 0 }
+        Shard {
+            table: HashTable::new(),
+            slots: Vec::new(),
+            vacant: Vec::new(),
+            new: VecDeque::new(),
+            n_new_bytes: 0,
+            main: VecDeque::new(),
+            n_bytes: 0,
+            gone: Gone::default(),
+        }
+    }
+}
+
+/// Hashes of entries that were evicted before they had proved themselves, as many as there are that have.
+#[derive(Default)]
+struct Gone {
+    hashes: HashSet<u32, RandomState>,
+    /// Oldest first; with some that came back since.
+    order: VecDeque<u32>,
+}
+
+impl Gone {
+    /// Bits that neither shards nor tables are chosen by; where two entries share them, one stays for longer than it should.
+    fn short(hash: u64) -> u32 {
+        (hash >> 8) as u32
+    }
+
+    fn add(&mut self, hash: u64, max: usize) {
+        let short = Self::short(hash);
+        if self.hashes.insert(short) {
+            self.order.push_back(short);
+        }
+        while self.order.len() > max {
+            if let Some(oldest) = self.order.pop_front() {
+                self.hashes.remove(&oldest);
+            }
+        }
+    }
+
+    /// Whether it was there; it is not any longer.
+    fn take(&mut self, hash: u64) -> bool {
+        self.hashes.remove(&Self::short(hash))
     }
 }
 
@@ -197,12 +250,18 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
 
     /// Returns how many entries had to go.
     fn insert(&mut self, entry: (K, V), hash: u64, shared: &Shared<K, V>) -> u64 {
-        if let Some(place) = self.find(&entry.0, hash) {
-            self.remove(place, shared);
-        }
         let n_bytes = (shared.weigh)(&entry.0, &entry.1);
-        let n_evicted = self.make_room(n_bytes, shared);
-        let slot = Slot { uses: AtomicU8::new(0), entry: Some(entry) };
+        if let Some(place) = self.find(&entry.0, hash) {
+            let slot = &mut self.slots[place as usize];
+            let n_old_bytes = slot.entry.replace(entry).map_or(0, |(key, value)| (shared.weigh)(&key, &value));
+            let in_new = if slot.is_new { (n_bytes, n_old_bytes) } else { (0, 0) };
+            self.n_new_bytes = self.n_new_bytes + in_new.0 - in_new.1;
+            self.n_bytes = self.n_bytes + n_bytes - n_old_bytes;
+            return self.make_room(0, Some(place), shared);
+        }
+        let n_evicted = self.make_room(n_bytes, None, shared);
+        let is_new = !self.gone.take(hash);
+        let slot = Slot { uses: AtomicU8::new(0), is_new, entry: Some(entry) };
         let place = match self.vacant.pop() {
             Some(place) => {
                 self.slots[place as usize] = slot;
@@ -214,6 +273,12 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
             }
         };
         self.n_bytes += n_bytes;
+        if is_new {
+            self.n_new_bytes += n_bytes;
+            self.new.push_back(place);
+        } else {
+            self.main.push_back(place);
+        }
         let slots = &self.slots;
         let rehash =
             |place: &u32| slots[*place as usize].entry.as_ref().map_or(0, |(key, _)| shared.hasher.hash_one(key));
@@ -221,29 +286,61 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
         n_evicted
     }
 
-    /// Evicts until `n_bytes` more fit, or nothing is left. Returns how many entries went.
-    fn make_room(&mut self, n_bytes: u64, shared: &Shared<K, V>) -> u64 {
+    /// Evicts until `n_bytes` more fit, or nothing is left but the entry at `keep`. Returns how many entries went.
+    fn make_room(&mut self, n_bytes: u64, keep: Option<u32>, shared: &Shared<K, V>) -> u64 {
         let mut n_evicted = 0;
-        while self.n_bytes + n_bytes > shared.max_bytes && !self.table.is_empty() {
-            let place = self.hand;
-            self.hand = (self.hand + 1) % self.slots.len();
-            match self.slots[place].uses.get_mut() {
-                0 => n_evicted += u64::from(self.remove(place as u32, shared)),
-                uses => *uses -= 1,
-            }
+        while self.n_bytes + n_bytes > shared.max_bytes && self.table.len() > usize::from(keep.is_some()) {
+            let new_has_its_part = self.n_new_bytes > shared.max_bytes / NEW_PART;
+            let nothing_in_main = self.main.iter().all(|place| keep == Some(*place));
+            let evicted = match new_has_its_part || nothing_in_main {
+                true => self.judge_new(keep, shared),
+                false => self.judge_main(keep, shared),
+            };
+            n_evicted += u64::from(evicted);
         }
         n_evicted
     }
 
-    /// Empties a slot; false where it was empty.
-    fn remove(&mut self, place: u32, shared: &Shared<K, V>) -> bool {
-        let Some((key, value)) = self.slots[place as usize].entry.take() else { return false };
+    /// Moves the oldest new entry to the main queue if it was read, else evicts it; true where it was evicted.
+    fn judge_new(&mut self, keep: Option<u32>, shared: &Shared<K, V>) -> bool {
+        let Some(place) = self.new.pop_front() else { return false };
+        let slot = &mut self.slots[place as usize];
+        self.n_new_bytes -= slot.entry.as_ref().map_or(0, |(key, value)| (shared.weigh)(key, value));
+        if *slot.uses.get_mut() < USES_TO_STAY && keep != Some(place) {
+            if let Some(hash) = self.remove(place, shared) {
+                self.gone.add(hash, self.main.len());
+            }
+            return true;
+        }
+        slot.is_new = false;
+        *slot.uses.get_mut() = 0;
+        self.main.push_back(place);
+        false
+    }
+
+    /// Gives the next entry of the main queue another round if it was read, else evicts it; true where it was evicted.
+    fn judge_main(&mut self, keep: Option<u32>, shared: &Shared<K, V>) -> bool {
+        let Some(place) = self.main.pop_front() else { return false };
+        let uses = self.slots[place as usize].uses.get_mut();
+        if *uses == 0 && keep != Some(place) {
+            self.remove(place, shared);
+            return true;
+        }
+        *uses = uses.saturating_sub(1);
+        self.main.push_back(place);
+        false
+    }
+
+    /// Empties a slot that has left its queue; returns its entry's hash.
+    fn remove(&mut self, place: u32, shared: &Shared<K, V>) -> Option<u64> {
+        let (key, value) = self.slots[place as usize].entry.take()?;
         self.n_bytes -= (shared.weigh)(&key, &value);
-        if let Ok(found) = self.table.find_entry(shared.hasher.hash_one(key), |at| *at == place) {
+        let hash = shared.hasher.hash_one(&key);
+        if let Ok(found) = self.table.find_entry(hash, |at| *at == place) {
             found.remove();
         }
         self.vacant.push(place);
-        true
+        Some(hash)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The bound, the clock, and whatever order of calls: the cache never says what was not put in.
+//! The bound, who has to go, and whatever order of calls: the cache never says what was not put in.
 
 use super::*;
 use proptest::prelude::*;
@@ -74,6 +74,38 @@ fn an_entry_larger_than_the_cache_takes_its_place_alone() {
     assert_eq!((cache.measure().n_entries, get(&cache, 10)), (1, Some(5000)));
     cache.insert(11, 10);
     assert_eq!((cache.measure().n_bytes, get(&cache, 11)), (10, Some(10)));
+}
+
+#[test]
+fn an_entry_that_grows_makes_everything_else_go_and_stays() {
+    for is_proven in [false, true] {
+        let cache = cache(1000);
+        cache.insert(0, 100);
+        if is_proven {
+            assert_eq!(get(&cache, 0), Some(100));
+            (1..20).for_each(|key| cache.insert(key, 100));
+            assert!(cache.contains(&0));
+        }
+        (100..105).for_each(|key| cache.insert(key, 10));
+        cache.insert(0, 5000);
+        assert_eq!((cache.measure().n_entries, get(&cache, 0)), (1, Some(5000)), "proven: {is_proven}");
+        cache.insert(1, 10);
+        assert_eq!((cache.measure().n_bytes, get(&cache, 1)), (10, Some(10)));
+    }
+}
+
+#[test]
+fn what_comes_back_soon_after_it_was_evicted_stays_longer_than_what_is_new() {
+    let cache = cache(1000);
+    // Entries that proved themselves: how many they are is how many hashes are remembered.
+    (0..100).for_each(|key| cache.insert(key, 10));
+    (0..100).for_each(|key| assert!(get(&cache, key).is_some()));
+    (100..200).for_each(|key| cache.insert(key, 10));
+    assert!(!cache.contains(&150));
+    cache.insert(150, 10);
+    (200..250).for_each(|key| cache.insert(key, 10));
+    assert!(cache.contains(&150), "it came back, and was forgotten again");
+    assert!(!cache.contains(&200), "something new that nobody read has stayed as long");
 }
 
 #[test]
