@@ -335,7 +335,7 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
     fn remove(&mut self, place: u32, shared: &Shared<K, V>) -> Option<u64> {
         let (key, value) = self.slots[place as usize].entry.take()?;
         self.n_bytes -= (shared.weigh)(&key, &value);
-        let hash = shared.hasher.hash_one(&key);
+        let hash = shared.hasher.hash_one(key);
         if let Ok(found) = self.table.find_entry(hash, |at| *at == place) {
             found.remove();
         }
