@@ -15,13 +15,15 @@ use crate::{
     domain::{Item, RowStatus},
     telemetry::events,
 };
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use serde::{Deserialize, Serialize};
 use std::{
     fs::{File, OpenOptions},
     io::{self, BufRead, BufReader, BufWriter, Write},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    },
     thread::{self, JoinHandle},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -82,7 +84,7 @@ enum Message {
 /// Writes a trace on a thread of its own.
 #[derive(Debug)]
 pub struct Recorder {
-    queue: Sender<Message>,
+    queue: SyncSender<Message>,
     writer: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -91,7 +93,7 @@ impl Recorder {
     pub fn start(path: &Path, max_bytes: u64) -> Result<Self, TraceError> {
         let failed = |source| TraceError::File { path: path.to_path_buf(), source };
         let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(failed)?;
-        let (queue, waiting) = bounded(MAX_WAITING);
+        let (queue, waiting) = sync_channel(MAX_WAITING);
         let path = path.to_path_buf();
         let write = move || match write_all(&waiting, &file, max_bytes) {
             Ok(n_requests) => tracing::info!(path = %path.display(), n_requests, "trace ended"),

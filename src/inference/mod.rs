@@ -7,6 +7,7 @@ pub mod batches;
 pub mod library;
 mod pace;
 pub mod pool;
+mod queue;
 pub mod session;
 
 pub use batches::Batches;

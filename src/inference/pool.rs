@@ -11,9 +11,9 @@
 use super::{
     Pace,
     batches::{Batches, Waiting},
+    queue::Queue,
 };
 use crate::telemetry::events::{self, QueueStay};
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::{
     any::Any,
     fmt, io,
@@ -49,7 +49,7 @@ struct Task<S> {
 /// Threads that each own one `S`.
 pub struct Pool<S> {
     name: &'static str,
-    queue: Sender<Task<S>>,
+    queue: Arc<Queue<Task<S>>>,
     n_threads: u32,
     pace: Arc<Pace>,
 }
@@ -65,13 +65,14 @@ impl<S: Send + 'static> Pool<S> {
     ///
     /// The threads end when the pool is dropped and its queue is empty.
     pub fn start(name: &'static str, states: Vec<S>, max_queued: usize) -> io::Result<Self> {
-        let (queue, jobs) = bounded(max_queued);
-        let (n_threads, pace) = (states.len() as u32, Arc::new(Pace::default()));
+        let n_threads = states.len() as u32;
+        // Dropped on an error below: threads that were started by then end.
+        let pool = Pool { name, queue: Arc::new(Queue::new(max_queued)), n_threads, pace: Arc::default() };
         for (i, state) in states.into_iter().enumerate() {
-            let (jobs, pace) = (jobs.clone(), Arc::clone(&pace));
-            thread::Builder::new().name(format!("{name}-{i}")).spawn(move || work(&jobs, state, &pace))?;
+            let (tasks, pace) = (Arc::clone(&pool.queue), Arc::clone(&pool.pace));
+            thread::Builder::new().name(format!("{name}-{i}")).spawn(move || work(&tasks, state, &pace))?;
         }
-        Ok(Pool { name, queue, n_threads, pace })
+        Ok(pool)
     }
 
     /// How long a job that joins the queue now would wait for a thread, at the pace of the last jobs.
@@ -101,10 +102,8 @@ impl<S: Send + 'static> Pool<S> {
             });
             is_in_time.into()
         });
-        match self.queue.try_send(Task { run, stay: Some(QueueStay::begin(name)) }) {
-            Ok(()) => wait(deadline, answer).await,
-            Err(error) => Err(refused(error)),
-        }
+        self.queue.push(Task { run, stay: Some(QueueStay::begin(name)) }).map_err(refused)?;
+        wait(deadline, answer).await
     }
 
     /// Like [`Pool::run`], for a job that a thread may run together with others of `batches`.
@@ -122,33 +121,32 @@ impl<S: Send + 'static> Pool<S> {
         let waiting = Waiting { job, deadline, reply, stay: QueueStay::begin(self.name) };
         let (name, shared) = (self.name, Arc::clone(batches));
         let run = Box::new(move |state: &mut S| shared.run_next(name, state));
-        batches.join(waiting, || self.queue.try_send(Task { run, stay: None }).map_err(refused))?;
+        batches.join(waiting, || self.queue.push(Task { run, stay: None }).map_err(refused))?;
         wait(deadline, answer).await
     }
 }
 
-fn refused<S>(error: TrySendError<Task<S>>) -> JobError {
-    match error {
-        TrySendError::Full(task) => {
-            task.stay.into_iter().for_each(QueueStay::refuse);
-            JobError::QueueFull
-        }
-        TrySendError::Disconnected(_) => JobError::Panicked(NO_THREAD.to_owned()),
+impl<S> Drop for Pool<S> {
+    fn drop(&mut self) {
+        self.queue.close();
     }
 }
 
-const NO_THREAD: &str = "no thread is left";
+fn refused<S>(task: Task<S>) -> JobError {
+    task.stay.into_iter().for_each(QueueStay::refuse);
+    JobError::QueueFull
+}
 
 async fn wait<T>(deadline: Instant, answer: oneshot::Receiver<Result<T, JobError>>) -> Result<T, JobError> {
     match tokio::time::timeout_at(deadline.into(), answer).await {
         Ok(Ok(result)) => result,
-        Ok(Err(_dropped)) => Err(JobError::Panicked(NO_THREAD.to_owned())),
+        Ok(Err(_dropped)) => Err(JobError::Panicked("no thread is left".to_owned())),
         Err(_elapsed) => Err(JobError::Expired),
     }
 }
 
-fn work<S>(tasks: &Receiver<Task<S>>, mut state: S, pace: &Pace) {
-    for Task { run, stay } in tasks {
+fn work<S>(tasks: &Queue<Task<S>>, mut state: S, pace: &Pace) {
+    while let Some(Task { run, stay }) = tasks.pop() {
         drop(stay);
         let start = Instant::now();
         let n_run = run(&mut state);
