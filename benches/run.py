@@ -35,6 +35,9 @@ W4_RATE = 100
 BUSY = ["--concurrency", "8"]
 CURVES = {"candidates": [50, 500, 1000, 2000, 4000], "history": [1, 20, 40, 80]}
 CURVE_ITEMS = 4000
+# MB of content and of item embeddings beside 3000 different items, which are 4.7 and 1.1 MB.
+CACHE_SIZES = [(1, 1), (2, 1), (4, 1), (8, 2)]
+ZIPF = ["--items", "3000", "--candidates", "50", "--history", "20", "--requests", "400"]
 
 Figures = dict[str, list[float]]
 
@@ -121,6 +124,12 @@ def one_round(ours: Server, peer: Server, triton_peer: tuple[str, str], figures:
     note("W5 goodput / capacity (goal 0.90)", overload["good_per_second"] / capacity["good_per_second"])
     note("W5 memory after / before", after["server_rss_bytes"] / capacity["server_rss_bytes"])
 
+    first, again = bench(ours, "w6-cold-page")
+    note("W6 500 cold items with 50 ms: answered after, ms, the slowest of five", first["max_ms"] or 0.0)
+    note("W6 of them too late or with no row, percent of pages", 100 * first["late"] / first["sent"])
+    note("W6 rows OK in those answers, percent", 100 * (first["rows_ok"] or 0.0))
+    note("W6 rows OK when asked again, percent (goal 100)", 100 * again["rows_ok"])
+
 
 def curve(ours: Server, axis: str) -> list[tuple[int, float]]:
     def cpu_ms(value: int) -> float:
@@ -130,28 +139,48 @@ def curve(ours: Server, axis: str) -> list[tuple[int, float]]:
     return [(value, cpu_ms(value)) for value in CURVES[axis]]
 
 
+def cache_curve() -> list[list[str]]:
+    """Hit rates, latency, cost and memory by cache size, once the caches are as full as they get."""
+    rows = []
+    for content_mb, item_mb in CACHE_SIZES:
+        sizes = {"MIDEMB__CACHE__CONTENT_MB": str(content_mb), "MIDEMB__CACHE__ITEM_MB": str(item_mb)}
+        with serving(**sizes) as server:
+            _, steady = bench(server, "w3-zipf", "--deadline-ms", "1000", *ZIPF)
+        hits = [steady["hit_rates"][cache] for cache in ("content", "item")]
+        cells = [*(f"{100 * rate:.1f} %" for rate in (*hits, steady["rows_ok"])), f"{steady['server_cpu_ms']:.2f}"]
+        cells += [f"{steady[quantile]:.1f}" for quantile in ("p50_ms", "p99_ms")]
+        rows.append([f"{content_mb} + {item_mb}", *cells, f"{steady['server_rss_bytes'] / 1e6:.0f}"])
+    return rows
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
 def machine() -> str:
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     name = models[0].split(":", 1)[1].strip() if models else platform.machine()
     return f"{os.cpu_count()} cores ({name}), shared between server, client and whatever else runs on the machine"
 
 
-def report(figures: Figures, curves: dict[str, list[tuple[int, float]]], rounds: int) -> str:
-    lines = [
-        f"{rounds} rounds of `make bench` on {machine()}.",
-        "",
-        "| what | median | lowest | highest |",
-        "|---|---|---|---|",
+def report(
+    figures: Figures, curves: dict[str, list[tuple[int, float]]], by_cache_size: list[list[str]], rounds: int
+) -> str:
+    rows = [
+        [name, *(f"{value:.2f}" for value in (statistics.median(values), min(values), max(values)))]
+        for name, values in figures.items()
     ]
-    for name, values in figures.items():
-        cells = [f"{value:.2f}" for value in (statistics.median(values), min(values), max(values))]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines = [f"{rounds} rounds of `make bench` on {machine()}.", ""]
+    lines += table(["what", "median", "lowest", "highest"], rows)
     for axis, points in curves.items():
         other = "history 80" if axis == "candidates" else "500 candidates"
         lines += ["", f"Server CPU ms a request by {axis} ({other}, {CURVE_ITEMS} items, one run each):", ""]
-        lines.append("| " + " | ".join([axis, *(str(value) for value, _ in points)]) + " |")
-        lines.append("|---" * (len(points) + 1) + "|")
-        lines.append("| " + " | ".join(["CPU ms", *(f"{ms:.2f}" for _, ms in points)]) + " |")
+        header = [axis, *(str(value) for value, _ in points)]
+        lines += table(header, [["CPU ms", *(f"{ms:.2f}" for _, ms in points)]])
+    sent = "W3: 3000 items by Zipf's law, s = 1, 20 history items and 50 candidates with their texts, two requests at once"
+    lines += ["", f"{sent}, by cache.content_mb + cache.item_mb (one run each):", ""]
+    header = ["MB", "content hits", "item hits", "rows in time", "CPU ms", "p50 ms", "p99 ms", "RSS MB"]
+    lines += table(header, by_cache_size)
     return "\n".join(lines) + "\n"
 
 
@@ -170,7 +199,7 @@ def main() -> None:
             one_round(ours, Server(*python), triton, figures)
         print("curves", file=sys.stderr)
         curves = {axis: curve(ours, axis) for axis in CURVES}
-    text = report(figures, curves, args.rounds)
+    text = report(figures, curves, cache_curve(), args.rounds)
     print(text)
     if args.write:
         args.write.write_text(text)

@@ -37,8 +37,11 @@ class Server:
 
 
 @contextmanager
-def serving() -> Iterator[Server]:
-    """A server of its own, on ports that are free, stopped at the end as an orchestrator would."""
+def serving(**settings: str) -> Iterator[Server]:
+    """A server of its own, on ports that are free, stopped at the end as an orchestrator would.
+
+    `settings` are environment variables that win over its config, such as MIDEMB__CACHE__ITEM_MB="64".
+    """
     free_ports = {
         "MIDEMB__SERVER__LISTEN": "127.0.0.1:0",
         "MIDEMB__ADMIN__LISTEN": "127.0.0.1:0",
@@ -46,7 +49,7 @@ def serving() -> Iterator[Server]:
         "MIDEMB__TELEMETRY__LOG_FORMAT": "json",
     }
     command = [str(MIDEMB), "serve", "--config", str(CONFIG)]
-    process = subprocess.Popen(command, env=os.environ | free_ports, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=os.environ | free_ports | settings, stderr=subprocess.PIPE, text=True)
     watchdog = threading.Timer(START_WITHIN_SECONDS, process.kill)
     watchdog.start()
     log: list[str] = []

@@ -201,11 +201,22 @@ impl Pipeline {
         let (wanted, places) = unique(known.iter());
         let until = Instant::now() + WARM_UP_PATIENCE;
         let contents = self.contents.embed(&model.encoder, self.wanted(&wanted, Priority::WarmUp, until)).await;
-        let embedded = self.run_item_tower(model, &wanted, &contents, until).await;
-        let warmth = |i: usize| match (&contents[i], embedded.as_ref().map(|rows| &rows[i])) {
+        let is_cached =
+            |item: &KnownItem| self.items.contains(&ItemKey { tower: model.tower_digest, text: item.digest });
+        let cached: Vec<bool> = wanted.iter().map(is_cached).collect();
+        let missing = |i: &usize| !cached[*i];
+        let missing: Vec<usize> = (0..wanted.len()).filter(missing).collect();
+        let of_missing = |i: &usize| (wanted[*i].clone(), contents[*i].clone());
+        let (items, item_contents): (Vec<KnownItem>, Vec<Content>) = missing.iter().map(of_missing).unzip();
+        let mut is_embedded = cached;
+        if let Ok(rows) = self.run_item_tower(model, &items, &item_contents, until).await {
+            missing.iter().zip(rows).for_each(|(i, row)| is_embedded[*i] = row.is_ok());
+        }
+        let warmth = |i: usize| match &contents[i] {
+            _ if !is_embedded[i] => Warmth::Failed,
             // What another chunk or call is encoding is that one's to count.
-            (Content::Cached(_) | Content::Joined(_), Ok(Ok(_))) => Warmth::Cached,
-            (Content::Encoded(_), Ok(Ok(_))) => Warmth::Encoded,
+            Content::Cached(_) | Content::Joined(_) => Warmth::Cached,
+            Content::Encoded(_) => Warmth::Encoded,
             _ => Warmth::Failed,
         };
         places.into_iter().map(warmth).collect()

@@ -265,10 +265,20 @@ fn encode(model: &EncoderModel, graph: &mut Graph, mut jobs: Vec<EncodeJob>) -> 
                 land(job, vector);
             }
         }
-        Err(error) => events::encode_failed(jobs.len(), &error),
+        Err(error) if jobs.len() == 1 => events::encode_failed(1, &error),
+        // One text may be to blame. The others are not to fail with it.
+        Err(_) => jobs.into_iter().for_each(|job| encode_alone(model, graph, job)),
     }
     events::stage_finished("encode", start);
     (n_tokens, start.elapsed())
+}
+
+fn encode_alone(model: &EncoderModel, graph: &mut Graph, job: EncodeJob) {
+    events::encoder_batch_ran(1, job.tokens.len());
+    match model.encode(graph, &[&job.tokens]) {
+        Ok(vector) => land(job, &vector),
+        Err(error) => events::encode_failed(1, &error),
+    }
 }
 
 fn land(job: EncodeJob, vector: &[f32]) {

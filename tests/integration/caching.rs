@@ -1,6 +1,6 @@
 //! What is cached is not computed again, and what is identical is computed once.
 
-use crate::harness::{Server, film, films, history_statuses, ids, page, rows, statuses};
+use crate::harness::{BrokenBundle, Server, film, films, history_statuses, ids, page, rows, statuses};
 use midemb::wire::proto::{FlushCacheRequest, GetMidEmbRequest, GetStatusRequest, Item, WarmItemsRequest};
 
 #[tokio::test]
@@ -207,4 +207,48 @@ async fn the_history_is_the_newest_count_and_order_matters() {
     assert_eq!(empty.history_used, 0);
     assert_eq!(statuses(&empty), ["OK"; 2]);
     assert_ne!(empty.user_emb, long.user_emb);
+}
+
+/// One token that the encoder does not know makes its graph fail.
+#[tokio::test]
+async fn a_text_that_the_encoder_fails_on_costs_its_own_row_and_is_not_cached() {
+    let bundle = BrokenBundle::new();
+    let tokenizer = std::fs::read_to_string(bundle.path("tokenizer.json")).unwrap();
+    let mut tokenizer: serde_json::Value = serde_json::from_str(&tokenizer).unwrap();
+    let unknown = &mut tokenizer["model"]["vocab"]["Ġ24"];
+    assert!(unknown.is_number(), "the fixture's vocabulary has changed");
+    *unknown = 99_999.into();
+    bundle.replace("tokenizer.json", tokenizer.to_string().as_bytes());
+    let server = Server::start_with(bundle.folder(), "inference.threads = 1");
+    let mut client = server.client().await;
+    let mut candidates = films("part", 8);
+    candidates.insert(3, film("bad", "number 24"));
+    for n_failed in 1..=2 {
+        let answer = client.get_mid_emb(page(vec![], candidates.clone())).await.unwrap().into_inner();
+        let mut expected = ["OK"; 9];
+        expected[3] = "FAILED";
+        assert_eq!(statuses(&answer), expected);
+        let rows = server.scrape().sum("midemb_rows_total", &["status=\"failed\""]);
+        assert_eq!(rows, f64::from(n_failed), "it was cached, or others failed with it");
+    }
+}
+
+/// A catalogue that is sent again costs no graph at all.
+#[tokio::test]
+async fn a_warm_up_of_what_is_cached_runs_neither_encoder_nor_item_tower() {
+    let server = Server::start();
+    let mut client = server.client().await;
+    let items = films("catalogue", 40);
+    let mut runs = Vec::new();
+    for (n_encoded, n_cached) in [(40, 0), (0, 40)] {
+        let chunk = WarmItemsRequest { items: items.clone() };
+        let warmed = client.warm_items(tokio_stream::iter([chunk])).await.unwrap().into_inner();
+        assert_eq!((warmed.encoded, warmed.already_cached, warmed.failed), (n_encoded, n_cached, 0), "{warmed:?}");
+        let scrape = server.scrape();
+        runs.push(
+            ["encode", "item_tower"]
+                .map(|stage| scrape.sum("midemb_batch_items_count", &[&format!("stage=\"{stage}\"")])),
+        );
+    }
+    assert_eq!(runs[0], runs[1]);
 }

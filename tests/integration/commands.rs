@@ -140,3 +140,54 @@ fn bench_measures_overload() {
     assert_eq!(overload["sent"], 180);
     assert!(overload["shed"].is_u64() && overload["late"].is_u64() && overload["good_per_second"].is_f64());
 }
+
+/// What a server recorded is replayed against another one, and read by what needs no server. The bundle reads eight items of
+/// a history.
+#[test]
+fn a_recorded_trace_is_replayed_without_its_texts() {
+    let folder = tempfile::tempdir().unwrap();
+    let trace = folder.path().join("trace.jsonl").display().to_string();
+    let recording = Server::start_as(&fixture(), "", &["--record-trace", &trace]);
+    let bench = |server: &Server, arguments: &[&str]| {
+        let mut command = midemb();
+        command.args(["bench", "--json", "--server", &server.grpc, "--metrics", &server.metrics]).args(arguments);
+        let output = stdout(&command.output().unwrap());
+        output.lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<Value>>()
+    };
+    let sizes = ["--requests", "20", "--items", "60", "--candidates", "10", "--history", "4"];
+    bench(&recording, &[&["w3-zipf"], &sizes[..]].concat());
+    let n_recorded = recording.scrape().sum("midemb_trace_requests_total", &["result=\"recorded\""]);
+    recording.signal("TERM");
+    assert!(recording.wait().success());
+    let lines = std::fs::read_to_string(&trace).unwrap();
+    assert_eq!((lines.lines().count(), n_recorded), (40, 40.0));
+    let words = ["silver", "river", "harbour", "title"];
+    assert!(words.iter().all(|word| !lines.contains(word)), "a text was recorded");
+    let first: Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
+    assert_eq!((first["history"].as_array().unwrap().len(), first["candidates"].as_array().unwrap().len()), (4, 10));
+    assert_eq!(first["candidates"][0][1].as_str().unwrap().len(), 32);
+
+    let replaying = Server::start();
+    let phases = bench(&replaying, &["w3-zipf", "--trace", &trace, "--requests", "20"]);
+    assert_eq!(phases.len(), 2);
+    for phase in &phases {
+        assert_eq!((phase["sent"].as_u64(), phase["rows_ok"].as_f64()), (Some(20), Some(1.0)), "{phase}");
+    }
+    let hits = |phase: usize, cache: &str| phases[phase]["hit_rates"][cache].as_f64().unwrap();
+    assert!(hits(0, "item") < hits(1, "item"), "{phases:?}");
+    let n_asked = replaying.scrape().sum("midemb_cache_lookups_total", &["cache=\"item\""]);
+    assert_eq!(n_asked, 400.0);
+
+    let curve = stdout(&run(&["bench", "cache-curve", "--trace", &trace, "--requests", "40", "--json"]));
+    let points: Vec<Value> = curve.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let rates: Vec<f64> = points.iter().map(|point| point["item_hit_rate"].as_f64().unwrap()).collect();
+    assert!(rates.len() > 3 && rates.windows(2).all(|two| two[0] <= two[1] + 0.05), "{rates:?}");
+    assert!(points.last().unwrap()["encoded_per_request"].as_f64().unwrap() < 1.0, "{points:?}");
+
+    let mut again = midemb();
+    again.args(["serve", "--config"]).arg(root().join("deploy/midemb.toml")).args(["--record-trace", &trace]);
+    let refused = again.output().unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8(refused.stderr).unwrap().contains("trace.jsonl"));
+    assert_eq!(std::fs::read_to_string(&trace).unwrap(), lines, "a trace was overwritten");
+}

@@ -10,10 +10,11 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Code;
+use tonic::{Code, Request};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_under_way_are_answered_after_sigterm() {
@@ -119,4 +120,23 @@ async fn open_streams_end_with_the_drain() {
     server.wait_for_log("stopped");
     assert!(server.wait().success());
     drop(sender);
+}
+
+/// A minute of encoding that nobody waits for any more does not hold the end up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sigterm_with_a_full_encoder_queue_ends_at_once() {
+    let server = Server::start_with(&shipped(), "inference.threads = 1\nserver.drain_seconds = 3600");
+    let mut client = server.client().await;
+    for i in 0..4 {
+        let mut flood = Request::new(page(vec![], films(&format!("flood-{i}"), 2000)));
+        flood.set_timeout(Duration::from_millis(100));
+        // Whether any row of it was in time is not the point.
+        drop(client.get_mid_emb(flood).await);
+    }
+    let n_queued = server.scrape().sum("midemb_queue_depth", &["queue=\"encoder\""]);
+    assert!(n_queued > 4000.0, "only {n_queued} texts are queued");
+    drop(client);
+    server.signal("TERM");
+    server.wait_for_log("stopped");
+    assert!(server.wait().success());
 }

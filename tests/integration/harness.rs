@@ -84,8 +84,15 @@ impl Server {
 
     /// Serves `bundle` with `more` lines of config (dotted keys).
     pub(crate) fn start_with(bundle: &Path, more: &str) -> Self {
+        Self::start_as(bundle, more, &[])
+    }
+
+    /// Serves `bundle` with `more` lines of config and more arguments of the command.
+    pub(crate) fn start_as(bundle: &Path, more: &str, arguments: &[&str]) -> Self {
         let (folder, path) = config(bundle, more);
-        let mut child = midemb().arg("serve").arg("--config").arg(&path).stderr(Stdio::piped()).spawn().unwrap();
+        let mut serve = midemb();
+        serve.arg("serve").arg("--config").arg(&path).args(arguments);
+        let mut child = serve.stderr(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let (sender, log) = mpsc::channel();
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| drop(sender.send(line))));
