@@ -4,7 +4,7 @@
 #   make serve        the same set-up, then serve until Ctrl-C
 #   make test         the same set-up, then every test that needs no PyTorch
 #   make lint         formatting, clippy, documentation, Python sources
-#   make bench        every scenario beside the floors and two peers, five rounds in some five minutes
+#   make bench        every scenario beside the floors and two peers, five rounds in some ten minutes
 #   make train-setup  a virtual environment with PyTorch (5 GB)
 #   make train        train and export a bundle from DATA, a MovieLens folder, into OUT
 #   make train-test   the offline half's tests

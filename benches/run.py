@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every scenario of `midemb bench` beside the floors and two peers, in one run: README's performance section.
 
-    make bench                       (or: .venv/bin/python benches/run.py)  five rounds, some five minutes
+    make bench                       (or: .venv/bin/python benches/run.py)  five rounds, some ten minutes
     .venv/bin/python benches/run.py --rounds 1 --write benches/results/2026-11-24-cpu.md
 
 In each round everything is measured once, one after the other, so that what the machine does to one it does to all.
@@ -177,7 +177,7 @@ def report(
         lines += ["", f"Server CPU ms a request by {axis} ({other}, {CURVE_ITEMS} items, one run each):", ""]
         header = [axis, *(str(value) for value, _ in points)]
         lines += table(header, [["CPU ms", *(f"{ms:.2f}" for _, ms in points)]])
-    sent = "W3: 3000 items by Zipf's law, s = 1, 20 history items and 50 candidates with their texts, two requests at once"
+    sent = "W3: 3000 items by Zipf's law (s = 1), 20 history items, 50 candidates, with text, two requests at once"
     lines += ["", f"{sent}, by cache.content_mb + cache.item_mb (one run each):", ""]
     header = ["MB", "content hits", "item hits", "rows in time", "CPU ms", "p50 ms", "p99 ms", "RSS MB"]
     lines += table(header, by_cache_size)
