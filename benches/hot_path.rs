@@ -9,7 +9,7 @@
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use midemb::{
     config::settings::Limits,
-    domain::{DType, Item, ItemText, Matrix, MidEmbResponse, ModelRef, RowStatus, Vector},
+    domain::{DType, Item, ItemText, Matrix, MidEmbResponse, ModelRef, RowStatus, Vector, all_finite},
     item_text::TextDigest,
     known_items::KnownItems,
     towers::{ItemKey, TowerDigest, UserKey},
@@ -130,5 +130,14 @@ fn digests(c: &mut Criterion) {
     c.bench_function("user key", |b| b.iter(|| UserKey::of(TowerDigest([7; 16]), history.iter())));
 }
 
-criterion_group!(benches, wire, digests, look_ups);
+fn checks(c: &mut Criterion) {
+    let answer = vec![0.5_f32; N_CANDIDATES * DIM];
+    c.bench_function("answer checked", |b| b.iter(|| all_finite(black_box(&answer))));
+    // What `all_finite` is measured against.
+    c.bench_function("answer checked, one by one", |b| {
+        b.iter(|| black_box(&answer).iter().all(|x| x.is_finite()));
+    });
+}
+
+criterion_group!(benches, wire, digests, look_ups, checks);
 criterion_main!(benches);

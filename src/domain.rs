@@ -174,6 +174,15 @@ impl Matrix {
     }
 }
 
+/// Whether none of `values` is infinite or not a number.
+///
+/// Looks at all of them, whatever it finds: without a way out of the loop the compiler does several at once, which on a
+/// whole answer is three times as fast (`cargo bench --bench hot_path`).
+pub fn all_finite(values: &[f32]) -> bool {
+    const EXPONENT: u32 = 0x7f80_0000;
+    values.iter().fold(true, |finite, x| finite & (x.to_bits() & EXPONENT != EXPONENT))
+}
+
 /// Which model produced an answer, exactly.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelRef {
@@ -228,5 +237,24 @@ impl std::ops::AddAssign for WarmSummary {
         self.n_cached += other.n_cached;
         self.n_invalid += other.n_invalid;
         self.n_failed += other.n_failed;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_value_that_is_not_finite_is_found_wherever_it_is() {
+        let mut values = vec![f32::MAX; 1000];
+        values[..4].copy_from_slice(&[f32::MIN, 0.0, -0.0, f32::MIN_POSITIVE / 2.0]);
+        assert!(all_finite(&values) && all_finite(&[]));
+        for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for i in [0, 3, 511, 999] {
+                let good = std::mem::replace(&mut values[i], bad);
+                assert!(!all_finite(&values), "{bad} at {i}");
+                values[i] = good;
+            }
+        }
     }
 }

@@ -5,7 +5,7 @@
 
 use crate::{
     bounded_cache::{BoundedCache, Contents},
-    domain::Vector,
+    domain::{Vector, all_finite},
 };
 use std::{hash::Hash, mem::size_of, sync::Arc};
 
@@ -59,7 +59,7 @@ impl<K: Copy + Eq + Hash> VectorCache<K> {
 
     /// Caches a vector. The caller has checked that it is finite.
     pub fn insert(&self, key: K, vector: Vector) {
-        debug_assert!(vector.iter().all(|x| x.is_finite()));
+        debug_assert!(all_finite(&vector));
         self.0.insert(key, vector);
     }
 

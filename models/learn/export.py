@@ -4,8 +4,9 @@ PyTorch's exporter writes it, because encoders are of many shapes. Towers and he
 
 Weights go one of two ways: inline, or linked. Linking is for encoders whose weights the bundle has anyway as a
 safetensors file: that format is raw little-endian behind a header, which is just what ONNX calls external data, so the
-graph names offsets into it and the weights are stored once. A weight that the exporter transposed is linked as it lies
-and transposed by a node, which ONNX Runtime folds when it loads.
+graph names offsets into it and the weights are stored once. A weight that the exporter transposed is linked as it lies,
+and `linear` makes its products read it that way. Where that is not possible a node transposes it, which ONNX Runtime
+folds when it loads.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
+from learn import linear
 from learn.graphs import EncoderGraph
 
 # The first opset with Gelu, after the one with LayerNormalization: both stay one node each.
@@ -150,6 +152,7 @@ def link(model: ModelProto, weights: Path) -> int:
     nodes = [*transposes, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    linear.read_weights_as_stored(model)
     return n_linked
 
 

@@ -9,7 +9,7 @@ use crate::{
     content::{EncodeError, Encoder, EncoderModel, Tokenizer, TokenizerError},
     domain::ModelRef,
     fusion::{Score, ScoreDims, ScoreInput, scoring::score_all},
-    inference::{Batches, Graph, GraphError, Pool, Provider, Runtime, batches, session::SharedWeights},
+    inference::{Batches, Graph, GraphError, Pool, Provider, Runtime, SharedWeights, batches},
     item_text::{Template, TemplateError},
     telemetry::events,
     towers::{self, TowerDigest, TowerGraphs, TowerPool},
@@ -218,9 +218,9 @@ fn load_checked(
         dim: manifest.encoder.dim,
         digest: digest::encoder_digest(manifest),
     };
-    let weights = SharedWeights::new(runtime);
-    let load = |file: &str, inputs: &[String], outputs: &[String]| {
-        Graph::load(runtime, &weights, &folder.join(file), inputs, outputs)
+    let mut weights = SharedWeights::new(runtime, n_threads);
+    let mut load = |file: &str, inputs: &[String], outputs: &[String]| {
+        Graph::load(runtime, &mut weights, &folder.join(file), inputs, outputs)
     };
     let (e, u, i, c) = (&manifest.encoder, &manifest.user_tower, &manifest.item_tower, &manifest.cvr);
     let mut parts = Parts { model, encoders: Vec::new(), towers: Vec::new() };

@@ -6,7 +6,7 @@ use super::{
     flight::Flight,
 };
 use crate::{
-    domain::ItemText,
+    domain::{ItemText, all_finite},
     inference::{Graph, GraphError, Input, Provider, pool::run_guarded},
     item_text::{Template, TemplateError},
     telemetry::events::{self, QueueStay},
@@ -282,7 +282,7 @@ fn encode_alone(model: &EncoderModel, graph: &mut Graph, job: EncodeJob) {
 }
 
 fn land(job: EncodeJob, vector: &[f32]) {
-    if vector.iter().all(|x| x.is_finite()) {
+    if all_finite(vector) {
         job.flight.land(vector.into());
     } else {
         events::vector_not_finite("encode");

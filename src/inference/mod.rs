@@ -9,9 +9,11 @@ mod pace;
 pub mod pool;
 mod queue;
 pub mod session;
+pub mod weights;
 
 pub use batches::Batches;
 pub use library::{LibraryError, Provider, ProviderChoice, Runtime};
 pub use pace::Pace;
 pub use pool::{JobError, Pool};
 pub use session::{Graph, GraphError, Input};
+pub use weights::SharedWeights;

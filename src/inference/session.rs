@@ -1,12 +1,13 @@
 //! One ONNX graph, ready to run on one thread.
 
-use super::Runtime;
+use super::{Runtime, SharedWeights};
 use ort::{
-    session::{Session, SessionInputValue, builder::PrepackedWeights},
+    session::{Session, SessionInputValue, builder::SessionBuilder},
     value::TensorRef,
 };
 use std::{
     borrow::Cow,
+    io,
     path::{Path, PathBuf},
 };
 use thiserror::Error;
@@ -21,6 +22,14 @@ pub enum GraphError {
         path: PathBuf,
         /// Why.
         source: ort::Error,
+    },
+    /// Its weights cannot be read.
+    #[error("{} cannot be loaded: its weights cannot be read: {source}", path.display())]
+    Weights {
+        /// The graph's file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// The graph lacks an input or output that the manifest names.
     #[error("{} has no {kind} named {name:?} (it has: {found})", path.display())]
@@ -76,17 +85,6 @@ pub enum Input<'a> {
     },
 }
 
-/// Weights that ONNX Runtime repacked for its kernels, shared by all sessions of one bundle.
-#[derive(Debug, Clone)]
-pub struct SharedWeights(PrepackedWeights);
-
-impl SharedWeights {
-    /// An empty container. ONNX Runtime must be loaded: the `runtime` is the proof.
-    pub fn new(_runtime: &Runtime) -> Self {
-        SharedWeights(PrepackedWeights::new())
-    }
-}
-
 /// A loaded graph with its inputs and outputs in the manifest's order.
 #[derive(Debug)]
 pub struct Graph {
@@ -100,13 +98,14 @@ impl Graph {
     /// pool's.
     pub fn load(
         runtime: &Runtime,
-        weights: &SharedWeights,
+        weights: &mut SharedWeights,
         path: &Path,
         inputs: &[String],
         outputs: &[String],
     ) -> Result<Self, GraphError> {
-        let session =
-            commit(runtime, weights, path).map_err(|source| GraphError::Load { path: path.to_path_buf(), source })?;
+        let failed = |source| GraphError::Load { path: path.to_path_buf(), source };
+        let mut builder = weights.lend(builder(runtime).map_err(failed)?, path)?;
+        let session = builder.commit_from_file(path).map_err(failed)?;
         let names = |outlets: &[ort::value::Outlet]| outlets.iter().map(|o| o.name().to_owned()).collect::<Vec<_>>();
         require(path, "input", inputs, &names(session.inputs()))?;
         require(path, "output", outputs, &names(session.outputs()))?;
@@ -140,14 +139,13 @@ impl Graph {
     }
 }
 
-fn commit(runtime: &Runtime, weights: &SharedWeights, path: &Path) -> ort::Result<Session> {
-    let mut builder = Session::builder(runtime.environment())?
+fn builder(runtime: &Runtime) -> ort::Result<SessionBuilder> {
+    let builder = Session::builder(runtime.environment())?
         .with_execution_providers(runtime.execution_providers())?
         .with_intra_threads(1)?
         .with_inter_threads(1)?
-        .with_intra_op_spinning(false)?
-        .with_prepacked_weights(&weights.0)?;
-    builder.commit_from_file(path)
+        .with_intra_op_spinning(false)?;
+    Ok(builder)
 }
 
 fn require(path: &Path, kind: &'static str, wanted: &[String], found: &[String]) -> Result<(), GraphError> {

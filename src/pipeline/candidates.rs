@@ -5,7 +5,7 @@ use crate::{
     admission::{Deadlines, shed},
     bundle::Model,
     content::{Content, KnownItem, batcher::Priority},
-    domain::{Matrix, RowStatus, Vector},
+    domain::{Matrix, RowStatus, Vector, all_finite},
     error::{Error, ShedReason},
     inference::{GraphError, JobError},
     item_text::TextDigest,
@@ -154,7 +154,7 @@ impl Pipeline {
 }
 
 fn keep(items: &VectorCache<ItemKey>, key: ItemKey, item: Vector) -> Result<Vector, RowStatus> {
-    if !item.iter().all(|x| x.is_finite()) {
+    if !all_finite(&item) {
         events::vector_not_finite("item_tower");
         return Err(RowStatus::Failed);
     }

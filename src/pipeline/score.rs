@@ -7,7 +7,7 @@ use super::{
 use crate::{
     admission::shed,
     bundle::Model,
-    domain::{Matrix, MidEmbResponse, Outputs, RowStatus, Vector},
+    domain::{Matrix, MidEmbResponse, Outputs, RowStatus, Vector, all_finite},
     error::{Error, ShedReason},
     fusion::{Fused, Score, ScoreInput, UserInput},
     inference::JobError,
@@ -56,7 +56,7 @@ impl ScoreJob {
         };
         match model.towers.run_together(&model.scoring, answer_by, ScoreInput { user, items }).await {
             Ok(Ok(Score { user, fused })) => {
-                if !user.iter().all(|x| x.is_finite()) {
+                if !all_finite(&user) {
                     return Err(Error::internal("scoring", "the user embedding is not finite"));
                 }
                 key.into_iter().for_each(|key| users.insert(key, Arc::clone(&user)));
@@ -119,9 +119,12 @@ fn blank_rows_that_are_not_ok(mut items: Matrix, statuses: &[RowStatus]) -> Matr
 }
 
 fn fail_rows_that_are_not_finite(statuses: &mut [RowStatus], fused: &Fused) {
+    if all_finite(&fused.cvr) && all_finite(&fused.mid_emb.data) {
+        return;
+    }
     let ok = statuses.iter_mut().filter(|status| **status == RowStatus::Ok);
     for (i, status) in ok.enumerate() {
-        if !(fused.cvr[i].is_finite() && fused.mid_emb.row(i).iter().all(|x| x.is_finite())) {
+        if !(fused.cvr[i].is_finite() && all_finite(fused.mid_emb.row(i))) {
             events::vector_not_finite("cvr");
             *status = RowStatus::Failed;
         }

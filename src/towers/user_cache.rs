@@ -8,7 +8,7 @@
 use super::TowerDigest;
 use crate::{
     bounded_cache::Contents,
-    domain::Vector,
+    domain::{Vector, all_finite},
     item_text::TextDigest,
     telemetry::events::{self, Lookups},
 };
@@ -74,7 +74,7 @@ impl UserCache {
 
     /// Caches a user embedding. The caller has checked that it is finite.
     pub fn insert(&self, key: UserKey, user: Vector) {
-        debug_assert!(user.iter().all(|x| x.is_finite()));
+        debug_assert!(all_finite(&user));
         self.0.insert(key, user);
     }
 

@@ -86,7 +86,8 @@ fn each_library_lives_in_one_room() {
     let rules: &[(&str, &[&str])] = &[
         ("ort::", &["inference"]),
         ("tonic::", &["wire", "server", "cli"]),
-        ("prost::", &["wire"]),
+        // An ONNX file is a protobuf message, too.
+        ("prost::", &["wire", "inference"]),
         ("metrics::{", &["telemetry"]),
         ("counter!(", &["telemetry"]),
         ("gauge!(", &["telemetry"]),
