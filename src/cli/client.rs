@@ -12,6 +12,8 @@ use tonic::{Status, transport::Channel};
 /// Pages of ten thousand candidates with every output fit.
 const MAX_ANSWER_BYTES: usize = 256 << 20;
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// An answer of 500 mid-embs is 128 KB. HTTP/2's usual frames of 16 KB would be written one by one.
+const MAX_FRAME_BYTES: u32 = 1 << 20;
 
 /// Runs a client command on one thread.
 pub(super) fn block_on(command: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
@@ -21,7 +23,7 @@ pub(super) fn block_on(command: impl Future<Output = anyhow::Result<()>>) -> any
 async fn channel(server: &str) -> anyhow::Result<Channel> {
     let url = if server.contains("://") { server.to_owned() } else { format!("http://{server}") };
     let endpoint = Channel::from_shared(url).with_context(|| format!("server address {server:?}"))?;
-    let endpoint = endpoint.connect_timeout(CONNECT_WITHIN).tcp_nodelay(true);
+    let endpoint = endpoint.connect_timeout(CONNECT_WITHIN).tcp_nodelay(true).max_frame_size(MAX_FRAME_BYTES);
     endpoint.connect().await.with_context(|| format!("cannot connect to {server}"))
 }
 
