@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""The GPU check: the shipped bundle on the CUDA provider, held to the CPU's answers, then measured.
+
+    python3 benches/gpu_check.py --library /path/to/libonnxruntime.so [--write benches/results/DATE-gpu.md]
+
+Needs a built `target/release/midemb`, the bundle's files (`make setup`) and a library with the CUDA provider beside it
+(`python3 deploy/fetch.py --gpu`); standard library only. `--provider cpu` runs the same steps where there is no GPU.
+
+1. `midemb bundle verify`: every golden vector, one by one and in batches.
+2. The same page from a server on the CPU and from one on the provider, each cold and warm: statuses equal, vectors
+   within 1e-4. Any difference ends the check with exit code 1.
+3. `midemb bench`: w1-hot with 8 and 64 requests at once, scored one by one and together, and w2-cold.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "deploy"))
+from demo import MIDEMB, Server, serving  # noqa: E402
+
+TOLERANCE = 1e-4
+CONCURRENCIES = (8, 64)
+BATCHES = (1, 32)
+
+
+def midemb(*arguments: str) -> str:
+    run = subprocess.run([str(MIDEMB), *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        sys.exit(f"midemb {' '.join(arguments)}: exit code {run.returncode}\n{run.stderr}")
+    return run.stdout
+
+
+def settings(provider: str, library: Path, batch_requests: int = 0) -> dict[str, str]:
+    return {
+        "MIDEMB__INFERENCE__PROVIDER": provider,
+        "MIDEMB__INFERENCE__ONNXRUNTIME": str(library),
+        "MIDEMB__INFERENCE__BATCH_REQUESTS": str(batch_requests),
+    }
+
+
+def answers(server: Server) -> list[dict]:
+    """One page, cold and then warm."""
+    query = ["query", "--server", server.grpc, "--json"]
+    return [json.loads(midemb(*query)), json.loads(midemb(*query, "--ids-only"))]
+
+
+def largest_difference(page: dict, other: dict) -> float:
+    """Over all rows' mid-embs and probabilities; infinite where a status or an id differs."""
+    largest = 0.0
+    for row, twin in zip(page["rows"], other["rows"], strict=True):
+        if (row["id"], row["status"]) != (twin["id"], twin["status"]) or row["status"] != "OK":
+            return float("inf")
+        pairs = [*zip(row["mid_emb"], twin["mid_emb"], strict=True), (row["cvr"], twin["cvr"])]
+        largest = max(largest, *(abs(a - b) for a, b in pairs))
+    return largest
+
+
+def bench(server: Server, *arguments: str) -> dict:
+    return json.loads(midemb("bench", *arguments, "--json", "--server", server.grpc, "--metrics", server.metrics))
+
+
+def measure(provider: str, library: Path) -> list[str]:
+    rows = ["| what | a second | server CPU ms | p50 ms | p99 ms |", "|---|---|---|---|---|"]
+
+    def note(what: str, figures: dict) -> None:
+        quantiles = [figures[name] for name in ("p50_ms", "p99_ms")]
+        cells = [f"{figures['good_per_second']:.0f}", f"{figures['server_cpu_ms']:.2f}"]
+        cells += ["-" if quantile is None else f"{quantile:.2f}" for quantile in quantiles]
+        rows.append(f"| {what} | {' | '.join(cells)} |")
+
+    for batch in BATCHES:
+        with serving(**settings(provider, library, batch)) as server:
+            for concurrency in CONCURRENCIES:
+                hot = bench(server, "w1-hot", "--concurrency", str(concurrency))
+                note(f"w1-hot, {concurrency} at once, up to {batch} scored together", hot)
+            if batch == BATCHES[-1]:
+                note("w2-cold, items", bench(server, "w2-cold", "--items", "4000"))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--library", type=Path, required=True)
+    parser.add_argument("--provider", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--write", type=Path, help="also write the report into this file")
+    args = parser.parse_args()
+    library = args.library.resolve()
+    verified = midemb("bundle", "verify", str(ROOT / "models" / "default"), "--onnxruntime", str(library))
+    print(verified, flush=True)
+    if f" is good on {args.provider} " not in verified:
+        sys.exit(f"the library did not run the bundle on {args.provider}")
+    with serving(**settings("cpu", library)) as server:
+        expected = answers(server)
+    with serving(**settings(args.provider, library)) as server:
+        differences = [largest_difference(*pair) for pair in zip(answers(server), expected, strict=True)]
+    print(f"largest difference from the CPU's answers: {differences[0]:.1e} cold, {differences[1]:.1e} warm\n")
+    if max(differences) > TOLERANCE:
+        sys.exit(f"the answers differ by more than {TOLERANCE}")
+    command = f"`python3 benches/gpu_check.py --library LIBRARY --provider {args.provider}`"
+    report = "\n".join([f"{command} on {platform.machine()}:", "", *measure(args.provider, library)]) + "\n"
+    print(report)
+    if args.write:
+        args.write.write_text(report)
+
+
+if __name__ == "__main__":
+    main()
