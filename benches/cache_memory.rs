@@ -7,7 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a program that measures and prints")]
 
 use midemb::{
-    content::{ContentKey, EncoderDigest},
+    content::{ContentKey, EncoderDigest, batcher::Priority},
     domain::{Item, ItemText, Vector},
     item_text::TextDigest,
     known_items::KnownItems,
@@ -62,7 +62,9 @@ fn fill(name: &str, n: u64) -> (Box<dyn std::any::Any>, u64, u64) {
         }
         _ => {
             let known = KnownItems::new(UNBOUNDED, 8192);
-            (0..n).for_each(|i| drop(known.resolve(vec![Item { id: format!("item-{i:>9}"), text: Some(text(i)) }])));
+            (0..n).for_each(|i| {
+                drop(known.resolve(vec![Item { id: format!("item-{i:>9}"), text: Some(text(i)) }], Priority::Request))
+            });
             let counted = known.measure().n_bytes;
             (Box::new(known), 14 + 40 + 5, counted)
         }

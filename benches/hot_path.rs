@@ -9,6 +9,7 @@
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use midemb::{
     config::settings::Limits,
+    content::batcher::Priority,
     domain::{DType, Item, ItemText, Matrix, MidEmbResponse, ModelRef, RowStatus, Vector, all_finite},
     item_text::TextDigest,
     known_items::KnownItems,
@@ -90,13 +91,15 @@ fn look_ups(c: &mut Criterion) {
     let items = VectorCache::new("item", 1 << 40);
     let tower = TowerDigest([7; 16]);
     for i in 0..N_CATALOGUE {
-        let resolved = known.resolve(vec![Item { id: id(i), text: Some(text(i)) }]);
+        let resolved = known.resolve(vec![Item { id: id(i), text: Some(text(i)) }], Priority::Request);
         let text = resolved[0].as_ref().unwrap().digest;
         items.insert(ItemKey { tower, text }, Vector::from(vec![i as f32; DIM]));
     }
     let page =
         || draw(N_HISTORY + N_CANDIDATES).into_iter().map(|i| Item { id: id(i), text: None }).collect::<Vec<_>>();
-    c.bench_function("known items", |b| b.iter_batched(page, |page| known.resolve(page), BatchSize::SmallInput));
+    c.bench_function("known items", |b| {
+        b.iter_batched(page, |page| known.resolve(page, Priority::Request), BatchSize::SmallInput)
+    });
     let keys = || {
         let texts = draw(N_CANDIDATES).into_iter().map(|i| TextDigest::of(&text(i)));
         texts.map(|text| ItemKey { tower, text }).collect::<Vec<_>>()

@@ -192,11 +192,11 @@ pub fn read(path: &Path, max_requests: usize) -> Result<Vec<TracedRequest>, Trac
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{domain::ItemText, known_items::KnownItems};
+    use crate::{content::batcher::Priority, domain::ItemText, known_items::KnownItems};
 
     fn traced(known: &KnownItems, items: Vec<Item>) -> Traced {
         let traced = Traced::ids(&items);
-        traced.resolved(&known.resolve(items))
+        traced.resolved(&known.resolve(items, Priority::Request))
     }
 
     fn item(id: &str, title: Option<&str>) -> Item {

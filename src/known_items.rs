@@ -8,7 +8,7 @@
 
 use crate::{
     bounded_cache::{BoundedCache, Contents},
-    content::{IdKey, KnownItem, Texts},
+    content::{IdKey, KnownItem, Texts, batcher::Priority},
     domain::{Item, ItemText, RowStatus},
     item_text::{self, TextDigest},
     telemetry::events::{self, Lookups},
@@ -48,8 +48,8 @@ impl KnownItems {
         KnownItems { cache, hash_key: (random(), random()), max_text_bytes }
     }
 
-    /// The text's digest of each item, sent now or known from before; else the row's status.
-    pub fn resolve(&self, items: Vec<Item>) -> Vec<Result<KnownItem, RowStatus>> {
+    /// The text's digest of each item, sent now (for whom, says `priority`) or known from before; else the row's status.
+    pub fn resolve(&self, items: Vec<Item>, priority: Priority) -> Vec<Result<KnownItem, RowStatus>> {
         let mut lookups = Lookups::default();
         let mut resolved = Vec::with_capacity(items.len());
         // In the order of the request: an id that stands before its text is not known yet.
@@ -60,7 +60,7 @@ impl KnownItems {
                 None => ids.push(id),
                 Some(text) => {
                     self.resolve_ids(&mut ids, &mut resolved, &mut lookups);
-                    resolved.push(self.remember(id, text));
+                    resolved.push(self.remember(id, text, priority));
                 }
             }
         }
@@ -87,14 +87,18 @@ impl KnownItems {
         ids.clear();
     }
 
-    fn remember(&self, id: IdKey, text: ItemText) -> Result<KnownItem, RowStatus> {
+    fn remember(&self, id: IdKey, text: ItemText, priority: Priority) -> Result<KnownItem, RowStatus> {
         item_text::check(&text, self.max_text_bytes).map_err(|_fault| RowStatus::InvalidItem)?;
         let digest = TextDigest::of(&text);
         if self.cache.read(&id, |known| known.digest) == Some(digest) {
             return Ok(KnownItem { id, digest, text: None });
         }
         let text = Arc::new(text);
-        self.cache.insert(id, Known { digest, text: Arc::clone(&text) });
+        let known = Known { digest, text: Arc::clone(&text) };
+        match priority {
+            Priority::Request => self.cache.insert(id, known),
+            Priority::WarmUp => self.cache.insert_ahead(id, known),
+        }
         Ok(KnownItem { id, digest, text: Some(text) })
     }
 
@@ -137,7 +141,7 @@ mod tests {
     fn titles(known: &KnownItems, items: Vec<Item>) -> Vec<Result<String, RowStatus>> {
         let title =
             |item: KnownItem| known.text(&item).map_or_else(|| "forgotten".to_owned(), |text| text.title.clone());
-        known.resolve(items).into_iter().map(|r| r.map(title)).collect()
+        known.resolve(items, Priority::Request).into_iter().map(|r| r.map(title)).collect()
     }
 
     #[test]
@@ -145,7 +149,7 @@ mod tests {
         let known = KnownItems::new(1 << 20, 100);
         let first = titles(&known, vec![item("a", None), item("a", Some("old")), item("a", None)]);
         assert_eq!(first, [Err(RowStatus::UnknownItem), Ok("old".into()), Ok("old".into())]);
-        let old = known.resolve(vec![item("a", None)]).remove(0).unwrap();
+        let old = known.resolve(vec![item("a", None)], Priority::Request).remove(0).unwrap();
         let second = titles(&known, vec![item("a", Some("new")), item("a", None), item("b", None)]);
         assert_eq!(second, [Ok("new".into()), Ok("new".into()), Err(RowStatus::UnknownItem)]);
         assert!(known.text(&old).is_none(), "an item that was resolved before got another text's");
@@ -157,9 +161,9 @@ mod tests {
         let known = KnownItems::new(20 * 1024, 100);
         for i in 0..1000 {
             let id = format!("item-{i}");
-            assert!(known.resolve(vec![item(&id, Some("text"))])[0].is_ok());
+            assert!(known.resolve(vec![item(&id, Some("text"))], Priority::Request)[0].is_ok());
             known.measure();
-            assert!(known.resolve(vec![item(&id, None)])[0].is_ok(), "{id} was forgotten at once");
+            assert!(known.resolve(vec![item(&id, None)], Priority::Request)[0].is_ok(), "{id} was forgotten at once");
         }
         let measured = known.measure();
         assert!(measured.n_entries < 100 && measured.n_bytes <= measured.max_bytes, "{measured:?}");

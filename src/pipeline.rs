@@ -130,7 +130,7 @@ impl Pipeline {
     pub fn remember(&self, items: Vec<Item>) -> WarmUp {
         let n_items = items.len();
         let usable = |item: &Item| item.text.is_some() && !item.id.is_empty();
-        let resolved = self.known_items.resolve(items.into_iter().filter(usable).collect());
+        let resolved = self.known_items.resolve(items.into_iter().filter(usable).collect(), Priority::WarmUp);
         WarmUp { n_items, known: resolved.into_iter().flatten().collect() }
     }
 
@@ -183,8 +183,8 @@ impl Pipeline {
         let start = Instant::now();
         let traced = self.trace.as_deref().map(|trace| (trace, Traced::ids(&history), Traced::ids(&candidates)));
         let n_too_old = history.len().saturating_sub(model.manifest.user_tower.max_history);
-        let mut history = self.known_items.resolve(history);
-        let candidates = self.known_items.resolve(candidates);
+        let mut history = self.known_items.resolve(history, Priority::Request);
+        let candidates = self.known_items.resolve(candidates, Priority::Request);
         if let Some((trace, history_ids, candidate_ids)) = traced {
             trace.record(history_ids.resolved(&history), candidate_ids.resolved(&candidates));
         }
@@ -209,7 +209,8 @@ impl Pipeline {
         let of_missing = |i: &usize| (wanted[*i].clone(), contents[*i].clone());
         let (items, item_contents): (Vec<KnownItem>, Vec<Content>) = missing.iter().map(of_missing).unzip();
         let mut is_embedded = cached;
-        if let Ok(rows) = self.run_item_tower(model, &items, &item_contents, until).await {
+        let wanted_ahead = self.wanted(&items, Priority::WarmUp, until);
+        if let Ok(rows) = self.run_item_tower(model, wanted_ahead, &item_contents).await {
             missing.iter().zip(rows).for_each(|(i, row)| is_embedded[*i] = row.is_ok());
         }
         let warmth = |i: usize| match &contents[i] {

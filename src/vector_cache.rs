@@ -63,6 +63,12 @@ impl<K: Copy + Eq + Hash> VectorCache<K> {
         self.0.insert(key, vector);
     }
 
+    /// Like [`VectorCache::insert`], for what nobody has asked for yet.
+    pub fn insert_ahead(&self, key: K, vector: Vector) {
+        debug_assert!(all_finite(&vector));
+        self.0.insert_ahead(key, vector);
+    }
+
     /// Entries, bytes and the bound.
     pub fn measure(&self) -> Contents {
         self.0.measure()

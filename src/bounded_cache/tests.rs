@@ -109,6 +109,18 @@ fn what_comes_back_soon_after_it_was_evicted_stays_longer_than_what_is_new() {
 }
 
 #[test]
+fn what_is_put_in_ahead_of_its_readers_waits_for_them_and_displaces_nobody_who_is_read() {
+    let cache = cache(1000);
+    let read_all = |keys: std::ops::Range<u64>| keys.filter(|key| get(&cache, *key).is_some()).count();
+    (0..100).for_each(|key| cache.insert(key, 10));
+    // Half of what is there is asked for, again and again.
+    (0..3).for_each(|_| assert_eq!(read_all(0..50), 50));
+    (100..135).for_each(|key| cache.insert_ahead(key, 10));
+    (200..230).for_each(|key| cache.insert(key, 10));
+    assert_eq!((read_all(100..135), read_all(0..50)), (35, 50));
+}
+
+#[test]
 fn readers_and_writers_of_many_threads_see_whole_entries() {
     let cache: BoundedCache<u64, [u64; 4]> = BoundedCache::new("test", 8 << 20, |_, _| 100);
     std::thread::scope(|scope| {

@@ -116,7 +116,10 @@ impl Flight {
     /// Caches `vector` and hands it to everybody who waits.
     pub(super) fn land(self, vector: Vector) {
         // Cached first: who finds the table empty afterwards must find the cache full.
-        self.cache.insert(self.key, Arc::clone(&vector));
+        match self.is_wanted() {
+            true => self.cache.insert(self.key, Arc::clone(&vector)),
+            false => self.cache.insert_ahead(self.key, Arc::clone(&vector)),
+        }
         self.table.remove(&self.key);
         self.result.send_replace(Some(vector));
     }

@@ -4,7 +4,7 @@ use super::{Pipeline, Resolved, Rows, nothing_ready, vector_or_status};
 use crate::{
     admission::{Deadlines, shed},
     bundle::Model,
-    content::{Content, KnownItem, batcher::Priority},
+    content::{Content, KnownItem, Wanted, batcher::Priority},
     domain::{Matrix, RowStatus, Vector, all_finite},
     error::{Error, ShedReason},
     inference::{GraphError, JobError},
@@ -62,7 +62,8 @@ impl Pipeline {
                 self.contents.embed(&model.encoder, self.wanted(&wanted, Priority::Request, deadlines.encode_by)).await;
             events::stage_finished("content", start);
             n_shed = contents.iter().filter(|content| matches!(content, Content::Shed)).count();
-            let embedded = self.run_item_tower(model, &wanted, &contents, deadlines.embed_by).await?;
+            let wanted = self.wanted(&wanted, Priority::Request, deadlines.embed_by);
+            let embedded = self.run_item_tower(model, wanted, &contents).await?;
             for (row, place) in missing.into_iter().zip(places) {
                 match &embedded[place] {
                     Ok(item) => candidates.put(row, item),
@@ -110,11 +111,11 @@ impl Pipeline {
     pub(super) async fn run_item_tower(
         &self,
         model: &Model,
-        wanted: &[KnownItem],
+        wanted: Wanted<'_>,
         contents: &[Content],
-        until: Instant,
     ) -> Result<Rows, Error> {
-        let with_content = wanted.iter().zip(contents).filter_map(|(known, content)| {
+        let Wanted { priority, until, .. } = wanted;
+        let with_content = wanted.items.iter().zip(contents).filter_map(|(known, content)| {
             Some((ItemKey { tower: model.tower_digest, text: known.digest }, content.vector()?.clone()))
         });
         let (keys, inputs): (Vec<ItemKey>, Vec<Vector>) = with_content.unzip();
@@ -127,7 +128,7 @@ impl Pipeline {
             let embedded = item_tower::embed(graphs, &inputs, dim)?;
             events::stage_finished("item_tower", start);
             inputs.chunks(item_tower::BATCH).for_each(|batch| events::batch_ran("item_tower", batch.len()));
-            Ok(keys.into_iter().zip(embedded).map(|(key, item)| keep(&items, key, item)).collect::<Rows>())
+            Ok(keys.into_iter().zip(embedded).map(|(key, item)| keep(&items, key, item, priority)).collect::<Rows>())
         };
         let embedded: Result<Rows, RowStatus> = match model.towers.run(until, job).await {
             Ok(Ok(rows)) => Ok(rows),
@@ -153,11 +154,14 @@ impl Pipeline {
     }
 }
 
-fn keep(items: &VectorCache<ItemKey>, key: ItemKey, item: Vector) -> Result<Vector, RowStatus> {
+fn keep(items: &VectorCache<ItemKey>, key: ItemKey, item: Vector, priority: Priority) -> Result<Vector, RowStatus> {
     if !all_finite(&item) {
         events::vector_not_finite("item_tower");
         return Err(RowStatus::Failed);
     }
-    items.insert(key, item.clone());
+    match priority {
+        Priority::Request => items.insert(key, item.clone()),
+        Priority::WarmUp => items.insert_ahead(key, item.clone()),
+    }
     Ok(item)
 }
