@@ -3,8 +3,8 @@
 //!     cargo bench --bench hit_rate [-- TRACE.csv]
 //!
 //! Every policy sees the same keys in the same order: a look-up, and an insertion where it missed. Caches are bounded in
-//! entries, at parts of the number of different keys. The workloads: Zipf draws; the same beside a warm-up that sends
-//! every item once and is never asked for again; and, where a MovieLens `ratings.csv` is named, its ratings by time, a
+//! entries, at parts of the number of different keys. The workloads: Zipf draws; the same beside a flood of keys that
+//! are asked for once; and, where a MovieLens `ratings.csv` is named, its ratings by time, a
 //! real sequence of what people turned to.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a program that measures and prints")]
 

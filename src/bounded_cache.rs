@@ -85,6 +85,9 @@ struct Slot<K, V> {
 const MAX_USES: u8 = 3;
 /// A new entry has to be read so often to stay.
 const USES_TO_STAY: u8 = 1;
+/// So many entries may be spared for one that comes: readers wait meanwhile, and where all have been read one of them has to
+/// go anyway.
+const MAX_SPARED: u64 = 256;
 /// New entries have one part in so many of the room.
 const NEW_PART: u64 = 10;
 /// Writers wait for writers of the same shard only; readers take all locks, so there are not many of them.
@@ -216,7 +219,7 @@ struct Gone {
 }
 
 impl Gone {
-    /// Bits that neither shards nor tables are chosen by; where two entries share them, one stays for longer than it should.
+    /// Half of the hash will do: where two entries share it, one stays for longer than it should.
     fn short(hash: u64) -> u32 {
         (hash >> 8) as u32
     }
@@ -298,25 +301,26 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
 
     /// Evicts until `n_bytes` more fit, or nothing is left but the entry at `keep`. Returns how many entries went.
     fn make_room(&mut self, n_bytes: u64, keep: Option<u32>, shared: &Shared<K, V>) -> u64 {
-        let mut n_evicted = 0;
+        let (mut n_evicted, mut n_spared) = (0, 0);
         while self.n_bytes + n_bytes > shared.max_bytes && self.table.len() > usize::from(keep.is_some()) {
+            let may_spare = n_spared < MAX_SPARED;
             let new_has_its_part = self.n_new_bytes > shared.max_bytes / NEW_PART;
             let nothing_in_main = self.main.iter().all(|place| keep == Some(*place));
             let evicted = match new_has_its_part || nothing_in_main {
-                true => self.judge_new(keep, shared),
-                false => self.judge_main(keep, shared),
+                true => self.judge_new(keep, may_spare, shared),
+                false => self.judge_main(keep, may_spare, shared),
             };
-            n_evicted += u64::from(evicted);
+            *if evicted { &mut n_evicted } else { &mut n_spared } += 1;
         }
         n_evicted
     }
 
     /// Moves the oldest new entry to the main queue if it was read, else evicts it; true where it was evicted.
-    fn judge_new(&mut self, keep: Option<u32>, shared: &Shared<K, V>) -> bool {
+    fn judge_new(&mut self, keep: Option<u32>, may_spare: bool, shared: &Shared<K, V>) -> bool {
         let Some(place) = self.new.pop_front() else { return false };
         let slot = &mut self.slots[place as usize];
         self.n_new_bytes -= slot.entry.as_ref().map_or(0, |(key, value)| (shared.weigh)(key, value));
-        if *slot.uses.get_mut() < USES_TO_STAY && keep != Some(place) {
+        if !(may_spare && *slot.uses.get_mut() >= USES_TO_STAY) && keep != Some(place) {
             if let Some(hash) = self.remove(place, shared) {
                 self.gone.add(hash, self.main.len());
             }
@@ -330,10 +334,10 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
     }
 
     /// Gives the next entry of the main queue another round if it was read, else evicts it; true where it was evicted.
-    fn judge_main(&mut self, keep: Option<u32>, shared: &Shared<K, V>) -> bool {
+    fn judge_main(&mut self, keep: Option<u32>, may_spare: bool, shared: &Shared<K, V>) -> bool {
         let Some(place) = self.main.pop_front() else { return false };
         let uses = self.slots[place as usize].uses.get_mut();
-        if *uses == 0 && keep != Some(place) {
+        if !(may_spare && *uses > 0) && keep != Some(place) {
             self.remove(place, shared);
             return true;
         }

@@ -1,4 +1,4 @@
-//! Traces of which items requests ask for, to size caches by: ids and text digests, never text, and nothing of the user.
+//! Traces of which items requests ask for, to size caches by: ids and text digests, never text, and no user's id.
 //!
 //! A trace is a file of JSON lines, one a request in the order in which requests were resolved:
 //!
@@ -13,6 +13,7 @@
 use crate::{
     content::KnownItem,
     domain::{Item, RowStatus},
+    item_text::TextDigest,
     telemetry::events,
 };
 use serde::{Deserialize, Serialize};
@@ -21,7 +22,8 @@ use std::{
     io::{self, BufRead, BufReader, BufWriter, Write},
     path::{Path, PathBuf},
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
     thread::{self, JoinHandle},
@@ -77,7 +79,7 @@ pub enum TraceError {
 const MAX_WAITING: usize = 256;
 
 enum Message {
-    Request(TracedRequest),
+    Request { at_ms: u64, history: Traced, candidates: Traced },
     End,
 }
 
@@ -85,6 +87,7 @@ enum Message {
 #[derive(Debug)]
 pub struct Recorder {
     queue: SyncSender<Message>,
+    has_ended: Arc<AtomicBool>,
     writer: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -95,20 +98,30 @@ impl Recorder {
         let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(failed)?;
         let (queue, waiting) = sync_channel(MAX_WAITING);
         let path = path.to_path_buf();
-        let write = move || match write_all(&waiting, &file, max_bytes) {
-            Ok(n_requests) => tracing::info!(path = %path.display(), n_requests, "trace ended"),
-            Err(error) => tracing::error!(path = %path.display(), %error, "trace ended: it cannot be written"),
+        let has_ended = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&has_ended);
+        let write = move || {
+            let written = write_all(&waiting, &file, max_bytes);
+            ended.store(true, Ordering::Relaxed);
+            match written {
+                Ok(n_requests) => tracing::info!(path = %path.display(), n_requests, "trace ended"),
+                Err(error) => tracing::error!(path = %path.display(), %error, "trace ended: it cannot be written"),
+            }
         };
         let writer = thread::Builder::new().name("trace".to_owned()).spawn(write).map_err(failed)?;
-        Ok(Recorder { queue, writer: Mutex::new(Some(writer)) })
+        Ok(Recorder { queue, has_ended, writer: Mutex::new(Some(writer)) })
+    }
+
+    /// Whether nothing is recorded any more.
+    pub fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::Relaxed)
     }
 
     /// Records one request, or counts it as left out.
     pub fn record(&self, history: Traced, candidates: Traced) {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let at_ms = since_epoch.as_millis() as u64;
-        let request = TracedRequest { at_ms, history: history.0, candidates: candidates.0 };
-        match self.queue.try_send(Message::Request(request)) {
+        match self.queue.try_send(Message::Request { at_ms, history, candidates }) {
             Ok(()) => events::trace_recorded(true),
             Err(TrySendError::Full(_)) => events::trace_recorded(false),
             // The writer said why it ended.
@@ -127,20 +140,25 @@ impl Recorder {
 
 /// The items of a request on their way into a trace.
 #[derive(Debug)]
-pub struct Traced(Vec<TracedItem>);
+pub struct Traced(Vec<(String, Option<TextDigest>)>);
 
 impl Traced {
     /// Their ids, as the request has them.
     pub fn ids(items: &[Item]) -> Self {
-        Traced(items.iter().map(|item| TracedItem(item.id.clone(), None)).collect())
+        Traced(items.iter().map(|item| (item.id.clone(), None)).collect())
     }
 
     /// With the digests that they were resolved to, one an item.
     pub fn resolved(mut self, resolved: &[Result<KnownItem, RowStatus>]) -> Self {
         for (item, resolved) in self.0.iter_mut().zip(resolved) {
-            item.1 = resolved.as_ref().ok().map(|known| format!("{:?}", known.digest));
+            item.1 = resolved.as_ref().ok().map(|known| known.digest);
         }
         self
+    }
+
+    fn written(self) -> Vec<TracedItem> {
+        let hex = |digest| format!("{digest:?}");
+        self.0.into_iter().map(|(id, digest)| TracedItem(id, digest.map(hex))).collect()
     }
 }
 
@@ -158,7 +176,8 @@ fn write_all(waiting: &Receiver<Message>, file: &File, max_bytes: u64) -> io::Re
                 waiting.recv().ok()
             }
         };
-        let Some(Message::Request(request)) = next else { break };
+        let Some(Message::Request { at_ms, history, candidates }) = next else { break };
+        let request = TracedRequest { at_ms, history: history.written(), candidates: candidates.written() };
         line.clear();
         serde_json::to_writer(&mut line, &request)?;
         line.push(b'\n');
@@ -174,14 +193,21 @@ fn write_all(waiting: &Receiver<Message>, file: &File, max_bytes: u64) -> io::Re
     Ok(n_requests)
 }
 
-/// The first `max_requests` requests of a trace; at least one.
+/// The first `max_requests` requests of a trace; at least one. A last line that was cut off, as a process that is killed leaves
+/// it, is left out.
 pub fn read(path: &Path, max_requests: usize) -> Result<Vec<TracedRequest>, TraceError> {
     let failed = |source| TraceError::File { path: path.to_path_buf(), source };
-    let lines = BufReader::new(File::open(path).map_err(failed)?).lines();
-    let mut requests = Vec::new();
-    for (i, line) in lines.take(max_requests).enumerate() {
-        let request = serde_json::from_str(&line.map_err(failed)?);
-        requests.push(request.map_err(|source| TraceError::Line { path: path.to_path_buf(), line: i + 1, source })?);
+    let mut lines = BufReader::new(File::open(path).map_err(failed)?);
+    let (mut requests, mut line) = (Vec::new(), String::new());
+    while requests.len() < max_requests && lines.read_line(&mut line).map_err(failed)? > 0 {
+        match serde_json::from_str(&line) {
+            Ok(request) => requests.push(request),
+            Err(_) if !line.ends_with('\n') => break,
+            Err(source) => {
+                return Err(TraceError::Line { path: path.to_path_buf(), line: requests.len() + 1, source });
+            }
+        }
+        line.clear();
     }
     if requests.is_empty() {
         return Err(TraceError::Empty { path: path.to_path_buf() });
@@ -251,5 +277,7 @@ mod tests {
         std::fs::write(&path, "{\"at_ms\":1,\"history\":[],\"candidates\":[]}\nuserId,movieId\n").unwrap();
         let error = read(&path, 9).unwrap_err().to_string();
         assert!(error.contains("line 2"), "{error}");
+        std::fs::write(&path, "{\"at_ms\":1,\"history\":[],\"candidates\":[]}\n{\"at_ms\":2,\"hist").unwrap();
+        assert_eq!(read(&path, 9).unwrap().len(), 1, "a line that was cut off made the rest unreadable");
     }
 }

@@ -5,7 +5,7 @@
 //!
 //! - [`cli`]: the commands, one file each.
 //! - [`server`]: listeners, health, shutdown.
-//! - [`wire`]: the only place that knows prost and tonic.
+//! - [`wire`]: the only place that knows tonic, and our messages.
 //! - [`config`]: file and environment to validated settings.
 //! - [`pipeline`]: the request, one line a stage. **Start here.**
 //! - [`admission`]: permits and deadlines.

@@ -181,7 +181,8 @@ impl Pipeline {
     /// Text for ids. History items older than the model's window are remembered, too, but not used.
     fn resolve(&self, model: &Model, history: Vec<Item>, candidates: Vec<Item>) -> (Resolved, Resolved) {
         let start = Instant::now();
-        let traced = self.trace.as_deref().map(|trace| (trace, Traced::ids(&history), Traced::ids(&candidates)));
+        let trace = self.trace.as_deref().filter(|trace| !trace.has_ended());
+        let traced = trace.map(|trace| (trace, Traced::ids(&history), Traced::ids(&candidates)));
         let n_too_old = history.len().saturating_sub(model.manifest.user_tower.max_history);
         let mut history = self.known_items.resolve(history, Priority::Request);
         let candidates = self.known_items.resolve(candidates, Priority::Request);

@@ -108,15 +108,15 @@ impl Queued for EncodeJob {
     }
 }
 
-/// Tokens that requests may have in the queue: a page or two of nothing but cold items. A minute of work for a few cores; what
-/// nobody waits for any more makes way for what somebody does.
-const MAX_REQUEST_TOKENS: usize = 1 << 18;
-/// Tokens that warm-up may have in the queue: enough for full batches, and no more than that of its text in memory.
-const MAX_WARM_UP_TOKENS: usize = 1 << 15;
-/// A text is counted before it is tokenized: so many bytes of it as one token, and never as less than the template's own
-/// words come to. Right enough to bound the queue's time within a factor of two.
+/// Texts of the longest kind that requests may have in the queue, or several times as many short ones: a page or two of nothing
+/// but cold items, a minute of work for a few cores. What no request has time for any more is done after what one has.
+const MAX_REQUEST_TEXTS: usize = 2048;
+/// The same for warm-up: enough for full batches, and no more than that of its text in memory.
+const MAX_WARM_UP_TEXTS: usize = 256;
+/// A text is counted before it is tokenized: so many bytes of it as one token, and as many for the template's own words. That is
+/// an estimate, to bound the time that a full queue stands for.
 const BYTES_PER_TOKEN: usize = 4;
-const MIN_TOKENS: usize = 16;
+const TEMPLATE_TOKENS: usize = 16;
 const QUEUE: &str = "encoder";
 
 fn batch_limits(provider: Provider) -> BatchLimits {
@@ -141,12 +141,14 @@ impl Encoder {
     /// Starts one thread for each graph.
     pub fn start(model: EncoderModel, graphs: Vec<Graph>, provider: Provider) -> io::Result<Self> {
         let model = Arc::new(model);
+        // A template may ask for a million tokens; a semaphore has room for more than that many times over.
+        let longest = model.tokenizer.max_tokens().clamp(1, 1 << 20);
         let batcher = Arc::new(Batcher::new(batch_limits(provider)));
         let encoder = Encoder {
             model: Arc::clone(&model),
             batcher: Arc::clone(&batcher),
-            request_room: Arc::new(Semaphore::new(MAX_REQUEST_TOKENS)),
-            warm_up_room: Arc::new(Semaphore::new(MAX_WARM_UP_TOKENS)),
+            request_room: Arc::new(Semaphore::new(MAX_REQUEST_TEXTS * longest)),
+            warm_up_room: Arc::new(Semaphore::new(MAX_WARM_UP_TEXTS * longest)),
         };
         for (i, graph) in graphs.into_iter().enumerate() {
             let (model, batcher) = (Arc::clone(&model), Arc::clone(&batcher));
@@ -190,8 +192,8 @@ impl Encoder {
 
     /// About how many tokens `text` is. Never more than there is room for when nothing is queued.
     fn cost(&self, text: &ItemText) -> u32 {
-        let at_most = self.model.tokenizer.max_tokens().clamp(MIN_TOKENS, MAX_WARM_UP_TOKENS);
-        (text.n_bytes() / BYTES_PER_TOKEN).clamp(MIN_TOKENS, at_most) as u32
+        let longest = self.model.tokenizer.max_tokens().clamp(1, 1 << 20);
+        (TEMPLATE_TOKENS + text.n_bytes() / BYTES_PER_TOKEN).min(longest) as u32
     }
 
     pub(super) fn submit(&self, mut jobs: Vec<EncodeJob>) {
@@ -225,8 +227,9 @@ fn work(model: &EncoderModel, mut graph: Graph, batcher: &Batcher<EncodeJob>) {
         let _ = run_guarded(QUEUE, || match work {
             Work::Tokenize(jobs) => batcher.push_tokenized(tokenize(model, jobs)),
             Work::Encode(jobs) => {
-                let (n_tokens, took) = encode(model, &mut graph, jobs);
-                batcher.record(n_tokens, took);
+                if let Some((n_tokens, took)) = encode(model, &mut graph, jobs) {
+                    batcher.record(n_tokens, took);
+                }
             }
         });
     }
@@ -251,15 +254,17 @@ fn tokenize(model: &EncoderModel, jobs: Vec<EncodeJob>) -> Vec<EncodeJob> {
     tokenized
 }
 
-/// Returns how many tokens were run, padding included, and how long that took.
-fn encode(model: &EncoderModel, graph: &mut Graph, mut jobs: Vec<EncodeJob>) -> (usize, Duration) {
+/// Returns how many tokens were run, padding included, and how long that took; nothing where the graph failed.
+fn encode(model: &EncoderModel, graph: &mut Graph, mut jobs: Vec<EncodeJob>) -> Option<(usize, Duration)> {
     let start = Instant::now();
     jobs.iter_mut().for_each(|job| drop(job.stay.take()));
     let batch: Vec<&[i64]> = jobs.iter().map(|job| job.tokens.as_slice()).collect();
     let n_columns = batch.iter().map(|ids| ids.len()).max().unwrap_or(0);
     let n_tokens = batch.len() * n_columns;
     events::encoder_batch_ran(batch.len(), n_tokens);
-    match model.encode(graph, &batch) {
+    let encoded = model.encode(graph, &batch);
+    let took = encoded.is_ok().then(|| start.elapsed());
+    match encoded {
         Ok(vectors) => {
             for (job, vector) in jobs.into_iter().zip(vectors.chunks_exact(model.dim)) {
                 land(job, vector);
@@ -270,7 +275,7 @@ fn encode(model: &EncoderModel, graph: &mut Graph, mut jobs: Vec<EncodeJob>) -> 
         Err(_) => jobs.into_iter().for_each(|job| encode_alone(model, graph, job)),
     }
     events::stage_finished("encode", start);
-    (n_tokens, start.elapsed())
+    took.map(|took| (n_tokens, took))
 }
 
 fn encode_alone(model: &EncoderModel, graph: &mut Graph, job: EncodeJob) {

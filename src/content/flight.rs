@@ -26,7 +26,7 @@ struct Pending {
 }
 
 /// Until when somebody waits for a flight. Raised by every request that joins it, so that a warm-up that a request has
-/// come to wait for goes first, and work that everybody has left goes last.
+/// come to wait for goes first, and work whose requests are all out of time goes last.
 #[derive(Debug, Default)]
 struct Wanted(AtomicU64);
 
@@ -34,6 +34,11 @@ impl Wanted {
     fn raise(&self, until: Option<Instant>) {
         let until = until.map_or(0, |until| until.saturating_duration_since(*EPOCH).as_millis() as u64);
         self.0.fetch_max(until, Ordering::Relaxed);
+    }
+
+    /// Whether a request ever joined, in time or not.
+    fn by_a_request(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 0
     }
 
     fn time_left(&self) -> Duration {
@@ -116,7 +121,7 @@ impl Flight {
     /// Caches `vector` and hands it to everybody who waits.
     pub(super) fn land(self, vector: Vector) {
         // Cached first: who finds the table empty afterwards must find the cache full.
-        match self.is_wanted() {
+        match self.wanted.by_a_request() {
             true => self.cache.insert(self.key, Arc::clone(&vector)),
             false => self.cache.insert_ahead(self.key, Arc::clone(&vector)),
         }

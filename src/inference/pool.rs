@@ -3,7 +3,7 @@
 //! Invariants:
 //! - Every job is answered exactly once: with its result, or with the [`JobError`] that says why it has none.
 //! - A job whose deadline passed, or whose caller left, is dropped before it runs.
-//! - A panic fails its own job; the thread and its state go on.
+//! - A panic fails its own job, or the batch that it was run in; the thread and its state go on.
 //!
 //! Work here was asked for by somebody who waits. Work that must go on after its caller left (encoding) is not here but in
 //! `content::batcher`.

@@ -153,7 +153,7 @@ pub fn config_applied(digest: &str) {
     gauge!(names::CONFIG_INFO, "digest" => digest.to_owned()).set(1.0);
 }
 
-/// Encoding failed for a whole batch; every item of it fails, none is cached.
+/// Encoding failed for these items; none of them is cached.
 pub fn encode_failed(n_items: usize, error: &dyn std::fmt::Display) {
     tracing::error!(n_items, cause = %error, "encoding failed");
 }

@@ -85,7 +85,7 @@ metrics! {
     SHED = "midemb_shed_total", Kind::Counter, "reason";
     /// GetMidEmb requests under way.
     IN_FLIGHT = "midemb_in_flight_requests", Kind::Gauge, "";
-    /// Requests written into a trace (`midemb serve --record-trace`), or left out because the writer was behind.
+    /// Requests handed to the writer of a trace (`midemb serve --record-trace`), or left out because it was behind.
     TRACE_REQUESTS = "midemb_trace_requests_total", Kind::Counter, "result";
     /// 1 for every served model.
     MODEL_INFO = "midemb_model_info", Kind::Gauge, "name,version,digest,provider";

@@ -1,4 +1,4 @@
-//! The wire: the only place that knows prost and tonic.
+//! The wire: the only place that knows tonic, and our messages.
 //!
 //! [`decode`] checks a message and makes plain types of it, [`encode`] makes a message of an answer, [`status`] maps errors
 //! to gRPC statuses, [`services`] and [`admin`] are the handlers, [`codec`] answers bytes that are no message, [`layer`]

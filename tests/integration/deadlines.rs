@@ -72,7 +72,7 @@ async fn without_a_grpc_timeout_the_default_deadline_holds() {
 /// not on a full batch that comes too late (how many depends on the machine: `midemb bench w6-cold-page` says it), and the
 /// rest is there for the next page.
 #[tokio::test]
-async fn a_cold_page_with_little_time_is_answered_and_the_rest_is_there_for_the_next() {
+async fn a_cold_page_with_little_time_loses_nothing_for_the_next() {
     let server = Server::start_with(&shipped(), "inference.threads = 1");
     let mut client = server.client().await;
     // The encoder learns how fast it is.
@@ -130,7 +130,8 @@ async fn more_requests_than_may_be_in_flight_are_shed_with_a_time_to_come_back()
     assert_eq!(server.scrape().sum("midemb_shed_total", &["reason=\"in_flight\""]), 1.0);
 }
 
-/// The encoder's queue holds 262,144 tokens: 16,384 short texts. What it cannot take is turned away at once and counted, and hits are still served.
+/// The encoder's queue holds 2,048 of the longest texts, some 12,000 short ones. What it cannot take is turned away at once and
+/// counted, and hits are still served.
 #[tokio::test]
 async fn a_full_encoder_queue_turns_rows_away_and_still_serves_hits() {
     let server = Server::start_with(&shipped(), "inference.threads = 1");
@@ -139,9 +140,7 @@ async fn a_full_encoder_queue_turns_rows_away_and_still_serves_hits() {
     for i in 0..9 {
         // Little of it is ready in time, if anything; all of it is queued, until the queue is full.
         let flood = page(vec![], films(&format!("flood-{i}"), 2000));
-        if let Ok(answer) = client.get_mid_emb(within(flood, Duration::from_millis(200))).await {
-            assert!(statuses(answer.get_ref()).contains(&"NOT_IN_TIME"));
-        }
+        drop(client.get_mid_emb(within(flood, Duration::from_millis(200))).await);
     }
     let mut more = films("more", 1999);
     more.extend(films("warm", 1));
@@ -153,11 +152,11 @@ async fn a_full_encoder_queue_turns_rows_away_and_still_serves_hits() {
     assert!(server.scrape().sum("midemb_shed_total", &["reason=\"encoder_queue\""]) >= n_shed as f64);
 }
 
-/// More than two threads can score within the deadline, at once, in requests that are all scoring and little else: who cannot be served is told so, and when to come back.
+/// More than one thread can score within the deadline, at once, in requests that are all scoring and little else: who cannot be served is told so, and when to come back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_burst_is_answered_or_turned_away_and_the_next_request_is_served() {
     use tonic_types::StatusExt;
-    let server = Server::start_with(&shipped(), "limits.max_in_flight = 10000");
+    let server = Server::start_with(&shipped(), "limits.max_in_flight = 10000\ninference.threads = 1");
     let mut client = server.client().await;
     let items = films("hot", 80);
     client.get_mid_emb(within(page(items.clone(), items.clone()), PATIENCE)).await.unwrap();

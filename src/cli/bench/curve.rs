@@ -2,8 +2,9 @@
 //! server.
 //!
 //! Requests are looked up as the server looks them up: candidates in the item cache, those that are missing there and the
-//! history in the content cache, and what is missing there is encoded and put into both. Both caches have room for the same
-//! number of items.
+//! history in the content cache, each text once a request, and what is missing there is encoded and put into both. Both
+//! caches have room for the same number of items. Every user counts as one who was not there a moment ago: pages of a
+//! session, whose history is not looked up again, cost less than it says.
 
 use super::{Args, draws::Draws};
 use crate::{
@@ -16,7 +17,10 @@ use crate::{
     vector_cache::VectorCache,
 };
 use serde_json::json;
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 /// The sizes, as parts of all items that the requests ask for.
 const PARTS: &[usize] = &[64, 32, 16, 8, 4, 2, 1];
@@ -53,7 +57,7 @@ struct Texts {
 }
 
 impl Texts {
-    fn of(draws: &Draws, n_requests: u64) -> Self {
+    fn of(draws: &Draws, n_requests: u64, max_history: usize) -> Self {
         let mut numbers: HashMap<String, TextDigest> = HashMap::new();
         let mut number = |TracedItem(_, digest): TracedItem| {
             let next = numbers.len().to_string();
@@ -62,16 +66,24 @@ impl Texts {
             digest.map(|digest| *numbers.entry(digest).or_insert_with(text))
         };
         let mut request = |i| {
-            let (history, candidates) = draws.items(i);
-            [history, candidates].map(|items| items.into_iter().filter_map(&mut number).collect())
+            let (mut history, candidates) = draws.items(i);
+            history.drain(..history.len().saturating_sub(max_history));
+            [history, candidates].map(|items| different(items.into_iter().filter_map(&mut number)))
         };
+        let n_requests = draws.n_requests().map_or(n_requests, |n| n.min(n_requests));
         let requests = (0..n_requests).map(&mut request).collect();
         Texts { requests, n_different: numbers.len() }
     }
 }
 
+/// Each once, in order.
+fn different(texts: impl Iterator<Item = TextDigest>) -> Vec<TextDigest> {
+    let mut seen = HashSet::new();
+    texts.filter(|text| seen.insert(*text)).collect()
+}
+
 pub(super) fn run(args: &Args, draws: &Draws) {
-    let texts = Texts::of(draws, args.requests);
+    let texts = Texts::of(draws, args.requests, args.history);
     let mut sizes: Vec<usize> = PARTS.iter().map(|part| (texts.n_different / part).max(1)).collect();
     sizes.dedup();
     let points: Vec<Point> = sizes.into_iter().map(|n_entries| point(&texts, n_entries)).collect();
@@ -80,7 +92,8 @@ pub(super) fn run(args: &Args, draws: &Draws) {
     }
     println!(
         "cache-curve: {} requests of {} different items, hits in their second half",
-        args.requests, texts.n_different
+        texts.requests.len(),
+        texts.n_different
     );
     let mut figures =
         table(&["items", "cache.content_mb", "cache.item_mb", "content hits", "item hits", "encoded/request"]);
@@ -135,7 +148,7 @@ fn point(texts: &Texts, n_entries: usize) -> Point {
     let n_warm_up = texts.requests.len() / 2;
     for (i, [history, candidates]) in texts.requests.iter().enumerate() {
         let missing_items = missing(&items, candidates, item_key, (i >= n_warm_up).then_some(&mut item_hits));
-        let wanted: Vec<TextDigest> = history.iter().chain(&missing_items).copied().collect();
+        let wanted = different(history.iter().chain(&missing_items).copied());
         let encoded = missing(&contents, &wanted, content_key, (i >= n_warm_up).then_some(&mut content_hits));
         encoded.iter().for_each(|text| contents.insert(content_key(text), Arc::clone(&vector)));
         missing_items.iter().for_each(|text| items.insert(item_key(text), Arc::clone(&vector)));
@@ -167,11 +180,10 @@ fn missing<K: Copy + Eq + std::hash::Hash>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::HashSet;
 
     #[test]
     fn a_cache_that_holds_everything_misses_nothing_and_a_smaller_one_misses_more() {
-        let texts = Texts::of(&Draws::zipf(1.0, 400, 10, 20, 1), 400);
+        let texts = Texts::of(&Draws::zipf(1.0, 400, 10, 20, 1), 400, 10);
         let rate = |n_entries| point(&texts, n_entries).item.rate();
         let all = |requests: &[[Vec<TextDigest>; 2]]| requests.iter().flatten().flatten().copied().collect();
         let (first, second): (HashSet<TextDigest>, HashSet<TextDigest>) =

@@ -77,7 +77,7 @@ pub(super) struct Args {
     /// Candidates of a request.
     #[arg(long, default_value_t = 500)]
     candidates: usize,
-    /// History items of a request.
+    /// History items of a request; cache-curve reads the newest so many of a trace, as the model does.
     #[arg(long, default_value_t = 80)]
     history: usize,
     /// Different items: warmed before the first request, sent cold by w2-cold, or drawn by w3-zipf and cache-curve.
@@ -130,7 +130,8 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
     );
     ensure!(args.rate.is_none_or(|rate| rate.is_finite() && rate > 0.0), "--rate must be above 0");
     ensure!(args.items >= args.candidates.max(args.history), "--items must cover the candidates and the history");
-    ensure!(args.zipf.is_finite() && args.zipf >= 0.0, "--zipf must be 0 or more");
+    // Steeper than that, the rare items of a page are hardly ever drawn.
+    ensure!((0.0..=1.5).contains(&args.zipf), "--zipf must be from 0 to 1.5");
     if args.scenario == Scenario::CacheCurve {
         curve::run(&args, &args.draws()?);
         return Ok(());
