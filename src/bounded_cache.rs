@@ -3,8 +3,8 @@
 //! What such a look-up costs is waiting for memory: in a catalogue of a million items nothing that it touches lies in the
 //! processor's caches. So [`BoundedCache::read_many`] takes every shard's lock once, for reading, and then works in passes
 //! over all keys, first through the tables, then through the entries. Within a pass no step depends on the one before, and
-//! all that is written is an entry's count of uses, so that the processor waits for many entries at once. A loop of single look-ups,
-//! with a lock and a counted reference each, waits for one after the other: see `cargo bench --bench hot_path`.
+//! all that is written is an entry's count of uses, so that the processor waits for many entries at once. A loop of single
+//! look-ups, with a lock and a counted reference each, waits for one after the other: see `cargo bench --bench hot_path`.
 //!
 //! Eviction is S3-FIFO (Yang et al., SOSP 2023): three queues, and a read that moves nothing. A new entry goes into a
 //! queue of a tenth of the room, from which it leaves for good unless it was read again meanwhile; then it goes into the
@@ -267,8 +267,9 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
         if let Some(place) = self.find(&entry.0, hash) {
             let slot = &mut self.slots[place as usize];
             let n_old_bytes = slot.entry.replace(entry).map_or(0, |(key, value)| (shared.weigh)(&key, &value));
-            let in_new = if slot.is_new { (n_bytes, n_old_bytes) } else { (0, 0) };
-            self.n_new_bytes = self.n_new_bytes + in_new.0 - in_new.1;
+            if slot.is_new {
+                self.n_new_bytes = self.n_new_bytes + n_bytes - n_old_bytes;
+            }
             self.n_bytes = self.n_bytes + n_bytes - n_old_bytes;
             return self.make_room(0, Some(place), shared);
         }

@@ -105,25 +105,21 @@ pub struct LoadOptions {
 /// Requests that may be scored together.
 pub type Scoring = Batches<TowerGraphs, ScoreInput, Result<Score, GraphError>>;
 
-/// On a CPU a run over several requests costs as much as one over each (2 % less, measured), and the first waits for the
-/// last. A GPU does them in the time of one.
-fn scoring_limits(provider: Provider, batch_requests: usize) -> batches::Limits {
-    let by_provider = match provider {
-        Provider::Cpu => 1,
-        Provider::Cuda => 32,
-    };
-    let max_jobs = if batch_requests == 0 { by_provider } else { batch_requests };
-    batches::Limits { max_jobs, max_size: MAX_CANDIDATES_TOGETHER }
-}
-
 /// Candidates of one run of the CVR graph, over all its requests: some megabytes of activations.
 const MAX_CANDIDATES_TOGETHER: usize = 1 << 15;
 
-fn scoring(manifest: &Manifest, limits: batches::Limits) -> Scoring {
+/// On a CPU a run over several requests costs as much as one over each (2 % less, measured), and the first waits for the
+/// last. A GPU does them in the time of one.
+fn scoring(manifest: &Manifest, provider: Provider, batch_requests: usize) -> Scoring {
+    let max_jobs = match (batch_requests, provider) {
+        (0, Provider::Cpu) => 1,
+        (0, Provider::Cuda) => 32,
+        (n, _) => n,
+    };
     let dims = ScoreDims { content: manifest.encoder.dim, user: manifest.user_tower.dim, mid: manifest.cvr.dim };
     let run = Box::new(move |graphs: &mut TowerGraphs, inputs| score_all(graphs, inputs, dims));
-    let max_size = limits.max_size * dims.user;
-    Batches::new(batches::Limits { max_size, ..limits }, |input| input.items.len(), run)
+    let limits = batches::Limits { max_jobs, max_size: MAX_CANDIDATES_TOGETHER * dims.user };
+    Batches::new(limits, |input| input.items.len(), run)
 }
 
 /// A model that serves: its graphs and the threads that run them.
@@ -193,7 +189,7 @@ pub fn load(folder: &Path, options: &LoadOptions, runtime: &Runtime) -> Result<M
     let reference = ModelRef { name: options.served_name.clone(), version: manifest.version.clone(), digest };
     events::model_served(&reference, provider.as_str(), start.elapsed());
     let (tower_digest, user_tower_digest) = (digest::tower_digest(&manifest), digest::user_tower_digest(&manifest));
-    let scoring = Arc::new(scoring(&manifest, scoring_limits(provider, options.batch_requests)));
+    let scoring = Arc::new(scoring(&manifest, provider, options.batch_requests));
     let reference = Arc::new(reference);
     Ok(Model { reference, manifest, encoder, tower_digest, user_tower_digest, towers, scoring, provider })
 }

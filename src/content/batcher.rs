@@ -7,8 +7,8 @@
 //! takes what is there, a busy one finds more.
 //!
 //! Invariants (property-tested): every job is handed out exactly once at each step; no batch is over its limits, nor longer
-//! than its caller waits, unless it is a single job; requests go before warm-up; the oldest request is in the next batch, so none starves. A job's priority
-//! may change while it waits: a request may join a warm-up, or run out of time.
+//! than its caller waits, unless it is a single job; requests go before warm-up; the oldest request is in the next batch, so
+//! none starves. A job's priority may change while it waits: a request may join a warm-up, or run out of time.
 //!
 //! The queue's bound is not here: a job holds a place of `encoder`'s semaphore for as long as it lives.
 

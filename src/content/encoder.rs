@@ -55,6 +55,12 @@ impl EncoderModel {
         Ok(self.tokenizer.encode(&self.template.render(text)?)?)
     }
 
+    /// What the longest text counts in the queue. A bundle may cut at whatever it likes; nothing is ever counted as more than
+    /// a million tokens.
+    fn longest(&self) -> usize {
+        self.tokenizer.max_tokens().clamp(1, 1 << 20)
+    }
+
     /// Runs the graph over one batch: `[n, C]`, row-major, L2-normalised by the graph.
     pub fn encode(&self, graph: &mut Graph, batch: &[&[i64]]) -> Result<Vec<f32>, GraphError> {
         let n_columns = batch.iter().map(|ids| ids.len()).max().unwrap_or(0);
@@ -141,8 +147,7 @@ impl Encoder {
     /// Starts one thread for each graph.
     pub fn start(model: EncoderModel, graphs: Vec<Graph>, provider: Provider) -> io::Result<Self> {
         let model = Arc::new(model);
-        // A template may ask for a million tokens; a semaphore has room for more than that many times over.
-        let longest = model.tokenizer.max_tokens().clamp(1, 1 << 20);
+        let longest = model.longest();
         let batcher = Arc::new(Batcher::new(batch_limits(provider)));
         let encoder = Encoder {
             model: Arc::clone(&model),
@@ -192,8 +197,7 @@ impl Encoder {
 
     /// About how many tokens `text` is. Never more than there is room for when nothing is queued.
     fn cost(&self, text: &ItemText) -> u32 {
-        let longest = self.model.tokenizer.max_tokens().clamp(1, 1 << 20);
-        (TEMPLATE_TOKENS + text.n_bytes() / BYTES_PER_TOKEN).min(longest) as u32
+        (TEMPLATE_TOKENS + text.n_bytes() / BYTES_PER_TOKEN).min(self.model.longest()) as u32
     }
 
     pub(super) fn submit(&self, mut jobs: Vec<EncodeJob>) {
