@@ -18,6 +18,10 @@
 //!
 //! Locks: a reader holds all shards' locks for some microseconds and takes them in order; a writer holds one and waits for
 //! no other. Nothing here is held across an await.
+//!
+//! Which entries matter most, for who saves or refreshes them, is [`BoundedCache::hottest_keys`], in a file of its own.
+
+mod heat;
 
 use crate::telemetry::events;
 use foldhash::fast::RandomState;
@@ -28,7 +32,7 @@ use std::{
     hash::{BuildHasher, Hash},
     sync::{
         Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicU8, AtomicU32, Ordering},
     },
 };
 
@@ -56,6 +60,8 @@ struct Shared<K, V> {
     /// Of each shard.
     max_bytes: u64,
     hasher: RandomState,
+    /// Counts what joins a queue, in all shards together: that tells which of two entries joined later.
+    turns: AtomicU32,
     shards: Box<[RwLock<Shard<K, V>>]>,
 }
 
@@ -78,6 +84,8 @@ struct Slot<K, V> {
     /// Reads that still count, at most [`MAX_USES`].
     uses: AtomicU8,
     is_new: bool,
+    /// When it joined the queue that it is in.
+    turn: u32,
     entry: Option<(K, V)>,
 }
 
@@ -100,8 +108,8 @@ impl<K: Copy + Eq + Hash, V> BoundedCache<K, V> {
     pub fn new(name: &'static str, max_bytes: u64, weigh: fn(&K, &V) -> u64) -> Self {
         let n_shards = (max_bytes / MIN_SHARD_BYTES).clamp(1, MAX_SHARDS);
         let shards = (0..n_shards).map(|_| RwLock::new(Shard::default())).collect();
-        let shared = Shared { name, weigh, max_bytes: max_bytes / n_shards, hasher: RandomState::default(), shards };
-        BoundedCache { shared: Arc::new(shared) }
+        let (max_bytes, hasher, turns) = (max_bytes / n_shards, RandomState::default(), AtomicU32::new(0));
+        BoundedCache { shared: Arc::new(Shared { name, weigh, max_bytes, hasher, turns, shards }) }
     }
 
     /// The name that metrics use.
@@ -177,6 +185,10 @@ impl<K: Copy + Eq + Hash, V> BoundedCache<K, V> {
 impl<K, V> Shared<K, V> {
     fn shard(&self, hash: u64) -> &RwLock<Shard<K, V>> {
         &self.shards[shard_of(hash, self.shards.len())]
+    }
+
+    fn next_turn(&self) -> u32 {
+        self.turns.fetch_add(1, Ordering::Relaxed)
     }
 }
 
@@ -275,7 +287,7 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
         }
         let n_evicted = self.make_room(n_bytes, None, shared);
         let is_new = !self.gone.take(hash) && on_probation;
-        let slot = Slot { uses: AtomicU8::new(0), is_new, entry: Some(entry) };
+        let slot = Slot { uses: AtomicU8::new(0), is_new, turn: shared.next_turn(), entry: Some(entry) };
         let place = match self.vacant.pop() {
             Some(place) => {
                 self.slots[place as usize] = slot;
@@ -328,6 +340,7 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
             return true;
         }
         slot.is_new = false;
+        slot.turn = shared.next_turn();
         let uses = slot.uses.get_mut();
         *uses = uses.saturating_sub(1);
         self.main.push_back(place);
@@ -337,11 +350,13 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
     /// Gives the next entry of the main queue another round if it was read, else evicts it; true where it was evicted.
     fn judge_main(&mut self, keep: Option<u32>, may_spare: bool, shared: &Shared<K, V>) -> bool {
         let Some(place) = self.main.pop_front() else { return false };
-        let uses = self.slots[place as usize].uses.get_mut();
+        let slot = &mut self.slots[place as usize];
+        let uses = slot.uses.get_mut();
         if !(may_spare && *uses > 0) && keep != Some(place) {
             self.remove(place, shared);
             return true;
         }
+        slot.turn = shared.next_turn();
         *uses = uses.saturating_sub(1);
         self.main.push_back(place);
         false

@@ -194,6 +194,13 @@ pub struct ModelRef {
     pub digest: String,
 }
 
+impl ModelRef {
+    /// As much of the digest as a person compares.
+    pub fn short_digest(&self) -> &str {
+        self.digest.get(..12).unwrap_or(&self.digest)
+    }
+}
+
 /// One answer. What was not asked for is `None`.
 #[derive(Debug, Clone)]
 pub struct MidEmbResponse {

@@ -29,6 +29,11 @@ impl TextDigest {
         TextDigest(bytes)
     }
 
+    /// The digest that has these bytes, as they were written down once.
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        TextDigest(bytes)
+    }
+
     /// Its 16 bytes.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0

@@ -3,22 +3,26 @@
 //! Bounded in bytes; the newest text of an id wins. What an id that fell out costs is one UNKNOWN_ITEM row, upon which the
 //! caller sends the text again. A hot request needs the digests alone: its texts stay where they are.
 //!
-//! Ids are kept as 128 bits of SipHash under a key of this process: as sure as the digests of texts, of one size whatever
-//! the ids look like, and nobody outside can make two of them meet.
+//! Ids are kept as 128 bits of SipHash under a secret key: as sure as the digests of texts, of one size whatever the ids
+//! look like, and nobody outside can make two of them meet. The key is this process's own, or that of the process whose
+//! items are restored here; it changes only while nothing is known. A request reads it once, so what it asks for while the
+//! key changes is unknown, or is remembered where nobody will look for it, but is never taken for another item.
 
 use crate::{
     bounded_cache::{BoundedCache, Contents},
     content::{IdKey, KnownItem, Texts, batcher::Priority},
     domain::{Item, ItemText, RowStatus},
-    item_text::{self, TextDigest},
+    item_text::{self, TextDigest, TextFault},
     telemetry::events::{self, Lookups},
 };
 use siphasher::sip128::SipHasher13;
 use std::{
+    fmt,
     hash::{BuildHasher, RandomState},
     mem::size_of,
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock},
 };
+use thiserror::Error;
 
 /// What metrics call it.
 pub const NAME: &str = "known_items";
@@ -30,9 +34,36 @@ const ENTRY_OVERHEAD: usize = 330;
 #[derive(Debug)]
 pub struct KnownItems {
     cache: BoundedCache<IdKey, Known>,
-    hash_key: (u64, u64),
+    /// Locked for as long as it takes to copy it, or to see that nothing is known.
+    hash_key: RwLock<HashKey>,
     max_text_bytes: usize,
 }
+
+/// The key that ids are hashed under. Whoever has it can make ids that meet: it goes where the items go, and into no log.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct HashKey(pub [u64; 2]);
+
+impl HashKey {
+    fn random() -> Self {
+        HashKey([(); 2].map(|()| RandomState::new().hash_one(0)))
+    }
+
+    fn hash(self, id: &str) -> IdKey {
+        let hash = SipHasher13::new_with_keys(self.0[0], self.0[1]).hash(id.as_bytes());
+        IdKey([hash.h1, hash.h2])
+    }
+}
+
+impl fmt::Debug for HashKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("HashKey(..)")
+    }
+}
+
+/// Items are known already, under another key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("items are known already, and their ids are hashed under another key")]
+pub struct OtherHashKey;
 
 #[derive(Debug)]
 struct Known {
@@ -43,19 +74,19 @@ struct Known {
 impl KnownItems {
     /// Nothing known. Texts of more than `max_text_bytes` are refused.
     pub fn new(max_bytes: u64, max_text_bytes: usize) -> Self {
-        let random = || RandomState::new().hash_one(0);
         let cache = BoundedCache::new(NAME, max_bytes, |_id, known: &Known| entry_bytes(&known.text));
-        KnownItems { cache, hash_key: (random(), random()), max_text_bytes }
+        KnownItems { cache, hash_key: RwLock::new(HashKey::random()), max_text_bytes }
     }
 
     /// The text's digest of each item, sent now (for whom, says `priority`) or known from before; else the row's status.
     pub fn resolve(&self, items: Vec<Item>, priority: Priority) -> Vec<Result<KnownItem, RowStatus>> {
         let mut lookups = Lookups::default();
+        let hash_key = self.hash_key();
         let mut resolved = Vec::with_capacity(items.len());
         // In the order of the request: an id that stands before its text is not known yet.
         let mut ids = Vec::with_capacity(items.len());
         for item in items {
-            let id = self.key(&item.id);
+            let id = hash_key.hash(&item.id);
             match item.text {
                 None => ids.push(id),
                 Some(text) => {
@@ -67,11 +98,6 @@ impl KnownItems {
         self.resolve_ids(&mut ids, &mut resolved, &mut lookups);
         events::cache_looked_up(NAME, lookups);
         resolved
-    }
-
-    fn key(&self, id: &str) -> IdKey {
-        let hash = SipHasher13::new_with_keys(self.hash_key.0, self.hash_key.1).hash(id.as_bytes());
-        IdKey([hash.h1, hash.h2])
     }
 
     /// Looks `ids` up, appends what was found and leaves `ids` empty.
@@ -100,6 +126,41 @@ impl KnownItems {
             Priority::WarmUp => self.cache.insert_ahead(id, known),
         }
         Ok(KnownItem { id, digest, text: Some(text) })
+    }
+
+    /// All known items with their texts, the hottest first.
+    pub fn hottest(&self) -> Vec<KnownItem> {
+        let ids = self.cache.hottest_keys();
+        let mut items = Vec::with_capacity(ids.len());
+        self.cache.peek_many(&ids, |i, known| {
+            let item = |known: &Known| KnownItem { id: ids[i], digest: known.digest, text: Some(known.text.clone()) };
+            items.extend(known.map(item));
+        });
+        items
+    }
+
+    /// The key of the ids in [`KnownItems::hottest`].
+    pub fn hash_key(&self) -> HashKey {
+        *self.hash_key.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hashes ids under `key` from now on, so that items of the process that had it can be restored. Refused where items
+    /// are known under another.
+    pub fn adopt_hash_key(&self, key: HashKey) -> Result<(), OtherHashKey> {
+        let mut own = self.hash_key.write().unwrap_or_else(PoisonError::into_inner);
+        if *own != key && self.cache.measure().n_entries > 0 {
+            return Err(OtherHashKey);
+        }
+        *own = key;
+        Ok(())
+    }
+
+    /// Remembers an item of [`KnownItems::hottest`], ahead of who asks for it. `id` was hashed under the key in use.
+    pub fn restore(&self, id: IdKey, text: ItemText) -> Result<(), TextFault> {
+        item_text::check(&text, self.max_text_bytes)?;
+        let known = Known { digest: TextDigest::of(&text), text: Arc::new(text) };
+        self.cache.insert_ahead(id, known);
+        Ok(())
     }
 
     /// Entries, bytes and the bound.
@@ -176,5 +237,27 @@ mod tests {
         let resolved = titles(&known, vec![item("a", Some("short")), long, item("a", Some("")), item("a", None)]);
         let invalid = Err(RowStatus::InvalidItem);
         assert_eq!(resolved, [Ok("short".into()), invalid.clone(), invalid, Ok("short".into())]);
+    }
+
+    #[test]
+    fn items_of_another_process_are_found_by_their_ids_under_its_key() {
+        let old = KnownItems::new(1 << 20, 100);
+        titles(&old, vec![item("a", Some("1")), item("b", Some("2")), item("a", None)]);
+        let dumped = old.hottest();
+        let texts = || dumped.iter().map(|item| ItemText::clone(item.text.as_ref().unwrap()));
+        assert_eq!(texts().map(|text| text.title).collect::<Vec<_>>(), ["1", "2"]);
+
+        let new = KnownItems::new(1 << 20, 100);
+        assert_ne!(new.hash_key(), old.hash_key());
+        new.adopt_hash_key(old.hash_key()).unwrap();
+        dumped.iter().zip(texts()).rev().for_each(|(item, text)| new.restore(item.id, text).unwrap());
+        assert_eq!(titles(&new, vec![item("a", None), item("b", None)]), [Ok("1".into()), Ok("2".into())]);
+        assert_eq!(new.hottest()[0].digest, dumped[0].digest);
+        assert_eq!(new.restore(dumped[0].id, ItemText::default()), Err(TextFault::Empty));
+
+        assert_eq!(new.adopt_hash_key(old.hash_key()), Ok(()));
+        assert_eq!(new.adopt_hash_key(KnownItems::new(0, 0).hash_key()), Err(OtherHashKey));
+        assert_eq!(format!("{:?}", new.hash_key()), "HashKey(..)");
+        assert!(titles(&new, vec![item("a", None)])[0].is_ok(), "a key that was refused was taken");
     }
 }

@@ -6,11 +6,13 @@
 //! - [`cli`]: the commands, one file each.
 //! - [`server`]: listeners, health, shutdown.
 //! - [`wire`]: the only place that knows tonic, and our messages.
+//! - [`lifecycle`]: configs into force, rollback, snapshots of the caches.
 //! - [`config`]: file and environment to validated settings.
 //! - [`pipeline`]: the request, one line a stage. **Start here.**
 //! - [`admission`]: permits and deadlines.
 //! - [`bundle`]: from a folder of graphs to a checked model that serves.
 //! - [`item_trace`]: which items requests ask for, written to a file.
+//! - [`cache_snapshot`]: the caches in files, for a restart without a cold start.
 //! - [`known_items`]: text by item id.
 //! - [`fusion`]: the CVR MLP, mid-emb.
 //! - [`towers`]: PCH, user and item embeddings.
@@ -25,6 +27,7 @@
 pub mod admission;
 pub mod bounded_cache;
 pub mod bundle;
+pub mod cache_snapshot;
 pub mod cli;
 pub mod config;
 pub mod content;
@@ -35,6 +38,7 @@ pub mod inference;
 pub mod item_text;
 pub mod item_trace;
 pub mod known_items;
+pub mod lifecycle;
 pub mod pipeline;
 pub mod server;
 pub mod telemetry;

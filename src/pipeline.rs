@@ -9,17 +9,21 @@
 //! - A request reads one snapshot of one model; nothing in its answer comes from another.
 //! - Candidates are independent: one that cannot be answered costs its own row.
 //! - Nothing here computes: encoding and scoring run on inference threads, this code waits for them.
+//! - A shadow scores after its request was answered, and nobody waits for it.
 
 mod candidates;
+pub mod replay;
 mod score;
+mod shadow;
 mod user;
 
 use crate::{
     admission::{Admission, Deadlines, Permit, check_wait, shed},
     bounded_cache::Contents as CacheContents,
     bundle::{Model, Registry},
+    cache_snapshot::Caches,
     content::{Content, Contents, KnownItem, Wanted, batcher::Priority},
-    domain::{Item, MidEmbRequest, MidEmbResponse, RowStatus, Vector, WarmSummary},
+    domain::{Item, MidEmbRequest, MidEmbResponse, Outputs, RowStatus, Vector, WarmSummary},
     error::{Error, ShedReason},
     item_trace::{Recorder, Traced},
     known_items::KnownItems,
@@ -29,6 +33,7 @@ use crate::{
 };
 use candidates::unique;
 use score::ScoreJob;
+use shadow::Shadows;
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -107,7 +112,7 @@ impl Pipeline {
     ///
     /// Cancel-safe: encoding that was queued goes on and is cached, scoring is skipped.
     pub async fn get_mid_emb(
-        &self,
+        self: &Arc<Self>,
         request: MidEmbRequest,
         routed: impl FnOnce(&Model),
     ) -> Result<MidEmbResponse, Error> {
@@ -115,13 +120,28 @@ impl Pipeline {
         let snapshot = self.registry.current()?;
         let model = snapshot.route(request.model.as_deref(), &request.user_id)?;
         routed(model);
-        let (history, candidates) = self.resolve(model, request.history, request.candidates);
+        let page = self.resolve(request.history, request.candidates);
+        let shadows = Shadows::of(snapshot.shadows_of(model, &request.user_id), &page, request.outputs);
+        let answer = self.answer(model, page, request.outputs, deadlines).await?;
+        shadows.compare(self, &answer);
+        Ok(answer)
+    }
+
+    /// What `model` says to a page whose texts are known.
+    async fn answer(
+        &self,
+        model: &Model,
+        page: Page,
+        outputs: Outputs,
+        deadlines: Deadlines,
+    ) -> Result<MidEmbResponse, Error> {
+        let Page { history, candidates } = page.within_window_of(model);
         let (user, mut candidates) = tokio::try_join!(
             async { Ok(self.embed_history(model, history, deadlines).await) },
             self.embed_candidates(model, candidates, deadlines),
         )?;
         let User { history, source } = user;
-        let job = ScoreJob::new(source, &mut candidates, request.outputs);
+        let job = ScoreJob::new(source, &mut candidates, outputs);
         let scores = job.run(model, deadlines.answer_by, &self.users).await?;
         Ok(scores.into_response(model, history, candidates))
     }
@@ -144,8 +164,8 @@ impl Pipeline {
         let mut summary = WarmSummary { n_items: n_items as u64, n_invalid, ..WarmSummary::default() };
         for known in known.chunks(WARM_UP_CHUNK) {
             let mut worst = vec![Warmth::Cached; known.len()];
-            for served in &snapshot.models {
-                let warmths = self.warm_for(&served.model, known).await;
+            for model in snapshot.all() {
+                let warmths = self.warm_for(model, known).await;
                 worst.iter_mut().zip(warmths).for_each(|(worst, warmth)| *worst = warmth.max(*worst));
             }
             let count = |warmth| worst.iter().filter(|w| **w == warmth).count() as u64;
@@ -154,6 +174,11 @@ impl Pipeline {
             summary.n_failed += count(Warmth::Failed);
         }
         Ok(summary)
+    }
+
+    /// The caches that outlive a restart.
+    pub fn caches(&self) -> Caches<'_> {
+        Caches { contents: self.contents.cache(), items: &self.items, known_items: &self.known_items }
     }
 
     /// What each cache holds.
@@ -178,20 +203,18 @@ impl Pipeline {
         }
     }
 
-    /// Text for ids. History items older than the model's window are remembered, too, but not used.
-    fn resolve(&self, model: &Model, history: Vec<Item>, candidates: Vec<Item>) -> (Resolved, Resolved) {
+    /// Text for ids.
+    fn resolve(&self, history: Vec<Item>, candidates: Vec<Item>) -> Page {
         let start = Instant::now();
         let trace = self.trace.as_deref().filter(|trace| !trace.has_ended());
         let traced = trace.map(|trace| (trace, Traced::ids(&history), Traced::ids(&candidates)));
-        let n_too_old = history.len().saturating_sub(model.manifest.user_tower.max_history);
-        let mut history = self.known_items.resolve(history, Priority::Request);
+        let history = self.known_items.resolve(history, Priority::Request);
         let candidates = self.known_items.resolve(candidates, Priority::Request);
         if let Some((trace, history_ids, candidate_ids)) = traced {
             trace.record(history_ids.resolved(&history), candidate_ids.resolved(&candidates));
         }
-        history[..n_too_old].fill(Err(RowStatus::NotUsed));
         events::stage_finished("resolve", start);
-        (history, candidates)
+        Page { history, candidates }
     }
 
     fn wanted<'a>(&'a self, items: &'a [KnownItem], priority: Priority, until: Instant) -> Wanted<'a> {
@@ -237,6 +260,23 @@ pub struct WarmUp {
 /// Items whose text was sent or known, else the row's status.
 type Resolved = Vec<Result<KnownItem, RowStatus>>;
 
+/// What one request shows to a model.
+#[derive(Debug, Clone)]
+struct Page {
+    /// Oldest first.
+    history: Resolved,
+    candidates: Resolved,
+}
+
+impl Page {
+    /// History items older than the model's window are known, too, but not used.
+    fn within_window_of(mut self, model: &Model) -> Self {
+        let n_too_old = self.history.len().saturating_sub(model.manifest.user_tower.max_history);
+        self.history[..n_too_old].fill(Err(RowStatus::NotUsed));
+        self
+    }
+}
+
 /// How an item was found by warm-up, for all models together: the worst counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Warmth {
@@ -261,17 +301,16 @@ fn nothing_ready(n_shed: usize) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::Outputs;
 
-    fn pipeline() -> Pipeline {
-        Pipeline::new(PipelineConfig {
+    fn pipeline() -> Arc<Pipeline> {
+        Arc::new(Pipeline::new(PipelineConfig {
             content_cache_bytes: 1 << 20,
             item_cache_bytes: 1 << 20,
             user_cache_bytes: 1 << 20,
             known_items_bytes: 1 << 20,
             max_text_bytes: 100,
             max_in_flight: 1,
-        })
+        }))
     }
 
     #[tokio::test]

@@ -69,6 +69,18 @@ impl<K: Copy + Eq + Hash> VectorCache<K> {
         self.0.insert_ahead(key, vector);
     }
 
+    /// All keys, the hottest first: see [`BoundedCache::hottest_keys`].
+    pub fn hottest_keys(&self) -> Vec<K> {
+        self.0.hottest_keys()
+    }
+
+    /// The vector under each of `keys`, in their order; does not count as a use.
+    pub fn peek_many(&self, keys: &[K]) -> Vec<Option<Vector>> {
+        let mut found = Vec::with_capacity(keys.len());
+        self.0.peek_many(keys, |_, vector| found.push(vector.map(Arc::clone)));
+        found
+    }
+
     /// Entries, bytes and the bound.
     pub fn measure(&self) -> Contents {
         self.0.measure()
@@ -99,5 +111,16 @@ mod tests {
         cache.read_many(&[998, 2, 999], |i, vector| read.push((i, vector.map(|vector| vector[63]))));
         assert_eq!(read, [(0, Some(998.0)), (1, None), (2, Some(999.0))]);
         assert_eq!(cache.get(&999).as_deref(), Some([999.0; 64].as_slice()));
+    }
+
+    #[test]
+    fn the_hottest_are_read_first_and_stay_as_hot_as_they_were() {
+        let cache = VectorCache::new("test", 1 << 20);
+        (0..4_u64).for_each(|key| cache.insert_ahead(key, vec![key as f32].into()));
+        assert!(cache.get(&2).is_some());
+        for _ in 0..5 {
+            assert_eq!(cache.hottest_keys(), [2, 3, 1, 0]);
+            assert_eq!(cache.peek_many(&[0, 9]), [Some(vec![0.0].into()), None]);
+        }
     }
 }

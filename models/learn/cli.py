@@ -62,8 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, parents=[common, *parents])
         command.set_defaults(run_command=function)
-    fixture = commands.add_parser("fixture", help="write the tiny random bundle that tests use")
-    fixture.add_argument("--out", type=Path, required=True)
+    fixture = commands.add_parser("fixture", help="write the tiny random bundles that tests use")
+    fixture.add_argument(
+        "--out", type=Path, required=True, help="folder of all fixtures; each bundle gets its own in it"
+    )
     fixture.set_defaults(run_command=_fixture, threads=1)
     return parser
 
@@ -117,6 +119,6 @@ def _all(arguments: argparse.Namespace) -> None:
 
 
 def _fixture(arguments: argparse.Namespace) -> None:
-    from learn.fixture import write_fixture
+    from learn.fixture import write_fixtures
 
-    write_fixture(arguments.out)
+    write_fixtures(arguments.out)

@@ -1,13 +1,17 @@
-"""A tiny bundle of random weights, for tests of everything but quality.
+"""Tiny bundles of random weights, for tests of everything but quality.
 
 Every dimension is another number, so that two of them in each other's place fail a test. The encoder is decoder-only
 (Llama-shaped) on purpose: the shipped bundle covers BERT's shape.
+
+There are three, so that a server has something to reload to. `retrained` has the encoder of `bundle`, byte for byte,
+and other towers: content that was computed for the one holds for the other. `reencoded` has another encoder as well.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,10 +24,33 @@ from learn.cvr import CvrConfig, CvrHead
 from learn.item_text import ItemText, render, template_source
 from learn.pch import Pch, PchConfig
 
-SEED = 20240506
 VOCABULARY = 512
 MAX_TOKENS = 48
 SPECIAL = ("<pad>", "<s>")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What sets one fixture bundle apart from the others."""
+
+    version: str
+    seed: int
+    # Where the random numbers of towers and head begin; without it they go on where the encoder's ended.
+    towers_seed: int | None = None
+
+    def provenance(self) -> dict[str, str | int]:
+        """What the manifest says of where the weights came from."""
+        seeds = {"seed": self.seed} | ({} if self.towers_seed is None else {"towers_seed": self.towers_seed})
+        return {"data": "none: random weights, for tests only", **seeds}
+
+
+FIRST = Recipe(version="1", seed=20240506)
+# Folder -> what lies in it.
+RECIPES = {
+    "bundle": FIRST,
+    "retrained": Recipe(version="2", seed=FIRST.seed, towers_seed=20240507),
+    "reencoded": Recipe(version="3", seed=20240508),
+}
 
 ITEMS = (
     ItemText("Brass Desk Lamp", "Lighting", "Lumo", "39 euro", ("lamp", "brass", "desk"), ("Free returns",)),
@@ -80,23 +107,25 @@ def encoder_model() -> LlamaModel:
     )
 
 
-def build(tokenizer_path: Path) -> Bundle:
-    """The fixture in memory; writes its tokenizer to `tokenizer_path`."""
-    torch.manual_seed(SEED)
+def build(tokenizer_path: Path, recipe: Recipe = FIRST) -> Bundle:
+    """A fixture in memory; writes its tokenizer to `tokenizer_path`."""
+    torch.manual_seed(recipe.seed)
     byte_tokenizer().save(str(tokenizer_path))
     encoder = ceg.wrap("random", encoder_model(), tokenizer_path, MAX_TOKENS, SPECIAL.index("<pad>"))
+    if recipe.towers_seed is not None:
+        torch.manual_seed(recipe.towers_seed)
     pch = Pch(
         PchConfig(content_dim=32, adaptor_hidden=24, width=40, layers=2, heads=2, ffn=48, out_dim=16, max_history=8)
     )
     head = CvrHead(CvrConfig(in_dim=16, fuse_dim=20, mid_dim=12))
     return Bundle(
         name="fixture",
-        version="1",
+        version=recipe.version,
         encoder=encoder,
         pch=pch.eval(),
         head=head.eval(),
         golden_items=ITEMS,
-        provenance={"data": "none: random weights, for tests only", "seed": SEED},
+        provenance=recipe.provenance(),
     )
 
 
@@ -135,12 +164,14 @@ def prompt_golden() -> str:
     return json.dumps({"template": template_source(), "cases": cases}, ensure_ascii=True, indent=1) + "\n"
 
 
-def write_fixture(out: Path) -> None:
-    """`python -m learn fixture`: the same bytes on every run of the same versions.
+def write_fixtures(out: Path) -> None:
+    """`python -m learn fixture`: every bundle in a folder of its own in `out`, the golden prompts beside them.
 
-    The bundle goes to `out`, the golden prompts beside it.
+    Graphs and tokenizer are the same bytes on every run of the same versions. The last digits of the golden vectors are
+    the processor's.
     """
     out.mkdir(parents=True, exist_ok=True)
-    (out.parent / "item_text_golden.json").write_text(prompt_golden())
+    (out / "item_text_golden.json").write_text(prompt_golden())
     with tempfile.TemporaryDirectory() as temporary:
-        write(build(Path(temporary) / "tokenizer.json"), out)
+        for name, recipe in RECIPES.items():
+            write(build(Path(temporary) / "tokenizer.json", recipe), out / name)

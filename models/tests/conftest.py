@@ -10,7 +10,8 @@ import torch
 from learn.pch import Pch, PchConfig
 
 MODELS = Path(__file__).parents[1]
-FIXTURE = MODELS.parent / "tests" / "fixtures" / "bundle"
+FIXTURES = MODELS.parent / "tests" / "fixtures"
+FIXTURE = FIXTURES / "bundle"
 DEFAULT = MODELS / "default"
 
 

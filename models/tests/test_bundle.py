@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import tomllib
@@ -10,12 +11,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import DEFAULT, FIXTURE
+from conftest import DEFAULT, FIXTURE, FIXTURES
 
 from learn import bundle, fixture
 from learn.item_text import ItemText, render, template_source
 
-FOLDERS = pytest.mark.parametrize("folder", [FIXTURE, DEFAULT], ids=["fixture", "default"])
+NAMES = list(fixture.RECIPES)
+FOLDERS = pytest.mark.parametrize("folder", [*(FIXTURES / name for name in NAMES), DEFAULT], ids=[*NAMES, "default"])
 # Beside a bundle's files, for people and for the demo.
 EXTRA = {"manifest.toml", "sample_items.jsonl", "README.md"}
 
@@ -76,7 +78,8 @@ def test_the_default_towers_answer_without_the_fetched_encoder():
 
 
 def test_sizes_stay_small():
-    assert sum(path.stat().st_size for path in FIXTURE.iterdir()) < 500_000
+    for name in NAMES:
+        assert sum(path.stat().st_size for path in (FIXTURES / name).iterdir()) < 500_000
     assert (DEFAULT / "encoder.onnx").stat().st_size < 1_000_000
     for name in ("user_tower.onnx", "item_tower.onnx", "cvr.onnx"):
         assert (DEFAULT / name).stat().st_size < 5_000_000
@@ -97,10 +100,18 @@ def leaves(value, path=""):
     return [(path, value)]
 
 
-def test_the_committed_fixture_is_what_the_code_writes_now(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """All fixtures as the code writes them now."""
+    out = tmp_path_factory.mktemp("fixtures")
+    fixture.write_fixtures(out)
+    return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_fixtures_are_what_the_code_writes_now(name, written):
     # Not byte for byte: what torch computes may differ in the last digit from one processor to the next.
-    fixture.write_fixture(tmp_path / "bundle")
-    made, committed = tmp_path / "bundle", FIXTURE
+    made, committed = written / name, FIXTURES / name
     assert {path.name for path in made.iterdir()} == {path.name for path in committed.iterdir()}
     assert (made / "tokenizer.json").read_bytes() == (committed / "tokenizer.json").read_bytes()
     tables = [read_manifest(folder) for folder in (made, committed)]
@@ -110,11 +121,58 @@ def test_the_committed_fixture_is_what_the_code_writes_now(tmp_path):
         *(leaves(json.loads((f / "golden.json").read_text())) for f in (made, committed)), strict=True
     ):
         assert left == (right if isinstance(right[1], str) else (right[0], pytest.approx(right[1], abs=1e-5)))
-    for name in ("encoder.onnx", "user_tower.onnx", "item_tower.onnx", "cvr.onnx"):
-        left, right = (onnx.load(folder / name).graph for folder in (made, committed))
+    for graph in ("encoder.onnx", "user_tower.onnx", "item_tower.onnx", "cvr.onnx"):
+        left, right = (onnx.load(folder / graph).graph for folder in (made, committed))
         assert [node.op_type for node in left.node] == [node.op_type for node in right.node]
         for a, b in zip(left.initializer, right.initializer, strict=True):
             np.testing.assert_allclose(*(onnx.numpy_helper.to_array(t) for t in (a, b)), atol=1e-6)
+
+
+def test_no_fixture_is_written_that_is_not_committed(written):
+    # And the other way round, of bundles: the folder holds files of other tests as well.
+    assert {path.name for path in written.iterdir() if path.is_dir()} == {
+        path.parent.name for path in FIXTURES.glob("*/manifest.toml")
+    }
+
+
+def encoder_part(folder):
+    """Everything that content depends on: the part's files, the template and how texts become tokens."""
+    manifest = read_manifest(folder)
+    files = {entry["path"]: entry["sha256"] for entry in manifest["files"] if entry["part"] == "encoder"}
+    return files, manifest["encoder"], manifest["item_text"]
+
+
+def test_retraining_keeps_the_encoder_part_and_reencoding_does_not():
+    first, retrained, reencoded = (encoder_part(FIXTURES / name) for name in NAMES)
+    assert retrained == first
+    assert reencoded[0]["encoder.onnx"] != first[0]["encoder.onnx"]
+    # What a request may count on stays: names and widths.
+    assert reencoded[1:] == first[1:]
+
+
+def golden_vectors(name, part, key):
+    """[n,d] of a committed fixture."""
+    rows = json.loads((FIXTURES / name / "golden.json").read_text())[part]
+    return np.array([row[key] for row in rows], np.float32).reshape(len(rows), -1)
+
+
+def golden_inputs(name):
+    """Texts, histories and pairs, without any answer."""
+    known = json.loads((FIXTURES / name / "golden.json").read_text())
+    return (
+        [(item["text"], item["token_ids"]) for item in known["items"]],
+        [user["history"] for user in known["users"]],
+        [(pair["user"], pair["item"]) for pair in known["pairs"]],
+    )
+
+
+@pytest.mark.parametrize(("name", "other"), list(itertools.combinations(NAMES, 2)))
+def test_every_answer_tells_which_fixture_gave_it(name, other):
+    assert golden_inputs(name) == golden_inputs(other)
+    # A hundred times the tolerance: no rounding makes one bundle's answer pass for another's.
+    for part, key in (("items", "item"), ("users", "user"), ("pairs", "mid_emb"), ("pairs", "cvr")):
+        difference = np.abs(golden_vectors(name, part, key) - golden_vectors(other, part, key)).max(axis=1)
+        assert difference.min() > 100 * bundle.ABSOLUTE_TOLERANCE, key
 
 
 def test_every_text_has_tokens_in_the_fixture_tokenizer(tmp_path):

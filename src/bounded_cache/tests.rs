@@ -121,6 +121,68 @@ fn what_is_put_in_ahead_of_its_readers_waits_for_them_and_displaces_nobody_who_i
 }
 
 #[test]
+fn keys_are_read_by_heat_and_reading_them_counts_no_use() {
+    let cache = cache(1000);
+    (0..5).for_each(|key| cache.insert_ahead(key, 10));
+    (10..15).for_each(|key| cache.insert(key, 10));
+    for (key, n_reads) in [(3, 1), (1, 2), (0, 2), (12, 3), (10, 1)] {
+        (0..n_reads).for_each(|_| assert!(get(&cache, key).is_some()));
+    }
+    let by_heat = [1, 0, 3, 4, 2, 12, 10, 14, 13, 11];
+    for _ in 0..9 {
+        assert_eq!(cache.hottest_keys(), by_heat);
+        let mut peeked = Vec::new();
+        cache.peek_many(&[4, 99, 11], |i, value| peeked.push((i, value.copied())));
+        assert_eq!(peeked, [(0, Some(10)), (1, None), (2, Some(10))]);
+    }
+    cache.flush();
+    assert_eq!(cache.hottest_keys(), [0; 0]);
+}
+
+#[test]
+fn what_was_spared_is_hotter_than_what_has_waited_longer_and_heat_outlives_the_count_of_turns() {
+    for first_turn in [0, u32::MAX - 95] {
+        let cache = cache(1000);
+        cache.shared.turns.store(first_turn, Ordering::Relaxed);
+        (0..100).for_each(|key| cache.insert_ahead(key, 10));
+        assert!(get(&cache, 0).is_some() && get(&cache, 1).is_some());
+        // The first in the queue are spared and lose the use that they were spared for; the third has to go.
+        cache.insert_ahead(100, 10);
+        let keys = cache.hottest_keys();
+        assert_eq!((&keys[..4], keys.len()), ([100, 1, 0, 99].as_slice(), 100));
+        assert_eq!(keys.last(), Some(&3));
+    }
+}
+
+#[test]
+fn what_an_entry_is_judged_by_fits_beside_it_in_one_word() {
+    assert_eq!(size_of::<Slot<[u8; 32], Arc<[f32]>>>(), size_of::<([u8; 32], Arc<[f32]>)>() + 8);
+}
+
+#[test]
+fn the_keys_of_all_shards_are_in_one_order() {
+    let cache = cache(64 << 20);
+    (0..20_000).for_each(|key| cache.insert_ahead(key, 100));
+    assert!(cache.shared.shards.len() > 1);
+    assert!(cache.hottest_keys().into_iter().eq((0..20_000).rev()));
+}
+
+#[test]
+fn keys_are_gathered_while_others_come_and_go() {
+    let cache = cache(64 << 10);
+    (0..1000).for_each(|key| cache.insert_ahead(key, 1));
+    std::thread::scope(|scope| {
+        scope.spawn(|| (0..200_000_u64).for_each(|i| cache.insert(1000 + i % 5000, 16)));
+        for _ in 0..50 {
+            let mut keys = cache.hottest_keys();
+            keys.sort_unstable();
+            assert!(keys.iter().all(|key| *key < 6000));
+            assert!(keys.iter().take_while(|key| **key < 1000).copied().eq(0..1000), "what stayed was missed");
+        }
+    });
+}
+
+#[test]
 fn readers_and_writers_of_many_threads_see_whole_entries() {
     let cache: BoundedCache<u64, [u64; 4]> = BoundedCache::new("test", 8 << 20, |_, _| 100);
     std::thread::scope(|scope| {

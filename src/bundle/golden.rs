@@ -142,34 +142,55 @@ pub fn read(folder: &Path, manifest: &Manifest) -> Result<Golden, BundleError> {
     Ok(golden)
 }
 
-/// The graphs of one bundle, as one thread runs them.
-pub struct Graphs<'a> {
-    /// Text to content.
-    pub encoder: &'a mut Graph,
-    /// Content to mid-emb.
-    pub towers: &'a mut TowerGraphs,
+impl Golden {
+    /// The texts of the golden items.
+    pub fn texts(&self) -> impl Iterator<Item = &ItemText> {
+        self.items.iter().map(|item| &item.text)
+    }
+
+    /// Their token ids.
+    pub fn token_ids(&self) -> impl Iterator<Item = &[i64]> + Clone {
+        self.items.iter().map(|item| item.token_ids.as_slice())
+    }
+
+    /// Their content embeddings.
+    pub fn contents(&self) -> impl Iterator<Item = &[f32]> {
+        self.items.iter().map(|item| item.content.as_slice())
+    }
+
+    /// Holds content embeddings, one an item, to the golden ones.
+    pub fn check_contents<'a>(&self, found: impl Iterator<Item = &'a [f32]>) -> Result<StageReport, BundleError> {
+        let mut stage = Stage::new("content");
+        for (i, (found, item)) in found.zip(&self.items).enumerate() {
+            stage.compare(i, found, &item.content)?;
+        }
+        Ok(stage.0)
+    }
 }
 
-/// Runs every golden vector through every stage.
-pub fn check(
+/// Runs every golden text through the encoder. Gives the content embeddings that were computed, too.
+pub fn check_encoder(
+    golden: &Golden,
+    model: &EncoderModel,
+    graph: &mut Graph,
+) -> Result<(Vec<StageReport>, Vec<Vector>), BundleError> {
+    let tokens = check_tokens(golden, model)?;
+    let (content, computed) = check_content(golden, model, graph)?;
+    Ok((vec![tokens, content], computed))
+}
+
+/// Runs every golden vector through the towers and the CVR head.
+pub fn check_towers(
     golden: &Golden,
     manifest: &Manifest,
-    model: &EncoderModel,
-    graphs: Graphs<'_>,
+    towers: &mut TowerGraphs,
 ) -> Result<Vec<StageReport>, BundleError> {
-    let towers = graphs.towers;
-    Ok(vec![
-        check_tokens(golden, model)?,
-        check_content(golden, model, graphs.encoder)?,
-        check_items(golden, manifest, towers)?,
-        check_users(golden, manifest, towers)?,
-    ]
-    .into_iter()
-    .chain(check_pairs(golden, manifest, towers)?)
-    .collect())
+    let towers_alone = [check_items(golden, manifest, towers)?, check_users(golden, manifest, towers)?];
+    Ok(towers_alone.into_iter().chain(check_pairs(golden, manifest, towers)?).collect())
 }
 
-fn check_tokens(golden: &Golden, model: &EncoderModel) -> Result<StageReport, BundleError> {
+/// Holds template and tokenizer to the golden prompts and ids.
+pub fn check_tokens(golden: &Golden, model: &EncoderModel) -> Result<StageReport, BundleError> {
     let mut stage = Stage::new("token_ids");
     for (i, item) in golden.items.iter().enumerate() {
         let prompt = model.template.render(&item.text).map_err(|e| BundleError::Encode(e.into()))?;
@@ -193,16 +214,23 @@ fn check_tokens(golden: &Golden, model: &EncoderModel) -> Result<StageReport, Bu
     Ok(stage.0)
 }
 
-fn check_content(golden: &Golden, model: &EncoderModel, graph: &mut Graph) -> Result<StageReport, BundleError> {
+fn check_content(
+    golden: &Golden,
+    model: &EncoderModel,
+    graph: &mut Graph,
+) -> Result<(StageReport, Vec<Vector>), BundleError> {
     let mut stage = Stage::new("content");
+    let mut computed = Vec::with_capacity(golden.items.len());
     // In one batch and one by one: a graph that lets padding in would pass either alone.
     let batch: Vec<&[i64]> = golden.items.iter().map(|item| item.token_ids.as_slice()).collect();
     let together = model.encode(graph, &batch)?;
     for (i, item) in golden.items.iter().enumerate() {
         stage.compare(i, &together[i * model.dim..(i + 1) * model.dim], &item.content)?;
-        stage.compare(i, &model.encode(graph, &[&item.token_ids])?, &item.content)?;
+        let alone = model.encode(graph, &[&item.token_ids])?;
+        stage.compare(i, &alone, &item.content)?;
+        computed.push(alone.into());
     }
-    Ok(stage.0)
+    Ok((stage.0, computed))
 }
 
 fn check_items(golden: &Golden, manifest: &Manifest, graphs: &mut TowerGraphs) -> Result<StageReport, BundleError> {

@@ -1,16 +1,21 @@
-//! From a folder to a model that serves: digests, graphs, golden check, then threads. A bundle that fails does not serve.
+//! From a folder to a model that serves: digests, graphs, golden check, a run at real sizes, then threads. A bundle that fails
+//! does not serve.
+//!
+//! [`load`] only computes and may be called from a thread of low priority; [`Loaded::start`] starts the threads, which take
+//! the priority of whoever calls it.
 
 use super::{
     digest,
-    golden::{self, Graphs, Mismatch, StageReport},
+    golden::{self, Mismatch, StageReport},
     manifest::{self, Manifest},
+    warm,
 };
 use crate::{
     content::{EncodeError, Encoder, EncoderModel, Tokenizer, TokenizerError},
-    domain::ModelRef,
+    domain::{ModelRef, Vector},
     fusion::{Score, ScoreDims, ScoreInput, scoring::score_all},
     inference::{Batches, Graph, GraphError, Pool, Provider, Runtime, SharedWeights, batches},
-    item_text::{Template, TemplateError},
+    item_text::{Template, TemplateError, TextDigest},
     telemetry::events,
     towers::{self, TowerDigest, TowerGraphs, TowerPool},
 };
@@ -18,7 +23,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 use thiserror::Error;
 
@@ -82,6 +87,22 @@ pub enum BundleError {
     /// The graphs give something else than PyTorch gave.
     #[error("golden check failed: {0}")]
     Golden(Mismatch),
+    /// A graph gives values that are not finite at a size of real traffic.
+    #[error("{stage} gives values that are not finite")]
+    NotFinite {
+        /// Which graph.
+        stage: &'static str,
+    },
+    /// The bundle is another one than the config asks for.
+    #[error("{} has the digest {found}, the config asks for {expected}", folder.display())]
+    Pinned {
+        /// The bundle's folder.
+        folder: PathBuf,
+        /// Its digest.
+        found: String,
+        /// As configured.
+        expected: String,
+    },
     /// Threads cannot be started.
     #[error("inference threads: {0}")]
     Threads(io::Error),
@@ -129,8 +150,8 @@ pub struct Model {
     pub reference: Arc<ModelRef>,
     /// What it promises.
     pub manifest: Manifest,
-    /// CEG.
-    pub encoder: Encoder,
+    /// CEG. Models of one encoder digest share it.
+    pub encoder: Arc<Encoder>,
     /// What its item embeddings are cached under.
     pub tower_digest: TowerDigest,
     /// What its user embeddings are cached under.
@@ -154,6 +175,17 @@ pub struct CheckedFiles {
     pub digest: String,
 }
 
+/// What a load is at, for those who wait for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoadStep {
+    /// ONNX Runtime reads the graphs.
+    Graphs,
+    /// The golden vectors are computed again.
+    Golden,
+    /// Every thread's graphs run at the sizes of real traffic.
+    Warm,
+}
+
 /// Reads the manifest of the bundle in `folder`.
 pub fn read_manifest(folder: &Path) -> Result<CheckedFiles, BundleError> {
     let path = folder.join(manifest::FILE);
@@ -162,74 +194,156 @@ pub fn read_manifest(folder: &Path) -> Result<CheckedFiles, BundleError> {
     Ok(CheckedFiles { folder: folder.to_path_buf(), manifest, digest: digest::sha256(text.as_bytes()) })
 }
 
-fn check_files(folder: &Path) -> Result<CheckedFiles, BundleError> {
+/// Reads the manifest of the bundle in `folder` and holds every file to it, and it to the digest that is `pinned`.
+pub fn check_files(folder: &Path, pinned: Option<&str>) -> Result<CheckedFiles, BundleError> {
     let files = read_manifest(folder)?;
+    if let Some(expected) = pinned.filter(|pinned| *pinned != files.digest) {
+        let (folder, found) = (folder.to_path_buf(), files.digest);
+        return Err(BundleError::Pinned { folder, found, expected: expected.to_owned() });
+    }
     files.manifest.files.iter().try_for_each(|file| digest::check(folder, file))?;
     Ok(files)
 }
 
 /// Checks a bundle's files and graphs against its digests and golden vectors, without serving it.
 pub fn verify(folder: &Path, runtime: &Runtime) -> Result<(CheckedFiles, Vec<StageReport>), BundleError> {
-    let files = check_files(folder)?;
-    let (parts, reports) = load_checked(&files, runtime, 1)?;
-    drop(parts);
-    Ok((files, reports))
+    let files = check_files(folder, None)?;
+    let options = LoadOptions { served_name: String::new(), n_threads: 1, batch_requests: 1 };
+    let loaded = load(files, &options, runtime, &[], &|_step| ())?;
+    Ok((loaded.files, loaded.reports))
 }
 
-/// Loads the bundle in `folder`, checks it and starts its threads. Takes as long as its checks take: call it where
-/// blocking is fine.
-pub fn load(folder: &Path, options: &LoadOptions, runtime: &Runtime) -> Result<Model, BundleError> {
-    let start = Instant::now();
-    let files = check_files(folder)?;
-    let (parts, _reports) = load_checked(&files, runtime, options.n_threads)?;
-    let provider = runtime.provider();
-    let encoder = Encoder::start(parts.model, parts.encoders, provider).map_err(BundleError::Threads)?;
-    let towers = Pool::start(towers::QUEUE, parts.towers, towers::MAX_QUEUED).map_err(BundleError::Threads)?;
-    let CheckedFiles { manifest, digest, .. } = files;
-    let reference = ModelRef { name: options.served_name.clone(), version: manifest.version.clone(), digest };
-    events::model_served(&reference, provider.as_str(), start.elapsed());
-    let (tower_digest, user_tower_digest) = (digest::tower_digest(&manifest), digest::user_tower_digest(&manifest));
-    let scoring = Arc::new(scoring(&manifest, provider, options.batch_requests));
-    let reference = Arc::new(reference);
-    Ok(Model { reference, manifest, encoder, tower_digest, user_tower_digest, towers, scoring, provider })
+/// A bundle that passed its checks. Its threads are not started yet.
+#[derive(Debug)]
+pub struct Loaded {
+    files: CheckedFiles,
+    options: LoadOptions,
+    provider: Provider,
+    parts: Parts,
+    reports: Vec<StageReport>,
+    took: Duration,
 }
 
+#[derive(Debug)]
 struct Parts {
-    model: EncoderModel,
-    encoders: Vec<Graph>,
+    encoder: EncoderPart,
     towers: Vec<TowerGraphs>,
 }
 
-fn load_checked(
-    files: &CheckedFiles,
+#[derive(Debug)]
+enum EncoderPart {
+    /// With what it gave for the golden texts.
+    New { model: Box<EncoderModel>, graphs: Vec<Graph>, contents: Vec<(TextDigest, Vector)> },
+    /// Another model runs it already.
+    Running(Arc<Encoder>),
+}
+
+/// Loads a bundle and checks it. An encoder that is among those `running` is neither loaded nor checked again: who runs it holds
+/// it to the bundle's golden texts. `begins` is told of each step.
+///
+/// Takes as long as its checks take: call it where blocking is fine.
+pub fn load(
+    files: CheckedFiles,
+    options: &LoadOptions,
     runtime: &Runtime,
-    n_threads: usize,
-) -> Result<(Parts, Vec<StageReport>), BundleError> {
-    let CheckedFiles { folder, manifest, .. } = files;
+    running: &[Arc<Encoder>],
+    begins: &dyn Fn(LoadStep),
+) -> Result<Loaded, BundleError> {
+    let start = Instant::now();
+    let CheckedFiles { folder, manifest, .. } = &files;
+    begins(LoadStep::Graphs);
     let golden = golden::read(folder, manifest)?;
-    let model = EncoderModel {
+    let digest = digest::encoder_digest(manifest);
+    let running = running.iter().find(|encoder| encoder.digest() == digest);
+    let mut parts = read_graphs(&files, options.n_threads, runtime, running)?;
+    begins(LoadStep::Golden);
+    // Every thread has its own sessions of the same files: checking one set of them checks the bundle.
+    let mut reports = match &mut parts.encoder {
+        EncoderPart::New { model, graphs, contents } => {
+            let (reports, computed) = golden::check_encoder(&golden, model, &mut graphs[0])?;
+            *contents = golden.texts().map(TextDigest::of).zip(computed).collect();
+            reports
+        }
+        EncoderPart::Running(_) => Vec::new(),
+    };
+    reports.extend(golden::check_towers(&golden, manifest, &mut parts.towers[0])?);
+    begins(LoadStep::Warm);
+    let encoders = match &mut parts.encoder {
+        EncoderPart::New { model, graphs, .. } => Some((&**model, graphs.as_mut_slice())),
+        EncoderPart::Running(_) => None,
+    };
+    warm::run(&golden, manifest, encoders, &mut parts.towers)?;
+    let (options, provider) = (options.clone(), runtime.provider());
+    Ok(Loaded { files, options, provider, parts, reports, took: start.elapsed() })
+}
+
+fn read_graphs(
+    files: &CheckedFiles,
+    n_threads: usize,
+    runtime: &Runtime,
+    running: Option<&Arc<Encoder>>,
+) -> Result<Parts, BundleError> {
+    let CheckedFiles { folder, manifest, .. } = files;
+    let mut weights = SharedWeights::new(runtime, n_threads);
+    let mut read = |file: &str, inputs: &[String], outputs: &[String]| {
+        Graph::load(runtime, &mut weights, &folder.join(file), inputs, outputs)
+    };
+    let (e, u, i, c) = (&manifest.encoder, &manifest.user_tower, &manifest.item_tower, &manifest.cvr);
+    let encoder = match running {
+        Some(encoder) => EncoderPart::Running(Arc::clone(encoder)),
+        None => EncoderPart::New {
+            model: Box::new(encoder_model(folder, manifest)?),
+            graphs: (0..n_threads).map(|_| read(&e.file, &e.inputs, &e.outputs)).collect::<Result<_, _>>()?,
+            contents: Vec::new(),
+        },
+    };
+    let mut towers = Vec::with_capacity(n_threads);
+    for _ in 0..n_threads {
+        towers.push(TowerGraphs {
+            user: read(&u.file, &u.inputs, &u.outputs)?,
+            item: read(&i.file, &i.inputs, &i.outputs)?,
+            cvr: read(&c.file, &c.inputs, &c.outputs)?,
+        });
+    }
+    Ok(Parts { encoder, towers })
+}
+
+fn encoder_model(folder: &Path, manifest: &Manifest) -> Result<EncoderModel, BundleError> {
+    Ok(EncoderModel {
         template: Template::new(&manifest.item_text.template)?,
         tokenizer: Tokenizer::load(&folder.join(&manifest.encoder.tokenizer), manifest.item_text.max_tokens)?,
         pad_id: manifest.encoder.pad_id,
         dim: manifest.encoder.dim,
         digest: digest::encoder_digest(manifest),
-    };
-    let mut weights = SharedWeights::new(runtime, n_threads);
-    let mut load = |file: &str, inputs: &[String], outputs: &[String]| {
-        Graph::load(runtime, &mut weights, &folder.join(file), inputs, outputs)
-    };
-    let (e, u, i, c) = (&manifest.encoder, &manifest.user_tower, &manifest.item_tower, &manifest.cvr);
-    let mut parts = Parts { model, encoders: Vec::new(), towers: Vec::new() };
-    for _ in 0..n_threads {
-        parts.encoders.push(load(&e.file, &e.inputs, &e.outputs)?);
-        parts.towers.push(TowerGraphs {
-            user: load(&u.file, &u.inputs, &u.outputs)?,
-            item: load(&i.file, &i.inputs, &i.outputs)?,
-            cvr: load(&c.file, &c.inputs, &c.outputs)?,
-        });
+    })
+}
+
+/// A model whose threads run, and what its encoder gave for the golden texts, where it is new.
+#[derive(Debug)]
+pub struct Started {
+    /// The model.
+    pub model: Model,
+    /// Content embeddings, as the encoder would compute them again.
+    pub contents: Vec<(TextDigest, Vector)>,
+}
+
+impl Loaded {
+    /// Starts the threads, with the priority of the thread that calls.
+    pub fn start(self) -> Result<Started, BundleError> {
+        let Loaded { files: CheckedFiles { manifest, digest, .. }, options, provider, parts, took, .. } = self;
+        let (encoder, contents) = match parts.encoder {
+            EncoderPart::New { model, graphs, contents } => {
+                (Arc::new(Encoder::start(*model, graphs, provider).map_err(BundleError::Threads)?), contents)
+            }
+            EncoderPart::Running(encoder) => (encoder, Vec::new()),
+        };
+        let towers = Pool::start(towers::QUEUE, parts.towers, towers::MAX_QUEUED).map_err(BundleError::Threads)?;
+        let reference = ModelRef { name: options.served_name, version: manifest.version.clone(), digest };
+        events::model_loaded(&reference, provider.as_str(), took);
+        let scoring = Arc::new(scoring(&manifest, provider, options.batch_requests));
+        let (tower_digest, user_tower_digest) = (digest::tower_digest(&manifest), digest::user_tower_digest(&manifest));
+        let reference = Arc::new(reference);
+        let model = Model { reference, manifest, encoder, tower_digest, user_tower_digest, towers, scoring, provider };
+        Ok(Started { model, contents })
     }
-    // Every thread has its own sessions of the same files: checking one set of them checks the bundle.
-    let graphs = Graphs { encoder: &mut parts.encoders[0], towers: &mut parts.towers[0] };
-    let reports = golden::check(&golden, manifest, &parts.model, graphs)?;
-    Ok((parts, reports))
 }

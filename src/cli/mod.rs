@@ -4,13 +4,16 @@
 mod admin;
 mod bench;
 mod bundle;
+mod cache;
 mod client;
 mod config;
 mod items;
 mod query;
 mod serve;
 
-use crate::{bundle::BundleError, config::ConfigError, inference::LibraryError, server::ServerError};
+use crate::{
+    bundle::BundleError, config::ConfigError, inference::LibraryError, lifecycle::PushError, server::ServerError,
+};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -38,8 +41,10 @@ enum Command {
     /// Check a config, or print it with every default.
     #[command(subcommand)]
     Config(config::Command),
-    /// Ask a running server for its status, or flush its caches.
+    /// Ask a running server for its status, push a config, roll the last push back, or empty caches.
     Admin(admin::Args),
+    /// Take the vectors of a running server's caches out into a file, or put such files in.
+    Cache(cache::Args),
 }
 
 /// Runs one command.
@@ -51,6 +56,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Bundle(command) => bundle::run(command),
         Command::Config(command) => config::run(command),
         Command::Admin(args) => client::block_on(admin::run(args)),
+        Command::Cache(args) => client::block_on(cache::run(args)),
     }
 }
 
@@ -75,11 +81,19 @@ fn one_line(error: &anyhow::Error) -> String {
 
 fn exit_code(error: &anyhow::Error) -> u8 {
     let is_in_chain = |test: fn(&(dyn std::error::Error + 'static)) -> bool| error.chain().any(test);
-    if is_in_chain(|e| e.is::<ConfigError>()) {
+    let start = error.chain().find_map(|e| match e.downcast_ref() {
+        Some(ServerError::Start(error)) => Some(error),
+        _ => None,
+    });
+    if is_in_chain(|e| e.is::<ConfigError>() || e.is::<client::UsageError>())
+        || matches!(start, Some(PushError::Config(_)))
+    {
         2
-    } else if is_in_chain(|e| e.is::<LibraryError>() || matches!(e.downcast_ref(), Some(ServerError::Library(_)))) {
+    } else if is_in_chain(|e| e.is::<LibraryError>()) || matches!(start, Some(PushError::Library(_))) {
         3
-    } else if is_in_chain(|e| e.is::<BundleError>() || matches!(e.downcast_ref(), Some(ServerError::Bundle { .. }))) {
+    } else if is_in_chain(|e| e.is::<BundleError>())
+        || matches!(start, Some(PushError::Bundle { .. } | PushError::Fetch { .. } | PushError::Shadow { .. }))
+    {
         4
     } else {
         1

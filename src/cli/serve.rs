@@ -3,7 +3,8 @@
 use crate::{
     config::Settings,
     item_trace,
-    server::{self, Listeners},
+    lifecycle::desired,
+    server::{self, Listeners, Start},
     telemetry::{logs, recorder::Recorder},
 };
 use std::{path::PathBuf, sync::Arc};
@@ -24,7 +25,8 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
-    let settings = Settings::load(Some(&args.config))?;
+    // Before the log is there: how it looks stands in the config.
+    let settings = Settings::of_text(&desired::read(&args.config)?.text, &args.config)?;
     logs::install(settings.log_format, &settings.log_filter)?;
     let recorder = Recorder::install()?;
     logs::install_panic_hook();
@@ -39,7 +41,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let served = runtime.block_on(async {
         let stop = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
         let listeners = Listeners::bind(&settings).await?;
-        server::run(settings, listeners, recorder, serving, first(stop)).await?;
+        let file = args.config.clone();
+        let start = Start { desired: desired::read(&file)?, file, settings, trace: serving };
+        server::run(start, listeners, recorder, first(stop)).await?;
         Ok(())
     });
     // What is left has outlived its grace period, or is a load that nobody waits for any more.

@@ -13,6 +13,8 @@ pub enum Bound {
     Path,
     /// A tracing filter.
     Filter,
+    /// Any text.
+    Text,
 }
 
 /// One key.
@@ -26,10 +28,16 @@ pub struct Key {
     pub bound: Bound,
     /// What it does and when an operator would change it.
     pub help: &'static str,
+    /// Whether a push may change it, as it may `[[models]]`; what is not live needs a restart.
+    pub is_live: bool,
 }
 
 const fn key(name: &'static str, default: &'static str, bound: Bound, help: &'static str) -> Key {
-    Key { name, default, bound, help }
+    Key { name, default, bound, help, is_live: false }
+}
+
+const fn live_key(name: &'static str, default: &'static str, bound: Bound, help: &'static str) -> Key {
+    Key { name, default, bound, help, is_live: true }
 }
 
 const MB: Bound = Bound::Integer(1, 1 << 20);
@@ -52,7 +60,26 @@ pub const KEYS: &[Key] = &[
         "admin.listen",
         "127.0.0.1:50052",
         Bound::Address,
-        "Where `AdminService` listens. It has no authentication: keep it on loopback.",
+        "Where `AdminService` listens. Anywhere but on loopback it needs `admin.token_file` or `admin.tls_client_ca`.",
+    ),
+    key(
+        "admin.token_file",
+        "",
+        Bound::Path,
+        "A file of bearer tokens, a line each: a name (for the log), a space, the token. Set, every admin call needs one. Read anew at every call: tokens change without a restart.",
+    ),
+    key(
+        "admin.tls_cert",
+        "",
+        Bound::Path,
+        "The admin listener's certificate chain (PEM). Set, it speaks TLS alone; needs `admin.tls_key`.",
+    ),
+    key("admin.tls_key", "", Bound::Path, "The private key of `admin.tls_cert` (PEM)."),
+    key(
+        "admin.tls_client_ca",
+        "",
+        Bound::Path,
+        "Who signs operators' client certificates (PEM). Set, every admin call needs one (mTLS).",
     ),
     key(
         "telemetry.metrics_listen",
@@ -110,6 +137,36 @@ pub const KEYS: &[Key] = &[
         "Memory for user embeddings of sessions under way (about 0.6 KB a history at 64 dimensions), so that their next pages skip the user tower.",
     ),
     key("cache.known_items_mb", "256", MB, "Memory for remembered text, so that requests may send ids alone."),
+    key(
+        "snapshot.folder",
+        "",
+        Bound::Path,
+        "Where the caches are written on drain and every `snapshot.interval_seconds`, and read at a start; empty is nowhere. On a disk that outlives the process.",
+    ),
+    key(
+        "snapshot.interval_seconds",
+        "300",
+        Bound::Integer(0, 86_400),
+        "How much of the caches a crash may lose; 0 writes on drain alone.",
+    ),
+    key(
+        "bundles.folder",
+        "",
+        Bound::Path,
+        "Where bundles that come from an object store are kept; empty is `bundles` beside the config file. On a disk that outlives the process.",
+    ),
+    live_key(
+        "reload.warm_seconds",
+        "30",
+        Bound::Integer(0, 3600),
+        "How long a push may fill a new model's caches, hottest items first, before it serves. A new tower needs seconds; raise it for a new encoder, which does some hundred items a second and core.",
+    ),
+    live_key(
+        "routing.salt",
+        "",
+        Bound::Text,
+        "Who of the users falls into which share: another salt is another draw. Change it from experiment to experiment, never during one.",
+    ),
     key("limits.max_candidates", "10000", Bound::Integer(1, 100_000), "Candidates of one request."),
     key(
         "limits.max_history",
@@ -146,8 +203,20 @@ pub const KEYS: &[Key] = &[
 /// The keys of one `[[models]]` entry, with what they do.
 pub const MODEL_KEYS: &[(&str, &str)] = &[
     ("models.name", "The name it is served under: in requests, answers and metrics. Unique."),
-    ("models.bundle", "The bundle's folder; a relative one starts from the config file's folder."),
-    ("models.share", "Percent of the requests that name no model. All shares add up to 100; a single model has 100."),
+    (
+        "models.bundle",
+        "The bundle's folder (a relative one starts from the config file's folder), or the URL of one: `s3://bucket/path`, `gs://`, `az://`, `https://`.",
+    ),
+    ("models.digest", "The bundle's digest, as `midemb bundle inspect` prints it; any other is refused. Optional."),
+    (
+        "models.share",
+        "Percent of the requests that name no model. All shares add up to 100; a single model has 100; a shadow has none.",
+    ),
+    (
+        "models.shadow_of",
+        "The model whose requests this one scores, too, to be compared and never answered: drift before it serves.",
+    ),
+    ("models.shadow_percent", "Percent of that model's requests that the shadow scores; 100 where it is absent."),
 ];
 
 /// The key called `name`.
@@ -163,6 +232,7 @@ impl std::fmt::Display for Bound {
             Bound::OneOf(words) => write!(f, "one of {}", words.join(", ")),
             Bound::Path => f.write_str("a path"),
             Bound::Filter => f.write_str("a tracing filter, for example info or midemb=debug,info"),
+            Bound::Text => f.write_str("a text"),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::fault::ConfigError;
 use config::{Config, Environment, File, FileFormat, Value};
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, ffi::OsString, path::Path};
 
 /// The environment's prefix: `MIDEMB__SERVER__LISTEN` is `server.listen`.
 const PREFIX: &str = "MIDEMB";
@@ -20,23 +20,30 @@ pub struct Raw {
 impl Raw {
     /// Reads the file, if there is one, and the environment.
     pub fn read(file: Option<&Path>) -> Result<Self, ConfigError> {
-        Self::build(file, None)
+        let text = file.map(read_file).transpose()?;
+        Self::build(text.as_deref(), file, None)
+    }
+
+    /// Takes `text` as what stands in `file`, and reads the environment.
+    pub fn of_text(text: &str, file: &Path) -> Result<Self, ConfigError> {
+        Self::build(Some(text), Some(file), None)
     }
 
     /// Reads the file and these variables in place of the environment's.
     pub fn read_with(file: Option<&Path>, variables: &[(&str, &str)]) -> Result<Self, ConfigError> {
-        Self::build(file, Some(variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()))
+        let text = file.map(read_file).transpose()?;
+        let variables = variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        Self::build(text.as_deref(), file, Some(variables))
     }
 
     fn build(
+        text: Option<&str>,
         file: Option<&Path>,
         variables: Option<std::collections::HashMap<String, String>>,
     ) -> Result<Self, ConfigError> {
         let mut builder = Config::builder();
-        if let Some(path) = file {
-            let text = std::fs::read_to_string(path)
-                .map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })?;
-            builder = builder.add_source(File::from_str(&text, FileFormat::Toml));
+        if let Some(text) = text {
+            builder = builder.add_source(File::from_str(text, FileFormat::Toml));
         }
         let environment =
             Environment::with_prefix(PREFIX).prefix_separator(SEPARATOR).separator(SEPARATOR).source(variables);
@@ -71,4 +78,17 @@ fn table(value: Value) -> Result<BTreeMap<String, Value>, Value> {
         Ok(entries) => Ok(entries.into_iter().collect()),
         Err(_) => Err(value),
     }
+}
+
+/// The text of a config file.
+pub fn read_file(path: &Path) -> Result<String, ConfigError> {
+    std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })
+}
+
+/// The environment's settings of the object stores' clients, as their own tools read them.
+pub fn store_options() -> Vec<(String, String)> {
+    const PREFIXES: [&str; 4] = ["AWS_", "AZURE_", "GOOGLE_", "HTTP_AUTHORIZATION"];
+    let is_theirs = |name: &OsString| PREFIXES.iter().any(|prefix| name.to_string_lossy().starts_with(prefix));
+    let variables = std::env::vars_os().filter(|(name, _)| is_theirs(name));
+    variables.filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))).collect()
 }

@@ -2,7 +2,8 @@
 
 use super::{
     fault::{ConfigError, Fault},
-    keys::{Bound, KEYS, Key, MODEL_KEYS, find},
+    keys::{Bound, KEYS, Key, find},
+    models::{self, ModelSettings},
     raw::Raw,
 };
 use crate::{
@@ -12,7 +13,7 @@ use crate::{
 use config::{Value, ValueKind};
 use sha2::{Digest, Sha256};
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::BTreeMap,
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -51,10 +52,35 @@ pub struct Settings {
     pub known_items_bytes: u64,
     /// `limits.*`
     pub limits: Limits,
+    /// `admin.token_file`, `admin.tls_*`
+    pub admin_guard: AdminGuard,
+    /// `snapshot.folder`; none where nothing is to be kept.
+    pub snapshot_folder: Option<PathBuf>,
+    /// `snapshot.interval_seconds`; none where only a drain writes.
+    pub snapshot_every: Option<Duration>,
+    /// `bundles.folder`
+    pub bundles_folder: PathBuf,
+    /// `reload.warm_seconds`
+    pub warm_for: Duration,
+    /// `routing.salt`
+    pub salt: String,
     /// `[[models]]`, at least one.
     pub models: Vec<ModelSettings>,
+    /// The text of every key, as written or by default.
+    written: BTreeMap<&'static str, String>,
     /// The SHA-256 of the settings in force, whatever file or variable they came from.
     pub digest: String,
+}
+
+/// Who may call the admin listener, and how.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AdminGuard {
+    /// `admin.token_file`
+    pub token_file: Option<PathBuf>,
+    /// `admin.tls_cert` and `admin.tls_key`
+    pub certificate: Option<(PathBuf, PathBuf)>,
+    /// `admin.tls_client_ca`
+    pub client_ca: Option<PathBuf>,
 }
 
 /// What one request may hold.
@@ -74,26 +100,21 @@ pub struct Limits {
     pub default_deadline: Duration,
 }
 
-/// One served model.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ModelSettings {
-    /// The name it is served under.
-    pub name: String,
-    /// The bundle's folder.
-    pub bundle: PathBuf,
-    /// Percent of the traffic.
-    pub share: u8,
-}
-
 impl Settings {
     /// Reads and checks the file (if there is one) and the environment.
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
         Self::check(&Raw::read(file)?, file)
     }
 
-    /// Checks what was written. Relative bundle folders start from the folder of `file`.
+    /// Checks `text` as if it stood in `file`, and the environment.
+    pub fn of_text(text: &str, file: &Path) -> Result<Self, ConfigError> {
+        Self::check(&Raw::of_text(text, file)?, Some(file))
+    }
+
+    /// Checks what was written. Relative folders start from the folder of `file`.
     pub fn check(raw: &Raw, file: Option<&Path>) -> Result<Self, ConfigError> {
-        let mut reader = Reader { raw, faults: unknown_keys(raw), written: BTreeMap::new() };
+        let folder = file.and_then(Path::parent).unwrap_or(Path::new(""));
+        let mut reader = Reader { raw, folder, faults: unknown_keys(raw), written: BTreeMap::new() };
         let mb = |n: u64| n << 20;
         let mut settings = Settings {
             server_listen: reader.address("server.listen"),
@@ -119,26 +140,47 @@ impl Settings {
                 max_in_flight: reader.integer("limits.max_in_flight") as usize,
                 default_deadline: Duration::from_millis(reader.integer("limits.default_deadline_ms")),
             },
-            models: reader.models(file.and_then(Path::parent).unwrap_or(Path::new(""))),
+            admin_guard: reader.admin_guard(),
+            snapshot_folder: reader.path("snapshot.folder"),
+            snapshot_every: Some(reader.integer("snapshot.interval_seconds"))
+                .filter(|s| *s > 0)
+                .map(Duration::from_secs),
+            bundles_folder: reader.path("bundles.folder").unwrap_or_else(|| folder.join("bundles")),
+            warm_for: Duration::from_secs(reader.integer("reload.warm_seconds")),
+            salt: reader.text("routing.salt"),
+            models: models::read(&raw.models, folder, &mut reader.faults),
+            written: BTreeMap::new(),
             digest: String::new(),
         };
+        reader.check_admin(settings.admin_listen, &settings.admin_guard);
         if !reader.faults.is_empty() {
             return Err(ConfigError::Invalid(reader.faults));
         }
-        settings.digest = digest(&settings.to_toml(&reader.written));
+        settings.written = reader.written;
+        settings.digest = digest(&settings.to_toml());
         Ok(settings)
+    }
+
+    /// The keys whose value differs from that in `other` and that cannot change without a restart.
+    pub fn frozen_differences(&self, other: &Settings) -> Vec<Fault> {
+        let text = |settings: &Settings, key: &Key| settings.written.get(key.name).cloned().unwrap_or_default();
+        let frozen = KEYS.iter().filter(|key| !key.is_live);
+        let differs =
+            frozen.map(|key| (key, text(self, key), text(other, key))).filter(|(_, here, there)| here != there);
+        let fault = |(key, here, there): (&Key, String, String)| Fault {
+            key: key.name.to_owned(),
+            reason: format!("cannot change from {here:?} to {there:?} without a restart"),
+        };
+        differs.map(fault).collect()
     }
 
     /// The settings in force as a TOML file that gives the same settings again.
     pub fn print(file: Option<&Path>) -> Result<String, ConfigError> {
-        let raw = Raw::read(file)?;
-        let settings = Self::check(&raw, file)?;
-        let mut reader = Reader { raw: &raw, faults: Vec::new(), written: BTreeMap::new() };
-        KEYS.iter().for_each(|key| drop(reader.text(key.name)));
-        Ok(settings.to_toml(&reader.written))
+        Ok(Self::load(file)?.to_toml())
     }
 
-    fn to_toml(&self, written: &BTreeMap<&'static str, String>) -> String {
+    /// The settings as a TOML file that gives the same settings again.
+    pub fn to_toml(&self) -> String {
         let mut text = String::new();
         let mut section = "";
         for key in KEYS {
@@ -147,17 +189,13 @@ impl Settings {
                 text += &format!("{}[{table}]\n", if section.is_empty() { "" } else { "\n" });
                 section = table;
             }
-            let value = written.get(key.name).map_or(key.default, String::as_str);
+            let value = self.written.get(key.name).map_or(key.default, String::as_str);
             text += &match key.bound {
                 Bound::Integer(..) => format!("{name} = {value}\n"),
                 _ => format!("{name} = {}\n", toml::Value::from(value)),
             };
         }
-        for ModelSettings { name, bundle, share } in &self.models {
-            let bundle = std::path::absolute(bundle).unwrap_or_else(|_| bundle.clone());
-            let (name, bundle) = (toml::Value::from(name.as_str()), toml::Value::from(bundle.display().to_string()));
-            text += &format!("\n[[models]]\nname = {name}\nbundle = {bundle}\nshare = {share}\n");
-        }
+        self.models.iter().for_each(|model| text += &model.to_toml());
         text
     }
 }
@@ -199,6 +237,8 @@ fn unknown_keys(raw: &Raw) -> Vec<Fault> {
 /// Reads keys one by one and collects what is wrong with them.
 struct Reader<'a> {
     raw: &'a Raw,
+    /// Where relative paths start from.
+    folder: &'a Path,
     faults: Vec<Fault>,
     /// The text of every key read so far, defaults included.
     written: BTreeMap<&'static str, String>,
@@ -259,6 +299,36 @@ impl Reader<'_> {
         values[place]
     }
 
+    /// None where the key is empty.
+    fn path(&mut self, name: &'static str) -> Option<PathBuf> {
+        let text = self.text(name);
+        (!text.is_empty()).then(|| self.folder.join(text))
+    }
+
+    fn admin_guard(&mut self) -> AdminGuard {
+        let (certificate, key) = (self.path("admin.tls_cert"), self.path("admin.tls_key"));
+        let client_ca = self.path("admin.tls_client_ca");
+        let mut needs = |is_missing: bool, key: &str, other: &str| {
+            if is_missing {
+                self.faults.push(Fault { key: key.to_owned(), reason: format!("needs {other}, too") });
+            }
+        };
+        needs(certificate.is_some() && key.is_none(), "admin.tls_cert", "admin.tls_key");
+        needs(key.is_some() && certificate.is_none(), "admin.tls_key", "admin.tls_cert");
+        needs(client_ca.is_some() && certificate.is_none(), "admin.tls_client_ca", "admin.tls_cert");
+        AdminGuard { token_file: self.path("admin.token_file"), certificate: certificate.zip(key), client_ca }
+    }
+
+    /// Whoever reaches the admin listener may change what is served.
+    fn check_admin(&mut self, listen: SocketAddr, guard: &AdminGuard) {
+        if !listen.ip().is_loopback() && guard.token_file.is_none() && guard.client_ca.is_none() {
+            let reason = format!(
+                "{listen} can be reached from elsewhere: set admin.token_file or admin.tls_client_ca, or listen on loopback"
+            );
+            self.faults.push(Fault { key: "admin.listen".to_owned(), reason });
+        }
+    }
+
     fn filter(&mut self, name: &'static str) -> String {
         let text = self.text(name);
         if logs::parse_filter(&text).is_err() {
@@ -266,91 +336,10 @@ impl Reader<'_> {
         }
         text
     }
-
-    fn models(&mut self, folder: &Path) -> Vec<ModelSettings> {
-        let n_models = self.raw.models.len();
-        if n_models == 0 {
-            self.faults.push(Fault {
-                key: "models".to_owned(),
-                reason: "no model is configured, add at least one [[models]] with name and bundle".to_owned(),
-            });
-        }
-        let mut models = Vec::with_capacity(n_models);
-        for (i, entry) in self.raw.models.iter().enumerate() {
-            let mut entry =
-                ModelReader { prefix: format!("models[{i}]"), entry: entry.as_ref().ok(), faults: &mut self.faults };
-            models.push(entry.read(folder, n_models));
-        }
-        let mut names = HashSet::new();
-        for (i, model) in models.iter().enumerate().filter(|(_, model)| !model.name.is_empty()) {
-            if !names.insert(&model.name) {
-                self.faults.push(Fault {
-                    key: format!("models[{i}].name"),
-                    reason: format!("{:?} is taken by another model", model.name),
-                });
-            }
-        }
-        let total: u32 = models.iter().map(|model| u32::from(model.share)).sum();
-        if self.faults.is_empty() && total != 100 {
-            self.faults.push(Fault {
-                key: "models.share".to_owned(),
-                reason: format!("the shares add up to {total}, not to 100"),
-            });
-        }
-        models
-    }
-}
-
-/// Reads one `[[models]]` entry.
-struct ModelReader<'a> {
-    prefix: String,
-    entry: Option<&'a BTreeMap<String, Value>>,
-    faults: &'a mut Vec<Fault>,
-}
-
-impl ModelReader<'_> {
-    fn read(&mut self, folder: &Path, n_models: usize) -> ModelSettings {
-        for name in self.entry.iter().flat_map(|entry| entry.keys()) {
-            if !MODEL_KEYS.iter().any(|(known, _)| known.strip_prefix("models.") == Some(name)) {
-                self.faults.push(Fault { key: format!("{}.{name}", self.prefix), reason: "unknown key".to_owned() });
-            }
-        }
-        let name = self.required("name");
-        let bundle = self.required("bundle");
-        ModelSettings { name, bundle: folder.join(bundle), share: self.share(n_models) }
-    }
-
-    fn text(&self, name: &str) -> Option<Result<String, String>> {
-        self.entry?.get(name).map(scalar)
-    }
-
-    fn required(&mut self, name: &str) -> String {
-        match self.text(name) {
-            Some(Ok(text)) if !text.is_empty() => text,
-            _ => {
-                let reason = "is missing, it must be a text that is not empty".to_owned();
-                self.faults.push(Fault { key: format!("{}.{name}", self.prefix), reason });
-                String::new()
-            }
-        }
-    }
-
-    fn share(&mut self, n_models: usize) -> u8 {
-        let text = match self.text("share") {
-            None if n_models == 1 => return 100,
-            None => "missing".to_owned(),
-            Some(Ok(text) | Err(text)) => text,
-        };
-        text.parse().ok().filter(|share| *share <= 100).unwrap_or_else(|| {
-            let reason = format!("{text:?} is not a whole number of percent from 0 to 100");
-            self.faults.push(Fault { key: format!("{}.share", self.prefix), reason });
-            0
-        })
-    }
 }
 
 /// The text of a single value; the error is a text, too, for the message.
-fn scalar(value: &Value) -> Result<String, String> {
+pub(super) fn scalar(value: &Value) -> Result<String, String> {
     match &value.kind {
         ValueKind::Table(_) | ValueKind::Array(_) | ValueKind::Nil => Err(value.to_string()),
         ValueKind::String(text) => Ok(text.clone()),

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     domain::{ItemText, all_finite},
-    inference::{Graph, GraphError, Input, Provider, pool::run_guarded},
+    inference::{Graph, GraphError, Input, Provider, pool::run_guarded, priority::step_back},
     item_text::{Template, TemplateError},
     telemetry::events::{self, QueueStay},
 };
@@ -171,6 +171,11 @@ impl Encoder {
         self.model.digest
     }
 
+    /// What turns text into its vectors, graph aside.
+    pub fn model(&self) -> &EncoderModel {
+        &self.model
+    }
+
     /// The width of its vectors.
     pub fn dim(&self) -> usize {
         self.model.dim
@@ -211,17 +216,6 @@ impl Encoder {
 impl Drop for Encoder {
     fn drop(&mut self) {
         self.batcher.close();
-    }
-}
-
-/// Gives way to threads that score: a hot request has milliseconds, a cold item has until its request's deadline or longer.
-/// At this niceness a busy encoder gets a tenth of a core that both want, and all of what scoring leaves.
-const NICENESS: i32 = 10;
-
-/// Lowers the calling thread's priority (on Linux niceness is a thread's own).
-fn step_back() {
-    if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
-        tracing::warn!(%error, "the encoder's threads keep normal priority, hot requests will feel cold ones");
     }
 }
 

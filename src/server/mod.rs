@@ -1,31 +1,42 @@
 //! The server: three listeners, health, and a shutdown that loses nothing.
 //!
-//! Order of a start: bind, answer health NOT_SERVING and requests UNAVAILABLE, load and check the models off the I/O
-//! threads, then serve. Order of a stop: health NOT_SERVING, no new connections, accepted requests finish within
-//! `server.drain_seconds`.
+//! Order of a start: bind, answer health NOT_SERVING and requests UNAVAILABLE, put the first config in force
+//! ([`crate::lifecycle`]), then serve and watch for the next one. Order of a stop: health NOT_SERVING, no new connections,
+//! accepted requests finish within `server.drain_seconds`, the caches are written.
 
 mod http;
 
 use crate::{
-    bundle::{self, BundleError, LoadOptions, ServedModel, Snapshot},
-    config::{ModelSettings, Settings},
-    inference::{LibraryError, Runtime},
+    config::{Settings, settings::AdminGuard},
     item_trace,
+    lifecycle::{
+        Desired, Lifecycle, PushError,
+        watch::{Doors, run as watch_doors},
+    },
     pipeline::{Pipeline, PipelineConfig},
-    telemetry::{events, recorder::Recorder},
+    telemetry::recorder::Recorder,
     wire::{
         admin::Admin,
         admit::AdmitLayer,
         layer::CountLayer,
+        operator::Guard,
         proto::{self, admin_service_server::AdminServiceServer, mid_emb_service_server::MidEmbServiceServer},
         services::MidEmb,
     },
 };
-use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    fs,
+    future::Future,
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 use thiserror::Error;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::Server;
+use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 /// Why a server does not start, or stops.
@@ -41,16 +52,19 @@ pub enum ServerError {
         /// Why not.
         source: io::Error,
     },
-    /// ONNX Runtime cannot be had.
+    /// The first config does not come into force.
     #[error(transparent)]
-    Library(#[from] LibraryError),
-    /// A bundle failed its checks.
-    #[error("model {name:?}: {source}")]
-    Bundle {
-        /// The model.
-        name: String,
-        /// What failed.
-        source: Box<BundleError>,
+    Start(#[from] PushError),
+    /// SIGHUP cannot be received.
+    #[error("SIGHUP: {0}")]
+    Signal(io::Error),
+    /// The admin listener's TLS cannot be set up.
+    #[error("{key}: {source}")]
+    Tls {
+        /// The config key.
+        key: &'static str,
+        /// Why not.
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A listener failed while serving.
     #[error("serving: {0}")]
@@ -90,17 +104,32 @@ async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, Ser
     TcpListener::bind(address).await.map_err(|source| ServerError::Bind { key, address, source })
 }
 
-/// Serves until `shutdown` completes and accepted requests are done. `trace` records which items they ask for.
+/// What a server starts with.
+#[derive(Debug)]
+pub struct Start {
+    /// The config file.
+    pub file: PathBuf,
+    /// The config that is to be in force.
+    pub desired: Desired,
+    /// Its settings.
+    pub settings: Settings,
+    /// Records which items requests ask for.
+    pub trace: Option<Arc<item_trace::Recorder>>,
+}
+
+/// Serves until `shutdown` completes and accepted requests are done.
 pub async fn run(
-    settings: Settings,
+    start: Start,
     listeners: Listeners,
     recorder: Recorder,
-    trace: Option<Arc<item_trace::Recorder>>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServerError> {
-    events::config_applied(&settings.digest);
+    let Start { file, desired, settings, trace } = start;
     let pipeline = Arc::new(Pipeline::new(pipeline_config(&settings)).with_trace(trace));
+    let file_text = desired.file_text.clone();
+    let doors = Doors::open(&file).map_err(ServerError::Signal)?;
     let (draining, drained) = watch::channel(false);
+    let lifecycle = Arc::new(Lifecycle::new(Arc::clone(&pipeline), file, settings.clone(), drained.clone()));
     let addresses = addresses(&listeners);
     tokio::spawn(recorder.clone().keep_up());
     let state = http::State { recorder, pipeline: Arc::clone(&pipeline), draining: drained.clone() };
@@ -119,23 +148,25 @@ pub async fn run(
         .add_service(reflection_v1())
         .add_service(reflection_v1alpha())
         .serve_with_incoming_shutdown(incoming(listeners.grpc), until(drained.clone()));
-    let admin = Server::builder()
+    let admin = Admin::new(Arc::clone(&pipeline), Arc::clone(&lifecycle));
+    let admin = admin_builder(&settings.admin_guard)?
         .layer(CountLayer)
-        .add_service(AdminServiceServer::new(Admin::new(Arc::clone(&pipeline))))
+        .add_service(AdminServiceServer::with_interceptor(admin, Guard::new(settings.admin_guard.token_file.clone())))
         .add_service(reflection_v1())
         .serve_with_incoming_shutdown(incoming(listeners.admin), until(drained));
     let mut serving = tokio::spawn(async { tokio::try_join!(grpc, admin) });
 
-    let loading = load_models(&settings, &pipeline);
     tokio::pin!(shutdown);
     tokio::select! {
         // A stop during a long load need not wait for it.
         () = &mut shutdown => return Ok(()),
-        loaded = loading => loaded?,
+        started = lifecycle.start(desired) => started?,
     }
     set_health(&health, ServingStatus::Serving).await;
     let [grpc, admin, metrics] = addresses;
     tracing::info!(grpc, admin, metrics, "serving");
+    tokio::spawn(watch_doors(Arc::clone(&lifecycle), doors, file_text));
+    tokio::spawn(Arc::clone(&lifecycle).snapshot_regularly());
 
     tokio::select! {
         () = &mut shutdown => {}
@@ -146,15 +177,35 @@ pub async fn run(
     draining.send_replace(true);
     end_health_watches(health).await;
     tracing::info!(drain_seconds = settings.drain.as_secs(), "draining");
-    match tokio::time::timeout(settings.drain, serving).await {
-        Ok(served) => served??,
-        Err(_elapsed) => {
-            tracing::warn!("requests were still under way after server.drain_seconds");
-            return Ok(());
+    let drained = tokio::time::timeout(settings.drain, serving).await;
+    lifecycle.snapshot().await;
+    match drained {
+        Ok(served) => {
+            served??;
+            tracing::info!("stopped");
         }
-    };
-    tracing::info!("stopped");
+        Err(_elapsed) => tracing::warn!("requests were still under way after server.drain_seconds"),
+    }
     Ok(())
+}
+
+/// A listener that speaks TLS where the config has a certificate for it.
+fn admin_builder(guard: &AdminGuard) -> Result<Server, ServerError> {
+    let Some((certificate, key)) = &guard.certificate else { return Ok(Server::builder()) };
+    let failed = |key: &'static str| move |source: io::Error| ServerError::Tls { key, source: source.into() };
+    let read = |key: &'static str, path: &Path| {
+        fs::read(path)
+            .map_err(|source| io::Error::other(format!("{} cannot be read: {source}", path.display())))
+            .map_err(failed(key))
+    };
+    let identity = Identity::from_pem(read("admin.tls_cert", certificate)?, read("admin.tls_key", key)?);
+    let mut tls = ServerTlsConfig::new().identity(identity);
+    if let Some(authority) = &guard.client_ca {
+        tls = tls.client_ca_root(Certificate::from_pem(read("admin.tls_client_ca", authority)?));
+    }
+    Server::builder()
+        .tls_config(tls)
+        .map_err(|source| ServerError::Tls { key: "admin.tls_cert", source: source.into() })
 }
 
 fn pipeline_config(settings: &Settings) -> PipelineConfig {
@@ -224,26 +275,4 @@ fn reflection_v1()
 fn reflection_v1alpha()
 -> tonic_reflection::server::v1alpha::ServerReflectionServer<impl tonic_reflection::server::v1alpha::ServerReflection> {
     reflection().build_v1alpha().expect("compiled-in descriptors")
-}
-
-/// Loads every model on a blocking thread and puts them in force together.
-async fn load_models(settings: &Settings, pipeline: &Pipeline) -> Result<(), ServerError> {
-    let models = settings.models.clone();
-    let (n_threads, batch_requests) = (settings.n_threads, settings.batch_requests);
-    let (library, provider) = (settings.onnxruntime.clone(), settings.provider);
-    let load = move || {
-        let runtime = Runtime::load(library.as_deref(), provider)?;
-        let options =
-            |model: &ModelSettings| LoadOptions { served_name: model.name.clone(), n_threads, batch_requests };
-        models.iter().map(|model| load_model(model, &options(model), &runtime)).collect::<Result<Vec<_>, _>>()
-    };
-    let models = tokio::task::spawn_blocking(load).await??;
-    pipeline.registry.install(Snapshot { models });
-    Ok(())
-}
-
-fn load_model(model: &ModelSettings, options: &LoadOptions, runtime: &Runtime) -> Result<ServedModel, ServerError> {
-    let loaded = bundle::load(&model.bundle, options, runtime)
-        .map_err(|source| ServerError::Bundle { name: model.name.clone(), source: Box::new(source) })?;
-    Ok(ServedModel { model: Arc::new(loaded), share: model.share })
 }

@@ -5,13 +5,19 @@ use crate::{
     domain::{ModelRef, RowStatus},
     error::{Error, ShedReason},
 };
-use metrics::{counter, gauge, histogram};
-use std::time::{Duration, Instant};
+use metrics::{Label, counter, gauge, histogram};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// A call was answered. `model` is empty where the call never got as far as a model.
-pub fn request_finished(method: &'static str, code: &'static str, model: &str, duration: Duration) {
-    counter!(names::REQUESTS, "method" => method, "code" => code, "model" => model.to_owned()).increment(1);
-    histogram!(names::REQUEST_DURATION, "method" => method, "model" => model.to_owned()).record(duration);
+/// A call was answered; by `model`, where it got as far as that.
+pub fn request_finished(method: &'static str, code: &'static str, model: Option<&ModelRef>, duration: Duration) {
+    let (name, version, digest) =
+        model.map_or(("", "", ""), |model| (model.name.as_str(), model.version.as_str(), model.short_digest()));
+    let model = [("model", name.to_owned()), ("version", version.to_owned()), ("digest", digest.to_owned())];
+    let labels = [("method", method.to_owned())].into_iter().chain(model);
+    let labels: Vec<Label> = labels.map(|(name, value)| Label::new(name, value)).collect();
+    histogram!(names::REQUEST_DURATION, labels.clone()).record(duration);
+    let labels = labels.into_iter().chain([Label::from_static_parts("code", code)]).collect::<Vec<_>>();
+    counter!(names::REQUESTS, labels).increment(1);
 }
 
 /// A request failed. Only a fault of ours is worth a line that wakes somebody up.
@@ -140,17 +146,65 @@ pub fn trace_recorded(is_written: bool) {
     counter!(names::TRACE_REQUESTS, "result" => result).increment(1);
 }
 
-/// A model passed its checks and is served.
-pub fn model_served(model: &ModelRef, provider: &'static str, load_time: Duration) {
-    let ModelRef { name, version, digest } = model.clone();
+/// A model passed its checks and its threads run.
+pub fn model_loaded(model: &ModelRef, provider: &'static str, load_time: Duration) {
+    let ModelRef { name, version, digest } = model;
     tracing::info!(name, version, digest, provider, load_ms = load_time.as_millis() as u64, "model loaded");
-    gauge!(names::MODEL_INFO, "name" => name, "version" => version, "digest" => digest, "provider" => provider)
-        .set(1.0);
 }
 
-/// The config in force, by its digest.
-pub fn config_applied(digest: &str) {
-    gauge!(names::CONFIG_INFO, "digest" => digest.to_owned()).set(1.0);
+/// A model is served from now on, or no longer.
+pub fn model_served(model: &ModelRef, provider: &'static str, is_served: bool) {
+    let ModelRef { name, version, digest } = model.clone();
+    gauge!(names::MODEL_INFO, "name" => name, "version" => version, "digest" => digest, "provider" => provider)
+        .set(f64::from(u8::from(is_served)));
+}
+
+/// A config is in force from now on, or no longer.
+pub fn config_applied(digest: &str, is_in_force: bool) {
+    gauge!(names::CONFIG_INFO, "digest" => digest.to_owned()).set(f64::from(u8::from(is_in_force)));
+}
+
+/// A step of a push ended.
+pub fn reload_step_finished(step: &'static str, is_ok: bool, took: Duration) {
+    histogram!(names::RELOAD_DURATION, "step" => step).record(took);
+    counter!(names::RELOAD_STEPS, "step" => step, "result" => if is_ok { "ok" } else { "failed" }).increment(1);
+}
+
+/// A push ended.
+pub fn reload_finished(result: &'static str) {
+    counter!(names::RELOADS, "result" => result).increment(1);
+}
+
+/// A snapshot of the caches was written.
+pub fn snapshot_written() {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    gauge!(names::SNAPSHOT_TIME).set(since_epoch.as_secs_f64().floor());
+    snapshot_finished("written");
+}
+
+/// A snapshot of the caches, or a part of one, was written, restored, refused, or failed.
+pub fn snapshot_finished(result: &'static str) {
+    counter!(names::SNAPSHOTS, "result" => result).increment(1);
+}
+
+/// A candidate that a shadow scored, too.
+pub fn shadow_row_compared(model: &str, cosine: Option<f64>, cvr_difference: Option<f64>) {
+    if let Some(cosine) = cosine {
+        histogram!(names::SHADOW_COSINE, "model" => model.to_owned()).record(cosine);
+    }
+    if let Some(difference) = cvr_difference {
+        histogram!(names::SHADOW_CVR_DIFFERENCE, "model" => model.to_owned()).record(difference);
+    }
+}
+
+/// A request was scored by a shadow, or left out because it had enough to do, or failed there.
+pub fn shadow_request_finished(model: &str, result: &'static str) {
+    counter!(names::SHADOW_REQUESTS, "model" => model.to_owned(), "result" => result).increment(1);
+}
+
+/// What a shadow says of a request that failed there; nobody waited for it.
+pub fn shadow_failed(model: &str, error: &Error) {
+    tracing::debug!(model, error = %error, "shadow failed");
 }
 
 /// Encoding failed for these items; none of them is cached.

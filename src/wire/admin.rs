@@ -1,27 +1,58 @@
-//! `AdminService`: what runs, and emptying caches. On its own listener.
+//! `AdminService`: what runs, what is to run, and the caches. On its own listener; [`super::operator`] lets callers in.
 
 use super::{
+    encode,
+    operator::Operator,
     proto::{self, admin_service_server::AdminService},
-    services::{model_info, refuse},
+    services::{model_info, refuse, shadow_info},
+    status,
 };
 use crate::{
+    bundle::Model,
     error::{Error, FieldViolation},
+    lifecycle::{Applied, InForce, Lifecycle, Push, PushError, Report, Trigger, journal::StepReport},
     pipeline::Pipeline,
 };
-use std::{sync::Arc, time::Instant};
-use tonic::{Request, Response, Status};
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant, UNIX_EPOCH},
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
 
 /// The handlers of `AdminService`.
 #[derive(Debug, Clone)]
 pub struct Admin {
     pipeline: Arc<Pipeline>,
+    lifecycle: Arc<Lifecycle>,
     started: Instant,
 }
 
+/// Pieces of an exported file that wait to be sent.
+const CHUNKS_AHEAD: usize = 4;
+
 impl Admin {
-    /// Handlers over `pipeline`.
-    pub fn new(pipeline: Arc<Pipeline>) -> Self {
-        Admin { pipeline, started: Instant::now() }
+    /// Handlers over what serves and what changes it.
+    pub fn new(pipeline: Arc<Pipeline>, lifecycle: Arc<Lifecycle>) -> Self {
+        Admin { pipeline, lifecycle, started: Instant::now() }
+    }
+
+    fn config(&self, config: &InForce) -> proto::ConfigInfo {
+        proto::ConfigInfo {
+            digest: config.digest.clone(),
+            file: self.lifecycle.file().display().to_string(),
+            pushed_file: config.pushed_file.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
+            models: config.snapshot.all().map(|model| encode::model(&model.reference)).collect(),
+        }
+    }
+
+    /// The model whose vectors are meant; the first one where no name says which.
+    fn model(&self, name: &str) -> Result<Arc<Model>, Error> {
+        let snapshot = self.pipeline.registry.current()?;
+        let named = |model: &&Arc<Model>| name.is_empty() || model.reference.name == name;
+        snapshot.all().find(named).cloned().ok_or_else(|| Error::ModelNotFound(name.to_owned()))
     }
 }
 
@@ -38,11 +69,62 @@ impl AdminService for Admin {
             bytes: contents.n_bytes,
             max_bytes: contents.max_bytes,
         });
+        let served = snapshot.iter().flat_map(|snapshot| &snapshot.models).map(model_info);
+        let shadows = snapshot.iter().flat_map(|snapshot| &snapshot.shadows).map(shadow_info);
         Ok(Response::new(proto::GetStatusResponse {
             ready: snapshot.is_some(),
-            models: snapshot.iter().flat_map(|snapshot| &snapshot.models).map(model_info).collect(),
+            models: served.chain(shadows).collect(),
             caches: caches.into(),
             uptime_seconds: self.started.elapsed().as_secs(),
+            config: self.lifecycle.in_force().map(|config| self.config(&config)),
+            previous: self.lifecycle.previous().map(|config| self.config(&config)),
+            push: self.lifecycle.journal.running().map(report),
+            pushes: self.lifecycle.journal.past().into_iter().map(report).collect(),
+        }))
+    }
+
+    async fn push_config(
+        &self,
+        request: Request<proto::PushConfigRequest>,
+    ) -> Result<Response<proto::PushConfigResponse>, Status> {
+        let who = Operator::of(&request);
+        let proto::PushConfigRequest { config, expected_digest, dry_run } = request.into_inner();
+        if expected_digest.is_empty() {
+            let description = "is empty, it must be the digest of the config in force (GetStatus tells)".to_owned();
+            return Err(invalid("PushConfig", "expected_digest", description));
+        }
+        let push = Push {
+            text: config,
+            trigger: Trigger::Push,
+            who,
+            expected: Some(expected_digest),
+            is_dry_run: dry_run,
+            pushed_file: None,
+        };
+        let lifecycle = Arc::clone(&self.lifecycle);
+        // A task of its own: a push goes on when its caller leaves.
+        let applied = tokio::spawn(async move { lifecycle.apply(push).await }).await;
+        let Applied { outcome, in_force, report: done, .. } = answer(applied)?;
+        Ok(Response::new(proto::PushConfigResponse {
+            result: outcome.as_str().to_owned(),
+            config: Some(self.config(&in_force)),
+            report: Some(report(done)),
+        }))
+    }
+
+    async fn rollback(
+        &self,
+        request: Request<proto::RollbackRequest>,
+    ) -> Result<Response<proto::RollbackResponse>, Status> {
+        let who = Operator::of(&request);
+        let expected = Some(request.into_inner().expected_digest).filter(|digest| !digest.is_empty());
+        let lifecycle = Arc::clone(&self.lifecycle);
+        let applied = tokio::spawn(async move { lifecycle.rollback(&who, expected.as_deref()).await }).await;
+        let Applied { in_force, report: done, warning, .. } = answer(applied)?;
+        Ok(Response::new(proto::RollbackResponse {
+            config: Some(self.config(&in_force)),
+            report: Some(report(done)),
+            warning: warning.map(|warning| warning.to_string()).unwrap_or_default(),
         }))
     }
 
@@ -50,17 +132,128 @@ impl AdminService for Admin {
         &self,
         request: Request<proto::FlushCacheRequest>,
     ) -> Result<Response<proto::FlushCacheResponse>, Status> {
+        let who = Operator::of(&request);
         let name = request.into_inner().cache;
         let unknown = || {
             let description = format!("{name:?} is no cache, content, item, user and known_items are");
-            refuse("FlushCache")(Error::InvalidArgument(vec![FieldViolation {
-                field: "cache".to_owned(),
-                description,
-            }]))
+            invalid("FlushCache", "cache", description)
         };
         let entries_removed =
             self.pipeline.flush(Some(name.as_str()).filter(|name| !name.is_empty())).ok_or_else(unknown)?;
-        tracing::info!(cache = name, entries_removed, "cache flushed");
+        tracing::info!(who, cache = name, entries_removed, "cache flushed");
         Ok(Response::new(proto::FlushCacheResponse { entries_removed }))
+    }
+
+    type ExportCacheStream = ReceiverStream<Result<proto::CacheChunk, Status>>;
+
+    async fn export_cache(
+        &self,
+        request: Request<proto::ExportCacheRequest>,
+    ) -> Result<Response<Self::ExportCacheStream>, Status> {
+        let who = Operator::of(&request);
+        let proto::ExportCacheRequest { cache, model } = request.into_inner();
+        let of_contents = match cache.as_str() {
+            "content" => true,
+            "item" => false,
+            other => return Err(invalid("ExportCache", "cache", format!("{other:?} is neither content nor item"))),
+        };
+        let model = self.model(&model).map_err(refuse("ExportCache"))?;
+        let (chunks, stream) = mpsc::channel(CHUNKS_AHEAD);
+        let lifecycle = Arc::clone(&self.lifecycle);
+        tokio::spawn(async move {
+            let exported = lifecycle.export(model, of_contents, ChunkWriter(chunks.clone())).await;
+            match exported.map(|written| written.map_err(|error| error.to_string())) {
+                Ok(Ok(exported)) => {
+                    tracing::info!(
+                        who,
+                        cache,
+                        n_entries = exported.n_entries,
+                        n_bytes = exported.n_bytes,
+                        "cache exported"
+                    );
+                }
+                Ok(Err(error)) => tracing::warn!(who, cache, error, "the export of a cache was broken off"),
+                // The stream must not look whole. Who receives it may have left.
+                Err(error) => drop(chunks.send(Err(status::from_push_error(&error))).await),
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn import_cache(
+        &self,
+        request: Request<Streaming<proto::CacheChunk>>,
+    ) -> Result<Response<proto::ImportCacheResponse>, Status> {
+        let who = Operator::of(&request);
+        let mut chunks = request.into_inner();
+        // What is more than the caches hold would push itself out again.
+        let caches = self.pipeline.measure();
+        let max_bytes = caches.iter().map(|contents| contents.max_bytes).max().unwrap_or_default().saturating_mul(2);
+        let mut file = Vec::new();
+        while let Some(chunk) = chunks.message().await? {
+            if (file.len() + chunk.data.len()) as u64 > max_bytes {
+                let description =
+                    format!("the file has more than {max_bytes} bytes, twice what the largest cache holds");
+                return Err(invalid("ImportCache", "data", description));
+            }
+            file.extend_from_slice(&chunk.data);
+        }
+        let imported = self.lifecycle.import(file).await.map_err(|error| status::from_push_error(&error))?;
+        let imported = imported.map_err(|reason| invalid("ImportCache", "data", reason.to_string()))?;
+        let (cache, entries, skipped) = (imported.kind.as_str(), imported.n_entries, imported.n_skipped);
+        tracing::info!(who, cache, entries, skipped, "cache imported");
+        Ok(Response::new(proto::ImportCacheResponse { cache: cache.to_owned(), entries, skipped }))
+    }
+}
+
+fn invalid(method: &'static str, field: &str, description: String) -> Status {
+    refuse(method)(Error::InvalidArgument(vec![FieldViolation { field: field.to_owned(), description }]))
+}
+
+fn answer(applied: Result<Result<Applied, PushError>, tokio::task::JoinError>) -> Result<Applied, Status> {
+    let applied = applied.unwrap_or_else(|panicked| Err(PushError::Failed(panicked.to_string())));
+    applied.map_err(|error| status::from_push_error(&error))
+}
+
+fn millis(duration: Duration) -> u64 {
+    duration.as_millis() as u64
+}
+
+fn report(report: Report) -> proto::PushReport {
+    let began = report.began.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let step = |step: StepReport| proto::PushStep {
+        step: step.step.as_str().to_owned(),
+        subject: step.subject,
+        took_ms: millis(step.took),
+        result: step.is_ok.map_or("", |is_ok| if is_ok { "ok" } else { "failed" }).to_owned(),
+    };
+    proto::PushReport {
+        trigger: report.trigger.as_str().to_owned(),
+        who: report.who,
+        began_unix_ms: millis(began),
+        took_ms: millis(report.took),
+        digest_before: report.digest_before,
+        digest: report.digest,
+        result: report.result.to_owned(),
+        reason: report.reason,
+        steps: report.steps.into_iter().map(step).collect(),
+        done: report.progress.0,
+        total: report.progress.1,
+    }
+}
+
+/// A file that goes out in the pieces in which it is written. Blocks where the receiver is slower.
+struct ChunkWriter(mpsc::Sender<Result<proto::CacheChunk, Status>>);
+
+impl io::Write for ChunkWriter {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        const MAX_CHUNK: usize = 1 << 20;
+        let data = &data[..data.len().min(MAX_CHUNK)];
+        let sent = self.0.blocking_send(Ok(proto::CacheChunk { data: data.to_vec().into() }));
+        sent.map(|()| data.len()).map_err(|_left| io::ErrorKind::BrokenPipe.into())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }

@@ -2,7 +2,7 @@
 //! their limit, callers that left.
 
 use super::status::code_name;
-use crate::telemetry::events;
+use crate::{domain::ModelRef, telemetry::events};
 use http::{Request, Response};
 use std::{
     future::Future,
@@ -19,7 +19,7 @@ use tower::{Layer, Service};
 pub struct CallContext {
     /// When the call's headers arrived: its body was still to be read and decoded.
     pub arrival: Instant,
-    model: Arc<OnceLock<String>>,
+    model: Arc<OnceLock<Arc<ModelRef>>>,
 }
 
 impl CallContext {
@@ -33,9 +33,9 @@ impl CallContext {
     }
 
     /// The handler knows which model answers now, for the label.
-    pub fn routed(&self, model: &str) {
+    pub fn routed(&self, model: &Arc<ModelRef>) {
         // A request is routed once.
-        let _ = self.model.set(model.to_owned());
+        let _ = self.model.set(Arc::clone(model));
     }
 }
 
@@ -49,6 +49,10 @@ const METHODS: &[(&str, &str)] = &[
     ("/midemb.v1.MidEmbService/GetModelInfo", "GetModelInfo"),
     ("/midemb.v1.AdminService/GetStatus", "GetStatus"),
     ("/midemb.v1.AdminService/FlushCache", "FlushCache"),
+    ("/midemb.v1.AdminService/PushConfig", "PushConfig"),
+    ("/midemb.v1.AdminService/Rollback", "Rollback"),
+    ("/midemb.v1.AdminService/ExportCache", "ExportCache"),
+    ("/midemb.v1.AdminService/ImportCache", "ImportCache"),
 ];
 
 /// Wraps a service with [`Counted`].
@@ -113,7 +117,7 @@ struct Call {
 
 impl Drop for Call {
     fn drop(&mut self) {
-        let model = self.context.model.get().map_or("", String::as_str);
+        let model = self.context.model.get().map(|model| &**model);
         events::request_finished(self.method, code_name(self.code), model, self.context.arrival.elapsed());
     }
 }

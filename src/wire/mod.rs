@@ -1,7 +1,7 @@
 //! The wire: the only place that knows tonic, and our messages.
 //!
 //! [`decode`] checks a message and makes plain types of it, [`encode`] makes a message of an answer, [`status`] maps errors
-//! to gRPC statuses, [`services`] and [`admin`] are the handlers, [`codec`] answers bytes that are no message, [`layer`]
+//! to gRPC statuses, [`services`] and [`admin`] are the handlers, [`operator`] lets operators in, [`codec`] answers bytes that are no message, [`layer`]
 //! counts every call, and [`admit`] lets it in or turns it away before its message is read.
 
 pub mod admin;
@@ -10,6 +10,7 @@ pub mod codec;
 pub mod decode;
 pub mod encode;
 pub mod layer;
+pub mod operator;
 pub mod services;
 pub mod status;
 

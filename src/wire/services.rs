@@ -2,7 +2,7 @@
 
 use super::{decode, encode, layer::CallContext, proto, status};
 use crate::{
-    bundle::{Model, ServedModel},
+    bundle::{Model, ServedModel, Shadow},
     config::settings::Limits,
     domain::WarmSummary,
     error::Error,
@@ -50,7 +50,7 @@ impl MidEmbService for MidEmb {
         let context = CallContext::of(request.extensions());
         let deadline = decode::deadline(request.metadata().as_ref(), context.arrival, self.limits.default_deadline);
         let decoded = decode::request(request.into_inner(), deadline, &self.limits).map_err(&refuse)?;
-        let told = |model: &Model| context.routed(&model.reference.name);
+        let told = |model: &Model| context.routed(&model.reference);
         let answer = self.pipeline.get_mid_emb(decoded.request, told).await.map_err(&refuse)?;
         events::rows_answered(&answer.statuses);
         Ok(Response::new(encode::response(answer, decoded.dtype)))
@@ -104,11 +104,19 @@ impl MidEmbService for MidEmb {
 
 /// What is to be told of one served model.
 pub(super) fn model_info(served: &ServedModel) -> proto::ModelInfo {
-    let model = &served.model;
+    proto::ModelInfo { share: u32::from(served.share), ..info(&served.model) }
+}
+
+/// What is to be told of one shadow.
+pub(super) fn shadow_info(shadow: &Shadow) -> proto::ModelInfo {
+    let shadow_percent = u32::from(shadow.percent);
+    proto::ModelInfo { shadow_of: shadow.of.clone(), shadow_percent, ..info(&shadow.model) }
+}
+
+fn info(model: &Model) -> proto::ModelInfo {
     let manifest = &model.manifest;
     proto::ModelInfo {
         model: Some(encode::model(&model.reference)),
-        share: u32::from(served.share),
         encoder_digest: model.encoder.digest().to_string(),
         tower_digest: model.tower_digest.to_string(),
         content_dim: manifest.encoder.dim as u32,
@@ -118,6 +126,7 @@ pub(super) fn model_info(served: &ServedModel) -> proto::ModelInfo {
         max_history: manifest.user_tower.max_history as u32,
         max_tokens: manifest.item_text.max_tokens as u32,
         provider: model.provider.as_str().to_owned(),
+        ..proto::ModelInfo::default()
     }
 }
 

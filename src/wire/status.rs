@@ -1,6 +1,6 @@
 //! From the closed set of errors to gRPC statuses, with the details that `google.rpc` defines.
 
-use crate::error::Error;
+use crate::{config::ConfigError, error::Error, lifecycle::PushError};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
@@ -21,6 +21,28 @@ pub fn from_error(error: &Error) -> Status {
         Error::DeadlineExceeded => Status::deadline_exceeded(message),
         Error::Unavailable(_) => Status::unavailable(message),
         Error::Internal { .. } => Status::internal(message),
+    }
+}
+
+/// The status of a push that was refused. Operators see causes, too: paths, values, what differed by how much.
+pub fn from_push_error(error: &PushError) -> Status {
+    let message = error.to_string();
+    match error {
+        PushError::Config(ConfigError::Invalid(faults)) => {
+            let faults = faults.iter().map(|fault| FieldViolation::new(&fault.key, &fault.reason));
+            let details = ErrorDetails::with_bad_request(faults.collect::<Vec<_>>());
+            Status::with_error_details(Code::InvalidArgument, message, details)
+        }
+        PushError::Config(_) => Status::invalid_argument(message),
+        PushError::Conflict { .. } | PushError::Busy(_) => Status::aborted(message),
+        PushError::Draining => Status::unavailable(message),
+        PushError::Library(_) | PushError::Failed(_) => Status::internal(message),
+        PushError::Frozen(_)
+        | PushError::Fetch { .. }
+        | PushError::Bundle { .. }
+        | PushError::Shadow { .. }
+        | PushError::Persist { .. }
+        | PushError::NothingBefore => Status::failed_precondition(message),
     }
 }
 

@@ -122,7 +122,8 @@ async fn requests_that_are_scored_together_get_what_each_gets_alone() {
         let golden: Golden =
             serde_json::from_str(&std::fs::read_to_string(folder.join("golden.json")).unwrap()).unwrap();
         let options = LoadOptions { served_name: "learn".to_owned(), n_threads: 1, batch_requests: 0 };
-        let model = bundle::load(&folder, &options, runtime()).unwrap();
+        let files = bundle::load::check_files(&folder, None).unwrap();
+        let model = bundle::load(files, &options, runtime(), &[], &|_| ()).unwrap().start().unwrap().model;
         let manifest = &model.manifest;
         let dims = ScoreDims { content: manifest.encoder.dim, user: manifest.user_tower.dim, mid: manifest.cvr.dim };
         let content = |j: &usize| golden.items[*j].content.clone();

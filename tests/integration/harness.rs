@@ -29,6 +29,16 @@ pub(crate) fn fixture() -> PathBuf {
     root().join("tests/fixtures/bundle")
 }
 
+/// The same encoder with other towers.
+pub(crate) fn retrained() -> PathBuf {
+    root().join("tests/fixtures/retrained")
+}
+
+/// Another encoder and other towers.
+pub(crate) fn reencoded() -> PathBuf {
+    root().join("tests/fixtures/reencoded")
+}
+
 /// The bundle that is shipped; `make setup` fetches its encoder's weights.
 pub(crate) fn shipped() -> PathBuf {
     root().join("models/default")
@@ -69,11 +79,13 @@ pub(crate) fn config(bundle: &Path, more: &str) -> (TempDir, PathBuf) {
 /// A running server; killed when dropped.
 pub(crate) struct Server {
     child: Child,
+    /// The config file.
+    pub(crate) file: PathBuf,
     log: mpsc::Receiver<String>,
     pub(crate) grpc: String,
     pub(crate) admin: String,
     pub(crate) metrics: String,
-    _folder: TempDir,
+    folder: Option<TempDir>,
 }
 
 impl Server {
@@ -92,12 +104,24 @@ impl Server {
         let (folder, path) = config(bundle, more);
         let mut serve = midemb();
         serve.arg("serve").arg("--config").arg(&path).args(arguments);
+        Self::spawn(serve, folder, path)
+    }
+
+    /// Starts from a config that is there already. The folder is removed with the server.
+    pub(crate) fn start_from(folder: TempDir, file: PathBuf) -> Self {
+        let mut serve = midemb();
+        serve.arg("serve").arg("--config").arg(&file);
+        Self::spawn(serve, folder, file)
+    }
+
+    /// Starts what `serve` says.
+    pub(crate) fn spawn(mut serve: Command, folder: TempDir, file: PathBuf) -> Self {
         let mut child = serve.stderr(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let (sender, log) = mpsc::channel();
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| drop(sender.send(line))));
-        let mut server =
-            Server { child, log, grpc: String::new(), admin: String::new(), metrics: String::new(), _folder: folder };
+        let (grpc, admin, metrics) = (String::new(), String::new(), String::new());
+        let mut server = Server { child, file, log, grpc, admin, metrics, folder: Some(folder) };
         let serving = server.wait_for_log("serving");
         let address = |name: &str| serving[name].as_str().unwrap().to_owned();
         (server.grpc, server.admin, server.metrics) = (address("grpc"), address("admin"), address("metrics"));
@@ -143,6 +167,14 @@ impl Server {
     pub(crate) fn signal(&self, name: &str) {
         let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success());
+    }
+
+    /// Ends it with SIGTERM, and gives its folder to the next one.
+    pub(crate) fn stop(mut self) -> (TempDir, PathBuf) {
+        self.signal("TERM");
+        let (folder, file) = (self.folder.take().unwrap(), self.file.clone());
+        assert!(self.wait().success());
+        (folder, file)
     }
 
     /// Waits until the process ends by itself: its log ends with it.
@@ -248,13 +280,18 @@ pub(crate) fn rows(tensor: &Option<Tensor>) -> Vec<Vec<f32>> {
     floats(tensor).chunks(width).map(<[f32]>::to_vec).collect()
 }
 
-/// A copy of the fixture bundle to break.
+/// A copy of a bundle to break.
 pub(crate) struct BrokenBundle(TempDir);
 
 impl BrokenBundle {
     pub(crate) fn new() -> Self {
+        Self::of(&fixture())
+    }
+
+    /// A copy of another bundle.
+    pub(crate) fn of(bundle: &Path) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        for entry in std::fs::read_dir(fixture()).unwrap() {
+        for entry in std::fs::read_dir(bundle).unwrap() {
             let path = entry.unwrap().path();
             std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
         }

@@ -1,10 +1,12 @@
 //! `midemb bench`: known scenarios against a running server, for planning capacity and for keeping us honest.
 //!
 //! What counts most is the server's own CPU time (from its `process_cpu_seconds_total`): latencies on a shared machine hold
-//! little. [`traffic`] sends, [`scenarios`] says what ([`draws`] which items), [`report`] prints; [`curve`] needs no server.
+//! little. [`traffic`] sends, [`scenarios`] says what ([`draws`] which items), [`report`] prints; [`curve`] needs no server,
+//! [`reload`] pushes configs and checks what answers hold.
 
 mod curve;
 mod draws;
+mod reload;
 mod report;
 mod scenarios;
 mod scrape;
@@ -32,6 +34,9 @@ enum Scenario {
     W5Overload,
     /// Pages of items that were never seen, with a deadline that only a part of them can make, and each again afterwards.
     W6ColdPage,
+    /// w1-hot's load while two configs (--configs) are pushed in turn: what fails, what is answered by halves of two bundles,
+    /// and what it costs. Closed loop, or open with --rate.
+    W7Reload,
     /// Hit rates by cache size for the draws of w3-zipf; asks no server.
     CacheCurve,
 }
@@ -45,6 +50,7 @@ impl Scenario {
             Scenario::W4HotWhileCold => "w4-hot-while-cold",
             Scenario::W5Overload => "w5-overload",
             Scenario::W6ColdPage => "w6-cold-page",
+            Scenario::W7Reload => "w7-reload",
             Scenario::CacheCurve => "cache-curve",
         }
     }
@@ -60,7 +66,7 @@ pub(super) struct Args {
     /// The server's `telemetry.metrics_listen`.
     #[arg(long, default_value = "127.0.0.1:9464")]
     metrics: String,
-    /// Requests in all.
+    /// Requests in all; w7-reload sends so many before the first push.
     #[arg(long, default_value_t = 2000)]
     requests: u64,
     /// Closed loop: requests under way at once.
@@ -104,6 +110,8 @@ pub(super) struct Args {
     /// What the hot items are made up from. Histories and cold items are others every time.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    #[command(flatten)]
+    reload: reload::ReloadArgs,
     /// Print one JSON object a phase.
     #[arg(long)]
     json: bool,
@@ -140,6 +148,9 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
     let mut rng = Rng::with_seed(args.seed);
     let items = traffic::made_up(args.items, "hot", &mut rng).into();
     let bench = scenarios::Bench { server, items, args: &args };
+    if args.scenario == Scenario::W7Reload {
+        return reload::run(&bench).await;
+    }
     let phases = match args.scenario {
         Scenario::W1Hot => bench.w1_hot().await?,
         Scenario::W2Cold => bench.w2_cold().await?,
@@ -147,7 +158,7 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
         Scenario::W4HotWhileCold => bench.w4_hot_while_cold().await?,
         Scenario::W5Overload => bench.w5_overload().await?,
         Scenario::W6ColdPage => bench.w6_cold_page().await?,
-        Scenario::CacheCurve => Vec::new(),
+        Scenario::W7Reload | Scenario::CacheCurve => Vec::new(),
     };
     report::print(&args, &phases);
     Ok(())

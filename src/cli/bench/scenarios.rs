@@ -163,7 +163,7 @@ impl Bench<'_> {
     }
 
     /// Waits until the server has done what was left to it: no request waits for it, and it would be in the figures.
-    async fn settle(&self) -> anyhow::Result<()> {
+    pub(super) async fn settle(&self) -> anyhow::Result<()> {
         let (start, mut n_idle) = (Instant::now(), 0);
         // Twice: between two batches the queue may be empty for a moment.
         while n_idle < 2 {
@@ -207,7 +207,7 @@ impl Bench<'_> {
         Ok((result, Cost { took, cpu_seconds, resident_bytes: after.resident_bytes, hit_rates }))
     }
 
-    async fn scrape(&self) -> anyhow::Result<Scrape> {
+    pub(super) async fn scrape(&self) -> anyhow::Result<Scrape> {
         Scrape::read(&self.args.metrics).await
     }
 }

@@ -9,16 +9,18 @@ pub(super) struct Scrape {
     pub(super) resident_bytes: f64,
     /// Items that wait for the encoder; zero where a peer does not say.
     pub(super) n_queued_to_encode: f64,
-    item: Lookups,
+    /// Items that went through the encoder since the server's start.
+    pub(super) n_encoded: f64,
+    pub(super) item: Lookups,
     content: Lookups,
     user: Lookups,
 }
 
 /// Look-ups of one cache since the server's start.
 #[derive(Debug, Clone, Copy, Default)]
-struct Lookups {
-    n_hits: f64,
-    n: f64,
+pub(super) struct Lookups {
+    pub(super) n_hits: f64,
+    pub(super) n: f64,
 }
 
 /// Hits among the look-ups of each cache; none where nothing was looked up.
@@ -36,9 +38,13 @@ impl Lookups {
         Lookups { n_hits, n: n_hits + lookups("miss") + lookups("coalesced") }
     }
 
+    pub(super) fn since(self, before: Self) -> Self {
+        Lookups { n_hits: self.n_hits - before.n_hits, n: self.n - before.n }
+    }
+
     fn rate_since(self, before: Self) -> Option<f64> {
-        let n = self.n - before.n;
-        (n > 0.0).then(|| (self.n_hits - before.n_hits) / n)
+        let Lookups { n_hits, n } = self.since(before);
+        (n > 0.0).then(|| n_hits / n)
     }
 }
 
@@ -62,6 +68,7 @@ impl Scrape {
             cpu_seconds: process("process_cpu_seconds_total")?,
             resident_bytes: process("process_resident_memory_bytes")?,
             n_queued_to_encode: series(text, "midemb_queue_depth", &[("queue", "encoder")]),
+            n_encoded: series(text, "midemb_batch_items_sum", &[("stage", "encode")]),
             item: Lookups::of(text, "item"),
             content: Lookups::of(text, "content"),
             user: Lookups::of(text, "user"),

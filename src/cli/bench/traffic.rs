@@ -64,7 +64,7 @@ pub(super) async fn warm(mut server: Client, items: &[Item]) -> anyhow::Result<(
     Ok(())
 }
 
-fn progress(n: u64, what: &'static str) -> ProgressBar {
+pub(super) fn progress(n: u64, what: &'static str) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
@@ -105,7 +105,7 @@ impl Feed {
     }
 }
 
-fn with_deadline(request: GetMidEmbRequest, deadline: Option<Duration>) -> Request<GetMidEmbRequest> {
+pub(super) fn with_deadline(request: GetMidEmbRequest, deadline: Option<Duration>) -> Request<GetMidEmbRequest> {
     let mut request = Request::new(request);
     deadline.into_iter().for_each(|deadline| request.set_timeout(deadline));
     request
@@ -138,7 +138,8 @@ impl Session {
     }
 }
 
-fn request(args: &Args, items: &[Item], rng: &mut Rng) -> GetMidEmbRequest {
+/// Different items of `items` as history and as candidates.
+pub(super) fn request(args: &Args, items: &[Item], rng: &mut Rng) -> GetMidEmbRequest {
     let mut draw = |n: usize| -> Vec<Item> {
         let chosen = rng.choose_multiple(items, n);
         chosen

@@ -1,6 +1,7 @@
 //! Defaults are valid, environment wins over file, and everything wrong is reported at once.
 
 use super::*;
+use crate::{bundle::store::Source, config::Role};
 use std::io::Write;
 
 fn file(text: &str) -> tempfile::NamedTempFile {
@@ -27,9 +28,11 @@ const MODEL: &str = "[[models]]\nname = \"a\"\nbundle = \"bundles/a\"\n";
 fn every_default_is_within_its_bound() {
     let settings = check(MODEL, &[]).unwrap();
     assert_eq!(settings.server_listen, "127.0.0.1:50051".parse().unwrap());
-    assert_eq!(settings.models[0].share, 100);
+    assert_eq!(settings.models[0].role, Role::Live { share: 100 });
     assert!(settings.n_threads >= 1);
-    assert!(settings.models[0].bundle.starts_with(std::env::temp_dir()), "{:?}", settings.models[0].bundle);
+    let Source::Folder(bundle) = &settings.models[0].bundle else { panic!("{:?}", settings.models[0].bundle) };
+    assert!(bundle.starts_with(std::env::temp_dir()), "{bundle:?}");
+    assert!(settings.bundles_folder.starts_with(std::env::temp_dir()) && settings.snapshot_folder.is_none());
 }
 
 #[test]
@@ -80,6 +83,57 @@ fn models_need_different_names_and_shares_that_add_up() {
     assert_eq!(faults(&two(50, 49, "b"), &[]), ["models.share: the shares add up to 99, not to 100"]);
     assert_eq!(faults(&two(50, 50, "a"), &[]), ["models[1].name: \"a\" is taken by another model"]);
     assert_eq!(faults("", &[]), ["models: no model is configured, add at least one [[models]] with name and bundle"]);
+}
+
+#[test]
+fn a_shadow_needs_a_model_that_answers_and_has_no_share() {
+    let with = |shadow: &str| format!("{MODEL}[[models]]\nname = \"b\"\nbundle = \"y\"\n{shadow}\n");
+    let settings = check(&with("shadow_of = \"a\"\nshadow_percent = 10"), &[]).unwrap();
+    assert_eq!(settings.models[0].role, Role::Live { share: 100 }, "the only model that answers");
+    assert_eq!(settings.models[1].role, Role::Shadow { of: "a".to_owned(), percent: 10 });
+    let again = check(&settings.to_toml(), &[]).unwrap();
+    assert_eq!(again.models[1].role, settings.models[1].role);
+    assert_eq!(faults(&with("shadow_of = \"c\""), &[]), ["models[1].shadow_of: \"c\" is no model that answers"]);
+    assert_eq!(
+        faults(&with("shadow_of = \"b\"\nshare = 1\nshadow_percent = 0\ndigest = \"abc\""), &[]),
+        [
+            "models[1].digest: \"abc\" is not a SHA-256 of 64 hex digits",
+            "models[1].share: a shadow answers nobody, so it has no share",
+            "models[1].shadow_percent: \"0\" is not a whole number of percent from 1 to 100",
+            "models[1].shadow_of: \"b\" is no model that answers",
+        ]
+    );
+}
+
+#[test]
+fn an_admin_listener_that_others_reach_needs_a_guard() {
+    let listen = "admin.listen = \"0.0.0.0:1\"\n";
+    let found = faults(&format!("{listen}{MODEL}"), &[]);
+    assert!(
+        found[0].starts_with("admin.listen: 0.0.0.0:1 can be reached from elsewhere: set admin.token_file"),
+        "{found:?}"
+    );
+    assert!(check(&format!("{listen}admin.token_file = \"t\"\n{MODEL}"), &[]).is_ok());
+    assert_eq!(
+        faults(&format!("{listen}admin.tls_client_ca = \"ca\"\nadmin.tls_key = \"k\"\n{MODEL}"), &[]),
+        ["admin.tls_key: needs admin.tls_cert, too", "admin.tls_client_ca: needs admin.tls_cert, too"]
+    );
+}
+
+#[test]
+fn what_a_restart_alone_can_change_is_named() {
+    let before = check(MODEL, &[]).unwrap();
+    let live = check(&format!("routing.salt = \"x\"\nreload.warm_seconds = 1\n{MODEL}share = 100\n"), &[]).unwrap();
+    assert_eq!(before.frozen_differences(&live), []);
+    let frozen = check(&format!("server.listen = \"127.0.0.1:9\"\ncache.item_mb = 1\n{MODEL}"), &[]).unwrap();
+    let found: Vec<String> = before.frozen_differences(&frozen).iter().map(Fault::to_string).collect();
+    assert_eq!(
+        found,
+        [
+            "server.listen: cannot change from \"127.0.0.1:50051\" to \"127.0.0.1:9\" without a restart",
+            "cache.item_mb: cannot change from \"256\" to \"1\" without a restart",
+        ]
+    );
 }
 
 #[test]

@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Reloads under load: two bundles in turn on one server, every answer checked, what each push costs.
+
+    .venv/bin/python benches/reload.py                   200 pushes beside 100 requests a second, some two minutes
+    .venv/bin/python benches/reload.py --reloads 40 --rate 50
+
+The second bundle is made by `benches/variant.py`, once, in target/reload/variant: the same encoder with other towers.
+Each run has a folder of its own for the config files, as the server keeps what was pushed beside its own.
+"""
+
+import argparse
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "deploy"))
+import demo  # noqa: E402
+
+BUNDLE = ROOT / "models" / "default"
+FOLDER = ROOT / "target" / "reload"
+VARIANT = FOLDER / "variant"
+LISTENERS = ("server.listen", "admin.listen", "telemetry.metrics_listen")
+
+
+def make_variant() -> None:
+    """The manifest is written last: where it is missing, what is there is half a bundle."""
+    if (VARIANT / "manifest.toml").exists():
+        return
+    shutil.rmtree(VARIANT, ignore_errors=True)
+    script = str(ROOT / "benches" / "variant.py")
+    arguments = ["--bundle", str(BUNDLE), "--out", str(VARIANT), "--version", "reload-b"]
+    subprocess.run([sys.executable, script, *arguments], check=True)
+
+
+def free_addresses(n: int) -> list[str]:
+    """Addresses that nobody listens on, all open at once so that none comes twice."""
+    with ExitStack() as open_ones:
+        sockets = [open_ones.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n)]
+        return [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+
+
+def config(addresses: dict[str, str], bundle: Path) -> str:
+    """A whole config file: TOML takes dotted keys as they are."""
+    lines = [f'{key} = "{address}"' for key, address in addresses.items()]
+    return "\n".join([*lines, "", "[[models]]", 'name = "learn"', f'bundle = "{bundle}"', ""])
+
+
+def scenario(addresses: dict[str, str], configs: list[Path], args: argparse.Namespace) -> int:
+    where = [*zip(("--server", "--admin", "--metrics"), (addresses[key] for key in LISTENERS), strict=True)]
+    command = [str(demo.MIDEMB), "bench", "w7-reload", *(word for pair in where for word in pair)]
+    command += ["--configs", *map(str, configs), "--reloads", str(args.reloads), "--requests", str(args.requests)]
+    if args.rate > 0:
+        command += ["--rate", str(args.rate)]
+    if args.json:
+        command.append("--json")
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--reloads", type=int, default=200)
+    parser.add_argument("--rate", type=float, default=100, help="requests a second; 0 is a closed loop")
+    parser.add_argument("--requests", type=int, default=2000, help="before the first push")
+    parser.add_argument("--json", action="store_true", help="the report as JSON lines")
+    args = parser.parse_args()
+    if not demo.MIDEMB.exists():
+        sys.exit(f"{demo.MIDEMB} is missing: run `make build`")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    make_variant()
+    print("load average before:", *(f"{load:.2f}" for load in os.getloadavg()), file=sys.stderr)
+    addresses = dict(zip(LISTENERS, free_addresses(len(LISTENERS)), strict=True))
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        names = {"midemb.toml": BUNDLE, "a.toml": BUNDLE, "b.toml": VARIANT}
+        own, *configs = (Path(folder) / name for name in names)
+        for path, bundle in zip((own, *configs), names.values(), strict=True):
+            path.write_text(config(addresses, bundle))
+        # The server's environment wins over what is pushed, too: it says the same as the files.
+        environment = {f"MIDEMB__{key.upper().replace('.', '__')}": address for key, address in addresses.items()}
+        demo.CONFIG = own
+        with demo.serving(**environment):
+            code = scenario(addresses, configs, args)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

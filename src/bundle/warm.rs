@@ -1,0 +1,51 @@
+//! The first runs of every thread's graphs, at the sizes of real traffic: what a session allocates and lays out at its first
+//! run is done before the first request. What comes out has to be finite.
+
+use super::{BundleError, Manifest, golden::Golden};
+use crate::{
+    content::EncoderModel,
+    domain::{Vector, all_finite},
+    fusion,
+    inference::Graph,
+    towers::{TowerGraphs, item_tower, user_tower, user_tower::UserDims},
+};
+
+/// Candidates of one run.
+const CANDIDATES: usize = 512;
+/// Texts of one run.
+const TEXTS: usize = 16;
+
+/// Runs all graphs of all threads.
+pub(super) fn run(
+    golden: &Golden,
+    manifest: &Manifest,
+    encoders: Option<(&EncoderModel, &mut [Graph])>,
+    towers: &mut [TowerGraphs],
+) -> Result<(), BundleError> {
+    if let Some((model, graphs)) = encoders {
+        let texts: Vec<&[i64]> = golden.token_ids().cycle().take(TEXTS).collect();
+        for graph in graphs {
+            finite("encoder", &model.encode(graph, &texts)?)?;
+        }
+    }
+    let contents: Vec<Vector> = golden.contents().map(Vector::from).collect();
+    let batch: Vec<Vector> = contents.iter().cycle().take(item_tower::BATCH).cloned().collect();
+    let history: Vec<f32> =
+        contents.iter().cycle().take(manifest.user_tower.max_history).flat_map(|v| v.iter().copied()).collect();
+    let dims = UserDims { content: manifest.encoder.dim, user: manifest.user_tower.dim };
+    for graphs in towers {
+        let items = item_tower::embed(graphs, &batch, manifest.item_tower.dim)?;
+        items.iter().try_for_each(|item| finite("item tower", item))?;
+        let user = user_tower::embed(graphs, vec![history.clone()], dims)?;
+        finite("user tower", &user)?;
+        let candidates: Vec<f32> = items.iter().cycle().take(CANDIDATES).flat_map(|v| v.iter().copied()).collect();
+        let fused = fusion::fuse(graphs, &user, &candidates, &[0; CANDIDATES], (dims.user, manifest.cvr.dim))?;
+        finite("cvr", &fused.mid_emb.data)?;
+        finite("cvr", &fused.cvr)?;
+    }
+    Ok(())
+}
+
+fn finite(stage: &'static str, values: &[f32]) -> Result<(), BundleError> {
+    if all_finite(values) { Ok(()) } else { Err(BundleError::NotFinite { stage }) }
+}

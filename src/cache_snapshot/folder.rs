@@ -1,0 +1,112 @@
+//! Which folders there are, and in what order they appear and go, so that a snapshot is whole or is not there.
+//!
+//! A snapshot grows in a folder whose name begins with `.new-` and gets its own name once all of it is on the disk. Its
+//! number is Unix time in milliseconds, or one more than the last where the clock went back: the highest is the newest.
+//! What is removed is known by its name; everything else in the folder is somebody else's and stays.
+
+use super::SnapshotError;
+use std::{
+    fs::{self, DirBuilder, File},
+    io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    process,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+const SNAPSHOT: &str = "snapshot-";
+const NEW: &str = ".new-";
+const N_DIGITS: usize = 15;
+
+/// Has `fill` write a new snapshot into an empty folder, and gives that its name. If anything fails, nothing is left of it.
+pub(super) fn replace<T>(
+    folder: &Path,
+    fill: impl FnOnce(&Path) -> Result<T, SnapshotError>,
+) -> Result<(PathBuf, T), SnapshotError> {
+    fs::create_dir_all(folder).map_err(SnapshotError::at(folder))?;
+    // A process that was killed while it wrote left this: it may be what fills the disk.
+    for left_over in named(folder, is_new).map_err(SnapshotError::at(folder))? {
+        fs::remove_dir_all(&left_over).map_err(SnapshotError::at(&left_over))?;
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+    let newest = newest(folder).map_err(SnapshotError::at(folder))?.as_deref().and_then(number);
+    let number = newest.map_or(now, |newest| now.max(newest.saturating_add(1)));
+    let new = folder.join(format!("{NEW}{number:0N_DIGITS$}-{}", process::id()));
+    let snapshot = folder.join(format!("{SNAPSHOT}{number:0N_DIGITS$}"));
+    let filled = fill_and_rename(&new, &snapshot, fill);
+    if filled.is_err() {
+        // It is left for the next snapshot where this fails, too: the first error says what is wrong.
+        let _ = fs::remove_dir_all(&new);
+    }
+    let filled = filled?;
+    sync_folder(folder)?;
+    Ok((snapshot, filled))
+}
+
+fn fill_and_rename<T>(
+    new: &Path,
+    snapshot: &Path,
+    fill: impl FnOnce(&Path) -> Result<T, SnapshotError>,
+) -> Result<T, SnapshotError> {
+    DirBuilder::new().mode(0o700).create(new).map_err(SnapshotError::at(new))?;
+    let filled = fill(new)?;
+    sync_folder(new)?;
+    fs::rename(new, snapshot).map_err(SnapshotError::at(snapshot))?;
+    Ok(filled)
+}
+
+/// The names in a folder are on the disk after this.
+fn sync_folder(folder: &Path) -> Result<(), SnapshotError> {
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(SnapshotError::at(folder))
+}
+
+/// Removes all snapshots but `kept`; returns those that would not go.
+pub(super) fn remove_all_but(folder: &Path, kept: &Path) -> Vec<PathBuf> {
+    let older = named(folder, |name| snapshot_number(name).is_some()).unwrap_or_default();
+    older.into_iter().filter(|path| path != kept && fs::remove_dir_all(path).is_err()).collect()
+}
+
+/// The newest snapshot, if there is one.
+pub(super) fn newest(folder: &Path) -> io::Result<Option<PathBuf>> {
+    match named(folder, |name| snapshot_number(name).is_some()) {
+        Ok(snapshots) => Ok(snapshots.into_iter().max_by_key(|path| number(path))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The files of a snapshot's parts by name, which within a kind is the order in which they were written.
+pub(super) fn parts(snapshot: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut files = named(snapshot, |name| name.ends_with(".safetensors"))?;
+    files.sort_unstable();
+    Ok(files)
+}
+
+fn named(folder: &Path, is_wanted: impl Fn(&str) -> bool) -> io::Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(&is_wanted) {
+            paths.push(entry.path());
+        }
+    }
+    Ok(paths)
+}
+
+fn number(snapshot: &Path) -> Option<u64> {
+    snapshot.file_name()?.to_str().and_then(snapshot_number)
+}
+
+fn snapshot_number(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix(SNAPSHOT)?;
+    (digits.len() == N_DIGITS && is_digits(digits)).then(|| digits.parse().ok()).flatten()
+}
+
+fn is_new(name: &str) -> bool {
+    let numbers = name.strip_prefix(NEW).and_then(|rest| rest.split_once('-'));
+    numbers.is_some_and(|(number, process)| is_digits(number) && is_digits(process))
+}
+
+fn is_digits(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
+}

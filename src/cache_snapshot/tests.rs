@@ -1,0 +1,513 @@
+//! What is written comes back, bit by bit and in its order; what is not sound is refused with its reason, and nothing panics.
+
+use super::{write::Parts, *};
+use crate::{
+    content::batcher::Priority,
+    domain::{Item, ItemText, Vector},
+};
+use proptest::prelude::*;
+use safetensors::{Dtype, tensor::TensorView};
+use std::{collections::HashMap, fs, os::unix::fs::PermissionsExt, sync::LazyLock};
+
+const SERVED: Served =
+    Served { encoder: EncoderDigest([0xe1; 16]), content_dim: 6, tower: TowerDigest([0x70; 16]), item_dim: 3 };
+const OLD_ENCODER: EncoderDigest = EncoderDigest([0xe0; 16]);
+
+struct Owned {
+    contents: VectorCache<ContentKey>,
+    items: VectorCache<ItemKey>,
+    known_items: KnownItems,
+}
+
+impl Owned {
+    fn empty() -> Self {
+        let (contents, items) = (VectorCache::new("content", 1 << 20), VectorCache::new("item", 1 << 20));
+        Owned { contents, items, known_items: KnownItems::new(1 << 20, 100) }
+    }
+
+    /// Entry `i` was read `i % 3` times, and there is one of a model that does not serve.
+    fn filled(n: usize) -> Self {
+        let owned = Owned::empty();
+        owned.contents.insert(ContentKey { encoder: OLD_ENCODER, text: digest(0) }, vec![7.0; 6].into());
+        for i in 0..n {
+            let (content, item) = (content_key(i), item_key(i));
+            owned.contents.insert_ahead(content, vector(i, 6));
+            owned.items.insert_ahead(item, vector(i, 3));
+            let known = Item { id: format!("id-{i}"), text: Some(text(i)) };
+            assert!(owned.known_items.resolve(vec![known], Priority::WarmUp)[0].is_ok());
+            for _ in 0..i % 3 {
+                assert!(owned.contents.get(&content).is_some() && owned.items.get(&item).is_some());
+                assert!(owned.title(i).is_some());
+            }
+        }
+        owned
+    }
+
+    fn caches(&self) -> Caches<'_> {
+        Caches { contents: &self.contents, items: &self.items, known_items: &self.known_items }
+    }
+
+    /// What is known under the id of entry `i`.
+    fn title(&self, i: usize) -> Option<TextDigest> {
+        let items = vec![Item { id: format!("id-{i}"), text: None }];
+        self.known_items.resolve(items, Priority::Request).remove(0).ok().map(|known| known.digest)
+    }
+
+    fn n_entries(&self) -> [u64; 3] {
+        [self.contents.measure(), self.items.measure(), self.known_items.measure()].map(|contents| contents.n_entries)
+    }
+
+    fn export(&self) -> Vec<u8> {
+        let mut file = Vec::new();
+        let exported = export(&mut file, &self.contents, SERVED.encoder, SERVED.content_dim).unwrap();
+        assert_eq!(exported.n_bytes, file.len() as u64);
+        file
+    }
+
+    fn import(&self, file: &[u8]) -> Result<Imported, ReadError> {
+        import(file, &self.caches(), &[SERVED])
+    }
+}
+
+fn text(i: usize) -> ItemText {
+    ItemText {
+        title: format!("title \"{i}\" – ü"), keywords: vec!["a".into(), String::new()], ..ItemText::default()
+    }
+}
+
+fn digest(i: usize) -> TextDigest {
+    TextDigest::of(&text(i))
+}
+
+fn content_key(i: usize) -> ContentKey {
+    ContentKey { encoder: SERVED.encoder, text: digest(i) }
+}
+
+fn item_key(i: usize) -> ItemKey {
+    ItemKey { tower: SERVED.tower, text: digest(i) }
+}
+
+/// With values that a careless conversion would change.
+fn vector(i: usize, dim: usize) -> Vector {
+    let odd = [-0.0, f32::MIN_POSITIVE / 3.0, f32::MAX];
+    (0..dim).map(|j| if j < 3 { odd[(i + j) % 3] } else { 1.0 / (i * dim + j) as f32 }).collect()
+}
+
+fn bits(vectors: &[Option<Vector>]) -> Vec<Vec<u32>> {
+    vectors.iter().map(|vector| vector.iter().flat_map(|v| v.iter()).map(|value| value.to_bits()).collect()).collect()
+}
+
+/// The parts of a snapshot of `owned`, by name.
+fn parts_of(owned: &Owned, max_bytes: usize) -> Vec<(String, Vec<u8>)> {
+    let folder = tempfile::tempdir().unwrap();
+    Parts::new(folder.path(), max_bytes).write(&owned.caches(), &[SERVED]).unwrap();
+    let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_owned();
+    folder::parts(folder.path()).unwrap().iter().map(|path| (name(path), fs::read(path).unwrap())).collect()
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).unwrap();
+    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// A vectors file as others make it, with the crate's own writer; `change` makes it wrong.
+struct Foreign {
+    entries: HashMap<String, String>,
+    tensors: Vec<(&'static str, Dtype, Vec<usize>, Vec<u8>)>,
+}
+
+impl Foreign {
+    fn new() -> Self {
+        let entries = [
+            ("format", "midemb-vectors"),
+            ("format_version", "1"),
+            ("kind", "content"),
+            ("digest", &SERVED.encoder.to_string()),
+            ("dim", "6"),
+            ("n", "2"),
+        ]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let texts = [text(0), text(1)].map(|text| serde_json::to_vec(&text).unwrap());
+        let ends = [texts[0].len() as u64, (texts[0].len() + texts[1].len()) as u64];
+        let values: Vec<u8> =
+            [vector(0, 6), vector(1, 6)].iter().flat_map(|v| bytemuck::cast_slice(v).to_vec()).collect();
+        let tensors = vec![
+            ("vectors", Dtype::F32, vec![2, 6], values),
+            ("texts", Dtype::U8, vec![texts.concat().len()], texts.concat()),
+            ("text_ends", Dtype::U64, vec![2], bytemuck::cast_slice(&ends).to_vec()),
+        ];
+        Foreign { entries: entries.into(), tensors }
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
+    fn entry(self, key: &str, value: &str) -> Self {
+        self.with(|file| drop(file.entries.insert(key.to_owned(), value.to_owned())))
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let view = |(name, dtype, shape, data): &'_ (&'static str, _, Vec<usize>, Vec<u8>)| {
+            (*name, TensorView::new(*dtype, shape.clone(), data).unwrap().data().to_vec(), *dtype, shape.clone())
+        };
+        let owned: Vec<_> = self.tensors.iter().map(view).collect();
+        let views = owned
+            .iter()
+            .map(|(name, data, dtype, shape)| (*name, TensorView::new(*dtype, shape.clone(), data).unwrap()));
+        safetensors::serialize(views, Some(self.entries.clone())).unwrap()
+    }
+
+    fn refusal(&self) -> String {
+        let owned = Owned::empty();
+        let reason = owned.import(&self.bytes()).unwrap_err().to_string();
+        assert_eq!(owned.n_entries(), [0; 3], "a part that was refused was taken: {reason}");
+        assert!(!reason.contains('\n') && reason.len() < 400, "{reason}");
+        reason
+    }
+}
+
+#[test]
+fn all_that_was_hot_comes_back_as_hot_as_it_was() {
+    let (old, new) = (Owned::filled(50), Owned::empty());
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().join("made/if/need/be");
+    // Two models share their parts: nothing is written twice.
+    let written = write(&folder, &old.caches(), &[SERVED, SERVED]).unwrap();
+    let restored = restore(&folder, &new.caches(), &[SERVED]);
+    assert!(restored.refused.is_empty(), "{restored:?}");
+    let counts = Counts { n_contents: 50, n_items: 50, n_known_items: 50, n_bytes: written.counts.n_bytes };
+    assert_eq!((written.counts, restored.counts), (counts, counts));
+    assert_eq!(restored.snapshot.as_ref(), Some(&written.snapshot));
+    assert_eq!((restored.n_skipped, written.not_removed.len()), (0, 0));
+
+    let hottest = |owned: &Owned| -> Vec<ContentKey> {
+        owned.contents.hottest_keys().into_iter().filter(|key| key.encoder == SERVED.encoder).collect()
+    };
+    assert_eq!(hottest(&new), hottest(&old));
+    assert_eq!(hottest(&new)[0], content_key(47), "not the latest of those that were read twice");
+    assert_eq!(new.items.hottest_keys(), old.items.hottest_keys());
+    assert_eq!(bits(&new.contents.peek_many(&hottest(&old))), bits(&old.contents.peek_many(&hottest(&old))));
+    let keys = old.items.hottest_keys();
+    assert_eq!(bits(&new.items.peek_many(&keys)), bits(&old.items.peek_many(&keys)));
+    let known = |owned: &Owned| owned.known_items.hottest().into_iter().map(|k| (k.id, k.text)).collect::<Vec<_>>();
+    assert_eq!(known(&new), known(&old));
+    for i in 0..50 {
+        assert_eq!(new.title(i), Some(digest(i)), "id-{i} is unknown after a restart");
+    }
+    assert_eq!(new.title(50), None);
+}
+
+#[test]
+fn files_are_their_owners_and_the_key_of_the_ids_stands_in_one_kind_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let owned = Owned::filled(3);
+    let snapshot = write(folder.path(), &owned.caches(), &[SERVED]).unwrap().snapshot;
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&snapshot), 0o700);
+    let files = folder::parts(&snapshot).unwrap();
+    assert_eq!(files.len(), 3);
+    for file in files {
+        assert_eq!(mode(&file), 0o600);
+        let has_key = String::from_utf8_lossy(&fs::read(&file).unwrap()).contains("id_hash_key");
+        assert_eq!(has_key, file.ends_with("known_items-000000.safetensors"));
+    }
+}
+
+#[test]
+fn a_smaller_cache_keeps_the_hottest() {
+    let folder = tempfile::tempdir().unwrap();
+    let old = Owned::filled(90);
+    write(folder.path(), &old.caches(), &[SERVED]).unwrap();
+    let room = 10 * VectorCache::<ItemKey>::entry_bytes(3);
+    let new = Owned { items: VectorCache::new("item", room), ..Owned::empty() };
+    restore(folder.path(), &new.caches(), &[SERVED]);
+    assert_eq!(new.items.hottest_keys(), old.items.hottest_keys()[..10]);
+}
+
+#[test]
+fn parts_are_split_at_their_bound_and_restored_in_order() {
+    let old = Owned::filled(50);
+    // A content embedding with its digest has 40 bytes: 12 of them fit.
+    let parts = parts_of(&old, 480);
+    let n_parts = |kind: &str| parts.iter().filter(|(name, _)| name.starts_with(kind)).count();
+    assert_eq!((n_parts("content-"), n_parts("item-")), (5, 3));
+    assert!(n_parts("known_items-") > 5);
+    for (name, file) in &parts {
+        let (header, tensors) = safetensors::SafeTensors::read_metadata(file).unwrap();
+        assert!(tensors.data_len() <= 480 && header < 1000, "{name}");
+    }
+    let new = Owned::empty();
+    parts.iter().rev().for_each(|(_name, file)| assert!(new.import(file).is_ok()));
+    assert_eq!(new.items.hottest_keys(), old.items.hottest_keys());
+    assert_eq!(new.n_entries(), [50; 3]);
+    assert!((0..50).all(|i| new.title(i).is_some()));
+}
+
+#[test]
+fn an_older_snapshot_goes_once_the_new_one_is_there_and_what_is_not_ours_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    // The clock went back since this was written.
+    for name in
+        ["snapshot-900000000000000", "snapshot-000000000000001", ".new-000000000000002-1", "snapshot-1", ".new-x"]
+    {
+        fs::create_dir(path.join(name)).unwrap();
+    }
+    fs::write(path.join("notes.txt"), "").unwrap();
+    let (old, new) = (Owned::filled(2), Owned::empty());
+    let written = write(path, &old.caches(), &[SERVED]).unwrap();
+    assert_eq!(names(path), [".new-x", "notes.txt", "snapshot-1", "snapshot-900000000000001"]);
+    assert_eq!(written.snapshot, path.join("snapshot-900000000000001"));
+    assert_eq!(restore(path, &new.caches(), &[SERVED]).counts, written.counts);
+}
+
+#[test]
+fn the_older_snapshot_stays_where_a_new_one_fails() {
+    let folder = tempfile::tempdir().unwrap();
+    let old = Owned::filled(2);
+    let before = write(folder.path(), &old.caches(), &[SERVED]).unwrap();
+    let full = folder::replace(folder.path(), |new| -> Result<(), SnapshotError> {
+        let parts = Parts::new(new, PART_BYTES).write(&old.caches(), &[SERVED]).unwrap();
+        assert_eq!(parts, before.counts);
+        Err(SnapshotError { path: new.join("item"), source: io::ErrorKind::StorageFull.into() })
+    });
+    let error = full.unwrap_err().to_string();
+    assert!(error.contains("/item: ") && error.contains("no storage space"), "{error}");
+    assert_eq!(names(folder.path()), [before.snapshot.file_name().unwrap().to_str().unwrap()]);
+
+    let file = folder.path().join("file");
+    fs::write(&file, "").unwrap();
+    let error = write(&file, &old.caches(), &[SERVED]).unwrap_err().to_string();
+    assert!(error.starts_with(&format!("cache snapshot {}", file.display())), "{error}");
+    assert!(Parts::new(&file, PART_BYTES).write(&old.caches(), &[SERVED]).unwrap_err().path.starts_with(&file));
+    let mut full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let error = export(&mut full, &old.contents, SERVED.encoder, SERVED.content_dim).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+}
+
+#[test]
+fn a_part_that_is_refused_costs_itself_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let (old, new) = (Owned::filled(5), Owned::empty());
+    let snapshot = write(folder.path(), &old.caches(), &[SERVED]).unwrap().snapshot;
+    let part =
+        folder::parts(&snapshot).unwrap().into_iter().find(|path| path.to_str().unwrap().contains("item-")).unwrap();
+    let mut file = fs::read(&part).unwrap();
+    *file.last_mut().unwrap() ^= 1;
+    fs::write(&part, file).unwrap();
+    fs::write(snapshot.join("made-elsewhere.safetensors"), Foreign::new().bytes()).unwrap();
+    let restored = restore(folder.path(), &new.caches(), &[SERVED]);
+    let refused: Vec<_> = restored.refused.iter().map(|r| (r.file.clone(), r.reason.to_string())).collect();
+    let no_checksum = "its metadata has no \"checksum\"".to_owned();
+    let damaged = "it was damaged: its checksum is not that of its content".to_owned();
+    assert_eq!(refused, [(snapshot.join("made-elsewhere.safetensors"), no_checksum), (part, damaged)]);
+    assert_eq!(new.n_entries(), [5, 0, 5]);
+}
+
+#[test]
+fn where_there_is_no_snapshot_nothing_is_restored_and_nothing_is_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let owned = Owned::empty();
+    for path in [folder.path().to_path_buf(), folder.path().join("none")] {
+        let restored = restore(&path, &owned.caches(), &[SERVED]);
+        assert!(restored.snapshot.is_none() && restored.refused.is_empty(), "{restored:?}");
+    }
+    fs::write(folder.path().join("file"), "").unwrap();
+    let restored = restore(&folder.path().join("file"), &owned.caches(), &[SERVED]);
+    assert!(matches!(restored.refused.as_slice(), [Refused { reason: ReadError::File(_), .. }]), "{restored:?}");
+}
+
+#[test]
+fn vectors_of_another_model_or_size_are_refused() {
+    let file = Owned::filled(3).export();
+    let other = |served: Served| import(&file, &Owned::empty().caches(), &[served]).unwrap_err().to_string();
+    let foreign = other(Served { encoder: OLD_ENCODER, ..SERVED });
+    assert_eq!(foreign, format!("no model that serves uses its content vectors, of {}", SERVED.encoder));
+    let larger = other(Served { content_dim: 8, ..SERVED });
+    assert_eq!(larger, "its metadata says dim \"6\", this must be 8");
+    assert!(import(&file, &Owned::empty().caches(), &[]).is_err());
+    let zero = Served { content_dim: 0, ..SERVED };
+    assert!(import(&Foreign::new().entry("dim", "0").bytes(), &Owned::empty().caches(), &[zero]).is_err());
+}
+
+#[test]
+fn known_items_are_not_mixed_with_those_under_another_key() {
+    let parts = parts_of(&Owned::filled(3), PART_BYTES);
+    let (_name, file) = parts.iter().find(|(name, _)| name.starts_with("known_items")).unwrap();
+    let busy = Owned::filled(1);
+    assert!(matches!(busy.import(file), Err(ReadError::HashKey(_))));
+    assert_eq!((busy.n_entries()[2], busy.title(0)), (1, Some(digest(0))));
+    busy.known_items.flush();
+    let imported = Imported { kind: Kind::KnownItems, n_entries: 3, n_skipped: 0 };
+    assert_eq!((busy.import(file).unwrap(), busy.title(2)), (imported, Some(digest(2))));
+
+    let strict = Owned { known_items: KnownItems::new(1 << 20, 10), ..Owned::empty() };
+    assert_eq!(strict.import(file).unwrap(), Imported { n_entries: 0, n_skipped: 3, ..imported });
+}
+
+#[test]
+fn a_file_made_elsewhere_may_have_texts_and_half_the_precision() {
+    let owned = Owned::empty();
+    let imported = Imported { kind: Kind::Content, n_entries: 2, n_skipped: 0 };
+    assert_eq!(owned.import(&Foreign::new().bytes()).unwrap(), imported);
+    let keys = [content_key(0), content_key(1)];
+    assert_eq!(owned.contents.hottest_keys(), keys);
+    assert_eq!(bits(&owned.contents.peek_many(&keys)), bits(&[Some(vector(0, 6)), Some(vector(1, 6))]));
+
+    // 1.5 in both: the halves of a float's bits differ in where they are cut.
+    for (dtype, value) in [(Dtype::F16, 0x3e00_u16), (Dtype::BF16, 0x3fc0)] {
+        let file = Foreign::new().with(|file| {
+            file.tensors[0] = ("vectors", dtype, vec![2, 6], value.to_le_bytes().repeat(12));
+        });
+        let owned = Owned::empty();
+        assert_eq!(owned.import(&file.bytes()).unwrap(), imported);
+        assert_eq!(owned.contents.get(&keys[1]).as_deref(), Some([1.5; 6].as_slice()));
+    }
+}
+
+#[test]
+fn what_is_wrong_with_a_file_is_said_in_one_line() {
+    let tensor = |i: usize, tensor: (&'static str, Dtype, Vec<usize>, Vec<u8>)| {
+        Foreign::new().with(|file| file.tensors[i] = tensor).refusal()
+    };
+    let without = |i: usize| Foreign::new().with(|file| drop(file.tensors.remove(i))).refusal();
+    let entry = |key: &str, value: &str| Foreign::new().entry(key, value).refusal();
+    let nan = |value: f32| {
+        Foreign::new().with(|file| file.tensors[0].3[44..].copy_from_slice(&value.to_le_bytes())).refusal()
+    };
+    let texts = |texts: &[u8], ends: [u64; 2]| {
+        let file = Foreign::new().with(|file| {
+            file.tensors[1] = ("texts", Dtype::U8, vec![texts.len()], texts.to_vec());
+            file.tensors[2].3 = bytemuck::cast_slice(&ends).to_vec();
+        });
+        file.refusal()
+    };
+    let cases = [
+        (entry("format_version", "2"), "its metadata says format_version \"2\", this must be 1"),
+        (entry("format", "x\ny"), "its metadata says format \"x y\", this must be midemb-vectors"),
+        (entry("kind", "user"), "its metadata says kind \"user\", this must be content, item, known_items"),
+        (entry("n", "3"), "its metadata says n \"3\", this must be 2"),
+        (entry("chekcsum", ""), "its metadata has an unknown entry \"chekcsum\""),
+        (entry("checksum", "00"), "it was damaged: its checksum is not that of its content"),
+        (Foreign::new().with(|file| drop(file.entries.remove("digest"))).refusal(), "its metadata has no \"digest\""),
+        (nan(f32::NAN), "vector 1 has a value that is not finite"),
+        (nan(f32::INFINITY), "vector 1 has a value that is not finite"),
+        (without(0), "it has no tensor \"vectors\""),
+        (without(1), "it has no tensor \"texts\""),
+        (without(2), "it has no tensor \"text_ends\""),
+        (tensor(1, ("text", Dtype::U8, vec![1], vec![0])), "it has an unknown tensor \"text\""),
+        (
+            tensor(0, ("vectors", Dtype::F32, vec![2, 5], vec![0; 40])),
+            "its tensor \"vectors\" is F32 [2, 5], it must be F32, F16 or BF16 [n, 6]",
+        ),
+        (
+            tensor(0, ("vectors", Dtype::F64, vec![2, 6], vec![0; 96])),
+            "its tensor \"vectors\" is F64 [2, 6], it must be F32, F16 or BF16 [n, 6]",
+        ),
+        (tensor(2, ("text_digests", Dtype::U8, vec![2, 16], vec![0; 32])), "it has an unknown tensor \"texts\""),
+        (
+            tensor(2, ("text_ends", Dtype::I64, vec![2], vec![0; 16])),
+            "its tensor \"text_ends\" is I64 [2], it must be U64 [2]",
+        ),
+        (texts(b"{}{}", [2, 5]), "text 1 does not end after the one before it and within the texts"),
+        (texts(b"{}{}", [5, 4]), "text 0 does not end after the one before it and within the texts"),
+        (texts(b"{}{}", [3, 4]), "text 0 is no item text: trailing characters at line 1 column 3"),
+    ];
+    for (found, expected) in cases {
+        assert_eq!(found, expected);
+    }
+}
+
+#[test]
+fn a_header_that_lies_about_sizes_is_refused_without_room_being_made_for_them() {
+    let file = |header: &str, data: &[u8]| [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat();
+    let tensor = |shape: &str, offsets: &str| {
+        file(&format!("{{\"vectors\":{{\"dtype\":\"U8\",\"shape\":{shape},\"data_offsets\":{offsets}}}}}"), b"1234")
+    };
+    let huge = 1_u64 << 61;
+    // Sizes that add up to more than 64 bits have room for, once the header's own are added.
+    let all: Vec<String> = (0..8_u64)
+        .map(|i| (i * huge, if i < 7 { (i + 1) * huge } else { u64::MAX }))
+        .map(|(start, end)| {
+            format!("\"{start}\":{{\"dtype\":\"U8\",\"shape\":[{}],\"data_offsets\":[{start},{end}]}}", end - start)
+        })
+        .collect();
+    let files = [
+        u64::MAX.to_le_bytes().to_vec(),
+        [&u64::MAX.to_le_bytes(), b"{}".as_slice()].concat(),
+        [&60_000_u64.to_le_bytes(), b"{}".as_slice()].concat(),
+        file("{}", b"x"),
+        tensor("[4]", "[0,18446744073709551615]"),
+        tensor("[18446744073709551615]", "[0,18446744073709551615]"),
+        tensor("[4294967296,4294967296]", "[0,4]"),
+        tensor("[5]", "[0,5]"),
+        tensor("[3]", "[0,3]"),
+        file(&format!("{{{}}}", all.join(",")), b""),
+        Vec::new(),
+        b"\x93NUMPY\x01\x00".to_vec(),
+    ];
+    for file in files {
+        let reason = Owned::empty().import(&file).unwrap_err().to_string();
+        assert!(!reason.contains("metadata has no"), "{reason}");
+    }
+}
+
+static GOOD: LazyLock<Vec<(String, Vec<u8>)>> = LazyLock::new(|| parts_of(&Owned::filled(4), PART_BYTES));
+
+/// Where the blanks behind a header are: they say nothing, and other white space in their place says as little.
+fn padding(file: &[u8]) -> std::ops::Range<usize> {
+    let end = 8 + u64::from_le_bytes(*file.first_chunk().unwrap()) as usize;
+    let n_blanks = file[..end].iter().rev().take_while(|byte| **byte == b' ').count();
+    end - n_blanks..end
+}
+
+/// Each byte of each kind of part, with each of its bits flipped.
+#[test]
+fn one_flipped_bit_anywhere_is_refused() {
+    let owned = Owned::empty();
+    for (name, file) in GOOD.iter() {
+        let (mut flipped, padding) = (file.clone(), padding(file));
+        for i in (0..file.len()).filter(|i| !padding.contains(i)) {
+            for bit in 0..8 {
+                flipped[i] ^= 1 << bit;
+                let taken = owned.import(&flipped);
+                assert!(taken.is_err(), "{name}: bit {bit} of byte {i} was flipped, and it was taken");
+                flipped[i] = file[i];
+            }
+        }
+    }
+    assert_eq!(owned.n_entries(), [0; 3]);
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_make_the_reader_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        prop_assert!(Owned::empty().import(&bytes).is_err());
+        let header = [(bytes.len() as u64).to_le_bytes().as_slice(), &bytes].concat();
+        prop_assert!(Owned::empty().import(&header).is_err());
+    }
+
+    /// Of a file without a checksum, too: there the rest of the checks stand alone.
+    #[test]
+    fn no_change_of_a_file_makes_the_reader_panic(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        length in any::<prop::sample::Index>(),
+        which in 0..4_usize,
+    ) {
+        let mut file = GOOD.get(which).map_or_else(|| Foreign::new().bytes(), |(_name, file)| file.clone());
+        let (good, padding) = (file.clone(), padding(&file));
+        for (i, value) in &changes {
+            let i = i.index(file.len());
+            file[i] = *value;
+        }
+        let is_changed = (0..file.len()).any(|i| !padding.contains(&i) && file[i] != good[i]);
+        let taken = Owned::empty().import(&file);
+        prop_assert!(taken.is_err() || !is_changed || which == GOOD.len(), "{taken:?}");
+        let cut = length.index(file.len());
+        prop_assert!(Owned::empty().import(&file[..cut]).is_err(), "cut off at {cut}");
+    }
+}

@@ -1,0 +1,201 @@
+//! Caches in, parts out. No vector is copied on its way into a file.
+
+use super::{
+    Caches, Counts, Exported, Kind, Served, SnapshotError, VectorKey,
+    format::{self, DIGEST, DIM, ID_HASH_KEY, ID_KEYS, TEXT_DIGESTS, TEXT_ENDS, TEXTS, Tensor, VECTORS},
+};
+use crate::{
+    content::{IdKey, KnownItem},
+    domain::Vector,
+    known_items::{HashKey, KnownItems},
+    vector_cache::VectorCache,
+};
+use safetensors::Dtype;
+use std::{
+    fs::OpenOptions,
+    io::{self, BufWriter, Write},
+    mem::size_of,
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+};
+
+const DIGEST_BYTES: usize = 16;
+const BUFFER_BYTES: usize = 256 << 10;
+
+/// Writes parts into a folder and counts what is in them.
+pub(super) struct Parts<'a> {
+    folder: &'a Path,
+    /// Of one part's tensors, where it has more than one entry.
+    max_bytes: usize,
+    counts: Counts,
+}
+
+impl<'a> Parts<'a> {
+    pub(super) fn new(folder: &'a Path, max_bytes: usize) -> Self {
+        Parts { folder, max_bytes, counts: Counts::default() }
+    }
+
+    pub(super) fn write(mut self, caches: &Caches<'_>, served: &[Served]) -> Result<Counts, SnapshotError> {
+        self.vectors(caches.contents, served.iter().map(|served| (served.encoder, served.content_dim)))?;
+        self.vectors(caches.items, served.iter().map(|served| (served.tower, served.item_dim)))?;
+        self.known_items(caches.known_items)?;
+        Ok(self.counts)
+    }
+
+    /// Models may share a digest.
+    fn vectors<K: VectorKey>(
+        &mut self,
+        cache: &VectorCache<K>,
+        served: impl Iterator<Item = (K::Digest, usize)>,
+    ) -> Result<(), SnapshotError> {
+        let keys = cache.hottest_keys();
+        let mut done: Vec<K::Digest> = Vec::new();
+        for (digest, dim) in served {
+            if done.contains(&digest) {
+                continue;
+            }
+            done.push(digest);
+            let n_rows = (self.max_bytes / (dim * size_of::<f32>() + DIGEST_BYTES)).max(1);
+            let mut keys = keys.iter().filter(|key| key.digest() == digest).copied();
+            for number in 0.. {
+                let some: Vec<K> = keys.by_ref().take(n_rows).collect();
+                if some.is_empty() {
+                    break;
+                }
+                let rows = rows(cache, some, dim);
+                let name = format!("{}-{digest}-{number:06}", K::KIND.as_str());
+                self.part(&name, K::KIND, |out| write_rows(out, digest, dim, &rows))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn known_items(&mut self, known: &KnownItems) -> Result<(), SnapshotError> {
+        let (hash_key, items) = hottest(known);
+        let (mut columns, mut number) = (TextColumns::default(), 0);
+        let mut text = Vec::new();
+        for item in items {
+            if let KnownItem { id, text: Some(read), .. } = &item {
+                text.clear();
+                let file = self.folder;
+                serde_json::to_writer(&mut text, &**read).map_err(|error| SnapshotError::at(file)(error.into()))?;
+                if columns.n() > 0 && columns.n_bytes() + text.len() > self.max_bytes {
+                    self.texts(number, hash_key, &columns)?;
+                    columns = TextColumns::default();
+                    number += 1;
+                }
+                columns.push(*id, &text);
+            }
+        }
+        if columns.n() > 0 { self.texts(number, hash_key, &columns) } else { Ok(()) }
+    }
+
+    fn texts(&mut self, number: usize, hash_key: HashKey, columns: &TextColumns) -> Result<(), SnapshotError> {
+        let name = format!("{}-{number:06}", Kind::KnownItems.as_str());
+        self.part(&name, Kind::KnownItems, |out| columns.write(out, hash_key))
+    }
+
+    fn part(
+        &mut self,
+        name: &str,
+        kind: Kind,
+        write: impl FnOnce(&mut dyn Write) -> io::Result<Exported>,
+    ) -> Result<(), SnapshotError> {
+        let path = self.folder.join(name).with_extension("safetensors");
+        let write_file = || {
+            let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+            let mut out = BufWriter::with_capacity(BUFFER_BYTES, file);
+            let exported = write(&mut out)?;
+            out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
+            Ok(exported)
+        };
+        let exported = write_file().map_err(SnapshotError::at(&path))?;
+        self.counts.add(kind, exported.n_entries, exported.n_bytes);
+        Ok(())
+    }
+}
+
+/// All known items with the key that their ids are hashed under: read again where it changed meanwhile.
+fn hottest(known: &KnownItems) -> (HashKey, Vec<KnownItem>) {
+    loop {
+        let (hash_key, items) = (known.hash_key(), known.hottest());
+        if known.hash_key() == hash_key {
+            return (hash_key, items);
+        }
+    }
+}
+
+/// Writes the vectors of one digest into one file, whatever its size, the hottest first.
+///
+/// They cannot leave memory before it is written: until then the vectors that a busy cache drops cost their room twice.
+pub fn export<K: VectorKey>(
+    out: &mut dyn Write,
+    cache: &VectorCache<K>,
+    digest: K::Digest,
+    dim: usize,
+) -> io::Result<Exported> {
+    let keys = cache.hottest_keys().into_iter().filter(|key| key.digest() == digest).collect();
+    let mut out = BufWriter::with_capacity(BUFFER_BYTES, out);
+    let exported = write_rows(&mut out, digest, dim, &rows(cache, keys, dim))?;
+    out.flush()?;
+    Ok(exported)
+}
+
+/// The vectors under `keys` that are still there.
+fn rows<K: VectorKey>(cache: &VectorCache<K>, keys: Vec<K>, dim: usize) -> Vec<(K, Vector)> {
+    let vectors = cache.peek_many(&keys);
+    let found = keys.into_iter().zip(vectors).filter_map(|(key, vector)| Some((key, vector?)));
+    found.filter(|(_key, vector)| vector.len() == dim).collect()
+}
+
+fn write_rows<K: VectorKey>(
+    out: &mut dyn Write,
+    digest: K::Digest,
+    dim: usize,
+    rows: &[(K, Vector)],
+) -> io::Result<Exported> {
+    let vectors = rows.iter().map(|(_key, vector)| bytemuck::cast_slice(vector)).collect();
+    let text_digests = rows.iter().map(|(key, _vector)| key.text().as_bytes()).collect();
+    let tensors = [
+        Tensor { name: VECTORS, dtype: Dtype::F32, shape: vec![rows.len(), dim], pieces: vectors },
+        Tensor { name: TEXT_DIGESTS, dtype: Dtype::U8, shape: vec![rows.len(), DIGEST_BYTES], pieces: text_digests },
+    ];
+    let own_entries = vec![(DIGEST, digest.to_string()), (DIM, dim.to_string())];
+    format::write(out, (K::KIND, rows.len()), own_entries, &tensors)
+}
+
+/// Known items on their way into a part.
+#[derive(Default)]
+struct TextColumns {
+    id_keys: Vec<u8>,
+    text_ends: Vec<u8>,
+    texts: Vec<u8>,
+}
+
+impl TextColumns {
+    fn push(&mut self, id: IdKey, text: &[u8]) {
+        id.0.iter().for_each(|half| self.id_keys.extend(half.to_le_bytes()));
+        self.texts.extend(text);
+        self.text_ends.extend((self.texts.len() as u64).to_le_bytes());
+    }
+
+    fn n(&self) -> usize {
+        self.text_ends.len() / size_of::<u64>()
+    }
+
+    fn n_bytes(&self) -> usize {
+        self.id_keys.len() + self.text_ends.len() + self.texts.len()
+    }
+
+    fn write(&self, out: &mut dyn Write, hash_key: HashKey) -> io::Result<Exported> {
+        let n = self.n();
+        let HashKey([high, low]) = hash_key;
+        let tensors = [
+            Tensor { name: TEXT_ENDS, dtype: Dtype::U64, shape: vec![n], pieces: vec![&self.text_ends] },
+            Tensor { name: ID_KEYS, dtype: Dtype::U8, shape: vec![n, DIGEST_BYTES], pieces: vec![&self.id_keys] },
+            Tensor { name: TEXTS, dtype: Dtype::U8, shape: vec![self.texts.len()], pieces: vec![&self.texts] },
+        ];
+        let own_entries = vec![(ID_HASH_KEY, format!("{high:016x}{low:016x}"))];
+        format::write(out, (Kind::KnownItems, n), own_entries, &tensors)
+    }
+}

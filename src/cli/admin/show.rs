@@ -1,0 +1,274 @@
+//! The admin listener's answers, as tables for people and as JSON for scripts.
+//!
+//! Tables cut digests short and take the last pushes only; JSON has every field of the message under its own name.
+
+use crate::{
+    cli::client::table,
+    wire::proto::{
+        CacheStatus, ConfigInfo, GetStatusResponse, ModelInfo, ModelRef, PushConfigResponse, PushReport, PushStep,
+        RollbackResponse,
+    },
+};
+use indicatif::HumanBytes;
+use serde_json::{Value, json};
+use std::fmt::Write;
+
+/// Of a digest, in tables.
+pub(super) const N_SHORT_CHARS: usize = 12;
+const MAX_PUSHES: usize = 8;
+
+/// Everything, block by block. A block that has nothing to say is left out.
+pub(super) fn status(status: &GetStatusResponse) -> String {
+    let readiness = if status.ready { "ready" } else { "not ready" };
+    let mut blocks = vec![format!("{readiness}, up {} s{}", status.uptime_seconds, in_force(&status.config))];
+    blocks.push(models(&status.models));
+    blocks.push(caches(&status.caches));
+    if let Some(previous) = &status.previous {
+        blocks.push(format!("rollback to: {} (models {})", short(&previous.digest), names(&previous.models)));
+    }
+    if let Some(push) = &status.push {
+        blocks.push(under_way(push));
+    }
+    if !status.pushes.is_empty() {
+        blocks.push(pushes(&status.pushes));
+    }
+    blocks.join("\n") + "\n"
+}
+
+fn in_force(config: &Option<ConfigInfo>) -> String {
+    let Some(config) = config else { return String::new() };
+    let pushed = match config.pushed_file.as_str() {
+        "" => String::new(),
+        file => format!(" (pushed: {file})"),
+    };
+    format!(", config {} of {}{pushed}", short(&config.digest), config.file)
+}
+
+fn models(models: &[ModelInfo]) -> String {
+    let mut rows = table(&["model", "version", "share", "provider", "digest"]);
+    for model in models {
+        let reference = model.model.clone().unwrap_or_default();
+        let share = match model.shadow_of.as_str() {
+            "" => format!("{} %", model.share),
+            of => format!("shadow of {of}, {} %", model.shadow_percent),
+        };
+        rows.add_row([&reference.name, &reference.version, &share, &model.provider, short(&reference.digest)]);
+    }
+    rows.to_string()
+}
+
+fn caches(caches: &[CacheStatus]) -> String {
+    let mut rows = table(&["cache", "entries", "size", "bound"]);
+    for cache in caches {
+        let [size, bound] = [cache.bytes, cache.max_bytes].map(|n| HumanBytes(n).to_string());
+        rows.add_row([&cache.cache, &cache.entries.to_string(), &size, &bound]);
+    }
+    rows.to_string()
+}
+
+fn under_way(push: &PushReport) -> String {
+    let count = if push.total == 0 { String::new() } else { format!(", {}/{}", push.done, push.total) };
+    let since = format!("{}, {} so far", utc(push.began_unix_ms), took(push.took_ms));
+    format!("under way: {} since {since}: {}{count}", asked(push), step_under_way(push))
+}
+
+fn asked(push: &PushReport) -> String {
+    if push.who.is_empty() { push.trigger.clone() } else { format!("{} by {}", push.trigger, push.who) }
+}
+
+/// The last step and what it is about.
+pub(super) fn step_under_way(push: &PushReport) -> String {
+    let step = push.steps.last().map(|step| format!("{} {}", step.step, step.subject));
+    step.as_deref().map_or("begins", str::trim_end).to_owned()
+}
+
+fn pushes(pushes: &[PushReport]) -> String {
+    let mut rows = table(&["when (UTC)", "trigger", "who", "result", "took", "config", "reason"]);
+    for push in pushes.iter().take(MAX_PUSHES) {
+        rows.add_row([
+            &utc(push.began_unix_ms),
+            &push.trigger,
+            &push.who,
+            &push.result,
+            &took(push.took_ms),
+            &change(push),
+            &folded(&push.reason),
+        ]);
+    }
+    rows.to_string()
+}
+
+/// What a push did, its steps, and what a restart would take.
+pub(super) fn pushed(answer: &PushConfigResponse) -> String {
+    let report = answer.report.clone().unwrap_or_default();
+    let mut text = format!("{} in {}: config {}\n", answer.result, took(report.took_ms), change(&report));
+    if !report.steps.is_empty() {
+        let _ = writeln!(text, "{}", steps(&report.steps));
+    }
+    text += &match (answer.result.as_str(), &answer.config) {
+        ("checked", _) => "a dry run: nothing was put in force\n".to_owned(),
+        (_, Some(ConfigInfo { file, pushed_file, .. })) if !pushed_file.is_empty() => {
+            format!("kept in {pushed_file}, which wins over {file} at a restart\n")
+        }
+        (_, Some(ConfigInfo { file, .. })) => format!("a restart takes {file}\n"),
+        (_, None) => String::new(),
+    };
+    text
+}
+
+fn steps(steps: &[PushStep]) -> String {
+    let mut rows = table(&["step", "subject", "took", "result"]);
+    for step in steps {
+        let result = if step.result.is_empty() { "under way" } else { step.result.as_str() };
+        rows.add_row([&step.step, &step.subject, &took(step.took_ms), result]);
+    }
+    rows.to_string()
+}
+
+/// What serves after a rollback.
+pub(super) fn rolled_back(answer: &RollbackResponse) -> String {
+    let config = answer.config.clone().unwrap_or_default();
+    let took = answer.report.as_ref().map_or(String::new(), |report| format!(" in {} ms", report.took_ms));
+    let mut text = format!("rolled back{took}: config {} (models {})\n", short(&config.digest), names(&config.models));
+    if !answer.warning.is_empty() {
+        let _ = writeln!(text, "warning: {}", answer.warning);
+    }
+    text
+}
+
+fn names(models: &[ModelRef]) -> String {
+    models.iter().map(|model| format!("{} {}", model.name, model.version)).collect::<Vec<_>>().join(", ")
+}
+
+fn change(push: &PushReport) -> String {
+    match [push.digest_before.as_str(), push.digest.as_str()].map(short) {
+        ["", only] | [only, ""] => only.to_owned(),
+        [before, after] => format!("{before} → {after}"),
+    }
+}
+
+fn short(digest: &str) -> &str {
+    digest.get(..N_SHORT_CHARS).unwrap_or(digest)
+}
+
+fn took(ms: u64) -> String {
+    match ms {
+        0..1_000 => format!("{ms} ms"),
+        1_000..120_000 => format!("{:.1} s", ms as f64 / 1e3),
+        _ => format!("{} min {} s", ms / 60_000, ms / 1_000 % 60),
+    }
+}
+
+/// Lines of at most 60 characters, so that a table with a long reason still fits a terminal.
+fn folded(reason: &str) -> String {
+    const MAX_CHARS: usize = 60;
+    let (mut text, mut n_chars) = (String::new(), 0);
+    for word in reason.split_whitespace() {
+        let n = word.chars().count();
+        if n_chars > 0 {
+            let is_full = n_chars + 1 + n > MAX_CHARS;
+            text.push(if is_full { '\n' } else { ' ' });
+            n_chars = if is_full { 0 } else { n_chars + 1 };
+        }
+        text += word;
+        n_chars += n;
+    }
+    text
+}
+
+/// `2026-01-31 12:34:56`. The date is Howard Hinnant's `civil_from_days` (howardhinnant.github.io/date_algorithms.html), whose
+/// years begin in March.
+fn utc(unix_ms: u64) -> String {
+    let seconds = unix_ms / 1_000;
+    let day = seconds / 86_400 + 719_468;
+    let (era, day_of_era) = (day / 146_097, day % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day_of_month = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute, second) = (seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day_of_month:02} {hour:02}:{minute:02}:{second:02}")
+}
+
+/// A whole `GetStatusResponse`.
+pub(super) fn status_json(status: &GetStatusResponse) -> Value {
+    json!({
+        "ready": status.ready,
+        "models": status.models.iter().map(model_json).collect::<Vec<_>>(),
+        "caches": status.caches.iter().map(cache_json).collect::<Vec<_>>(),
+        "uptime_seconds": status.uptime_seconds,
+        "config": status.config.as_ref().map(config_json),
+        "previous": status.previous.as_ref().map(config_json),
+        "push": status.push.as_ref().map(report_json),
+        "pushes": status.pushes.iter().map(report_json).collect::<Vec<_>>(),
+    })
+}
+
+/// A whole `PushConfigResponse`.
+pub(super) fn pushed_json(answer: &PushConfigResponse) -> Value {
+    json!({
+        "result": answer.result,
+        "config": answer.config.as_ref().map(config_json),
+        "report": answer.report.as_ref().map(report_json),
+    })
+}
+
+fn reference_json(model: &ModelRef) -> Value {
+    json!({"name": model.name, "version": model.version, "digest": model.digest})
+}
+
+fn model_json(model: &ModelInfo) -> Value {
+    json!({
+        "model": model.model.as_ref().map(reference_json),
+        "share": model.share,
+        "encoder_digest": model.encoder_digest,
+        "tower_digest": model.tower_digest,
+        "content_dim": model.content_dim,
+        "user_dim": model.user_dim,
+        "item_dim": model.item_dim,
+        "mid_dim": model.mid_dim,
+        "max_history": model.max_history,
+        "max_tokens": model.max_tokens,
+        "provider": model.provider,
+        "shadow_of": model.shadow_of,
+        "shadow_percent": model.shadow_percent,
+    })
+}
+
+fn cache_json(cache: &CacheStatus) -> Value {
+    json!({"cache": cache.cache, "entries": cache.entries, "bytes": cache.bytes, "max_bytes": cache.max_bytes})
+}
+
+fn config_json(config: &ConfigInfo) -> Value {
+    json!({
+        "digest": config.digest,
+        "file": config.file,
+        "pushed_file": config.pushed_file,
+        "models": config.models.iter().map(reference_json).collect::<Vec<_>>(),
+    })
+}
+
+fn report_json(push: &PushReport) -> Value {
+    json!({
+        "trigger": push.trigger,
+        "who": push.who,
+        "began_unix_ms": push.began_unix_ms,
+        "took_ms": push.took_ms,
+        "digest_before": push.digest_before,
+        "digest": push.digest,
+        "result": push.result,
+        "reason": push.reason,
+        "steps": push.steps.iter().map(step_json).collect::<Vec<_>>(),
+        "done": push.done,
+        "total": push.total,
+    })
+}
+
+fn step_json(step: &PushStep) -> Value {
+    json!({"step": step.step, "subject": step.subject, "took_ms": step.took_ms, "result": step.result})
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,384 @@
+//! The lifecycle of what serves: one desired state, whichever door it comes through, and one way for it into force.
+//!
+//! ```text
+//! config file ─┐
+//! SIGHUP ──────┼─> parse ─> validate ─> fetch ─> digests ─> graphs ─> golden ─> warm ─> replay ─> persist ─> swap ─> drain
+//! PushConfig ──┘                        └──── beside what serves, on a thread that gives way ────┘
+//! ```
+//!
+//! Invariants:
+//! - What fails at any step leaves everything that serves as it is, and says which step it was and why ([`journal`]).
+//! - One push at a time. One that was meant for another config than the one in force is refused, also where that changed
+//!   while it was loading.
+//! - A config comes into force at once, for all its models together, and not before a restart would find it ([`desired`]).
+//! - The config before and its models stay as they are for a [`Lifecycle::rollback`], which waits for no push and loads
+//!   nothing.
+//! - A start goes the same way, so that what was pushed starts from cold.
+//!
+//! [`load`] has the steps that concern bundles; the pipeline's `replay` fills caches; [`watch`] listens at the doors;
+//! [`caches`] writes snapshots of the caches.
+
+pub mod caches;
+pub mod desired;
+pub mod error;
+pub mod journal;
+mod load;
+pub mod watch;
+
+pub use desired::Desired;
+pub use error::PushError;
+pub use journal::{Journal, Outcome, Report, Step, Trigger};
+
+use crate::{
+    bundle::{
+        Model, Snapshot,
+        store::{Fallback, Store},
+    },
+    config::{Settings, raw::store_options},
+    inference::Runtime,
+    pipeline::Pipeline,
+    telemetry::events,
+};
+use load::Candidate;
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+use tokio::sync::{OnceCell, watch as watched};
+
+/// A config that is, or was, in force.
+#[derive(Debug, Clone)]
+pub struct InForce {
+    /// The SHA-256 of its settings.
+    pub digest: String,
+    /// The file that it was pushed into; none where it is the config file's own.
+    pub pushed_file: Option<PathBuf>,
+    /// Its models.
+    pub snapshot: Arc<Snapshot>,
+    text: String,
+}
+
+/// A wish.
+#[derive(Debug, Clone)]
+pub struct Push {
+    /// The config, TOML.
+    pub text: String,
+    /// What made somebody wish for it.
+    pub trigger: Trigger,
+    /// Who.
+    pub who: String,
+    /// The digest of the config that it is meant to follow.
+    pub expected: Option<String>,
+    /// Everything but putting it in force.
+    pub is_dry_run: bool,
+    /// Where it was found, at a start.
+    pub pushed_file: Option<PathBuf>,
+}
+
+/// What a push or a rollback did.
+#[derive(Debug)]
+pub struct Applied {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// What is in force now.
+    pub in_force: InForce,
+    /// Step by step.
+    pub report: Report,
+    /// Why a restart would not come back to it.
+    pub warning: Option<PushError>,
+}
+
+/// What serves, and the ways to change it.
+#[derive(Debug)]
+pub struct Lifecycle {
+    pipeline: Arc<Pipeline>,
+    /// The config file.
+    file: PathBuf,
+    store: Store,
+    /// The settings that the process started with: of what is not live, they are what is in force.
+    start: Settings,
+    runtime: OnceCell<Runtime>,
+    /// Held by the push under way.
+    turn: tokio::sync::Mutex<()>,
+    /// Held by who changes what is in force and what a restart finds, so that the two agree.
+    commit: Mutex<()>,
+    /// Held by who writes a snapshot of the caches.
+    snapshotting: tokio::sync::Mutex<()>,
+    state: Mutex<State>,
+    draining: watched::Receiver<bool>,
+    /// What pushes did.
+    pub journal: Journal,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    current: Option<InForce>,
+    previous: Option<InForce>,
+}
+
+/// Requests have deadlines; those that began before a swap have ended by then.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
+const DRAIN_POLL: Duration = Duration::from_millis(5);
+
+impl Lifecycle {
+    /// Nothing is in force yet. `file` is the config file, `start` what was read from it.
+    pub fn new(pipeline: Arc<Pipeline>, file: PathBuf, start: Settings, draining: watched::Receiver<bool>) -> Self {
+        let store = Store::new(start.bundles_folder.clone(), store_options());
+        Lifecycle {
+            pipeline,
+            file,
+            store,
+            start,
+            runtime: OnceCell::new(),
+            turn: tokio::sync::Mutex::new(()),
+            commit: Mutex::new(()),
+            snapshotting: tokio::sync::Mutex::new(()),
+            state: Mutex::default(),
+            draining,
+            journal: Journal::default(),
+        }
+    }
+
+    /// The config file.
+    pub fn file(&self) -> &std::path::Path {
+        &self.file
+    }
+
+    /// What is in force.
+    pub fn in_force(&self) -> Option<InForce> {
+        self.state().current.clone()
+    }
+
+    /// What a rollback would put in force.
+    pub fn previous(&self) -> Option<InForce> {
+        self.state().previous.clone()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn digest(&self) -> String {
+        self.state().current.as_ref().map_or_else(String::new, |current| current.digest.clone())
+    }
+
+    /// Puts the first config in force.
+    pub async fn start(self: &Arc<Self>, desired: Desired) -> Result<(), PushError> {
+        let Desired { text, pushed_file, .. } = desired;
+        let who = "midemb serve".to_owned();
+        let push = Push { text, pushed_file, trigger: Trigger::Start, who, expected: None, is_dry_run: false };
+        self.apply(push).await.map(drop)
+    }
+
+    /// Puts a config in force, or says why not. One from an operator is refused while another push is under way, all others
+    /// wait for their turn.
+    ///
+    /// Not cancel-safe: run it as a task of its own.
+    pub async fn apply(self: &Arc<Self>, push: Push) -> Result<Applied, PushError> {
+        let _turn = match (push.trigger, self.turn.try_lock()) {
+            (_, Ok(turn)) => turn,
+            (Trigger::Push, Err(_)) => return Err(self.busy(&push.who)),
+            (_, Err(_)) => self.turn.lock().await,
+        };
+        let before = self.digest();
+        self.journal.begin(push.trigger, &push.who, &before);
+        let result = self.go_through(&push, &before).await;
+        let report = self.journal.end(&result);
+        self.applied(result?, report, None)
+    }
+
+    fn busy(&self, who: &str) -> PushError {
+        let describe = |report: Report| format!("by {} since {:.1} s ago", report.who, report.took.as_secs_f64());
+        let busy = PushError::Busy(self.journal.running().map_or_else(String::new, describe));
+        self.journal.refuse(Trigger::Push, who, &self.digest(), busy)
+    }
+
+    fn applied(&self, outcome: Outcome, report: Report, warning: Option<PushError>) -> Result<Applied, PushError> {
+        let in_force = self.in_force().ok_or(PushError::NothingBefore)?;
+        Ok(Applied { outcome, in_force, report, warning })
+    }
+
+    async fn go_through(self: &Arc<Self>, push: &Push, before: &str) -> Result<Outcome, PushError> {
+        conflict(push.expected.as_deref(), before)?;
+        let mut draining = self.draining.clone();
+        let ready = tokio::select! {
+            ready = self.make_ready(push) => ready?,
+            // An error says that the server is gone altogether.
+            _ = draining.wait_for(|draining| *draining) => return Err(PushError::Draining),
+        };
+        let is_unchanged = ready.digest == before && ready.candidate.new.is_empty();
+        let outcome = match (push.is_dry_run, is_unchanged) {
+            (true, _) => Outcome::Checked,
+            (false, true) => Outcome::Unchanged,
+            (false, false) => Outcome::Applied,
+        };
+        let (lifecycle, push, before) = (Arc::clone(self), push.clone(), before.to_owned());
+        // What is not put in force ends here, too: threads and gigabytes are not given back on a thread that serves.
+        let committed = on_blocking(move || match outcome {
+            Outcome::Checked => Ok(None),
+            _ => lifecycle.commit(&push, &before, ready, outcome),
+        });
+        if let Some(left) = committed.await?? {
+            self.journal.step(Step::Drain, "");
+            self.drain(left).await;
+        }
+        Ok(outcome)
+    }
+
+    /// Everything that can fail, beside what serves.
+    async fn make_ready(self: &Arc<Self>, push: &Push) -> Result<Ready, PushError> {
+        self.journal.step(Step::Parse, "");
+        let settings = Settings::of_text(&push.text, &self.file)?;
+        self.journal.digest(&settings.digest);
+        self.journal.step(Step::Validate, "");
+        let frozen = self.start.frozen_differences(&settings);
+        if !frozen.is_empty() {
+            return Err(PushError::Frozen(frozen));
+        }
+        let is_start = push.trigger == Trigger::Start;
+        let fallback = if is_start { Fallback::LastFetched } else { Fallback::Refuse };
+        let candidate = self.prepare(&settings, &self.loaded(), fallback).await?;
+        match is_start {
+            true => self.restore(&candidate).await,
+            false => self.replay(&settings, &candidate).await,
+        }
+        Ok(Ready { digest: settings.digest, candidate })
+    }
+
+    /// The models whose threads run: of what is in force and of what was before.
+    fn loaded(&self) -> Vec<Arc<Model>> {
+        let state = self.state();
+        let configs = state.current.iter().chain(&state.previous);
+        configs.flat_map(|config| config.snapshot.all()).cloned().collect()
+    }
+
+    async fn replay(&self, settings: &Settings, candidate: &Candidate) {
+        let until = Instant::now() + settings.warm_for;
+        for model in &candidate.new {
+            self.journal.step(Step::Replay, &model.reference.name);
+            let progress = |done, total| self.journal.progress(done, total);
+            let replayed = self.pipeline.replay(model, until, &progress).await;
+            let (name, n_items, n_embedded) = (&model.reference.name, replayed.n_items, replayed.n_embedded);
+            tracing::info!(name, n_items, n_embedded, "caches filled for a new model");
+        }
+    }
+
+    /// Puts it in force, and where a restart finds it. Returns what it replaced.
+    fn commit(&self, push: &Push, before: &str, ready: Ready, outcome: Outcome) -> Result<Option<Replaced>, PushError> {
+        let _commit = self.commit.lock().unwrap_or_else(PoisonError::into_inner);
+        conflict(Some(before), &self.digest())?;
+        if *self.draining.borrow() {
+            return Err(PushError::Draining);
+        }
+        self.journal.step(Step::Persist, "");
+        let pushed_file = match push.trigger {
+            Trigger::Start => push.pushed_file.clone(),
+            _ => desired::keep(&self.file, &push.text, &push.who)
+                .map_err(|(path, source)| PushError::Persist { path, source })?,
+        };
+        let Ready { digest, candidate } = ready;
+        let config = InForce { digest, pushed_file, snapshot: candidate.snapshot, text: push.text.clone() };
+        if outcome == Outcome::Unchanged {
+            if let Some(current) = &mut self.state().current {
+                (current.pushed_file, current.text) = (config.pushed_file, config.text);
+            }
+            return Ok(None);
+        }
+        self.journal.step(Step::Swap, "");
+        Ok(Some(self.install(config)))
+    }
+
+    fn install(&self, config: InForce) -> Replaced {
+        let mut state = self.state();
+        self.pipeline.registry.install(Arc::clone(&config.snapshot));
+        let new = config.clone();
+        let old = state.current.replace(config);
+        let retired = std::mem::replace(&mut state.previous, old.clone());
+        drop(state);
+        if let Some(old) = &old {
+            let all = old.snapshot.all();
+            all.for_each(|model| events::model_served(&model.reference, model.provider.as_str(), false));
+            events::config_applied(&old.digest, false);
+        }
+        new.snapshot.all().for_each(|model| events::model_served(&model.reference, model.provider.as_str(), true));
+        events::config_applied(&new.digest, true);
+        Replaced { old, retired }
+    }
+
+    /// Waits for the requests that began with what was replaced, and lets go of what no rollback needs any more.
+    async fn drain(&self, Replaced { old, retired }: Replaced) {
+        let deadline = Instant::now() + DRAIN_PATIENCE;
+        if let Some(InForce { snapshot, .. }) = old {
+            // One is ours, one is the rollback's.
+            while Arc::strong_count(&snapshot) > 2 && Instant::now() < deadline {
+                tokio::time::sleep(DRAIN_POLL).await;
+            }
+        }
+        let keep: Vec<String> = self.loaded().iter().map(|model| model.reference.digest.clone()).collect();
+        let store = self.store.clone();
+        // Threads and gigabytes are not given back on a thread that serves.
+        drop(tokio::task::spawn_blocking(move || {
+            drop(retired);
+            if let Err(error) = store.prune(&keep) {
+                tracing::warn!(%error, "old bundles stay on the disk");
+            }
+        }));
+    }
+
+    /// Puts the config before in force again, at once: its models are there. It waits for no push; one that is under way
+    /// finds at its end that another config is in force than the one it was meant to follow.
+    pub async fn rollback(self: &Arc<Self>, who: &str, expected: Option<&str>) -> Result<Applied, PushError> {
+        let (lifecycle, who, expected) = (Arc::clone(self), who.to_owned(), expected.map(str::to_owned));
+        on_blocking(move || lifecycle.roll_back(&who, expected.as_deref())).await?
+    }
+
+    fn roll_back(&self, who: &str, expected: Option<&str>) -> Result<Applied, PushError> {
+        let began = Instant::now();
+        let _commit = self.commit.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.digest();
+        let refused = |error| self.journal.refuse(Trigger::Rollback, who, &before, error);
+        conflict(expected, &before).map_err(refused)?;
+        let previous = self.previous().ok_or(PushError::NothingBefore).map_err(refused)?;
+        let (digest, text) = (previous.digest.clone(), previous.text.clone());
+        self.install(previous);
+        let kept = desired::keep(&self.file, &text, who);
+        let warning = match kept {
+            Ok(pushed_file) => {
+                self.state().current.iter_mut().for_each(|current| current.pushed_file.clone_from(&pushed_file));
+                None
+            }
+            Err((path, source)) => Some(PushError::Persist { path, source }),
+        };
+        if let Some(warning) = &warning {
+            tracing::error!(cause = %warning, "a restart would not come back to the config that was rolled back to");
+        }
+        let report = self.journal.rolled_back(who, (&before, &digest), began.elapsed());
+        self.applied(Outcome::RolledBack, report, warning)
+    }
+}
+
+/// A config that could be in force.
+struct Ready {
+    digest: String,
+    candidate: Candidate,
+}
+
+/// What a swap replaced.
+struct Replaced {
+    /// What was in force: a rollback goes back to it.
+    old: Option<InForce>,
+    /// What was in force before that.
+    retired: Option<InForce>,
+}
+
+fn conflict(expected: Option<&str>, found: &str) -> Result<(), PushError> {
+    match expected.filter(|expected| *expected != found) {
+        Some(expected) => Err(PushError::Conflict { expected: expected.to_owned(), found: found.to_owned() }),
+        None => Ok(()),
+    }
+}
+
+async fn on_blocking<T: Send + 'static>(job: impl FnOnce() -> T + Send + 'static) -> Result<T, PushError> {
+    tokio::task::spawn_blocking(job).await.map_err(|error| PushError::Failed(error.to_string()))
+}

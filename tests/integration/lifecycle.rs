@@ -1,0 +1,324 @@
+//! Configs that come into force under traffic: through every door, at once, and back again.
+
+use crate::harness::{Server, films, fixture, floats, ids, midemb, page, reencoded, retrained, rows, statuses};
+use midemb::wire::proto::{
+    GetMidEmbRequest, GetMidEmbResponse, GetStatusRequest, GetStatusResponse, PushConfigRequest, PushConfigResponse,
+    RollbackRequest,
+};
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use tonic::{Code, Status};
+
+/// The server's config with other models: one `[[models]]` entry a line of `models`.
+pub(crate) fn with_models(server: &Server, models: &[String]) -> String {
+    let text = std::fs::read_to_string(&server.file).unwrap();
+    let rest = text.split("[[models]]").next().unwrap();
+    rest.to_owned() + &models.iter().map(|model| format!("[[models]]\n{model}\n")).collect::<String>()
+}
+
+pub(crate) fn model(name: &str, bundle: &Path, more: &str) -> String {
+    format!("name = {name:?}\nbundle = {:?}\n{more}", bundle.display().to_string())
+}
+
+/// The server's config with another bundle.
+pub(crate) fn with_bundle(server: &Server, bundle: &Path) -> String {
+    with_models(server, &[model("learn", bundle, "")])
+}
+
+pub(crate) async fn status(server: &Server) -> GetStatusResponse {
+    server.admin().await.get_status(GetStatusRequest {}).await.unwrap().into_inner()
+}
+
+pub(crate) async fn push(server: &Server, config: String) -> Result<PushConfigResponse, Status> {
+    let expected_digest = status(server).await.config.unwrap().digest;
+    let request = PushConfigRequest { config, expected_digest, dry_run: false };
+    server.admin().await.push_config(request).await.map(tonic::Response::into_inner)
+}
+
+async fn ask(server: &Server, request: GetMidEmbRequest) -> GetMidEmbResponse {
+    server.client().await.get_mid_emb(request).await.unwrap().into_inner()
+}
+
+fn version(answer: &GetMidEmbResponse) -> &str {
+    &answer.model.as_ref().unwrap().version
+}
+
+/// What a server answers that serves this bundle from its start.
+async fn answer_of(bundle: &Path) -> GetMidEmbResponse {
+    ask(&Server::start_with(bundle, ""), page(films("h", 5), films("c", 9))).await
+}
+
+fn assert_same(found: &GetMidEmbResponse, expected: &GetMidEmbResponse) {
+    assert_eq!((&found.model, statuses(found)), (&expected.model, statuses(expected)));
+    for (a, b) in floats(&found.mid_emb).iter().zip(floats(&expected.mid_emb)) {
+        assert!((a - b).abs() < 1e-5, "{a} is not {b}");
+    }
+}
+
+#[tokio::test]
+async fn a_pushed_tower_serves_at_once_and_encodes_nothing() {
+    let server = Server::start();
+    let request = page(films("h", 5), films("c", 9));
+    let before = ask(&server, request.clone()).await;
+    let n_encoded = server.scrape().n_encoded();
+    let pushed = push(&server, with_bundle(&server, &retrained())).await.unwrap();
+    assert_eq!(pushed.result, "applied");
+    let steps: Vec<_> = pushed.report.unwrap().steps.into_iter().map(|step| (step.step, step.result)).collect();
+    let names: Vec<&str> = steps.iter().map(|(step, _)| step.as_str()).collect();
+    let expected =
+        ["parse", "validate", "digests", "golden", "graphs", "golden", "warm", "replay", "persist", "swap", "drain"];
+    assert_eq!(names, expected);
+    assert!(steps.iter().all(|(_, result)| result == "ok"), "{steps:?}");
+
+    let misses =
+        |server: &Server| server.scrape().sum("midemb_cache_lookups_total", &["cache=\"item\"", "result=\"miss\""]);
+    let n_misses = misses(&server);
+    let after = ask(&server, page(ids(&request.history), ids(&request.candidates))).await;
+    assert_same(&after, &answer_of(&retrained()).await);
+    assert_ne!(rows(&before.mid_emb), rows(&after.mid_emb));
+    assert_eq!(server.scrape().n_encoded(), n_encoded, "the encoder ran for a change of the towers");
+    assert_eq!(misses(&server), n_misses, "the new tower's items were not there before the swap");
+
+    let scrape = server.scrape();
+    assert_eq!(scrape.sum("midemb_reloads_total", &["result=\"applied\""]), 2.0, "the start and the push");
+    assert_eq!(scrape.sum("midemb_model_info", &["version=\"1\""]), 0.0);
+    assert_eq!(scrape.sum("midemb_model_info", &["version=\"2\""]), 1.0);
+    assert_eq!(scrape.sum("midemb_config_info", &[]), 1.0);
+    assert_eq!(scrape.sum("midemb_requests_total", &["method=\"GetMidEmb\"", "version=\"2\""]), 1.0);
+}
+
+#[tokio::test]
+async fn a_new_encoder_encodes_what_is_hot_before_it_serves() {
+    let server = Server::start();
+    let request = page(films("h", 5), films("c", 9));
+    ask(&server, request.clone()).await;
+    push(&server, with_bundle(&server, &reencoded())).await.unwrap();
+    let n_encoded = server.scrape().n_encoded();
+    let after = ask(&server, page(ids(&request.history), ids(&request.candidates))).await;
+    assert_same(&after, &answer_of(&reencoded()).await);
+    assert_eq!(server.scrape().n_encoded(), n_encoded, "what was hot was not encoded before the swap");
+}
+
+#[tokio::test]
+async fn a_rollback_is_instant_and_a_second_one_undoes_it() {
+    let server = Server::start();
+    let request = page(films("h", 5), films("c", 9));
+    let first = ask(&server, request.clone()).await;
+    let nothing = server.admin().await.rollback(RollbackRequest::default()).await.unwrap_err();
+    assert_eq!((nothing.code(), nothing.message()), (Code::FailedPrecondition, "there is no config before this one"));
+    push(&server, with_bundle(&server, &retrained())).await.unwrap();
+    let second = ask(&server, request.clone()).await;
+    let in_force = status(&server).await.config.unwrap();
+    assert!(in_force.pushed_file.ends_with("midemb.pushed.toml"), "{in_force:?}");
+
+    let roll_back = async || {
+        let mut admin = server.admin().await;
+        let began = Instant::now();
+        let rolled_back = admin.rollback(RollbackRequest::default()).await.unwrap().into_inner();
+        (rolled_back, began.elapsed())
+    };
+    let (rolled_back, took) = roll_back().await;
+    assert_eq!(rolled_back.warning, "");
+    assert_eq!(rolled_back.config.unwrap().pushed_file, "", "the config file says what is in force again");
+    assert!(!server.file.with_extension("pushed.toml").exists());
+    assert_same(&ask(&server, request.clone()).await, &first);
+    roll_back().await;
+    assert_same(&ask(&server, request.clone()).await, &second);
+    assert!(server.file.with_extension("pushed.toml").exists());
+    // No timed test: a bound that only a load of models would break.
+    assert!(took < Duration::from_secs(5), "{took:?}");
+
+    let wrong = RollbackRequest { expected_digest: "0".repeat(64) };
+    assert_eq!(server.admin().await.rollback(wrong).await.unwrap_err().code(), Code::Aborted);
+    let pushes = status(&server).await.pushes;
+    let results: Vec<_> = pushes.iter().map(|push| (push.trigger.as_str(), push.result.as_str())).collect();
+    let expected = [
+        ("rollback", "refused"),
+        ("rollback", "rolled_back"),
+        ("rollback", "rolled_back"),
+        ("push", "applied"),
+        ("rollback", "refused"),
+        ("start", "applied"),
+    ];
+    assert_eq!(results, expected);
+}
+
+/// Writes a file as editors do.
+fn replace(file: &Path, text: &str) {
+    let new = file.with_extension("new");
+    std::fs::write(&new, text).unwrap();
+    std::fs::rename(new, file).unwrap();
+}
+
+#[tokio::test]
+async fn a_changed_file_comes_into_force_also_behind_a_symlink_that_is_swapped() {
+    // As Kubernetes mounts a ConfigMap: the file is a link into ..data, which is a link to a folder that is replaced.
+    let (folder, path) = crate::harness::config(&fixture(), "");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let data = |name: &str| folder.path().join(name);
+    let publish = |name: &str, text: &str| {
+        std::fs::create_dir(data(name)).unwrap();
+        std::fs::write(data(name).join("midemb.toml"), text).unwrap();
+        std::os::unix::fs::symlink(name, data("..data_tmp")).unwrap();
+        std::fs::rename(data("..data_tmp"), data("..data")).unwrap();
+    };
+    std::fs::remove_file(&path).unwrap();
+    publish("..2026_1", &text);
+    std::os::unix::fs::symlink("..data/midemb.toml", &path).unwrap();
+    let mut serve = midemb();
+    serve.arg("serve").arg("--config").arg(&path);
+    let server = Server::spawn(serve, folder, path);
+
+    let folder = server.file.parent().unwrap().to_path_buf();
+    let text = with_bundle(&server, &retrained());
+    std::fs::create_dir(folder.join("..2026_2")).unwrap();
+    std::fs::write(folder.join("..2026_2/midemb.toml"), &text).unwrap();
+    std::os::unix::fs::symlink("..2026_2", folder.join("..data_tmp")).unwrap();
+    std::fs::rename(folder.join("..data_tmp"), folder.join("..data")).unwrap();
+    assert_eq!(server.wait_for_log("push ended")["trigger"], "file");
+    assert_eq!(version(&ask(&server, page(vec![], films("c", 1))).await), "2");
+}
+
+#[tokio::test]
+async fn a_file_edited_after_a_push_has_the_last_word_and_sighup_reads_it_again() {
+    let server = Server::start();
+    server.signal("HUP");
+    assert_eq!(server.wait_for_log("push ended")["result"], "unchanged");
+    push(&server, with_bundle(&server, &retrained())).await.unwrap();
+    server.wait_for_log("push ended");
+    let edited = with_bundle(&server, &reencoded());
+    replace(&server.file, &edited);
+    let ended = server.wait_for_log("push ended");
+    assert_eq!((&ended["trigger"], &ended["result"]), (&"file".into(), &"applied".into()));
+    assert_eq!(version(&ask(&server, page(vec![], films("c", 1))).await), "3");
+    assert!(!server.file.with_extension("pushed.toml").exists(), "the pushed config would win at a restart");
+
+    replace(&server.file, "nonsense");
+    let refused = server.wait_for_log("push refused");
+    assert!(refused["reason"].as_str().unwrap().contains("midemb.toml"), "{refused}");
+    assert_eq!(version(&ask(&server, page(vec![], films("c", 1))).await), "3");
+}
+
+#[tokio::test]
+async fn an_experiment_keeps_its_users_and_a_request_may_name_its_model() {
+    let server = Server::start();
+    let models = |shares: [u8; 2]| {
+        [("a", fixture(), shares[0]), ("b", retrained(), shares[1])]
+            .map(|(name, bundle, share)| model(name, &bundle, &format!("share = {share}")))
+    };
+    push(&server, with_models(&server, &models([50, 50]))).await.unwrap();
+    let mut client = server.client().await;
+    let mut users_of = async |name: &str| {
+        let mut users = Vec::new();
+        for i in 0..200 {
+            let request = GetMidEmbRequest { user_id: format!("u{i}"), ..page(vec![], films("c", 1)) };
+            let answer = client.get_mid_emb(request).await.unwrap().into_inner();
+            if answer.model.unwrap().name == name {
+                users.push(i);
+            }
+        }
+        users
+    };
+    let half = users_of("b").await;
+    assert!((60..140).contains(&half.len()), "{} of 200 users", half.len());
+    let canary = push(&server, with_models(&server, &models([20, 80]))).await.unwrap();
+    let steps: Vec<_> = canary.report.unwrap().steps.into_iter().map(|step| step.step).collect();
+    assert!(!steps.contains(&"graphs".to_owned()), "models that serve were loaded again: {steps:?}");
+    let most = users_of("b").await;
+    assert!(half.iter().all(|user| most.contains(user)) && most.len() > half.len(), "users left the canary");
+
+    let named =
+        GetMidEmbRequest { model: "a".to_owned(), user_id: format!("u{}", most[0]), ..page(vec![], films("c", 1)) };
+    assert_eq!(ask(&server, named).await.model.unwrap().name, "a");
+    let salted = "routing.salt = \"next\"\n".to_owned() + &with_models(&server, &models([20, 80]));
+    push(&server, salted).await.unwrap();
+    assert_ne!(users_of("b").await, most, "another salt is another draw");
+    let gone = GetMidEmbRequest { model: "learn".to_owned(), ..page(vec![], films("c", 1)) };
+    assert_eq!(server.client().await.get_mid_emb(gone).await.unwrap_err().code(), Code::NotFound);
+}
+
+#[tokio::test]
+async fn a_shadow_is_compared_and_never_answers() {
+    let server = Server::start();
+    let config = |shadow: &Path| {
+        with_models(&server, &[model("learn", &fixture(), ""), model("next", shadow, "shadow_of = \"learn\"")])
+    };
+    push(&server, config(&retrained())).await.unwrap();
+    let compared = |server: &Server| server.scrape().sum("midemb_shadow_requests_total", &["result=\"compared\""]);
+    let answer = ask(&server, page(films("h", 3), films("c", 7))).await;
+    assert_eq!(answer.model.unwrap().name, "learn");
+    while compared(&server) < 1.0 {
+        tokio::task::yield_now().await;
+    }
+    let scrape = server.scrape();
+    assert_eq!(scrape.sum("midemb_shadow_cosine_count", &["model=\"next\""]), 7.0);
+    assert_eq!(scrape.sum("midemb_shadow_cvr_difference_count", &["model=\"next\""]), 7.0);
+    let mean = scrape.sum("midemb_shadow_cosine_sum", &[]) / 7.0;
+    assert!((-1.0..0.9999).contains(&mean), "other towers should not agree so well: {mean}");
+    let named = GetMidEmbRequest { model: "next".to_owned(), ..page(vec![], films("c", 1)) };
+    assert_eq!(server.client().await.get_mid_emb(named).await.unwrap_err().code(), Code::NotFound);
+    let shadow = status(&server).await.models.into_iter().find(|m| !m.shadow_of.is_empty()).unwrap();
+    assert_eq!(
+        (shadow.model.unwrap().name.as_str(), shadow.shadow_of.as_str(), shadow.shadow_percent),
+        ("next", "learn", 100)
+    );
+
+    // A model beside itself does not drift.
+    push(&server, config(&fixture())).await.unwrap();
+    let before = server.scrape();
+    ask(&server, page(films("h", 3), films("c", 7))).await;
+    while compared(&server) < 2.0 {
+        tokio::task::yield_now().await;
+    }
+    let sum = server.scrape().sum("midemb_shadow_cosine_sum", &[]) - before.sum("midemb_shadow_cosine_sum", &[]);
+    assert!((sum - 7.0).abs() < 1e-4, "{sum}");
+}
+
+/// Every answer is one bundle's own, whole, while two alternate under load.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_answer_mixes_two_bundles_while_they_are_swapped_under_load() {
+    let expected = [answer_of(&fixture()).await, answer_of(&retrained()).await];
+    let server = Server::start();
+    let (is_over, n_answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let mut callers = Vec::new();
+    for _ in 0..4 {
+        let (mut client, expected) = (server.client().await, expected.clone());
+        let (is_over, n_answered) = (Arc::clone(&is_over), Arc::clone(&n_answered));
+        callers.push(tokio::spawn(async move {
+            let mut versions = [0, 0];
+            while !is_over.load(Ordering::Relaxed) {
+                let answer = client.get_mid_emb(page(films("h", 5), films("c", 9))).await.unwrap().into_inner();
+                let place = usize::from(version(&answer) == "2");
+                assert_same(&answer, &expected[place]);
+                versions[place] += 1;
+                n_answered.fetch_add(1, Ordering::Relaxed);
+            }
+            versions
+        }));
+    }
+    for round in 0..10 {
+        let bundle = if round % 2 == 0 { retrained() } else { fixture() };
+        assert_eq!(push(&server, with_bundle(&server, &bundle)).await.unwrap().result, "applied");
+        let n_before = n_answered.load(Ordering::Relaxed);
+        while n_answered.load(Ordering::Relaxed) < n_before + 20 {
+            tokio::task::yield_now().await;
+        }
+    }
+    is_over.store(true, Ordering::Relaxed);
+    let mut versions = [0, 0];
+    for caller in callers {
+        let counted = caller.await.unwrap();
+        versions = [versions[0] + counted[0], versions[1] + counted[1]];
+    }
+    assert!(versions.iter().all(|n| *n >= 100), "{versions:?}");
+    assert_eq!(
+        server.scrape().sum("midemb_requests_total", &["method=\"GetMidEmb\"", "code=\"OK\""]),
+        n_answered.load(Ordering::Relaxed) as f64
+    );
+}

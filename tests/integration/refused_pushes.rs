@@ -1,0 +1,273 @@
+//! Ways to break a push. Each is refused with its reason, and what served before goes on serving.
+
+use crate::{
+    harness::{BrokenBundle, PATIENCE, Server, films, fixture, page, reencoded, retrained, root, statuses},
+    lifecycle::{model, push, status, with_bundle, with_models},
+};
+use midemb::wire::proto::{PushConfigRequest, RollbackRequest};
+use serde_json::Value;
+use std::{path::Path, process::Command};
+use tonic::Code;
+
+/// What is wrong with a bundle, the step that finds it, and its words.
+type BrokenFiles = (&'static str, BrokenBundle, &'static str, &'static str);
+/// What is wrong with a config, the code that it is refused with, the step that finds it, and its words.
+type BrokenConfig = (&'static str, String, Code, &'static str, &'static str);
+
+fn broken(break_it: impl FnOnce(&BrokenBundle)) -> BrokenBundle {
+    let bundle = BrokenBundle::of(&retrained());
+    break_it(&bundle);
+    bundle
+}
+
+fn truncate(path: &Path) {
+    let bytes = std::fs::read(path).unwrap();
+    std::fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+}
+
+fn edit_golden(bundle: &BrokenBundle, change: impl FnOnce(&mut Value)) {
+    let text = std::fs::read_to_string(bundle.path("golden.json")).unwrap();
+    let mut golden = serde_json::from_str(&text).unwrap();
+    change(&mut golden);
+    bundle.replace("golden.json", golden.to_string().as_bytes());
+}
+
+/// A graph with NaN among its weights.
+fn with_nan(path: &Path) -> Vec<u8> {
+    let mut bytes = std::fs::read(path).unwrap();
+    // The weights are most of the file, so its middle lies inside them; whatever the alignment, all ones are NaN.
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + 64].copy_from_slice(&[0xff; 64]);
+    bytes
+}
+
+/// What stands in a bundle is not what its manifest says.
+fn broken_files() -> Vec<BrokenFiles> {
+    let swap = |b: &BrokenBundle| {
+        std::fs::rename(b.path("cvr.onnx"), b.path("t")).unwrap();
+        std::fs::rename(b.path("item_tower.onnx"), b.path("cvr.onnx")).unwrap();
+        std::fs::rename(b.path("t"), b.path("item_tower.onnx")).unwrap();
+    };
+    let remove = |file: &'static str| broken(move |b| std::fs::remove_file(b.path(file)).unwrap());
+    let half = |file: &'static str| broken(move |b| truncate(&b.path(file)));
+    let format = |b: &BrokenBundle| b.edit("manifest.toml", |m| m.replace("format = 1", "format = 2"));
+    vec![
+        ("half a graph", half("user_tower.onnx"), "digests", "user_tower.onnx has a wrong digest"),
+        ("two files swapped", broken(swap), "digests", "has a wrong digest"),
+        ("no manifest", remove("manifest.toml"), "digests", "manifest.toml cannot be read"),
+        ("half a manifest", half("manifest.toml"), "digests", "manifest.toml: "),
+        ("a file that is missing", remove("tokenizer.json"), "digests", "tokenizer.json is missing"),
+        ("a format of the future", broken(format), "digests", "format is 2, this server reads format 1"),
+    ]
+}
+
+/// The digests are right, and the bundle is wrong all the same.
+fn broken_models() -> Vec<BrokenFiles> {
+    let bytes = |bundle: &Path, file: &str| std::fs::read(bundle.join(file)).unwrap();
+    let swap = |b: &BrokenBundle| {
+        b.replace("cvr.onnx", &bytes(&retrained(), "item_tower.onnx"));
+        b.replace("item_tower.onnx", &bytes(&retrained(), "cvr.onnx"));
+    };
+    let golden = |change: fn(&mut Value)| broken(move |b| edit_golden(b, change));
+    let encoder = |b: &BrokenBundle| b.replace("encoder.onnx", &bytes(&reencoded(), "encoder.onnx"));
+    let nan = |b: &BrokenBundle| b.replace("item_tower.onnx", &with_nan(&b.path("item_tower.onnx")));
+    let dims = |b: &BrokenBundle| b.edit("manifest.toml", |m| m.replace("dim = 12", "dim = 13"));
+    let tokens = |b: &BrokenBundle| b.edit("manifest.toml", |m| m.replace("max_tokens = ", "max_tokens = 1"));
+    let content: fn(&mut Value) = |golden| golden["items"][0]["content"][0] = 0.9.into();
+    let ids: fn(&mut Value) = |golden| golden["items"][0]["token_ids"] = serde_json::json!([1, 2]);
+    let cvr: fn(&mut Value) = |golden| golden["pairs"][0]["cvr"] = 0.987.into();
+    let null: fn(&mut Value) = |golden| golden["users"][0]["user"][0] = Value::Null;
+    vec![
+        ("two files swapped and listed so", broken(swap), "graphs", "has no input named"),
+        ("a graph that is none", broken(|b| b.replace("cvr.onnx", b"no graph")), "graphs", "cvr.onnx cannot be loaded"),
+        ("another mid-emb width", broken(dims), "golden", "expected"),
+        ("weights that are not finite", broken(nan), "golden", "item 0 is not finite"),
+        ("golden cvr of another model", golden(cvr), "golden", "cvr 0 differs from golden by"),
+        ("golden content of another encoder", golden(content), "golden", "content 0 differs from golden by"),
+        ("golden ids of another tokenizer", golden(ids), "golden", "token_ids 0 are"),
+        ("a golden file that is none", golden(null), "golden", "golden.json: invalid type: null"),
+        ("another token limit", broken(tokens), "golden", "token_ids 0 are"),
+        ("the encoder of another bundle", broken(encoder), "golden", "content 0 differs from golden by"),
+    ]
+}
+
+/// The bundle is not where the config says.
+fn broken_places(server: &Server) -> Vec<BrokenConfig> {
+    let refused = Code::FailedPrecondition;
+    let of = |bundle: &Path| with_bundle(server, bundle);
+    let url = |url: &str| with_models(server, &[format!("name = \"learn\"\nbundle = {url:?}")]);
+    let pinned = with_models(server, &[model("learn", &retrained(), &format!("digest = {:?}", "0".repeat(64)))]);
+    let (file, dead) = (root().join("Cargo.toml"), "http://127.0.0.1:1/bundle");
+    vec![
+        ("no such folder", of(Path::new("/nowhere")), refused, "digests", "/nowhere/manifest.toml cannot be read"),
+        ("a folder that is a file", of(&file), refused, "digests", "Cargo.toml/manifest.toml cannot be read"),
+        ("another bundle than the pinned one", pinned, refused, "digests", "the config asks for 0000"),
+        ("a store that is not there", url(dead), refused, "fetch", dead),
+        ("a store that nobody knows", url("ftp://host/bundle"), Code::InvalidArgument, "parse", "models[0].bundle"),
+    ]
+}
+
+fn broken_configs(server: &Server) -> Vec<BrokenConfig> {
+    let (refused, invalid) = (Code::FailedPrecondition, Code::InvalidArgument);
+    let good = with_bundle(server, &retrained());
+    let two = |shares: [u8; 2], names: [&str; 2]| {
+        let entry = |i: usize| model(names[i], &fixture(), &format!("share = {}", shares[i]));
+        with_models(server, &[entry(0), entry(1)])
+    };
+    let shadow = model("next", &retrained(), "shadow_of = \"lear\"");
+    let shadow = with_models(server, &[model("learn", &fixture(), ""), shadow]);
+    let port = good.replace("server.listen = \"127.0.0.1:0\"", "server.listen = \"127.0.0.1:1\"");
+    let above = |line: &str| format!("{line}\n{good}");
+    vec![
+        ("shares of 99", two([50, 49], ["a", "b"]), invalid, "parse", "the shares add up to 99, not to 100"),
+        ("two models of one name", two([50, 50], ["a", "a"]), invalid, "parse", "\"a\" is taken by another model"),
+        ("no model", with_models(server, &[]), invalid, "parse", "no model is configured"),
+        ("an unknown key", above("cache.item_mbs = 3"), invalid, "parse", "unknown key, did you mean cache.item_mb?"),
+        ("out of bounds", above("reload.warm_seconds = -1"), invalid, "parse", "\"-1\" is not a whole number"),
+        ("no TOML", "[server\n".to_owned(), invalid, "parse", "midemb.toml: "),
+        ("another port", port, refused, "validate", "from \"127.0.0.1:0\" to \"127.0.0.1:1\" without a restart"),
+        ("another cache", above("cache.item_mb = 3"), refused, "validate", "cache.item_mb: cannot change"),
+        ("a shadow of nobody", shadow, invalid, "parse", "\"lear\" is no model that answers"),
+    ]
+}
+
+#[tokio::test]
+async fn what_is_broken_is_refused_with_its_reason_and_nothing_is_lost() {
+    let server = Server::start();
+    let request = page(films("h", 3), films("c", 5));
+    let first = server.client().await.get_mid_emb(request.clone()).await.unwrap().into_inner();
+    let bundles: Vec<BrokenFiles> = broken_files().into_iter().chain(broken_models()).collect();
+    let pushed = |(what, bundle, step, reason): &BrokenFiles| {
+        (*what, with_bundle(&server, bundle.folder()), Code::FailedPrecondition, *step, *reason)
+    };
+    let cases = bundles.iter().map(pushed).chain(broken_places(&server)).chain(broken_configs(&server));
+    let mut n_cases = 0.0;
+    for (what, config, code, step, reason) in cases {
+        let refused = push(&server, config).await.expect_err(what);
+        let message = refused.message();
+        assert!(refused.code() == code && message.contains(reason), "{what}: {:?}: {message}", refused.code());
+        assert!(!message.contains('\n'), "{what}: not one line: {message}");
+        let status = status(&server).await;
+        let last = &status.pushes[0];
+        assert_eq!((last.result.as_str(), last.reason.as_str()), ("refused", message), "{what}");
+        let at = last.steps.last().map(|step| (step.step.as_str(), step.result.as_str()));
+        assert_eq!(at, Some((step, "failed")), "{what}");
+        assert!(status.push.is_none() && status.ready, "{what}");
+        let answer = server.client().await.get_mid_emb(request.clone()).await.unwrap().into_inner();
+        assert_eq!((&answer.model, &answer.mid_emb), (&first.model, &first.mid_emb), "{what}");
+        n_cases += 1.0;
+    }
+    assert_eq!(n_cases, 30.0);
+    assert!(!server.file.with_extension("pushed.toml").exists(), "a refused config was kept");
+    assert_eq!(server.scrape().sum("midemb_reloads_total", &["result=\"refused\""]), n_cases);
+    let good = with_bundle(&server, &retrained());
+    assert_eq!(push(&server, good).await.unwrap().result, "applied", "after all of it");
+}
+
+#[tokio::test]
+async fn a_config_that_cannot_be_kept_is_not_put_in_force() {
+    // A disk of one page: there is room for the config, and not for a second one beside it.
+    let folder = tempfile::tempdir().unwrap();
+    let mount = |arguments: &[&str]| Command::new(arguments[0]).args(&arguments[1..]).arg(folder.path()).status();
+    let mounted = mount(&["mount", "-t", "tmpfs", "-o", "size=4k", "midemb-test"]).is_ok_and(|status| status.success());
+    let server = Server::start();
+    let config = with_bundle(&server, &retrained());
+    // Where nobody may mount, a folder in the place of the file stands for it.
+    let in_the_way = server.file.with_extension("pushed.toml");
+    std::fs::create_dir(&in_the_way).unwrap();
+    std::fs::write(in_the_way.join("full"), "").unwrap();
+    let refused = push(&server, config.clone()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("midemb.pushed.toml cannot be written"), "{}", refused.message());
+    assert_eq!(status(&server).await.models[0].model.as_ref().unwrap().version, "1");
+    if mounted {
+        let (small, path) = (folder.path().to_path_buf(), folder.path().join("midemb.toml"));
+        std::fs::copy(&server.file, &path).unwrap();
+        let mut serve = crate::harness::midemb();
+        serve.arg("serve").arg("--config").arg(&path);
+        let full = Server::spawn(serve, tempfile::tempdir().unwrap(), path);
+        let refused = push(&full, config + &"# a long comment\n".repeat(500)).await.unwrap_err();
+        assert!(refused.message().contains("No space left"), "{}", refused.message());
+        assert_eq!(status(&full).await.models[0].model.as_ref().unwrap().version, "1");
+        assert!(!small.join("midemb.pushed.toml").exists());
+        drop(full);
+        assert!(mount(&["umount"]).unwrap().success());
+    }
+    std::fs::remove_dir_all(&in_the_way).unwrap();
+    assert_eq!(push(&server, with_bundle(&server, &retrained())).await.unwrap().result, "applied");
+}
+
+#[tokio::test]
+async fn a_push_to_another_config_than_the_one_in_force_is_refused() {
+    let server = Server::start();
+    let before = status(&server).await.config.unwrap().digest;
+    push(&server, with_bundle(&server, &retrained())).await.unwrap();
+    let late = PushConfigRequest { config: with_bundle(&server, &fixture()), expected_digest: before, dry_run: false };
+    let mut admin = server.admin().await;
+    let refused = admin.push_config(late.clone()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Aborted);
+    assert!(refused.message().contains("look at it again"), "{}", refused.message());
+    let blind = admin.push_config(PushConfigRequest { expected_digest: String::new(), ..late }).await.unwrap_err();
+    assert_eq!(blind.code(), Code::InvalidArgument);
+    assert_eq!(status(&server).await.models[0].model.as_ref().unwrap().version, "2");
+}
+
+#[tokio::test]
+async fn a_dry_run_finds_what_is_wrong_and_changes_nothing() {
+    let server = Server::start();
+    let expected_digest = status(&server).await.config.unwrap().digest;
+    let dry = |config| PushConfigRequest { config, expected_digest: expected_digest.clone(), dry_run: true };
+    let mut admin = server.admin().await;
+    let checked = admin.push_config(dry(with_bundle(&server, &retrained()))).await.unwrap().into_inner();
+    assert_eq!((checked.result.as_str(), checked.config.unwrap().digest), ("checked", expected_digest.clone()));
+    assert!(admin.push_config(dry(with_bundle(&server, Path::new("/nowhere")))).await.is_err());
+    let status = status(&server).await;
+    assert!(status.previous.is_none() && status.models[0].model.as_ref().unwrap().version == "1");
+    assert!(!server.file.with_extension("pushed.toml").exists());
+}
+
+/// A store that takes a connection and says nothing more holds a push for as long as the test likes.
+async fn a_push_that_hangs(
+    server: &Server,
+) -> (std::net::TcpListener, tokio::task::JoinHandle<Result<(), tonic::Status>>) {
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("name = \"learn\"\nbundle = \"http://{}/bundle\"", silent.local_addr().unwrap());
+    let config = with_models(server, &[url]);
+    let expected_digest = status(server).await.config.unwrap().digest;
+    let mut admin = server.admin().await;
+    let pushing = tokio::spawn(async move {
+        admin.push_config(PushConfigRequest { config, expected_digest, dry_run: false }).await.map(drop)
+    });
+    while status(server).await.push.is_none_or(|push| push.steps.last().unwrap().step != "fetch") {
+        tokio::task::yield_now().await;
+    }
+    (silent, pushing)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn during_a_push_another_is_refused_a_rollback_works_and_the_push_finds_out() {
+    let server = Server::start();
+    push(&server, with_bundle(&server, &retrained())).await.unwrap();
+    let (silent, pushing) = a_push_that_hangs(&server).await;
+    let second = push(&server, with_bundle(&server, &fixture())).await.unwrap_err();
+    assert_eq!(second.code(), Code::Aborted);
+    assert!(second.message().contains("another push is under way, by 127.0.0.1 since"), "{}", second.message());
+    let rolled_back = server.admin().await.rollback(RollbackRequest::default()).await.unwrap().into_inner();
+    assert_eq!(rolled_back.config.unwrap().models[0].version, "1");
+    let answer = server.client().await.get_mid_emb(page(vec![], films("c", 2))).await.unwrap().into_inner();
+    assert_eq!((statuses(&answer), answer.model.unwrap().version.as_str()), (vec!["OK"; 2], "1"));
+    drop(silent);
+    let refused = tokio::time::timeout(PATIENCE, pushing).await.unwrap().unwrap().unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused:?}");
+    assert_eq!(push(&server, with_bundle(&server, &retrained())).await.unwrap().result, "applied");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sigterm_during_a_push_ends_both() {
+    let server = Server::start();
+    let (_silent, pushing) = a_push_that_hangs(&server).await;
+    server.signal("TERM");
+    let refused = tokio::time::timeout(PATIENCE, pushing).await.unwrap().unwrap().unwrap_err();
+    assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "the server is draining"));
+    assert!(server.wait().success());
+}
