@@ -19,12 +19,18 @@ COPY src src
 RUN make build && strip --strip-debug target/release/midemb
 
 FROM debian:bookworm-slim
+# Object stores speak TLS.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --system --uid 10001 --no-create-home midemb
 COPY --from=build /midemb/target/release/midemb /opt/midemb/bin/midemb
 COPY --from=build /midemb/.runtime/lib/libonnxruntime.so /opt/midemb/lib/libonnxruntime.so
 COPY --from=build /midemb/models/default /opt/midemb/models/default
 COPY LICENSE /opt/midemb/LICENSE
 COPY deploy/midemb.toml /opt/midemb/deploy/midemb.toml
+# What is pushed is kept beside the config file.
+RUN chown midemb /opt/midemb/deploy
 ENV PATH=/opt/midemb/bin:$PATH \
     MIDEMB__SERVER__LISTEN=0.0.0.0:50051 \
     MIDEMB__TELEMETRY__METRICS_LISTEN=0.0.0.0:9464

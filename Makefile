@@ -4,6 +4,7 @@
 #   make serve        the same set-up, then serve until Ctrl-C
 #   make test         the same set-up, then every test that needs no PyTorch
 #   make lint         formatting, clippy, documentation, Python sources
+#   make bench-reload 200 pushes under load, every answer checked, in some minutes
 #   make bench        every scenario beside the floors and two peers, five rounds in some ten minutes
 #   make train-setup  a virtual environment with PyTorch (5 GB)
 #   make train        train and export a bundle from DATA, a MovieLens folder, into OUT
@@ -12,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo serve test lint bench setup build test-setup lint-setup bench-setup train-setup train train-test
+.PHONY: demo serve test lint bench bench-reload setup build test-setup lint-setup bench-setup train-setup train train-test
 
 PYTHON ?= python3
 DATA ?= ../shared/data/ml-latest-small
@@ -26,6 +27,9 @@ serve: setup build
 
 bench: setup build bench-setup
 	@.venv/bin/python benches/run.py
+
+bench-reload: setup build .venv/.bench-installed
+	@.venv/bin/python benches/reload.py
 
 test: setup test-setup
 	$(PYTHON) -m unittest discover -s tests/setup

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Reloads under load: two bundles in turn on one server, every answer checked, what each push costs.
+"""Reloads under load: bundles in turn on one server, every answer checked, what each push costs.
 
     .venv/bin/python benches/reload.py                   200 pushes beside 100 requests a second, some two minutes
     .venv/bin/python benches/reload.py --reloads 40 --rate 50
 
-The second bundle is made by `benches/variant.py`, once, in target/reload/variant: the same encoder with other towers.
+The other bundles are made by `benches/variant.py`, once, in target/reload: the same encoder with other towers. With two
+bundles a server finds each one's models where it keeps them for a rollback; with three, the default, every push loads.
 Each run has a folder of its own for the config files, as the server keeps what was pushed beside its own.
 """
 
@@ -24,18 +25,18 @@ import demo  # noqa: E402
 
 BUNDLE = ROOT / "models" / "default"
 FOLDER = ROOT / "target" / "reload"
-VARIANT = FOLDER / "variant"
 LISTENERS = ("server.listen", "admin.listen", "telemetry.metrics_listen")
 
 
-def make_variant() -> None:
+def variant(seed: int) -> Path:
     """The manifest is written last: where it is missing, what is there is half a bundle."""
-    if (VARIANT / "manifest.toml").exists():
-        return
-    shutil.rmtree(VARIANT, ignore_errors=True)
-    script = str(ROOT / "benches" / "variant.py")
-    arguments = ["--bundle", str(BUNDLE), "--out", str(VARIANT), "--version", "reload-b"]
-    subprocess.run([sys.executable, script, *arguments], check=True)
+    folder = FOLDER / f"variant-{seed}"
+    if not (folder / "manifest.toml").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        script = str(ROOT / "benches" / "variant.py")
+        arguments = ["--bundle", str(BUNDLE), "--out", str(folder), "--version", f"reload-{seed}", "--seed", str(seed)]
+        subprocess.run([sys.executable, script, *arguments], check=True)
+    return folder
 
 
 def free_addresses(n: int) -> list[str]:
@@ -65,6 +66,9 @@ def scenario(addresses: dict[str, str], configs: list[Path], args: argparse.Name
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--reloads", type=int, default=200)
+    parser.add_argument(
+        "--bundles", type=int, default=3, help="2: each push takes over what a rollback keeps; 3: each loads"
+    )
     parser.add_argument("--rate", type=float, default=100, help="requests a second; 0 is a closed loop")
     parser.add_argument("--requests", type=int, default=2000, help="before the first push")
     parser.add_argument("--json", action="store_true", help="the report as JSON lines")
@@ -72,18 +76,17 @@ def main() -> None:
     if not demo.MIDEMB.exists():
         sys.exit(f"{demo.MIDEMB} is missing: run `make build`")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    make_variant()
+    bundles = [BUNDLE, *(variant(seed) for seed in range(1, args.bundles))]
     print("load average before:", *(f"{load:.2f}" for load in os.getloadavg()), file=sys.stderr)
     addresses = dict(zip(LISTENERS, free_addresses(len(LISTENERS)), strict=True))
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-        names = {"midemb.toml": BUNDLE, "a.toml": BUNDLE, "b.toml": VARIANT}
-        own, *configs = (Path(folder) / name for name in names)
-        for path, bundle in zip((own, *configs), names.values(), strict=True):
+        own = Path(folder) / "midemb.toml"
+        configs = [Path(folder) / f"bundle-{i}.toml" for i in range(len(bundles))]
+        for path, bundle in zip((own, *configs), (BUNDLE, *bundles), strict=True):
             path.write_text(config(addresses, bundle))
         # The server's environment wins over what is pushed, too: it says the same as the files.
         environment = {f"MIDEMB__{key.upper().replace('.', '__')}": address for key, address in addresses.items()}
-        demo.CONFIG = own
-        with demo.serving(**environment):
+        with demo.serving(own, **environment):
             code = scenario(addresses, configs, args)
     sys.exit(code)
 

@@ -37,7 +37,7 @@ class Server:
 
 
 @contextmanager
-def serving(**settings: str) -> Iterator[Server]:
+def serving(config: Path = CONFIG, **settings: str) -> Iterator[Server]:
     """A server of its own, on ports that are free, stopped at the end as an orchestrator would.
 
     `settings` are environment variables that win over its config, such as MIDEMB__CACHE__ITEM_MB="64".
@@ -48,7 +48,7 @@ def serving(**settings: str) -> Iterator[Server]:
         "MIDEMB__TELEMETRY__METRICS_LISTEN": "127.0.0.1:0",
         "MIDEMB__TELEMETRY__LOG_FORMAT": "json",
     }
-    command = [str(MIDEMB), "serve", "--config", str(CONFIG)]
+    command = [str(MIDEMB), "serve", "--config", str(config)]
     process = subprocess.Popen(command, env=os.environ | free_ports | settings, stderr=subprocess.PIPE, text=True)
     watchdog = threading.Timer(START_WITHIN_SECONDS, process.kill)
     watchdog.start()

@@ -99,11 +99,13 @@ impl Pipeline {
 
     /// Lets a request in that has until `deadline`, or turns it away. The permit is held until it is answered.
     ///
-    /// Known of the request are its headers alone, so what is asked is whether the least busy model could serve it in time.
+    /// Known of the request are its headers alone, so what is asked is whether the least busy of the models that have a share
+    /// could serve it in time.
     pub fn admit(&self, deadline: Instant) -> Result<Permit, Error> {
         let permit = self.admission.admit()?;
         let snapshot = self.registry.current()?;
-        let wait = snapshot.models.iter().map(|served| served.model.towers.expected_wait()).min().unwrap_or_default();
+        let shared = snapshot.models.iter().filter(|served| served.share > 0);
+        let wait = shared.map(|served| served.model.towers.expected_wait()).min().unwrap_or_default();
         check_wait(wait, deadline.saturating_duration_since(Instant::now()))?;
         Ok(permit)
     }

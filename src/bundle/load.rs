@@ -103,6 +103,15 @@ pub enum BundleError {
         /// As configured.
         expected: String,
     },
+    /// The golden texts were not encoded.
+    #[error("golden check: the encoder that serves had no time for the golden texts, or failed on them: try again")]
+    EncoderBusy,
+    /// A file changed while it was loaded.
+    #[error("{} changed while it was loaded", folder.display())]
+    Changed {
+        /// The bundle's folder.
+        folder: PathBuf,
+    },
     /// Threads cannot be started.
     #[error("inference threads: {0}")]
     Threads(io::Error),
@@ -273,6 +282,10 @@ pub fn load(
         EncoderPart::Running(_) => None,
     };
     warm::run(&golden, manifest, encoders, &mut parts.towers)?;
+    // What was read has to be what was held to its digests before: somebody may have copied another bundle over this one.
+    if check_files(folder, Some(&files.digest)).is_err() {
+        return Err(BundleError::Changed { folder: folder.clone() });
+    }
     let (options, provider) = (options.clone(), runtime.provider());
     Ok(Loaded { files, options, provider, parts, reports, took: start.elapsed() })
 }

@@ -211,19 +211,26 @@ impl Store {
             return Err(StoreError::NotPinned { url: url.to_string(), found: digest, expected: expected.to_owned() });
         }
         let named = digest.clone();
-        let folder = match self.on_disk(move |cache| Ok(cache.find(&named))).await? {
-            Some(folder) => folder,
+        match self.on_disk(move |cache| Ok(cache.find(&named))).await? {
+            Some(folder) => Ok(folder),
             None => {
                 let refused = |reason| StoreError::Manifest { file: url.file(manifest::FILE), reason };
                 let manifest = Manifest::parse(&text).and_then(check_names).map_err(refused)?;
                 let named = digest.clone();
                 let bundle = self.on_disk(move |cache| cache.begin(&named)).await?;
-                self.gather(&remote, Arc::new(bundle), &manifest.files, progress).await?.finish(text).await?
+                self.gather(&remote, Arc::new(bundle), &manifest.files, progress).await?.finish(text).await
             }
-        };
-        let asked = url.to_string();
-        self.on_disk(move |cache| cache.remember(&asked, &digest)).await?;
-        Ok(folder)
+        }
+    }
+
+    /// Notes that this bundle of `url` passed every check and serves: it is what a start falls back to. Blocks.
+    pub fn remember(&self, url: &BundleUrl, digest: &str) -> Result<(), StoreError> {
+        self.cache.remember(url.as_str(), digest)
+    }
+
+    /// The folder of the bundle of `url` that served last, if it is still here. Blocks.
+    pub fn last_served(&self, url: &BundleUrl) -> Option<PathBuf> {
+        self.cache.last(url.as_str()).map(|(_digest, folder)| folder)
     }
 
     /// Puts every file into the bundle, and fetches those that are not here.

@@ -42,7 +42,7 @@ pub(super) struct UsageError(&'static str);
 /// How to reach a server's admin listener.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct AdminServer {
-    /// The server's `admin.listen`. `https://ADDR` is the same as an address with `--ca`.
+    /// The server's `admin.listen`. With `https://` in front it is TLS, which needs `--ca`.
     #[arg(
         long,
         value_name = "ADDR",

@@ -1,11 +1,9 @@
 //! Snapshots of the caches: read at a start, before the first request; written on a timer and when the server has drained.
 //!
-//! All of it runs on a thread that gives way to those that serve. An empty cache is never written over a full snapshot.
+//! All of it runs on a thread that gives way to those that serve. Before the first item is known nothing is written,
+//! so that a snapshot that could not be read is not lost to a server that nobody asked yet.
 
-use super::{
-    Lifecycle, PushError, Step,
-    load::{Candidate, on_loader},
-};
+use super::{Lifecycle, PushError, Step, load::Candidate};
 use crate::{
     bundle::{Model, Snapshot},
     cache_snapshot::{self, Counts, Imported, ReadError, Served},
@@ -24,7 +22,7 @@ impl Lifecycle {
         self.journal.step(Step::Restore, "");
         let (pipeline, served) = (Arc::clone(&self.pipeline), served(&candidate.snapshot));
         let began = Instant::now();
-        let read = on_loader(move || cache_snapshot::restore(&folder, &pipeline.caches(), &served)).await;
+        let read = self.on_loader(move || cache_snapshot::restore(&folder, &pipeline.caches(), &served)).await;
         match read {
             Ok(restored) => {
                 for refused in &restored.refused {
@@ -55,13 +53,13 @@ impl Lifecycle {
         let (Some(folder), Some(config)) = (self.start.snapshot_folder.clone(), self.in_force()) else { return };
         let _one_at_a_time = self.snapshotting.lock().await;
         let (pipeline, served) = (Arc::clone(&self.pipeline), served(&config.snapshot));
-        let is_empty = pipeline.caches().contents.measure().n_entries == 0;
-        if is_empty {
+        // No request came yet: what is cached are the golden texts, and a snapshot that is there may hold much more.
+        if pipeline.caches().known_items.measure().n_entries == 0 {
             return;
         }
         let began = Instant::now();
         let write = move || cache_snapshot::write(&folder, &pipeline.caches(), &served);
-        match on_loader(write).await.map(|written| written.map_err(|error| error.to_string())) {
+        match self.on_loader(write).await.map(|written| written.map_err(|error| error.to_string())) {
             Ok(Ok(written)) => {
                 log("caches written", &written.snapshot, written.counts, began.elapsed());
                 for path in &written.not_removed {
@@ -81,7 +79,7 @@ impl Lifecycle {
     pub async fn import(&self, file: Vec<u8>) -> Result<Result<Imported, ReadError>, PushError> {
         let served = self.in_force().map(|config| served(&config.snapshot)).unwrap_or_default();
         let pipeline = Arc::clone(&self.pipeline);
-        on_loader(move || cache_snapshot::import(&file, &pipeline.caches(), &served)).await
+        self.on_loader(move || cache_snapshot::import(&file, &pipeline.caches(), &served)).await
     }
 
     /// The file of one cache's vectors of `model`, whole, to `out`.
@@ -92,7 +90,7 @@ impl Lifecycle {
         mut out: impl std::io::Write + Send + 'static,
     ) -> Result<std::io::Result<cache_snapshot::Exported>, PushError> {
         let pipeline = Arc::clone(&self.pipeline);
-        on_loader(move || {
+        self.on_loader(move || {
             let (caches, manifest) = (pipeline.caches(), &model.manifest);
             match of_contents {
                 true => cache_snapshot::export(&mut out, caches.contents, model.encoder.digest(), manifest.encoder.dim),

@@ -40,7 +40,12 @@ pub fn read(file: &Path) -> Result<Desired, ConfigError> {
     let path = pushed_path(file);
     let own = Desired { text: text.clone(), pushed_file: None, file_text: text };
     let text = &own.text;
-    let Ok(pushed) = fs::read_to_string(&path) else { return Ok(own) };
+    let pushed = match fs::read_to_string(&path) {
+        Ok(pushed) => pushed,
+        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(own),
+        // Nobody would know why another config than the one that was pushed is in force.
+        Err(source) => return Err(ConfigError::Read { path, source }),
+    };
     if base_of(&pushed) == Some(sha256(text.as_bytes()).as_str()) {
         tracing::info!(file = %path.display(), "a pushed config is in force, remove this file to go back to the config file");
         return Ok(Desired { text: body(&pushed).to_owned(), pushed_file: Some(path), ..own });
@@ -52,18 +57,19 @@ pub fn read(file: &Path) -> Result<Desired, ConfigError> {
     Ok(own)
 }
 
-/// Makes `text` what a restart finds. Returns the file that it was put into; none where the config file says the same.
-pub fn keep(file: &Path, text: &str, who: &str) -> Result<Option<PathBuf>, (PathBuf, io::Error)> {
+/// Makes `text` what a restart finds, for as long as `file` says `base`, as it did when somebody wished for it. Returns the
+/// file that it was put into; none where the config file says the same.
+pub fn keep(file: &Path, base: &str, text: &str, who: &str) -> Result<Option<PathBuf>, (PathBuf, io::Error)> {
     let path = pushed_path(file);
-    let base = fs::read_to_string(file).unwrap_or_default();
-    let kept = if base == text { forget(&path).map(|()| None) } else { write(&path, &base, file, text, who).map(Some) };
+    let kept = if base == text { forget(&path).map(|()| None) } else { write(&path, base, file, text, who).map(Some) };
     kept.map_err(|source| (path, source))
 }
 
 fn forget(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
+    match fs::symlink_metadata(path) {
+        // A folder that is mounted read-only refuses to remove even what is not there.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        _ => fs::remove_file(path),
     }
 }
 
@@ -77,7 +83,10 @@ fn write(path: &Path, base: &str, file: &Path, text: &str, who: &str) -> io::Res
     new.write_all(body(text).as_bytes())?;
     new.as_file().sync_all()?;
     new.persist(path)?;
-    fs::File::open(folder)?.sync_all()?;
+    // It is in its place; not every file system syncs folders.
+    if let Err(error) = fs::File::open(folder).and_then(|folder| folder.sync_all()) {
+        tracing::warn!(%error, folder = %folder.display(), "a pushed config may not survive a power failure");
+    }
     Ok(path.to_path_buf())
 }
 
@@ -106,7 +115,7 @@ mod tests {
         let found = |file: &Path| read(file).map(|desired| (desired.text, desired.pushed_file)).unwrap();
         assert_eq!(found(&file), ("a = 1\n".to_owned(), None));
 
-        let kept = keep(&file, "a = 2\n", "ann\nfrom 127.0.0.1").unwrap();
+        let kept = keep(&file, "a = 1\n", "a = 2\n", "ann\nfrom 127.0.0.1").unwrap();
         assert_eq!(kept, Some(folder.path().join("midemb.pushed.toml")));
         assert_eq!(found(&file), ("a = 2\n".to_owned(), kept.clone()));
         assert_eq!(read(&file).unwrap().file_text, "a = 1\n");
@@ -115,16 +124,16 @@ mod tests {
         assert_eq!(read(&file).unwrap().text, "a = 3\n", "the file was edited after the push");
 
         let pushed = fs::read_to_string(kept.unwrap()).unwrap();
-        keep(&file, &pushed, "bob").unwrap();
+        keep(&file, "a = 3\n", &pushed, "bob").unwrap();
         assert_eq!(read(&file).unwrap().text, "a = 2\n", "a pushed file that is pushed has one header");
 
-        assert_eq!(keep(&file, "a = 3\n", "bob").unwrap(), None);
+        assert_eq!(keep(&file, "a = 3\n", "a = 3\n", "bob").unwrap(), None);
         assert!(!pushed_path(&file).exists(), "what the file says needs no file beside it");
     }
 
     #[test]
     fn a_folder_that_cannot_be_written_is_named() {
-        let (path, _source) = keep(Path::new("/nowhere/midemb.toml"), "a = 1", "ann").unwrap_err();
+        let (path, _source) = keep(Path::new("/nowhere/midemb.toml"), "", "a = 1", "ann").unwrap_err();
         assert_eq!(path, Path::new("/nowhere/midemb.pushed.toml"));
     }
 }

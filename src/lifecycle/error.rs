@@ -25,6 +25,9 @@ pub enum PushError {
         /// As it is.
         found: String,
     },
+    /// Another config came into force while this one was loading.
+    #[error("another config came into force meanwhile, with the digest {0}: look at it again and push to that one")]
+    Overtaken(String),
     /// One push at a time.
     #[error("another push is under way, {0}")]
     Busy(String),

@@ -60,14 +60,36 @@ impl Lifecycle {
         known: &[Arc<Model>],
         fallback: Fallback,
     ) -> Result<Arc<Model>, PushError> {
+        let folder = self.fetch(wanted, fallback).await?;
+        let loaded = self.load(settings, wanted, known, folder.clone()).await;
+        let (Err(error @ PushError::Bundle { .. }), Source::Url(url)) = (&loaded, &wanted.bundle) else {
+            return loaded;
+        };
+        if fallback == Fallback::Refuse || wanted.digest.is_some() {
+            return loaded;
+        }
+        // A start has nothing that serves yet, and what the store has now was never good enough to.
+        let (store, asked) = (self.store.clone(), url.clone());
+        let last = self.on_loader(move || store.last_served(&asked)).await?.filter(|last| *last != folder);
+        let Some(last) = last else { return loaded };
+        tracing::error!(%url, cause = %error, "the bundle fails its checks, the one of this URL that served last is taken");
+        self.load(settings, wanted, known, last).await
+    }
+
+    async fn load(
+        self: &Arc<Self>,
+        settings: &Settings,
+        wanted: &ModelSettings,
+        known: &[Arc<Model>],
+        folder: PathBuf,
+    ) -> Result<Arc<Model>, PushError> {
         let name = &wanted.name;
         let failed = |source| PushError::Bundle { name: name.clone(), source: Box::new(source) };
-        let folder = self.fetch(wanted, fallback).await?;
         self.journal.step(Step::Digests, name);
         let files = match self.check_files(&folder, wanted).await? {
             Ok(files) => files,
             // A file that came from a store may have decayed on this disk. The store has it still.
-            Err(error) => match self.heal(&folder, wanted, fallback).await? {
+            Err(error) => match self.heal(&folder, wanted).await? {
                 true => self.check_files(&folder, wanted).await?.map_err(failed)?,
                 false => return Err(failed(error)),
             },
@@ -86,7 +108,7 @@ impl Lifecycle {
         if let Some(encoder) = encoders.iter().find(|encoder| encoder.digest() == digest) {
             self.journal.step(Step::Golden, name);
             let (folder, manifest) = (folder.clone(), files.manifest.clone());
-            let golden = on_loader(move || golden::read(&folder, &manifest)).await?.map_err(failed)?;
+            let golden = self.on_loader(move || golden::read(&folder, &manifest)).await?.map_err(failed)?;
             self.pipeline.check_encoder(encoder, &golden).await.map_err(failed)?;
         }
         let runtime = self.runtime(settings).await?;
@@ -96,7 +118,7 @@ impl Lifecycle {
             let begins = |step| lifecycle.journal.step(step_of(step), &subject);
             load::load(files, &options, &runtime, &encoders, &begins)
         };
-        let loaded = on_loader(load).await?.map_err(failed)?;
+        let loaded = self.on_loader(load).await?.map_err(failed)?;
         let started = loaded.start().map_err(failed)?;
         self.pipeline.keep_golden(started.model.encoder.digest(), started.contents);
         Ok(Arc::new(started.model))
@@ -116,32 +138,58 @@ impl Lifecycle {
         wanted: &ModelSettings,
     ) -> Result<Result<CheckedFiles, BundleError>, PushError> {
         let (folder, pinned) = (folder.to_path_buf(), wanted.digest.clone());
-        on_loader(move || load::check_files(&folder, pinned.as_deref())).await
+        self.on_loader(move || load::check_files(&folder, pinned.as_deref())).await
     }
 
     /// Whether files of a fetched bundle were damaged and are there again.
-    async fn heal(
-        &self,
-        folder: &std::path::Path,
-        wanted: &ModelSettings,
-        fallback: Fallback,
-    ) -> Result<bool, PushError> {
+    async fn heal(&self, folder: &std::path::Path, wanted: &ModelSettings) -> Result<bool, PushError> {
         let (Source::Url(_), Some(digest)) = (&wanted.bundle, folder.file_name().and_then(|name| name.to_str())) else {
             return Ok(false);
         };
         let (store, digest) = (self.store.clone(), digest.to_owned());
-        let n_damaged = on_loader(move || store.heal(&digest)).await?.unwrap_or(0);
+        let n_damaged = self.on_loader(move || store.heal(&digest)).await?.unwrap_or(0);
         if n_damaged > 0 {
-            self.fetch(wanted, fallback).await?;
+            self.fetch(wanted, Fallback::Refuse).await?;
         }
         Ok(n_damaged > 0)
+    }
+
+    /// Runs `job` on a thread of its own, which gives way to those that serve, if any do.
+    pub(super) async fn on_loader<T: Send + 'static>(
+        &self,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, PushError> {
+        let (reply, answer) = oneshot::channel();
+        let is_serving = self.in_force().is_some();
+        let run = move || {
+            if is_serving {
+                step_back();
+            }
+            // Who asked may have left: a server that drains waits for no load.
+            let _ = reply.send(run_guarded("loader", job));
+        };
+        let failed = |error: &dyn std::fmt::Display| PushError::Failed(error.to_string());
+        thread::Builder::new().name("loader".to_owned()).spawn(run).map_err(|error| failed(&error))?;
+        answer.await.map_err(|error| failed(&error))?.map_err(|error| failed(&error))
+    }
+
+    /// Notes what came from stores and serves from now on.
+    pub(super) fn remember(&self, settings: &Settings, snapshot: &Snapshot) {
+        for ModelSettings { name, bundle, .. } in &settings.models {
+            let model = snapshot.all().find(|model| model.reference.name == *name);
+            if let (Source::Url(url), Some(model)) = (bundle, model)
+                && let Err(error) = self.store.remember(url, &model.reference.digest)
+            {
+                tracing::warn!(%url, %error, "a start without the store would fall back to an older bundle");
+            }
+        }
     }
 
     /// ONNX Runtime, which a process loads once.
     async fn runtime(&self, settings: &Settings) -> Result<Runtime, PushError> {
         let (library, provider) = (settings.onnxruntime.clone(), settings.provider);
         let load = || async move {
-            on_loader(move || Runtime::load(library.as_deref(), provider)).await?.map_err(PushError::from)
+            self.on_loader(move || Runtime::load(library.as_deref(), provider)).await?.map_err(PushError::from)
         };
         self.runtime.get_or_try_init(load).await.cloned()
     }
@@ -160,19 +208,6 @@ fn step_of(step: LoadStep) -> Step {
         LoadStep::Golden => Step::Golden,
         LoadStep::Warm => Step::Warm,
     }
-}
-
-/// Runs `job` on a thread of its own that gives way to those that serve.
-pub(super) async fn on_loader<T: Send + 'static>(job: impl FnOnce() -> T + Send + 'static) -> Result<T, PushError> {
-    let (reply, answer) = oneshot::channel();
-    let run = move || {
-        step_back();
-        // Who asked may have left: a server that drains waits for no load.
-        let _ = reply.send(run_guarded("loader", job));
-    };
-    let failed = |error: &dyn std::fmt::Display| PushError::Failed(error.to_string());
-    thread::Builder::new().name("loader".to_owned()).spawn(run).map_err(|error| failed(&error))?;
-    answer.await.map_err(|error| failed(&error))?.map_err(|error| failed(&error))
 }
 
 fn snapshot(settings: &Settings, models: Vec<Arc<Model>>) -> Result<Snapshot, PushError> {

@@ -15,14 +15,15 @@
 //!   nothing.
 //! - A start goes the same way, so that what was pushed starts from cold.
 //!
-//! [`load`] has the steps that concern bundles; the pipeline's `replay` fills caches; [`watch`] listens at the doors;
-//! [`caches`] writes snapshots of the caches.
+//! [`load`] has the steps that concern bundles, [`swap`] those that put a config in force; the pipeline's `replay` fills caches;
+//! [`watch`] listens at the doors; [`caches`] writes snapshots of the caches.
 
 pub mod caches;
 pub mod desired;
 pub mod error;
 pub mod journal;
 mod load;
+mod swap;
 pub mod watch;
 
 pub use desired::Desired;
@@ -37,13 +38,12 @@ use crate::{
     config::{Settings, raw::store_options},
     inference::Runtime,
     pipeline::Pipeline,
-    telemetry::events,
 };
 use load::Candidate;
 use std::{
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Instant,
 };
 use tokio::sync::{OnceCell, watch as watched};
 
@@ -115,11 +115,8 @@ pub struct Lifecycle {
 struct State {
     current: Option<InForce>,
     previous: Option<InForce>,
+    n_swaps: u64,
 }
-
-/// Requests have deadlines; those that began before a swap have ended by then.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
-const DRAIN_POLL: Duration = Duration::from_millis(5);
 
 impl Lifecycle {
     /// Nothing is in force yet. `file` is the config file, `start` what was read from it.
@@ -159,6 +156,11 @@ impl Lifecycle {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What the config file says now; nothing where it cannot be read.
+    fn file_text(&self) -> String {
+        std::fs::read_to_string(&self.file).unwrap_or_default()
+    }
+
     fn digest(&self) -> String {
         self.state().current.as_ref().map_or_else(String::new, |current| current.digest.clone())
     }
@@ -188,6 +190,11 @@ impl Lifecycle {
         self.applied(result?, report, None)
     }
 
+    /// A wish that could not even be read.
+    fn refuse(&self, trigger: Trigger, who: &str, error: PushError) {
+        self.journal.refuse(trigger, who, &self.digest(), error);
+    }
+
     fn busy(&self, who: &str) -> PushError {
         let describe = |report: Report| format!("by {} since {:.1} s ago", report.who, report.took.as_secs_f64());
         let busy = PushError::Busy(self.journal.running().map_or_else(String::new, describe));
@@ -201,23 +208,27 @@ impl Lifecycle {
 
     async fn go_through(self: &Arc<Self>, push: &Push, before: &str) -> Result<Outcome, PushError> {
         conflict(push.expected.as_deref(), before)?;
+        let since = Since { n_swaps: self.state().n_swaps, file_text: self.file_text() };
         let mut draining = self.draining.clone();
         let ready = tokio::select! {
             ready = self.make_ready(push) => ready?,
             // An error says that the server is gone altogether.
             _ = draining.wait_for(|draining| *draining) => return Err(PushError::Draining),
         };
-        let is_unchanged = ready.digest == before && ready.candidate.new.is_empty();
+        let is_unchanged = self.in_force().is_some_and(|config| {
+            let models = config.snapshot.all().map(Arc::as_ptr);
+            config.digest == ready.settings.digest && models.eq(ready.candidate.snapshot.all().map(Arc::as_ptr))
+        });
         let outcome = match (push.is_dry_run, is_unchanged) {
             (true, _) => Outcome::Checked,
             (false, true) => Outcome::Unchanged,
             (false, false) => Outcome::Applied,
         };
-        let (lifecycle, push, before) = (Arc::clone(self), push.clone(), before.to_owned());
+        let (lifecycle, push) = (Arc::clone(self), push.clone());
         // What is not put in force ends here, too: threads and gigabytes are not given back on a thread that serves.
         let committed = on_blocking(move || match outcome {
             Outcome::Checked => Ok(None),
-            _ => lifecycle.commit(&push, &before, ready, outcome),
+            _ => lifecycle.commit(&push, &since, ready, outcome),
         });
         if let Some(left) = committed.await?? {
             self.journal.step(Step::Drain, "");
@@ -243,7 +254,7 @@ impl Lifecycle {
             true => self.restore(&candidate).await,
             false => self.replay(&settings, &candidate).await,
         }
-        Ok(Ready { digest: settings.digest, candidate })
+        Ok(Ready { settings, candidate })
     }
 
     /// The models whose threads run: of what is in force and of what was before.
@@ -258,118 +269,28 @@ impl Lifecycle {
         for model in &candidate.new {
             self.journal.step(Step::Replay, &model.reference.name);
             let progress = |done, total| self.journal.progress(done, total);
-            let replayed = self.pipeline.replay(model, until, &progress).await;
+            let (pipeline, of) = (Arc::clone(&self.pipeline), Arc::clone(model));
+            let n_models = candidate.new.len() as u64;
+            let Ok(hot) = self.on_loader(move || pipeline.hot_items(&of, n_models)).await else { continue };
+            let replayed = self.pipeline.replay(model, &hot, until, &progress).await;
             let (name, n_items, n_embedded) = (&model.reference.name, replayed.n_items, replayed.n_embedded);
             tracing::info!(name, n_items, n_embedded, "caches filled for a new model");
         }
     }
+}
 
-    /// Puts it in force, and where a restart finds it. Returns what it replaced.
-    fn commit(&self, push: &Push, before: &str, ready: Ready, outcome: Outcome) -> Result<Option<Replaced>, PushError> {
-        let _commit = self.commit.lock().unwrap_or_else(PoisonError::into_inner);
-        conflict(Some(before), &self.digest())?;
-        if *self.draining.borrow() {
-            return Err(PushError::Draining);
-        }
-        self.journal.step(Step::Persist, "");
-        let pushed_file = match push.trigger {
-            Trigger::Start => push.pushed_file.clone(),
-            _ => desired::keep(&self.file, &push.text, &push.who)
-                .map_err(|(path, source)| PushError::Persist { path, source })?,
-        };
-        let Ready { digest, candidate } = ready;
-        let config = InForce { digest, pushed_file, snapshot: candidate.snapshot, text: push.text.clone() };
-        if outcome == Outcome::Unchanged {
-            if let Some(current) = &mut self.state().current {
-                (current.pushed_file, current.text) = (config.pushed_file, config.text);
-            }
-            return Ok(None);
-        }
-        self.journal.step(Step::Swap, "");
-        Ok(Some(self.install(config)))
-    }
-
-    fn install(&self, config: InForce) -> Replaced {
-        let mut state = self.state();
-        self.pipeline.registry.install(Arc::clone(&config.snapshot));
-        let new = config.clone();
-        let old = state.current.replace(config);
-        let retired = std::mem::replace(&mut state.previous, old.clone());
-        drop(state);
-        if let Some(old) = &old {
-            let all = old.snapshot.all();
-            all.for_each(|model| events::model_served(&model.reference, model.provider.as_str(), false));
-            events::config_applied(&old.digest, false);
-        }
-        new.snapshot.all().for_each(|model| events::model_served(&model.reference, model.provider.as_str(), true));
-        events::config_applied(&new.digest, true);
-        Replaced { old, retired }
-    }
-
-    /// Waits for the requests that began with what was replaced, and lets go of what no rollback needs any more.
-    async fn drain(&self, Replaced { old, retired }: Replaced) {
-        let deadline = Instant::now() + DRAIN_PATIENCE;
-        if let Some(InForce { snapshot, .. }) = old {
-            // One is ours, one is the rollback's.
-            while Arc::strong_count(&snapshot) > 2 && Instant::now() < deadline {
-                tokio::time::sleep(DRAIN_POLL).await;
-            }
-        }
-        let keep: Vec<String> = self.loaded().iter().map(|model| model.reference.digest.clone()).collect();
-        let store = self.store.clone();
-        // Threads and gigabytes are not given back on a thread that serves.
-        drop(tokio::task::spawn_blocking(move || {
-            drop(retired);
-            if let Err(error) = store.prune(&keep) {
-                tracing::warn!(%error, "old bundles stay on the disk");
-            }
-        }));
-    }
-
-    /// Puts the config before in force again, at once: its models are there. It waits for no push; one that is under way
-    /// finds at its end that another config is in force than the one it was meant to follow.
-    pub async fn rollback(self: &Arc<Self>, who: &str, expected: Option<&str>) -> Result<Applied, PushError> {
-        let (lifecycle, who, expected) = (Arc::clone(self), who.to_owned(), expected.map(str::to_owned));
-        on_blocking(move || lifecycle.roll_back(&who, expected.as_deref())).await?
-    }
-
-    fn roll_back(&self, who: &str, expected: Option<&str>) -> Result<Applied, PushError> {
-        let began = Instant::now();
-        let _commit = self.commit.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = self.digest();
-        let refused = |error| self.journal.refuse(Trigger::Rollback, who, &before, error);
-        conflict(expected, &before).map_err(refused)?;
-        let previous = self.previous().ok_or(PushError::NothingBefore).map_err(refused)?;
-        let (digest, text) = (previous.digest.clone(), previous.text.clone());
-        self.install(previous);
-        let kept = desired::keep(&self.file, &text, who);
-        let warning = match kept {
-            Ok(pushed_file) => {
-                self.state().current.iter_mut().for_each(|current| current.pushed_file.clone_from(&pushed_file));
-                None
-            }
-            Err((path, source)) => Some(PushError::Persist { path, source }),
-        };
-        if let Some(warning) = &warning {
-            tracing::error!(cause = %warning, "a restart would not come back to the config that was rolled back to");
-        }
-        let report = self.journal.rolled_back(who, (&before, &digest), began.elapsed());
-        self.applied(Outcome::RolledBack, report, warning)
-    }
+/// How things stood when a push began.
+struct Since {
+    /// Swaps so far: another one since then is somebody's who knew nothing of this push.
+    n_swaps: u64,
+    /// What the config file said.
+    file_text: String,
 }
 
 /// A config that could be in force.
 struct Ready {
-    digest: String,
+    settings: Settings,
     candidate: Candidate,
-}
-
-/// What a swap replaced.
-struct Replaced {
-    /// What was in force: a rollback goes back to it.
-    old: Option<InForce>,
-    /// What was in force before that.
-    retired: Option<InForce>,
 }
 
 fn conflict(expected: Option<&str>, found: &str) -> Result<(), PushError> {

@@ -16,6 +16,7 @@ use tokio::{
 
 /// A file is written in pieces, a folder replaced in steps: what is read once it is quiet is whole.
 const QUIET: Duration = Duration::from_millis(200);
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The doors, open: what comes through is kept until somebody looks.
 #[derive(Debug)]
@@ -52,25 +53,27 @@ pub async fn run(lifecycle: Arc<Lifecycle>, doors: Doors, seen: String) {
             _ = hang_up.recv() => Trigger::Signal,
         };
         if trigger == Trigger::File {
-            while tokio::time::timeout(QUIET, events.recv()).await.is_ok() {}
+            let quiet = async { while tokio::time::timeout(QUIET, events.recv()).await.is_ok() {} };
+            // Other files of the folder may never rest.
+            let _ = tokio::time::timeout(PATIENCE, quiet).await;
         }
-        let found = read_file(lifecycle.file()).map_err(|error| error.to_string());
-        if trigger == Trigger::File && found == seen {
+        let found = read_file(lifecycle.file());
+        let text = found.as_ref().map(String::clone).map_err(ToString::to_string);
+        if trigger == Trigger::File && text == seen {
             continue;
         }
-        seen = found;
-        match &seen {
-            Ok(text) => push(&lifecycle, text, trigger).await,
-            Err(error) => tracing::error!(%error, "what serves goes on serving"),
+        seen = text;
+        let who = format!("{} of {}", trigger.as_str(), lifecycle.file().display());
+        match found {
+            // The journal says how it ended.
+            Ok(text) => drop(lifecycle.apply(push(text, trigger, who)).await),
+            Err(error) => lifecycle.refuse(trigger, &who, error.into()),
         }
     }
 }
 
-async fn push(lifecycle: &Arc<Lifecycle>, text: &str, trigger: Trigger) {
-    let who = format!("{} of {}", trigger.as_str(), lifecycle.file().display());
-    let push = Push { text: text.to_owned(), trigger, who, expected: None, is_dry_run: false, pushed_file: None };
-    // The journal says how it ended.
-    let _ = lifecycle.apply(push).await;
+fn push(text: String, trigger: Trigger, who: String) -> Push {
+    Push { text, trigger, who, expected: None, is_dry_run: false, pushed_file: None }
 }
 
 fn watch(file: &Path, told: mpsc::Sender<()>) -> notify::Result<RecommendedWatcher> {

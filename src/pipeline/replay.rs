@@ -12,7 +12,7 @@ use crate::{
         BundleError, Model,
         golden::{Golden, check_tokens},
     },
-    content::{ContentKey, Encoder, EncoderDigest, IdKey, KnownItem, batcher::Priority},
+    content::{Content, ContentKey, Encoder, EncoderDigest, IdKey, KnownItem, batcher::Priority},
     domain::Vector,
     item_text::TextDigest,
     towers::ItemKey,
@@ -39,12 +39,17 @@ pub struct Replayed {
 }
 
 impl Pipeline {
-    /// Caches for `model` what is hot for the models that serve, until then. `progress` is told how many items of how many are
+    /// Caches for `model` as much of what is `hot` as can be done until then. `progress` is told how many items of how many are
     /// done.
     ///
     /// Cancel-safe: what was queued goes on and is cached.
-    pub async fn replay(&self, model: &Model, until: Instant, progress: &(dyn Fn(u64, u64) + Sync)) -> Replayed {
-        let hot = self.hot_items(model);
+    pub async fn replay(
+        &self,
+        model: &Model,
+        hot: &[KnownItem],
+        until: Instant,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Replayed {
         let mut replayed = Replayed { n_items: hot.len(), n_embedded: 0 };
         for (i, chunk) in hot.chunks(CHUNK).enumerate() {
             progress((i * CHUNK) as u64, hot.len() as u64);
@@ -54,8 +59,11 @@ impl Pipeline {
         replayed
     }
 
-    /// What is hot for the models that serve and not there for `model`, hottest first; as much as half of the item cache holds.
-    fn hot_items(&self, model: &Model) -> Vec<KnownItem> {
+    /// What is hot for the models that serve and not there for `model`, hottest first; as much as half of the item cache holds, divided
+    /// by the models that are new together.
+    ///
+    /// Looks at all keys of the caches: call it where a second does not matter.
+    pub fn hot_items(&self, model: &Model, n_models: u64) -> Vec<KnownItem> {
         let Ok(snapshot) = self.registry.current() else { return Vec::new() };
         let towers: HashSet<_> = snapshot.all().map(|served| served.tower_digest).collect();
         let encoders: HashSet<_> = snapshot.all().map(|served| served.encoder.digest()).collect();
@@ -71,7 +79,7 @@ impl Pipeline {
         };
         let is_there = |text: &TextDigest| self.items.contains(&ItemKey { tower: model.tower_digest, text: *text });
         let entry_bytes = VectorCache::<ItemKey>::entry_bytes(model.manifest.item_tower.dim);
-        let room = self.items.measure().max_bytes / 2 / entry_bytes;
+        let room = self.items.measure().max_bytes / 2 / n_models.max(1) / entry_bytes;
         let mut seen = HashSet::new();
         let wanted = texts.into_iter().filter(|text| seen.insert(*text) && !is_there(text)).take(room as usize);
         let known = self.known_items.hottest().into_iter();
@@ -91,9 +99,14 @@ impl Pipeline {
         };
         let items: Vec<KnownItem> = golden.texts().map(item).collect();
         let until = Instant::now() + GOLDEN_PATIENCE;
-        let contents = self.contents.embed(encoder, self.wanted(&items, Priority::WarmUp, until)).await;
-        let found = contents.iter().map(|content| content.vector().map_or(&[][..], |vector| &vector[..]));
-        golden.check_contents(found).map(|_report| ())
+        let embed = self.contents.embed(encoder, self.wanted(&items, Priority::WarmUp, until));
+        // The encoder's queue may have no room for that long.
+        let contents = tokio::time::timeout_at(until.into(), embed).await.unwrap_or_default();
+        let found: Vec<&Vector> = contents.iter().filter_map(Content::vector).collect();
+        if found.len() < items.len() {
+            return Err(BundleError::EncoderBusy);
+        }
+        golden.check_contents(found.into_iter().map(|vector| &vector[..])).map(|_report| ())
     }
 
     /// Caches what a new encoder gave for the golden texts.

@@ -136,11 +136,7 @@ pub async fn run(
     tokio::spawn(http::serve(listeners.metrics, state));
     let (health, health_service) = tonic_health::server::health_reporter();
     set_health(&health, ServingStatus::NotServing).await;
-    let grpc = Server::builder()
-        .tcp_nodelay(true)
-        .tcp_keepalive(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+    let grpc = keep_alive(Server::builder())
         .layer(CountLayer)
         .layer(AdmitLayer::new(Arc::clone(&pipeline), settings.limits.default_deadline))
         .add_service(health_service)
@@ -189,9 +185,19 @@ pub async fn run(
     Ok(())
 }
 
+/// Peers that vanished are found, and let go.
+fn keep_alive(server: Server) -> Server {
+    server
+        .tcp_nodelay(true)
+        .tcp_keepalive(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+}
+
 /// A listener that speaks TLS where the config has a certificate for it.
 fn admin_builder(guard: &AdminGuard) -> Result<Server, ServerError> {
-    let Some((certificate, key)) = &guard.certificate else { return Ok(Server::builder()) };
+    let builder = keep_alive(Server::builder());
+    let Some((certificate, key)) = &guard.certificate else { return Ok(builder) };
     let failed = |key: &'static str| move |source: io::Error| ServerError::Tls { key, source: source.into() };
     let read = |key: &'static str, path: &Path| {
         fs::read(path)

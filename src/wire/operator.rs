@@ -37,7 +37,8 @@ impl Guard {
         let tokens = fs::read_to_string(file).map_err(|error| unreadable(file, &error))?;
         let header = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
         let sent = header.and_then(|value| value.strip_prefix("Bearer ")).map(str::trim).unwrap_or_default();
-        let named = tokens.lines().filter_map(|line| line.trim().rsplit_once(char::is_whitespace));
+        let lines = tokens.lines().map(str::trim).filter(|line| !line.starts_with('#'));
+        let named = lines.filter_map(|line| line.rsplit_once(char::is_whitespace));
         // Hashes compare in the same time wherever they differ, so that no answer tells how much of a guess was right.
         let is_sent = |token: &str| blake3::hash(token.as_bytes()) == blake3::hash(sent.as_bytes());
         let found = named.filter(|(_, token)| is_sent(token)).map(|(name, _)| name.trim().to_owned()).next();
@@ -91,11 +92,13 @@ mod tests {
     #[test]
     fn only_tokens_of_the_file_come_in_and_the_file_may_change() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
-        writeln!(file, "ann from sre s3cret\n\nbroken\nbob  t0ken ").unwrap();
+        writeln!(file, "ann from sre s3cret\n\nbroken\n# eve g0ne\nbob  t0ken ").unwrap();
         let mut guard = Guard::new(Some(file.path().to_path_buf()));
         assert_eq!(call(&mut guard, Some("Bearer s3cret")).unwrap(), "ann from sre from somewhere");
         assert_eq!(call(&mut guard, Some("Bearer t0ken")).unwrap(), "bob from somewhere");
-        for wrong in [None, Some("Bearer "), Some("Bearer broken"), Some("s3cret"), Some("Bearer s3cre")] {
+        for wrong in
+            [None, Some("Bearer "), Some("Bearer broken"), Some("s3cret"), Some("Bearer s3cre"), Some("Bearer g0ne")]
+        {
             let refused = call(&mut guard, wrong).unwrap_err();
             assert!(refused.contains("bearer token") && !refused.contains("s3cret"), "{wrong:?}: {refused}");
         }

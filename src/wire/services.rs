@@ -62,6 +62,8 @@ impl MidEmbService for MidEmb {
     ) -> Result<Response<proto::WarmItemsResponse>, Status> {
         let mut chunks = request.into_inner();
         let (refuse, mut drained) = (refuse("WarmItems"), self.drained.clone());
+        // Until something serves, what a snapshot remembers is still to come: nothing may stand in its place.
+        self.pipeline.registry.current().map_err(&refuse)?;
         let mut summary = WarmSummary::default();
         // Ends with this call. What was queued is encoded and cached all the same.
         let mut warming = JoinSet::new();

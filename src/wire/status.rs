@@ -34,7 +34,7 @@ pub fn from_push_error(error: &PushError) -> Status {
             Status::with_error_details(Code::InvalidArgument, message, details)
         }
         PushError::Config(_) => Status::invalid_argument(message),
-        PushError::Conflict { .. } | PushError::Busy(_) => Status::aborted(message),
+        PushError::Conflict { .. } | PushError::Overtaken(_) | PushError::Busy(_) => Status::aborted(message),
         PushError::Draining => Status::unavailable(message),
         PushError::Library(_) | PushError::Failed(_) => Status::internal(message),
         PushError::Frozen(_)

@@ -349,6 +349,11 @@ async fn without_the_store_a_start_takes_the_last_bundle_and_a_push_is_refused()
     store.push(&server.url).await.unwrap();
     server.publish("cvr.onnx", b"another head");
     let last = store.push(&server.url).await.unwrap();
+    let digest = last.file_name().unwrap().to_str().unwrap();
+    store.remember(&server.url, digest).unwrap();
+    // Fetched, and refused by a later check.
+    server.publish("cvr.onnx", b"a head that fails");
+    assert_ne!(store.push(&server.url).await.unwrap(), last);
     // A version that is published half is no reason not to start, either.
     server.publish("cvr.onnx", b"a third head");
     fs::remove_file(server.folder.path().join("cvr.onnx")).unwrap();

@@ -1,4 +1,4 @@
-//! `w7-reload`: two configs are pushed in turn while requests go on, and every answer is held to what the two answer alone.
+//! `w7-reload`: configs are pushed in turn while requests go on, and every answer is held to what each of them answers alone.
 //!
 //! First each config is put in force and asked all [`pages`]: their answers are the references. Then [`load`] sends the
 //! pages, alone and while [`pushes`] pushes; it counts what failed and what is the answer of neither config. Histories are
@@ -12,7 +12,7 @@ mod report;
 
 use super::{scenarios::Bench, scrape::Scrape, traffic};
 use crate::cli::client;
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use load::{Load, Outcome};
 use pages::Pages;
 use pushes::{Pushed, Pusher};
@@ -31,9 +31,10 @@ use tokio::time::Instant;
 pub(super) struct ReloadArgs {
     #[command(flatten)]
     admin: client::AdminServer,
-    /// w7-reload: the config files to push in turn. Both must fit the running server: only `[[models]]` and what else is live
-    /// may differ from its own.
-    #[arg(long, num_args = 2, value_names = ["A", "B"])]
+    /// w7-reload: the config files to push in turn, two or more. All must fit the running server: only `[[models]]` and what else
+    /// is live may differ from its own. Of two, the server has each one's models at hand for a rollback, and takes them over; of
+    /// three, every push loads.
+    #[arg(long, num_args = 2.., value_names = ["FILE"])]
     configs: Vec<PathBuf>,
     /// w7-reload: pushes. Every tenth is rolled back before the next.
     #[arg(long, default_value_t = 200)]
@@ -47,10 +48,10 @@ pub(super) struct ReloadArgs {
 }
 
 impl ReloadArgs {
-    fn read_configs(&self) -> anyhow::Result<[String; 2]> {
-        let [a, b] = self.configs.as_slice() else { bail!("w7-reload wants --configs with two config files") };
+    fn read_configs(&self) -> anyhow::Result<Vec<String>> {
+        ensure!(self.configs.len() > 1, "w7-reload wants --configs with two config files or more");
         let read = |path: &PathBuf| std::fs::read_to_string(path).with_context(|| format!("config {}", path.display()));
-        Ok([read(a)?, read(b)?])
+        self.configs.iter().map(read).collect()
     }
 }
 
@@ -85,11 +86,12 @@ pub(super) async fn run(bench: &Bench<'_>) -> anyhow::Result<()> {
     verdict(&before.outcome, &during.outcome)
 }
 
-/// Puts each config in force and asks all pages. The server has the second one afterwards.
+/// Puts each config in force and asks all pages. The server has the last one afterwards.
 async fn references(bench: &Bench<'_>, pusher: &mut Pusher) -> anyhow::Result<Pages> {
     let requests = pages::draw(bench.args, &bench.items);
-    let mut answers = Vec::with_capacity(2);
-    for which in 0..2 {
+    let reload = &bench.args.reload;
+    let mut answers = Vec::with_capacity(reload.configs.len());
+    for which in 0..reload.configs.len() {
         pusher.push(which).await?;
         // With text: whatever encoder this config brings knows every item afterwards.
         traffic::warm(bench.server.clone(), &bench.items).await?;

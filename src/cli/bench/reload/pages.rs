@@ -126,30 +126,41 @@ pub(super) enum Verdict {
     Mixed(String),
 }
 
-/// Requests, and what each of the two configs answers.
+/// Requests, and what each of the configs answers.
 pub(super) struct Pages {
     pub(super) requests: Vec<GetMidEmbRequest>,
     /// By config, then by page.
-    answers: [Vec<Reference>; 2],
+    answers: Vec<Vec<Reference>>,
 }
 
 impl Pages {
-    /// An error unless the two can be told apart.
+    /// An error unless all can be told apart.
     pub(super) fn new(requests: Vec<GetMidEmbRequest>, answers: Vec<Vec<Reference>>) -> anyhow::Result<Self> {
-        let answers: [Vec<Reference>; 2] = answers.try_into().ok().context("answers of two configs")?;
-        let [a, b] = &answers;
-        let n_alike = a.iter().zip(b).filter(|(a, b)| !a.is_clearly_other_than(b)).count();
-        ensure!(n_alike == 0, "the two bundles answer alike: {n_alike} of {} pages cannot tell them apart", a.len());
+        for (i, a) in answers.iter().enumerate() {
+            for b in &answers[i + 1..] {
+                let n_alike = a.iter().zip(b).filter(|(a, b)| !a.is_clearly_other_than(b)).count();
+                ensure!(
+                    n_alike == 0,
+                    "two bundles answer alike: {n_alike} of {} pages cannot tell them apart",
+                    a.len()
+                );
+            }
+        }
         Ok(Pages { requests, answers })
     }
 
-    /// What `config`, 0 or 1, answers to the page.
+    /// How many configs there are.
+    pub(super) fn n_configs(&self) -> usize {
+        self.answers.len()
+    }
+
+    /// What `config` answers to the page.
     pub(super) fn reference(&self, config: usize, page: usize) -> &Reference {
         &self.answers[config][page]
     }
 
     pub(super) fn check(&self, page: usize, answer: &GetMidEmbResponse) -> Verdict {
-        let candidates = (0..2).map(|config| self.reference(config, page));
+        let candidates = (0..self.answers.len()).map(|config| self.reference(config, page));
         let model = answer.model.clone().unwrap_or_default();
         let Some(reference) = candidates.into_iter().find(|reference| reference.model == model) else {
             return Verdict::Mixed(format!("page {page} was answered by {model:?}"));

@@ -1,4 +1,4 @@
-//! Pushes: the two configs in turn, every tenth one rolled back, with what the server says of each.
+//! Pushes: the configs in turn, every tenth one rolled back, with what the server says of each.
 
 use super::{load::Span, pages::Pages};
 use crate::{
@@ -61,26 +61,28 @@ impl Pushed {
     }
 }
 
-/// Puts one of two configs in force.
+/// Puts one of the configs in force.
 pub(super) struct Pusher {
     admin: AdminClient,
     server: Client,
     metrics: String,
-    configs: [String; 2],
-    /// 0 or 1, once something was pushed.
+    configs: Vec<String>,
+    /// A place in `configs`, once something was pushed.
     in_force: usize,
+    /// What was in force before.
+    previous: usize,
     /// The digest of the config in force.
     digest: String,
     /// A page that is quickly answered, and the model's digest of its answer under each config.
-    probe: (GetMidEmbRequest, [String; 2]),
+    probe: (GetMidEmbRequest, Vec<String>),
 }
 
 impl Pusher {
-    pub(super) async fn new(mut admin: AdminClient, bench: &Bench<'_>, configs: [String; 2]) -> anyhow::Result<Self> {
+    pub(super) async fn new(mut admin: AdminClient, bench: &Bench<'_>, configs: Vec<String>) -> anyhow::Result<Self> {
         let status = admin.get_status(GetStatusRequest {}).await.map_err(refused("GetStatus"))?.into_inner();
         let digest = digest(status.config)?;
         let (server, metrics) = (bench.server.clone(), bench.args.metrics.clone());
-        Ok(Pusher { admin, server, metrics, configs, in_force: 0, digest, probe: Default::default() })
+        Ok(Pusher { admin, server, metrics, configs, in_force: 0, previous: 0, digest, probe: Default::default() })
     }
 
     /// Rollbacks are timed with a part of the first page.
@@ -88,7 +90,8 @@ impl Pusher {
         let mut request = pages.requests[0].clone();
         request.history.clear();
         request.candidates.truncate(1);
-        self.probe = (request, [0, 1].map(|config| pages.reference(config, 0).model.digest.clone()));
+        let digest = |config| pages.reference(config, 0).model.digest.clone();
+        self.probe = (request, (0..pages.n_configs()).map(digest).collect());
     }
 
     /// Puts config 0 or 1 in force, which it may be already.
@@ -101,11 +104,11 @@ impl Pusher {
         let pushed = timeout(PUSHED_WITHIN, self.admin.push_config(request)).await;
         let pushed = pushed.context("PushConfig takes too long")?.map_err(refused("PushConfig"))?.into_inner();
         self.digest = digest(pushed.config)?;
-        self.in_force = which;
+        (self.previous, self.in_force) = (self.in_force, which);
         Ok(PushReport { result: pushed.result, ..pushed.report.unwrap_or_default() })
     }
 
-    /// Pushes the config that is not in force, again and again.
+    /// Pushes one config after the other.
     pub(super) async fn run(&mut self, n_reloads: u64, pause: Duration) -> anyhow::Result<Pushed> {
         let bar = traffic::progress(n_reloads, "pushing");
         let mut pushed = Pushed::default();
@@ -131,14 +134,16 @@ impl Pusher {
 
     async fn reload(&mut self, pushed: &mut Pushed) -> anyhow::Result<()> {
         let start = Instant::now();
-        let report = self.push(1 - self.in_force).await?;
+        let is_neither = |config: &usize| *config != self.in_force && *config != self.previous;
+        let next = (0..self.configs.len()).find(is_neither).unwrap_or(self.previous);
+        let report = self.push(next).await?;
         pushed.note(Span { start, end: Instant::now() }, &report);
         ensure!(report.result == "applied", "the config is {:?}: nothing was reloaded", report.result);
         Ok(())
     }
 
     async fn roll_back(&mut self, pushed: &mut Pushed) -> anyhow::Result<()> {
-        let (start, previous) = (Instant::now(), 1 - self.in_force);
+        let (start, previous) = (Instant::now(), self.previous);
         let mut admin = self.admin.clone();
         let request = RollbackRequest { expected_digest: self.digest.clone() };
         let rolled_back = async { admin.rollback(request).await.map_err(refused("Rollback")) };
@@ -147,7 +152,7 @@ impl Pusher {
         pushed.windows.push(Span { start, end: Instant::now() });
         pushed.rollbacks.push(served - start);
         self.digest = digest(answer.into_inner().config)?;
-        self.in_force = previous;
+        (self.previous, self.in_force) = (self.in_force, previous);
         Ok(())
     }
 

@@ -253,5 +253,5 @@ async fn failed_requests_are_found() {
 #[tokio::test]
 async fn bundles_that_answer_alike_are_refused() {
     let error = run(Manner::Alike, &[]).await.0.unwrap_err();
-    assert_eq!(error, "the two bundles answer alike: 8 of 8 pages cannot tell them apart");
+    assert_eq!(error, "two bundles answer alike: 8 of 8 pages cannot tell them apart");
 }
