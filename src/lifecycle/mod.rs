@@ -15,7 +15,7 @@
 //!   nothing.
 //! - A start goes the same way, so that what was pushed starts from cold.
 //!
-//! [`load`] has the steps that concern bundles, [`swap`] those that put a config in force; the pipeline's `replay` fills caches;
+//! `load` has the steps that concern bundles, `swap` those that put a config in force; the pipeline's `replay` fills caches;
 //! [`watch`] listens at the doors; [`caches`] writes snapshots of the caches.
 
 pub mod caches;

@@ -82,6 +82,8 @@ pub(crate) struct Server {
     /// The config file.
     pub(crate) file: PathBuf,
     log: mpsc::Receiver<String>,
+    /// What it logged until it served.
+    pub(crate) start_log: Vec<Value>,
     pub(crate) grpc: String,
     pub(crate) admin: String,
     pub(crate) metrics: String,
@@ -121,21 +123,28 @@ impl Server {
         let (sender, log) = mpsc::channel();
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| drop(sender.send(line))));
         let (grpc, admin, metrics) = (String::new(), String::new(), String::new());
-        let mut server = Server { child, file, log, grpc, admin, metrics, folder: Some(folder) };
-        let serving = server.wait_for_log("serving");
-        let address = |name: &str| serving[name].as_str().unwrap().to_owned();
+        let mut server = Server { child, file, log, start_log: Vec::new(), grpc, admin, metrics, folder: Some(folder) };
+        server.start_log = server.log_until("serving");
+        let address = |name: &str| server.start_log.last().unwrap()[name].as_str().unwrap().to_owned();
         (server.grpc, server.admin, server.metrics) = (address("grpc"), address("admin"), address("metrics"));
         server
     }
 
     /// The first log line from now on with this message.
     pub(crate) fn wait_for_log(&self, message: &str) -> Value {
+        self.log_until(message).pop().unwrap()
+    }
+
+    /// All log lines from now on, up to the first with this message.
+    fn log_until(&self, message: &str) -> Vec<Value> {
+        let mut lines = Vec::new();
         loop {
             let line =
                 self.log.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("the server never logged {message:?}"));
             let Ok(line) = serde_json::from_str::<Value>(&line) else { panic!("not a JSON log line: {line}") };
-            if line["message"] == message {
-                return line;
+            lines.push(line);
+            if lines.last().unwrap()["message"] == message {
+                return lines;
             }
         }
     }

@@ -1,6 +1,8 @@
 //! Configs that come into force under traffic: through every door, at once, and back again.
 
-use crate::harness::{Server, films, fixture, floats, ids, midemb, page, reencoded, retrained, rows, statuses};
+use crate::harness::{
+    BrokenBundle, Server, films, fixture, floats, ids, midemb, page, reencoded, retrained, rows, statuses,
+};
 use midemb::wire::proto::{
     GetMidEmbRequest, GetMidEmbResponse, GetStatusRequest, GetStatusResponse, PushConfigRequest, PushConfigResponse,
     RollbackRequest,
@@ -203,6 +205,25 @@ async fn a_file_edited_after_a_push_has_the_last_word_and_sighup_reads_it_again(
     let refused = server.wait_for_log("push refused");
     assert!(refused["reason"].as_str().unwrap().contains("midemb.toml"), "{refused}");
     assert_eq!(version(&ask(&server, page(vec![], films("c", 1))).await), "3");
+}
+
+#[tokio::test]
+async fn sighup_looks_for_another_bundle_in_the_same_folder_and_back_again() {
+    let bundle = BrokenBundle::new();
+    let server = Server::start_with(bundle.folder(), "");
+    let copy = |from: &Path| {
+        for entry in std::fs::read_dir(from).unwrap() {
+            let path = entry.unwrap().path();
+            std::fs::copy(&path, bundle.path(path.file_name().unwrap().to_str().unwrap())).unwrap();
+        }
+    };
+    for (from, expected) in [(retrained(), "2"), (fixture(), "1"), (retrained(), "2")] {
+        copy(&from);
+        server.signal("HUP");
+        let ended = server.wait_for_log("push ended");
+        assert_eq!((&ended["trigger"], &ended["result"]), (&"signal".into(), &"applied".into()));
+        assert_eq!(version(&ask(&server, page(vec![], films("c", 1))).await), expected);
+    }
 }
 
 #[tokio::test]

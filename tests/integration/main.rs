@@ -2,6 +2,7 @@
 //! and on the shipped one. One binary, so that it links once.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, reason = "a test that cannot go on says so")]
 
+mod admin_guard;
 mod architecture;
 mod bad_input;
 mod caching;
@@ -17,3 +18,4 @@ mod python_client;
 mod refused_pushes;
 mod refused_starts;
 mod restarts;
+mod stores;
