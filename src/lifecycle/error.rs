@@ -70,6 +70,14 @@ pub enum PushError {
         /// Why not.
         source: io::Error,
     },
+    /// What serves is no longer where the config says.
+    #[error("model {name:?}: a restart would find another bundle in {}", folder.display())]
+    Moved {
+        /// The model.
+        name: String,
+        /// Where its bundle was.
+        folder: PathBuf,
+    },
     /// There was no push yet.
     #[error("there is no config before this one")]
     NothingBefore,

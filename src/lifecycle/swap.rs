@@ -6,7 +6,11 @@
 use super::{
     Applied, InForce, Lifecycle, Outcome, Push, PushError, Ready, Since, Step, Trigger, conflict, desired, on_blocking,
 };
-use crate::telemetry::events;
+use crate::{
+    bundle::{Snapshot, load::read_manifest, store::Source},
+    config::{ModelSettings, Settings},
+    telemetry::events,
+};
 use std::{
     sync::{Arc, PoisonError},
     time::{Duration, Instant},
@@ -113,13 +117,13 @@ impl Lifecycle {
         let refused = |error| self.journal.refuse(Trigger::Rollback, who, &before, error);
         conflict(expected, &before).map_err(refused)?;
         let previous = self.previous().ok_or(PushError::NothingBefore).map_err(refused)?;
-        let (digest, text) = (previous.digest.clone(), previous.text.clone());
+        let InForce { digest, text, snapshot, .. } = previous.clone();
         self.install(previous);
         let kept = desired::keep(&self.file, &self.file_text(), &text, who);
         let warning = match kept {
             Ok(pushed_file) => {
                 self.state().current.iter_mut().for_each(|current| current.pushed_file.clone_from(&pushed_file));
-                None
+                self.moved(&text, &snapshot)
             }
             Err((path, source)) => Some(PushError::Persist { path, source }),
         };
@@ -128,5 +132,16 @@ impl Lifecycle {
         }
         let report = self.journal.rolled_back(who, (&before, &digest), began.elapsed());
         self.applied(Outcome::RolledBack, report, warning)
+    }
+
+    /// The first model of `snapshot` in whose folder there is another bundle by now.
+    fn moved(&self, text: &str, snapshot: &Snapshot) -> Option<PushError> {
+        let settings = Settings::of_text(text, &self.file).ok()?;
+        settings.models.into_iter().find_map(|ModelSettings { name, bundle, .. }| {
+            let Source::Folder(folder) = bundle else { return None };
+            let model = snapshot.all().find(|model| model.reference.name == name)?;
+            let is_there = read_manifest(&folder).is_ok_and(|files| files.digest == model.reference.digest);
+            (!is_there).then_some(PushError::Moved { name, folder })
+        })
     }
 }

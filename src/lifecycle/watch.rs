@@ -2,10 +2,10 @@
 //!
 //! What is watched is the file's folder, as an editor replaces the file and Kubernetes replaces the folder behind it: it
 //! swings one symlink, and the file itself never changes. So whatever happens in the folder is a reason to read the file, and
-//! only another text in it is a reason to act. SIGHUP acts also where the text is the same: the bundles behind it may be
-//! others.
+//! only another text in it is a reason to act. SIGHUP acts also where the text is the same, or where another config was pushed over
+//! it: the bundles behind what is in force may be others.
 
-use super::{Lifecycle, Push, Trigger};
+use super::{Lifecycle, Push, Trigger, desired};
 use crate::config::raw::read_file;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use std::{io, path::Path, sync::Arc, time::Duration};
@@ -39,7 +39,7 @@ impl Doors {
     }
 }
 
-/// Pushes what the config file says whenever that changes, and at every SIGHUP. `seen` is what it said when the server started.
+/// Pushes what the config file says whenever that changes, and what is to be in force at every SIGHUP. `seen` is what it said when the server started.
 /// Ends with the process.
 pub async fn run(lifecycle: Arc<Lifecycle>, doors: Doors, seen: String) {
     let Doors { told, mut events, mut hang_up, _watcher } = doors;
@@ -64,7 +64,12 @@ pub async fn run(lifecycle: Arc<Lifecycle>, doors: Doors, seen: String) {
         }
         seen = text;
         let who = format!("{} of {}", trigger.as_str(), lifecycle.file().display());
-        match found {
+        let wish = match trigger {
+            // Whoever sends it wants what is there to be looked at again, not a push to be undone.
+            Trigger::Signal => desired::read(lifecycle.file()).map(|desired| desired.text),
+            _ => found,
+        };
+        match wish {
             // The journal says how it ended.
             Ok(text) => drop(lifecycle.apply(push(text, trigger, who)).await),
             Err(error) => lifecycle.refuse(trigger, &who, error.into()),

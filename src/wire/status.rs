@@ -42,6 +42,7 @@ pub fn from_push_error(error: &PushError) -> Status {
         | PushError::Bundle { .. }
         | PushError::Shadow { .. }
         | PushError::Persist { .. }
+        | PushError::Moved { .. }
         | PushError::NothingBefore => Status::failed_precondition(message),
     }
 }

@@ -194,6 +194,8 @@ async fn a_file_edited_after_a_push_has_the_last_word_and_sighup_reads_it_again(
     assert_eq!(server.wait_for_log("push ended")["result"], "unchanged");
     push(&server, with_bundle(&server, &retrained())).await.unwrap();
     server.wait_for_log("push ended");
+    server.signal("HUP");
+    assert_eq!(server.wait_for_log("push ended")["result"], "unchanged", "SIGHUP undid a push");
     let edited = with_bundle(&server, &reencoded());
     replace(&server.file, &edited);
     let ended = server.wait_for_log("push ended");
@@ -224,6 +226,9 @@ async fn sighup_looks_for_another_bundle_in_the_same_folder_and_back_again() {
         assert_eq!((&ended["trigger"], &ended["result"]), (&"signal".into(), &"applied".into()));
         assert_eq!(version(&ask(&server, page(vec![], films("c", 1))).await), expected);
     }
+    let rolled_back = server.admin().await.rollback(RollbackRequest::default()).await.unwrap().into_inner();
+    assert_eq!(rolled_back.config.unwrap().models[0].version, "1");
+    assert!(rolled_back.warning.contains("a restart would find another bundle in"), "{}", rolled_back.warning);
 }
 
 #[tokio::test]
