@@ -12,8 +12,8 @@ use crate::{
 
 /// Candidates of one run.
 const CANDIDATES: usize = 512;
-/// Texts of one run.
-const TEXTS: usize = 16;
+/// Tokens of one run of the encoder, as its batches have them on a CPU.
+const TOKENS: usize = 512;
 
 /// Runs all graphs of all threads.
 pub(super) fn run(
@@ -23,7 +23,8 @@ pub(super) fn run(
     towers: &mut [TowerGraphs],
 ) -> Result<(), BundleError> {
     if let Some((model, graphs)) = encoders {
-        let texts: Vec<&[i64]> = golden.token_ids().cycle().take(TEXTS).collect();
+        let longest = golden.token_ids().map(<[i64]>::len).max().unwrap_or(1).max(1);
+        let texts: Vec<&[i64]> = golden.token_ids().cycle().take((TOKENS / longest).max(1)).collect();
         for graph in graphs {
             finite("encoder", &model.encode(graph, &texts)?)?;
         }
