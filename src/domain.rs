@@ -183,6 +183,12 @@ pub fn all_finite(values: &[f32]) -> bool {
     values.iter().fold(true, |finite, x| finite & (x.to_bits() & EXPONENT != EXPONENT))
 }
 
+/// The cosine of two vectors of one length; NaN where one of them is all zeros.
+pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(p, q)| f64::from(*p) * f64::from(*q)).sum::<f64>();
+    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+}
+
 /// Which model produced an answer, exactly.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelRef {

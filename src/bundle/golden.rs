@@ -6,7 +6,7 @@
 use super::{BundleError, Manifest};
 use crate::{
     content::EncoderModel,
-    domain::{ItemText, Vector},
+    domain::{ItemText, Vector, cosine},
     fusion,
     inference::{Graph, GraphError},
     towers::{TowerGraphs, item_tower, user_tower, user_tower::UserDims},
@@ -116,11 +116,6 @@ impl Stage {
         self.0.min_cosine = self.0.min_cosine.min(cosine);
         Ok(())
     }
-}
-
-fn cosine(a: &[f32], b: &[f32]) -> f64 {
-    let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(p, q)| f64::from(*p) * f64::from(*q)).sum::<f64>();
-    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
 }
 
 /// Reads the golden file of a bundle and checks that its indices make sense.

@@ -8,7 +8,7 @@
 //! - A file is kept once, under its own digest: an update of the towers does not fetch the encoder again, and what came
 //!   completely before a transfer broke does not come again.
 //! - A digest that the config pins needs no network where the bundle is here.
-//! - Where a store gives no good bundle, a push is refused; a server that starts serves what the URL gave last.
+//! - Where a store gives no good bundle, a push is refused; a server that starts serves what served last from that URL.
 //! - Errors and logs hold no credentials: a URL with some is refused, and options are never shown.
 //!
 //! Files that are here already are trusted by their size, because `load` reads all of them against their digests anyway.
@@ -133,8 +133,8 @@ impl StoreError {
 pub enum Fallback {
     /// Say so: whatever serves goes on serving.
     Refuse,
-    /// Use the bundle that the URL gave last: a server that starts has nothing else to serve.
-    LastFetched,
+    /// Use the bundle of the URL that served last: a server that starts has nothing else to serve.
+    LastServed,
 }
 
 /// Told how many bytes have come, and how many are to come in all; files that were here already count in neither.
@@ -186,8 +186,8 @@ impl Store {
             }
         }
         match self.fetch_now(url, pinned, progress).await {
-            // What is pinned is not here, so that whatever the URL gave last is not what is pinned.
-            Err(error) if fallback == Fallback::LastFetched && pinned.is_none() && error.is_of_the_store() => {
+            // What is pinned is not here, so that whatever served last is not what is pinned.
+            Err(error) if fallback == Fallback::LastServed && pinned.is_none() && error.is_of_the_store() => {
                 let asked = url.to_string();
                 let last = self.on_disk(move |cache| Ok(cache.last(&asked))).await?;
                 let Some((digest, folder)) = last else { return Err(error) };

@@ -26,8 +26,10 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     // Before the log is there: how it looks stands in the config.
-    let settings = Settings::of_text(&desired::read(&args.config)?.text, &args.config)?;
+    let desired = desired::read(&args.config)?;
+    let settings = Settings::of_text(&desired.text, &args.config)?;
     logs::install(settings.log_format, &settings.log_filter)?;
+    desired.announce();
     let recorder = Recorder::install()?;
     logs::install_panic_hook();
     let trace = args.record_trace.as_deref().map(|path| item_trace::Recorder::start(path, args.record_trace_mb << 20));
@@ -41,8 +43,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let served = runtime.block_on(async {
         let stop = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
         let listeners = Listeners::bind(&settings).await?;
-        let file = args.config.clone();
-        let start = Start { desired: desired::read(&file)?, file, settings, trace: serving };
+        let start = Start { desired, file: args.config.clone(), settings, trace: serving };
         server::run(start, listeners, recorder, first(stop)).await?;
         Ok(())
     });

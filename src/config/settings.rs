@@ -7,11 +7,11 @@ use super::{
     raw::Raw,
 };
 use crate::{
+    bundle::digest::sha256,
     inference::ProviderChoice,
     telemetry::logs::{self, LogFormat},
 };
 use config::{Value, ValueKind};
-use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
@@ -157,7 +157,7 @@ impl Settings {
             return Err(ConfigError::Invalid(reader.faults));
         }
         settings.written = reader.written;
-        settings.digest = digest(&settings.to_toml());
+        settings.digest = sha256(settings.to_toml().as_bytes());
         Ok(settings)
     }
 
@@ -198,10 +198,6 @@ impl Settings {
         self.models.iter().for_each(|model| text += &model.to_toml());
         text
     }
-}
-
-fn digest(text: &str) -> String {
-    Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn threads(n: u64) -> usize {

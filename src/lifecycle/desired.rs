@@ -21,6 +21,8 @@ pub struct Desired {
     pub text: String,
     /// The file that it was pushed into; none where it is the config file's own.
     pub pushed_file: Option<PathBuf>,
+    /// A pushed config that is not in force, because the config file has changed since.
+    pub overruled: Option<PathBuf>,
     /// What the config file says.
     pub file_text: String,
 }
@@ -36,25 +38,35 @@ pub fn pushed_path(file: &Path) -> PathBuf {
 
 /// What is to be in force where `file` is the config file.
 pub fn read(file: &Path) -> Result<Desired, ConfigError> {
-    let text = read_file(file)?;
+    let file_text = read_file(file)?;
     let path = pushed_path(file);
-    let own = Desired { text: text.clone(), pushed_file: None, file_text: text };
-    let text = &own.text;
+    let own = Desired { text: file_text.clone(), pushed_file: None, overruled: None, file_text };
     let pushed = match fs::read_to_string(&path) {
         Ok(pushed) => pushed,
         Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(own),
         // Nobody would know why another config than the one that was pushed is in force.
         Err(source) => return Err(ConfigError::Read { path, source }),
     };
-    if base_of(&pushed) == Some(sha256(text.as_bytes()).as_str()) {
-        tracing::info!(file = %path.display(), "a pushed config is in force, remove this file to go back to the config file");
+    if base_of(&pushed) == Some(sha256(own.file_text.as_bytes()).as_str()) {
         return Ok(Desired { text: body(&pushed).to_owned(), pushed_file: Some(path), ..own });
     }
-    tracing::warn!(
-        file = %path.display(),
-        "the config file has changed since this config was pushed over it: the config file is in force"
-    );
-    Ok(own)
+    Ok(Desired { overruled: Some(path), ..own })
+}
+
+impl Desired {
+    /// Says in the log which of two configs this is.
+    pub fn announce(&self) {
+        if let Some(file) = &self.pushed_file {
+            let file = file.display();
+            tracing::info!(%file, "a pushed config is in force, remove this file to go back to the config file");
+        }
+        if let Some(file) = &self.overruled {
+            tracing::warn!(
+                file = %file.display(),
+                "the config file has changed since this config was pushed over it: the config file is in force"
+            );
+        }
+    }
 }
 
 /// Makes `text` what a restart finds, for as long as `file` says `base`, as it did when somebody wished for it. Returns the
@@ -121,7 +133,9 @@ mod tests {
         assert_eq!(read(&file).unwrap().file_text, "a = 1\n");
 
         fs::write(&file, "a = 3\n").unwrap();
-        assert_eq!(read(&file).unwrap().text, "a = 3\n", "the file was edited after the push");
+        let edited = read(&file).unwrap();
+        assert_eq!((edited.text.as_str(), edited.pushed_file), ("a = 3\n", None), "the file was edited after the push");
+        assert_eq!(edited.overruled, kept);
 
         let pushed = fs::read_to_string(kept.unwrap()).unwrap();
         keep(&file, "a = 3\n", &pushed, "bob").unwrap();

@@ -17,7 +17,11 @@ use crate::{
     content::Encoder,
     inference::{Runtime, pool::run_guarded, priority::step_back},
 };
-use std::{path::PathBuf, sync::Arc, thread};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+};
 use tokio::sync::{Semaphore, oneshot};
 
 /// Requests that a shadow may have under way.
@@ -49,7 +53,6 @@ impl Lifecycle {
             models.push(model);
         }
         let snapshot = Arc::new(snapshot(settings, models)?);
-        new.retain(|model| snapshot.all().any(|served| Arc::ptr_eq(served, model)));
         Ok(Candidate { snapshot, new })
     }
 
@@ -125,7 +128,10 @@ impl Lifecycle {
     }
 
     async fn fetch(&self, wanted: &ModelSettings, fallback: Fallback) -> Result<PathBuf, PushError> {
-        let Source::Url(url) = &wanted.bundle else { return Ok(folder_of(&wanted.bundle)) };
+        let url = match &wanted.bundle {
+            Source::Folder(folder) => return Ok(folder.clone()),
+            Source::Url(url) => url,
+        };
         self.journal.step(Step::Fetch, &wanted.name);
         let progress = |done, total| self.journal.progress(done, total);
         let fetched = self.store.fetch(url, wanted.digest.as_deref(), fallback, &progress).await;
@@ -134,7 +140,7 @@ impl Lifecycle {
 
     async fn check_files(
         &self,
-        folder: &std::path::Path,
+        folder: &Path,
         wanted: &ModelSettings,
     ) -> Result<Result<CheckedFiles, BundleError>, PushError> {
         let (folder, pinned) = (folder.to_path_buf(), wanted.digest.clone());
@@ -142,7 +148,7 @@ impl Lifecycle {
     }
 
     /// Whether files of a fetched bundle were damaged and are there again.
-    async fn heal(&self, folder: &std::path::Path, wanted: &ModelSettings) -> Result<bool, PushError> {
+    async fn heal(&self, folder: &Path, wanted: &ModelSettings) -> Result<bool, PushError> {
         let (Source::Url(_), Some(digest)) = (&wanted.bundle, folder.file_name().and_then(|name| name.to_str())) else {
             return Ok(false);
         };
@@ -160,7 +166,7 @@ impl Lifecycle {
         job: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, PushError> {
         let (reply, answer) = oneshot::channel();
-        let is_serving = self.in_force().is_some();
+        let is_serving = self.pipeline.registry.current().is_ok();
         let run = move || {
             if is_serving {
                 step_back();
@@ -192,13 +198,6 @@ impl Lifecycle {
             self.on_loader(move || Runtime::load(library.as_deref(), provider)).await?.map_err(PushError::from)
         };
         self.runtime.get_or_try_init(load).await.cloned()
-    }
-}
-
-fn folder_of(source: &Source) -> PathBuf {
-    match source {
-        Source::Folder(folder) => folder.clone(),
-        Source::Url(_) => PathBuf::new(),
     }
 }
 

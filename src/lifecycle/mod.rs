@@ -248,7 +248,7 @@ impl Lifecycle {
             return Err(PushError::Frozen(frozen));
         }
         let is_start = push.trigger == Trigger::Start;
-        let fallback = if is_start { Fallback::LastFetched } else { Fallback::Refuse };
+        let fallback = if is_start { Fallback::LastServed } else { Fallback::Refuse };
         let candidate = self.prepare(&settings, &self.loaded(), fallback).await?;
         match is_start {
             true => self.restore(&candidate).await,

@@ -8,7 +8,7 @@ use super::{Page, Pipeline};
 use crate::{
     admission::Deadlines,
     bundle::{Model, Shadow},
-    domain::{Matrix, MidEmbResponse, Outputs, RowStatus},
+    domain::{Matrix, MidEmbResponse, Outputs, RowStatus, cosine},
     telemetry::events,
 };
 use std::{
@@ -87,22 +87,21 @@ impl Answered {
             let mid_embs = self.mid_emb.as_ref().zip(found.mid_emb.as_ref());
             let cvrs = self.cvr.as_ref().zip(found.cvr.as_ref());
             let difference = |(a, b): (&Vec<f32>, &Vec<f32>)| f64::from((a[row] - b[row]).abs());
-            let cosine = mid_embs.map(|(a, b)| cosine(a.row(row), b.row(row)));
+            let cosine = mid_embs.map(|(a, b)| cosine_or_zero(a.row(row), b.row(row)));
             events::shadow_row_compared(name, cosine, cvrs.map(difference));
         }
     }
 }
 
 /// 0 where one of the two is all zeros.
-fn cosine(a: &[f32], b: &[f32]) -> f64 {
-    let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(p, q)| f64::from(*p) * f64::from(*q)).sum::<f64>();
-    let norm = (dot(a, a) * dot(b, b)).sqrt();
-    if norm > 0.0 { dot(a, b) / norm } else { 0.0 }
+fn cosine_or_zero(a: &[f32], b: &[f32]) -> f64 {
+    let cosine = cosine(a, b);
+    if cosine.is_nan() { 0.0 } else { cosine }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::cosine;
+    use super::cosine_or_zero as cosine;
 
     #[test]
     fn a_cosine_is_of_directions_alone() {

@@ -3,7 +3,7 @@
 //! ```text
 //! <digest>/             a bundle: complete, because it only ever appears by a rename
 //! files/<sha256>        one file of any bundle, hard-linked into the bundles that have it
-//! latest/<sha256>       the digest of the bundle that the URL with this SHA-256 gave last
+//! latest/<sha256>       the digest of the bundle of the URL with this SHA-256 that served last
 //! .new-*  .old-*  *.part-*   work under way, or what a process left when it died
 //! ```
 //!
@@ -141,7 +141,7 @@ impl Cache {
         }
     }
 
-    /// Notes what a URL gave.
+    /// Notes what serves from a URL.
     pub(super) fn remember(&self, url: &str, digest: &str) -> Result<(), StoreError> {
         let path = self.folder.join(LATEST).join(sha256(url.as_bytes()));
         let part = Doomed(with_suffix(&path));
@@ -151,7 +151,7 @@ impl Cache {
         written.and_then(|()| fs::rename(&part.0, &path)).map_err(disk(&path))
     }
 
-    /// The bundle that the URL gave last, if it is still here.
+    /// The bundle of the URL that served last, if it is still here.
     pub(super) fn last(&self, url: &str) -> Option<(String, PathBuf)> {
         let digest = fs::read_to_string(self.folder.join(LATEST).join(sha256(url.as_bytes()))).ok()?;
         let folder = is_digest(&digest).then(|| self.find(&digest)).flatten()?;

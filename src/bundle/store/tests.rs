@@ -322,7 +322,7 @@ async fn a_file_that_is_not_what_the_manifest_lists_is_refused() {
 async fn a_pinned_digest_is_held_and_needs_no_network_once_it_is_here() {
     let (server, (_folder, store)) = (Server::start().await, cache());
     let fetch =
-        async |url: &BundleUrl, pinned: &str| store.fetch(url, Some(pinned), Fallback::LastFetched, &|_, _| ()).await;
+        async |url: &BundleUrl, pinned: &str| store.fetch(url, Some(pinned), Fallback::LastServed, &|_, _| ()).await;
     let other = "0".repeat(64);
     let error = fetch(&server.url, &other).await.unwrap_err();
     assert_line(&error, &[server.url.as_str(), &server.digest(), &other, "pinned"]);
@@ -343,7 +343,7 @@ async fn a_pinned_digest_is_held_and_needs_no_network_once_it_is_here() {
 #[tokio::test]
 async fn without_the_store_a_start_takes_the_last_bundle_and_a_push_is_refused() {
     let (server, (_folder, store)) = (Server::start().await, cache());
-    let at_start = async |url: &BundleUrl| store.fetch(url, None, Fallback::LastFetched, &|_, _| ()).await;
+    let at_start = async |url: &BundleUrl| store.fetch(url, None, Fallback::LastServed, &|_, _| ()).await;
     server.fail("manifest.toml", &[Fault::Status(403)]);
     assert!(matches!(at_start(&server.url).await, Err(StoreError::Denied { .. })), "there is no last one");
     store.push(&server.url).await.unwrap();

@@ -9,9 +9,13 @@ use crate::{
         RollbackResponse,
     },
 };
+use humantime::format_rfc3339_seconds;
 use indicatif::HumanBytes;
 use serde_json::{Value, json};
-use std::fmt::Write;
+use std::{
+    fmt::Write,
+    time::{Duration, UNIX_EPOCH},
+};
 
 /// Of a digest, in tables.
 pub(super) const N_SHORT_CHARS: usize = 12;
@@ -176,20 +180,10 @@ fn folded(reason: &str) -> String {
     text
 }
 
-/// `2026-01-31 12:34:56`. The date is Howard Hinnant's `civil_from_days` (howardhinnant.github.io/date_algorithms.html), whose
-/// years begin in March.
+/// `2026-01-31 12:34:56`.
 fn utc(unix_ms: u64) -> String {
-    let seconds = unix_ms / 1_000;
-    let day = seconds / 86_400 + 719_468;
-    let (era, day_of_era) = (day / 146_097, day % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day_of_month = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    let (hour, minute, second) = (seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60);
-    format!("{year:04}-{month:02}-{day_of_month:02} {hour:02}:{minute:02}:{second:02}")
+    let time = UNIX_EPOCH.checked_add(Duration::from_millis(unix_ms)).unwrap_or(UNIX_EPOCH);
+    format_rfc3339_seconds(time).to_string().replace('T', " ").replace('Z', "")
 }
 
 /// A whole `GetStatusResponse`.
