@@ -49,11 +49,12 @@ class Interaction:
 
 @dataclass(frozen=True)
 class Sequence:
-    """One user's events, oldest first: catalogue indices [n] and values [n]."""
+    """One user's events, oldest first: catalogue indices [n], values [n] and timestamps [n]."""
 
     user: str
     items: np.ndarray
     values: np.ndarray
+    timestamps: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def _read_items(path: Path) -> tuple[list[str], list[ItemText]]:
 def _sequence(events: list[Interaction], index: dict[str, int]) -> Sequence:
     events = sorted(events, key=lambda event: (event.timestamp, _id_order(event.item)))
     items = np.array([index[event.item] for event in events], dtype=np.int64)
-    return Sequence(events[0].user, items, np.array([event.value for event in events], dtype=np.float32))
+    values = np.array([event.value for event in events], dtype=np.float32)
+    return Sequence(events[0].user, items, values, np.array([event.timestamp for event in events], dtype=np.int64))
 
 
 def _id_order(identifier: str) -> tuple[float, str]:

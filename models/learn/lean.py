@@ -47,7 +47,7 @@ Product = tuple[Tensor, Tensor | None]
 @torch.no_grad()
 def user_tower_model(pch: Pch) -> ModelProto:
     """content [b,l,C], mask [b,l] -> user [b,E]: `Pch.last`."""
-    pch = _foldable(pch)
+    pch = _in_fp64(pch)
     config, g = pch.config, _Graph()
     n_users = g("Shape", "content", start=0, end=1)
     length = g("Add", g("Shape", "content", start=1, end=2), g.integers(1))  # of a sequence: [start, items]
@@ -91,7 +91,9 @@ def user_tower_model(pch: Pch) -> ModelProto:
 @torch.no_grad()
 def item_tower_model(pch: Pch) -> ModelProto:
     """content [n,C] -> item [n,E]: `Pch.alone`."""
-    pch = _foldable(pch)
+    if pch.config.item_tower == "content":
+        raise ValueError("item tower variant (3), content itself, is for comparison only: it has no graph of its own")
+    pch = _in_fp64(pch)
     g = _Graph()
     x = _adapt(g, pch, "content")
     if pch.positions is not None:
@@ -133,13 +135,6 @@ def cvr_model(head: CvrHead) -> ModelProto:
 
 def _in_fp64(module: M) -> M:
     return copy.deepcopy(module).double().eval().requires_grad_(False)
-
-
-def _foldable(pch: Pch) -> Pch:
-    pch = _in_fp64(pch)
-    if pch.is_standardised:
-        pch.fold_standardisation()
-    return pch
 
 
 def _linear(linear: nn.Linear) -> Product:
@@ -196,6 +191,8 @@ def _absorbed_out(block: Block) -> Product:
 
 def _adapt(g: _Graph, pch: Pch, content: str) -> str:
     """[r,C] -> [r,D], free of its mean."""
+    if pch.config.adaptor == "linear":
+        return g.product(content, _centred_product(*_linear(pch.adaptor[0])))
     first, _, second = pch.adaptor
     return g.product(g.gelu(g.product(content, _linear(first))), _centred_product(*_linear(second)))
 

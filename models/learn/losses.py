@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +27,9 @@ def inclusion_log_probability(frequency: Tensor, n_draws: int, n_uniform: int) -
     return torch.log(-torch.expm1(log_absent)).float()
 
 
-def catalogue_softmax(query: Tensor, candidate: Tensor, target: Tensor, log_inclusion: Tensor, scale: float) -> Tensor:
+def catalogue_softmax(
+    query: Tensor, candidate: Tensor, target: Tensor, log_inclusion: Tensor, scale: float, *, reduction: str = "mean"
+) -> Tensor:
     """Cross entropy over the whole catalogue, estimated from a sample of it.
 
     query [q,E], candidate [c,E] (distinct items), target [q] (which candidate is right), log_inclusion [c]. Each
@@ -33,31 +37,48 @@ def catalogue_softmax(query: Tensor, candidate: Tensor, target: Tensor, log_incl
     (Horvitz and Thompson 1952; logQ correction in Bengio and Senecal 2008). The right one is always there: no growth.
     With every item a candidate, log_inclusion = 0 and this is the full softmax.
     """
-    logits = scale * query @ candidate.T - log_inclusion  # [q,c]
-    own = F.one_hot(target, candidate.shape[0]).to(logits.dtype) * log_inclusion
-    return F.cross_entropy(logits + own, target)
+    logits = torch.addmm(-log_inclusion, query, candidate.T, alpha=scale)  # [q,c]
+    own = torch.zeros_like(logits).scatter_(1, target[:, None], log_inclusion[target][:, None])
+    return F.cross_entropy(logits + own, target, reduction=reduction)
 
 
-def alignment(query: Tensor, key: Tensor, item: Tensor, log_frequency: Tensor, present: Tensor, scale: float) -> Tensor:
+@dataclass(frozen=True)
+class Targets:
+    """What histories are aligned with.
+
+    key [b,t,E] of items [b,t] (catalogue indices), the log of how often each is drawn as a target [b,t] (zeros: no logQ
+    correction), and which entries are `present` [b,t] and no padding.
+    """
+
+    key: Tensor
+    item: Tensor
+    log_frequency: Tensor
+    present: Tensor
+
+
+def alignment(query: Tensor, targets: Targets, scale: float, own: slice | None = None) -> Tensor:
     """InfoNCE with negatives from the batch and logQ correction (Yi et al., RecSys 2019).
 
-    query [b,h,E]: states of each history. key [b,t,E]: its targets, of which `item` [b,t] are the catalogue indices,
-    `present` [b,t] tells real ones from padding, and `log_frequency` [b,t] is the log of how often that item is drawn
-    as a target. One term for each pair (state, target) of a user; its negatives are the targets of other users, except
-    those that are also targets of this user. Other positives of the same user are not negatives.
+    query [q,h,E]: states of the histories of users `own`, a range of the batch's b users (all of them by default). One
+    term for each pair (state, target) of a user; its negatives are the targets of other users, except those that are
+    also targets of this user. Other positives of the same user are not negatives. Returns the sum of these users' terms
+    over the number of terms of the whole batch, so that the parts of several ranges add up to the mean.
     """
-    b, h, _ = query.shape
-    t = key.shape[1]
-    logits = scale * torch.einsum("bhe,cte->bhct", query, key) - log_frequency  # [b,h,b,t]
-    same_item = (item[:, None, None, :] == item[None, :, :, None]) & present[:, None, None, :]  # [b,c,t,own t]
-    clash = same_item.any(dim=-1)  # [b,c,t]: item (c,t) is among b's own targets; true for c = b where present
+    n_users, t = targets.item.shape
+    own = slice(0, n_users) if own is None else own
+    q, h, _ = query.shape
+    item, present = targets.item, targets.present
+    logits = scale * torch.einsum("qhe,cte->qhct", query, targets.key) - targets.log_frequency  # [q,h,b,t]
+    mine = item[own][:, None, None, :]
+    same_item = (mine == item[None, :, :, None]) & present[own][:, None, None, :]  # [q,b,t,own t]
+    clash = same_item.any(dim=-1)  # [q,b,t]: item (c,t) is among the user's own targets; true for themselves
     negative = present[None] & ~clash
     # The log of the sum over negatives is shared by all positives of a state.
-    masked = logits.masked_fill(~negative[:, None], float("-inf")).reshape(b, h, b * t)
+    masked = logits.masked_fill(~negative[:, None], float("-inf")).reshape(q, h, n_users * t)
     # A finite floor keeps the gradient defined when a batch offers no negative at all.
-    log_negative = torch.logsumexp(masked.clamp_min(-1e9), dim=-1)[:, :, None]  # [b,h,1]
-    index = torch.arange(b, device=query.device)
-    positive = logits[index, :, index]  # [b,h,t]
+    log_negative = torch.logsumexp(masked.clamp_min(-1e9), dim=-1)[:, :, None]  # [q,h,1]
+    row = torch.arange(q, device=query.device)
+    positive = logits[row, :, row + own.start]  # [q,h,t]
     loss = torch.logaddexp(positive, log_negative) - positive
-    weight = present[:, None, :].expand(b, h, t).to(loss.dtype)
-    return (loss * weight).sum() / weight.sum().clamp(min=1.0)
+    weight = present[own][:, None, :].expand(q, h, t).to(loss.dtype)
+    return (loss * weight).sum() / (present.sum() * h).clamp(min=1)

@@ -31,7 +31,6 @@ class PchConfig:
     """Sizes of the towers. The defaults are those of the shipped bundle."""
 
     content_dim: int = 384
-    # An MLP, not the paper's linear map: with a small C, a linear adaptor is too small a table for the items.
     adaptor_hidden: int = 256
     width: int = 128
     layers: int = 4
@@ -39,6 +38,11 @@ class PchConfig:
     ffn: int = 512
     out_dim: int = 64
     max_history: int = 80
+    # The paper's adaptor is one linear map; with a small C that is too small a table for the items.
+    adaptor: Literal["mlp", "linear"] = "mlp"
+    # LEARN's variants of the item tower in training. All of them serve one item at a time.
+    # "sequence" (1): targets are read as a sequence. "alone" (2): each by itself. "content" (3): no PCH for items.
+    item_tower: Literal["sequence", "alone", "content"] = "sequence"
     positions: Literal["none", "learned"] = "none"
     # "unit": outputs have length 1 and training divides by a temperature. "raw": a plain dot product.
     output: Literal["unit", "raw"] = "unit"
@@ -96,15 +100,7 @@ class Pch(nn.Module):
     def __init__(self, config: PchConfig) -> None:
         super().__init__()
         self.config = config
-        self.adaptor = nn.Sequential(
-            nn.Linear(config.content_dim, config.adaptor_hidden),
-            nn.GELU(),
-            nn.Linear(config.adaptor_hidden, config.width),
-        )
-        # Identity until `standardise` is called, and again after `fold_standardisation`.
-        self.register_buffer("content_mean", torch.zeros(config.content_dim), persistent=False)
-        self.register_buffer("content_scale", torch.ones(config.content_dim), persistent=False)
-        self.is_standardised = False
+        self.adaptor = _adaptor(config)
         self.start = nn.Parameter(torch.randn(config.width) * 0.02)
         self.positions = None
         if config.positions == "learned":
@@ -114,40 +110,29 @@ class Pch(nn.Module):
         self.norm_out = nn.LayerNorm(config.width)
         self.projection = nn.Linear(config.width, config.out_dim)
 
-    def standardise(self, content: Tensor) -> None:
-        """Gives the adaptor inputs of mean 0 and variance 1 over a catalogue [n,C], for training.
-
-        Every prompt opens with the same words, so content embeddings share most of their direction, and being of
-        length 1 their entries are near C ** -0.5. Both starve the first layer of signal.
-        """
-        self.content_mean.copy_(content.mean(dim=0))
-        self.content_scale.copy_(1.0 / content.std(dim=0).clamp_min(1e-6))
-        self.is_standardised = True
-
-    @torch.no_grad()
-    def fold_standardisation(self) -> None:
-        """Moves it into the adaptor's first layer, exactly, so that serving pays nothing for it."""
-        first = self.adaptor[0]
-        first.weight.mul_(self.content_scale)
-        first.bias.sub_(first.weight @ self.content_mean)
-        self.is_standardised = False
-
-    def _adapt(self, content: Tensor) -> Tensor:
-        if self.is_standardised:
-            content = (content - self.content_mean) * self.content_scale
+    def adapt(self, content: Tensor) -> Tensor:
+        """[...,C] -> [...,D]: what enters the transformer."""
         return self.adaptor(content)
 
     def states(self, content: Tensor) -> Tensor:
         """[b,l,C] -> the output at the start token and at every item, [b,l+1,E]."""
-        x = self._embed(content)
+        return self.states_of(self.adapt(content))
+
+    def states_of(self, items: Tensor) -> Tensor:
+        """`states` of items that are adapted already, [b,l,D]."""
+        x = self._embed(items)
         mask = self._causal(x)
         for block in self.blocks:
             x = block(x, *block.keys_values(x), mask)
-        return self._output(x)
+        return self.output(self._project(x))
 
     def last(self, content: Tensor, mask: Tensor) -> Tensor:
         """[b,l,C], mask [b,l] (1 = item, items on the left) -> the output at the last item, [b,E]."""
-        x = self._embed(content)
+        return self.last_of(self.adapt(content), mask)
+
+    def last_of(self, items: Tensor, mask: Tensor) -> Tensor:
+        """`last` of items that are adapted already, [b,l,D]."""
+        x = self._embed(items)
         causal = self._causal(x)
         *earlier, final = self.blocks
         for block in earlier:
@@ -156,11 +141,15 @@ class Pch(nn.Module):
         at = n_items[:, None, None].expand(-1, 1, x.shape[-1])
         index = torch.arange(x.shape[1], device=x.device)
         seen = visible(n_items[:, None, None, None], index[None, None, None, :])  # [b,1,1,l+1]
-        return self._output(final(x.gather(1, at), *final.keys_values(x), seen)).squeeze(1)
+        return self.output(self._project(final(x.gather(1, at), *final.keys_values(x), seen))).squeeze(1)
 
     def alone(self, content: Tensor) -> Tensor:
         """[n,C] -> the output at the item of [start, item], [n,E]."""
-        x = self._adapt(content)[:, None]  # [n,1,D]
+        return self.output(self.alone_raw(self.adapt(content)))
+
+    def alone_raw(self, items: Tensor) -> Tensor:
+        """`alone` of items that are adapted already, [n,D] -> [n,E], before their length is made 1."""
+        x = items[:, None]  # [n,1,D]
         if self.positions is not None:
             x = x + self.positions[1:2]
         x = self.dropout(x)
@@ -170,7 +159,7 @@ class Pch(nn.Module):
             pair_key = torch.cat([start_key.expand(shared), key], dim=2)  # [n,heads,2,D/heads]
             pair_value = torch.cat([start_value.expand(shared), value], dim=2)
             x = block(x, pair_key, pair_value, None)
-        return self._output(x).squeeze(1)
+        return self._project(x).squeeze(1)
 
     def start_keys_values(self) -> list[tuple[Tensor, Tensor]]:
         """What the start token offers to those after it, one pair [1,heads,1,D/heads] a layer."""
@@ -184,8 +173,7 @@ class Pch(nn.Module):
             x = block(x, *pairs[-1], None)
         return pairs
 
-    def _embed(self, content: Tensor) -> Tensor:
-        items = self._adapt(content)
+    def _embed(self, items: Tensor) -> Tensor:
         x = torch.cat([self.start.expand(items.shape[0], 1, -1), items], dim=1)
         if self.positions is not None:
             x = x + self.positions[: x.shape[1]]
@@ -195,6 +183,17 @@ class Pch(nn.Module):
         index = torch.arange(x.shape[1], device=x.device)
         return visible(index[:, None], index[None, :])  # [l+1,l+1]
 
-    def _output(self, x: Tensor) -> Tensor:
-        out = self.projection(self.norm_out(x))
-        return F.normalize(out, dim=-1) if self.config.output == "unit" else out
+    def _project(self, x: Tensor) -> Tensor:
+        return self.projection(self.norm_out(x))
+
+    def output(self, raw: Tensor) -> Tensor:
+        """A user or item embedding as it is served: of length 1, or as it comes."""
+        return F.normalize(raw, dim=-1) if self.config.output == "unit" else raw
+
+
+def _adaptor(config: PchConfig) -> nn.Sequential:
+    """C -> D; in both shapes the first module is a linear layer, into which a standardisation can be folded."""
+    if config.adaptor == "linear":
+        return nn.Sequential(nn.Linear(config.content_dim, config.width))
+    first, second = config.adaptor_hidden, config.width
+    return nn.Sequential(nn.Linear(config.content_dim, first), nn.GELU(), nn.Linear(first, second))

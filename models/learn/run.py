@@ -26,6 +26,8 @@ from learn.cvr import CvrConfig, CvrHead
 from learn.cvr_train import CvrTrainConfig, train_head
 from learn.item_text import render
 from learn.pch import Pch, PchConfig
+from learn.recommender import Learn
+from learn.standardise import Method
 from learn.train import TrainConfig, train
 
 
@@ -36,6 +38,7 @@ class Run:
     folder: Path
     encoder: Path
     split: data.SplitConfig
+    standardise: Method = "scale"
 
     def prepare(self, movielens: Path) -> None:
         """A MovieLens folder -> data/."""
@@ -63,8 +66,11 @@ class Run:
         split = data.split(dataset.sequences, self.split)
         content = self.content(dataset)
         sizes = replace(sizes, content_dim=content.shape[1])
-        pch = train(config, sizes, content, dataset, split, self.folder / "train.jsonl")
-        _save(self.folder / "towers.pt", pch, sizes)
+        torch.manual_seed(config.seed)
+        model = Learn(Pch(sizes), content, self.standardise)
+        train(config, model, dataset, split, self.folder)
+        model.finish()
+        _save(self.folder / "towers.pt", model.pch, sizes)
 
     def towers(self) -> Pch:
         """What `train` left."""

@@ -31,3 +31,16 @@ def window(rng: np.random.Generator, n_events: int, size: int) -> tuple[int, int
     """A contiguous run [begin, end) of at most `size` events, its end uniform; at the tail full as serving is."""
     end = int(rng.integers(min(2, n_events), n_events + 1))
     return max(0, end - size), end
+
+
+def uniform(rng: np.random.Generator, n_events: int, _first: int, second: int) -> np.ndarray:
+    """The first stage alone: sorted positions [min(n, second)], every event alike. The paper's ablation."""
+    return np.sort(rng.choice(n_events, size=min(second, n_events), replace=False))
+
+
+def recent(_rng: np.random.Generator, n_events: int, _first: int, second: int) -> np.ndarray:
+    """No sampling: the newest `second` positions."""
+    return np.arange(max(0, n_events - second), n_events)
+
+
+SAMPLERS = {"two-stage": two_stage, "uniform": uniform, "recent": recent}

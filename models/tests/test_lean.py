@@ -86,15 +86,19 @@ def test_cvr():
         np.testing.assert_allclose(cvr, want_cvr.detach(), **CLOSE)
 
 
-def test_a_standardisation_that_is_not_folded_yet_is_folded_on_the_way():
-    pch = small_pch()
-    pch.standardise(torch.randn(50, 12) * 3 + 1)
+def test_a_linear_adaptor_is_a_product_less():
+    pch = small_pch(adaptor="linear")
     content, mask = histories([5, 2], 5)
     (got,) = run(lean.user_tower_model(pch), content, mask)
     np.testing.assert_allclose(got, pch.last(content, mask).detach(), **CLOSE)
     (got,) = run(lean.item_tower_model(pch), content[0])
     np.testing.assert_allclose(got, pch.alone(content[0]).detach(), **CLOSE)
-    assert pch.is_standardised and pch.start.dtype == torch.float32 and pch.start.requires_grad
+    assert pch.start.dtype == torch.float32 and pch.start.requires_grad
+
+
+def test_content_itself_as_item_tower_has_no_graph():
+    with pytest.raises(ValueError, match="variant"):
+        lean.item_tower_model(small_pch(item_tower="content"))
 
 
 def test_every_history_is_attended_to_without_keys_or_values_in_the_last_layer():

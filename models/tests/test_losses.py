@@ -75,14 +75,18 @@ def test_alignment_by_hand_with_padding_and_a_shared_item():
     item = torch.tensor([[1, 2, 0], [2, 3, 4], [5, 0, 0]])  # item 2 is wanted by users 0 and 1
     present = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
     log_frequency = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.1, 0.05]).log()[item]
-    got = losses.alignment(query, key, item, log_frequency, present, scale=1.5)
+    targets = losses.Targets(key, item, log_frequency, present)
+    got = losses.alignment(query, targets, scale=1.5)
+    # Several processes take a range of the users each, and what they get adds up.
+    parts = [losses.alignment(query[own], targets, 1.5, own) for own in (slice(0, 1), slice(1, 3))]
+    assert float(sum(parts)) == pytest.approx(float(got), rel=1e-6)
     assert float(got) == pytest.approx(alignment_by_hand(query, key, item, log_frequency, present, 1.5), rel=1e-5)
 
 
 def test_alignment_is_finite_where_a_batch_offers_no_negative():
     query, key = torch.randn(1, 2, 4, requires_grad=True), torch.randn(1, 2, 4)
     item, present = torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool)
-    loss = losses.alignment(query, key, item, torch.zeros(1, 2), present, scale=1.0)
+    loss = losses.alignment(query, losses.Targets(key, item, torch.zeros(1, 2), present), scale=1.0)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-6)
     assert torch.isfinite(query.grad).all()

@@ -86,12 +86,8 @@ def test_unit_output_has_length_one_and_raw_does_not():
     assert (small_pch(output="raw").alone(content).norm(dim=1) - 1).abs().max() > 1e-2
 
 
-def test_folding_the_standardisation_changes_no_output():
-    pch = small_pch()
-    content = torch.randn(50, 12) * 0.3 + 2.0
-    plain = pch.alone(content)
-    pch.standardise(content)
-    standardised = pch.alone(content)
-    assert not torch.allclose(plain, standardised, atol=1e-3)
-    pch.fold_standardisation()
-    torch.testing.assert_close(pch.alone(content), standardised, rtol=0, atol=1e-5)
+def test_a_linear_adaptor_is_one_map():
+    pch = small_pch(adaptor="linear")
+    assert [tuple(p.shape) for p in pch.adaptor.parameters()] == [(16, 12), (16,)]
+    content, mask = random_case(pch, [4, 2])
+    torch.testing.assert_close(pch.last(content, mask)[0], pch.states(content)[0, 4], **EXACT)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from learn.sampling import recency_weights, two_stage, window
+from learn.sampling import recency_weights, recent, two_stage, uniform, window
 
 
 def test_weights_are_those_of_the_paper():
@@ -36,3 +36,13 @@ def test_windows_are_full_at_the_tail_and_stay_inside():
     assert {end for _, end in bounds} == set(range(2, 31))
     assert all(begin == max(0, end - 8) for begin, end in bounds)
     assert window(rng, 1, 8) == (0, 1)
+
+
+def test_uniform_and_recent_are_the_ablations_of_two_stage():
+    rng = np.random.default_rng(0)
+    drawn = [uniform(rng, 100, 40, 10) for _ in range(500)]
+    assert all(len(set(d)) == 10 and list(d) == sorted(d) for d in drawn)
+    counts = np.bincount(np.concatenate(drawn), minlength=100)
+    assert counts[:50].mean() == pytest.approx(counts[50:].mean(), rel=0.1)
+    assert list(uniform(rng, 4, 40, 10)) == list(recent(rng, 4, 40, 10)) == [0, 1, 2, 3]
+    assert list(recent(rng, 12, 40, 3)) == [9, 10, 11]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import small_pch, write_movielens
 
-from learn import cvr_train, data, evaluate, train
+from learn import cvr_train, data, evaluate, retrieve, train
 from learn.cvr import CvrConfig
-from learn.pch import PchConfig
+from learn.hstu import Hstu, HstuConfig
+from learn.pch import Pch, PchConfig
+from learn.recommender import IdTowers, Learn
+from learn.sasrec import SasRec, SasRecConfig
 
 N_ITEMS, N_GROUPS = 60, 6
 SIZES = PchConfig(content_dim=12, adaptor_hidden=24, width=24, layers=2, heads=2, ffn=32, out_dim=12, max_history=10)
@@ -36,49 +39,127 @@ def world(tmp_path):
     return torch.nn.functional.normalize(content, dim=-1), dataset
 
 
-def fit(world, tmp_path, **changes):
+def fit(world, tmp_path, kind="learn", **changes):
     content, dataset = world
     split = data.split(dataset.sequences, data.SplitConfig())
-    sizes = {"steps": 120, "users": 16, "warmup": 10, "learning_rate": 3e-3, "n_uniform": 16, "check_every": 2}
+    sizes = {"steps": 120, "users": 16, "warmup": 10, "learning_rate": 3e-3, "n_uniform": 16, "check_every": 20}
     config = train.TrainConfig(**(sizes | changes))
-    pch = train.train(config, SIZES, content, dataset, split, tmp_path / "log.jsonl")
-    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()[1:]]
-    return pch, split, records
+    torch.manual_seed(config.seed)
+    model = MODELS[kind](content)
+    return model, split, train.train(config, model, dataset, split, tmp_path / "run")
 
 
-@pytest.mark.parametrize("weights", [{"next_weight": 1.0}, {"next_weight": 0.0, "align_weight": 1.0}])
-def test_towers_find_a_planted_rule_that_popularity_cannot(world, tmp_path, weights):
-    content, dataset = world
-    pch, split, records = fit(world, tmp_path, **weights)
-    name = "next" if weights["next_weight"] else "align"
-    assert records[-1][name] < records[0][name] - 0.2
-    assert [record["step"] for record in records] == list(range(2, 121, 2))
-    # Every user has met eight of the ten films of a group, so the two that are left should lead.
-    found = (evaluate.tower_ranks(pch, content, dataset, split.test) <= 2).mean()
-    popular = (evaluate.popularity_ranks(dataset, split, split.test) <= 2).mean()
-    assert found > 0.8 > 2 * popular
+MODELS = {
+    "learn": lambda content: Learn(Pch(SIZES), content),
+    "learn-id": lambda content: Learn(Pch(SIZES), content, n_ids=N_ITEMS),
+    "id-towers": lambda content: IdTowers(Pch(SIZES), N_ITEMS),
+    "sasrec": lambda content: SasRec(SasRecConfig(width=24, max_history=10), N_ITEMS),
+    "hstu": lambda content: Hstu(HstuConfig(width=24, heads=2, max_history=10), N_ITEMS),
+    "hstu-time": lambda content: Hstu(HstuConfig(width=24, max_history=10, time_bias=True), N_ITEMS),
+}
+
+
+def hits(model, dataset, split):
+    """Every user has met eight of the ten films of a group, so the two that are left should lead."""
+    return (retrieve.retrieve(model, dataset, split.test).rank <= 2).mean()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_model_finds_a_planted_rule_that_popularity_cannot(world, tmp_path, kind):
+    model, split, curve = fit(world, tmp_path, kind, check_every=2)
+    assert curve[-1]["loss_next"] < curve[0]["loss_next"] - 0.2
+    assert [record["step"] for record in curve] == list(range(2, 121, 2))
+    popular = (evaluate.popularity_ranks(world[1], split, split.test) <= 2).mean()
+    assert hits(model, world[1], split) > 0.8 > 2 * popular
+
+
+@pytest.mark.parametrize("item_tower", ["sequence", "alone"])
+def test_alignment_finds_the_rule_too(world, tmp_path, item_tower):
+    MODELS["variant"] = lambda content: Learn(Pch(replace(SIZES, item_tower=item_tower)), content)
+    model, split, curve = fit(world, tmp_path, "variant", next_weight=0.0, align_weight=1.0)
+    assert curve[-1]["loss_align"] < curve[0]["loss_align"] - 0.2
+    assert hits(model, world[1], split) > 0.8
+
+
+@pytest.mark.parametrize("candidates", ["full", "batch"])
+def test_each_set_of_candidates_finds_the_rule(world, tmp_path, candidates):
+    model, split, _ = fit(world, tmp_path, candidates=candidates)
+    assert hits(model, world[1], split) > 0.8
 
 
 def test_a_run_repeats_itself(world, tmp_path):
-    first = fit(world, tmp_path, steps=5)[0].state_dict()
-    again = fit(world, tmp_path, steps=5)[0].state_dict()
-    other = fit(world, tmp_path, steps=5, seed=2)[0].state_dict()
+    weights = [
+        fit(world, tmp_path / name, steps=5, seed=seed)[0].state_dict()
+        for name, seed in zip("abc", (1, 1, 2), strict=True)
+    ]
+    first, again, other = weights
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["projection.weight"], other["projection.weight"])
+    assert not torch.equal(first["pch.projection.weight"], other["pch.projection.weight"])
 
 
-def test_training_never_reads_a_held_out_event(world, tmp_path):
+def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(world, tmp_path, monkeypatch):
+    whole, _, curve = fit(world, tmp_path / "whole", steps=8, check_every=2)
+    step = train.Trainer.step
+
+    def dies(self, number):
+        if number == 5:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(train.Trainer, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        fit(world, tmp_path / "cut", steps=8, check_every=2)
+    done = []
+    monkeypatch.setattr(train.Trainer, "step", lambda self, number: done.append(number) or step(self, number))
+    resumed, _, curve_again = fit(world, tmp_path / "cut", steps=8, check_every=2)
+    assert done == [4, 5, 6, 7]
+    assert [{**r, "seconds": 0} for r in curve_again] == [{**r, "seconds": 0} for r in curve]
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_another_config_is_not_taken(world, tmp_path):
+    fit(world, tmp_path, steps=4, check_every=2)
+    curve = fit(world, tmp_path, steps=6, check_every=2)[2]
+    assert [record["step"] for record in curve] == [2, 4, 6]
+
+
+def test_the_best_check_on_validation_is_kept(world, tmp_path):
+    model, split, curve = fit(world, tmp_path, steps=40, check_every=5, learning_rate=0.05)
+    best = max(record["ndcg_at_10"] for record in curve)
+    found = evaluate.metrics(retrieve.retrieve(model, world[1], split.validation).rank)["ndcg_at_10"]
+    assert found == pytest.approx(best)
+
+
+def test_training_never_reads_a_held_out_event(world):
     content, dataset = world
     split = data.split(dataset.sequences, data.SplitConfig())
-    trainer = train.Trainer(train.TrainConfig(), small_pch(), content, dataset, split)
-    for sequence, run in zip(dataset.sequences, trainer.sequences, strict=True):
-        assert run.tolist() == sequence.items[:-2].tolist()
+    trainer = train.Trainer(train.TrainConfig(), MODELS["learn"](content), dataset, split)
+    held_out = {(u, int(item)) for u, s in enumerate(dataset.sequences) for item in s.items[-2:]}
+    packed = []
+    pack = trainer._pack
+    trainer._pack = lambda positions, users: packed.append((positions, users)) or pack(positions, users)
+    for _ in range(5):
+        trainer.next_item(trainer.users[:16])
+        trainer.align(trainer.users[:16])
+    met = {
+        (u, int(dataset.sequences[u].items[p])) for ps, us in packed for u, run in zip(us, ps, strict=True) for p in run
+    }
+    assert len(packed) == 15 and met and not met & held_out
     assert trainer.frequency.sum() == pytest.approx(1.0)
+
+
+def test_a_data_set_without_two_events_of_anyone_is_refused(world):
+    content, dataset = world
+    with pytest.raises(ValueError, match="no user has two events"):
+        train.Trainer(train.TrainConfig(), MODELS["learn"](content), dataset, data.Split([1] * 60, [], []))
 
 
 def test_the_head_finds_what_is_liked(world, tmp_path):
     content, dataset = world
-    pch, split, _ = fit(world, tmp_path, steps=30)
+    model, split, _ = fit(world, tmp_path, steps=30)
+    model.finish()
+    pch = model.pch
     config = cvr_train.CvrTrainConfig(epochs=15, batch=64, learning_rate=5e-3)
     sizes = CvrConfig(in_dim=12, fuse_dim=16, mid_dim=8)
     _head, figures = cvr_train.train_head(config, sizes, pch, content, dataset, split)
@@ -93,7 +174,7 @@ def test_head_examples_cover_each_training_event_once_with_the_state_before_it(n
     rng = np.random.default_rng(0)
     run = rng.permutation(40)[:n_events]
     values = np.where(np.arange(n_events) % 3 == 0, 5.0, 3.0)
-    dataset = data.Dataset([""] * 40, [], [data.Sequence("u", run, values)])
+    dataset = data.Dataset([""] * 40, [], [data.Sequence("u", run, values, np.arange(n_events))])
     found = cvr_train.training_examples(pch, content, dataset, data.Split([n_events], [], []))
     assert found.item.tolist() == run.tolist()
     assert found.label.tolist() == (values >= 4).tolist()

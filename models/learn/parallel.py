@@ -1,0 +1,55 @@
+"""Data parallelism under `torchrun`: who I am among the processes, and sums over all of them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def start() -> None:
+    """Joins the group if torchrun started this process (it sets WORLD_SIZE); NCCL where there are GPUs, else Gloo."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def stop() -> None:
+    """Leaves the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_first() -> bool:
+    """True for the one process that writes files and draws progress bars."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def share(n_users: int) -> slice:
+    """This process's rows of a batch."""
+    if not dist.is_initialized():
+        return slice(0, n_users)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return slice(rank * n_users // world, (rank + 1) * n_users // world)
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Every process's gradients become the sum of all. A parameter that a process did not use counts as zero there."""
+    if not dist.is_initialized():
+        return
+    used = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in used])
+    dist.all_reduce(flat)
+    for parameter, gradient in zip(used, flat.split([p.numel() for p in used]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
+def summed(part: Tensor) -> float:
+    """The sum of every process's part of a loss."""
+    total = part.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return float(total)

@@ -1,0 +1,97 @@
+"""A recommender against the whole catalogue: ranks of the held-out items, and what it puts first.
+
+Protocol as in `evaluate`: every item that the user has not met before is scored, each embedded alone as in serving;
+ties count against the model. The history is the newest `max_history` events before the one that is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learn.data import Dataset, Event
+from learn.recommender import Recommender
+
+CHUNK = 256
+N_TOP = 10
+
+
+@dataclass(frozen=True)
+class Histories:
+    """What a model reads before each of e events: items [e,l], times [e,l+1] and length [e]; padded on the right."""
+
+    items: Tensor
+    times: Tensor
+    length: Tensor
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """rank [e] of the target from 1, and the first ten items [e,10] by catalogue index."""
+
+    rank: np.ndarray
+    top: np.ndarray
+
+
+def histories(dataset: Dataset, events: list[Event], longest: int) -> Histories:
+    """As many columns as the longest of these histories needs, and at least one."""
+    lengths = [min(event.position, longest) for event in events]
+    width = max(1, *lengths)
+    items = np.zeros((len(events), width), dtype=np.int64)
+    times = np.zeros((len(events), width + 1), dtype=np.int64)
+    for row, (event, length) in enumerate(zip(events, lengths, strict=True)):
+        sequence, begin = dataset.sequences[event.user], event.position - length
+        items[row, :length] = sequence.items[begin : event.position]
+        times[row, : length + 1] = sequence.timestamps[begin : event.position + 1]
+    return Histories(torch.from_numpy(items), torch.from_numpy(times), torch.tensor(lengths))
+
+
+@torch.inference_mode()
+def user_states(model: Recommender, dataset: Dataset, events: list[Event]) -> Tensor:
+    """[e,E] on the CPU: each user as the event finds them."""
+    model.eval()
+    device = next(model.buffers(), next(model.parameters(), torch.empty(0))).device
+    found = []
+    for begin in range(0, len(events), CHUNK):
+        given = histories(dataset, events[begin : begin + CHUNK], model.max_history)
+        found.append(model.last(given.items.to(device), given.times.to(device), given.length.to(device)).float().cpu())
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def item_table(model: Recommender, n_items: int) -> Tensor:
+    """[I,E] on the CPU."""
+    model.eval()
+    device = next(model.buffers(), next(model.parameters(), torch.empty(0))).device
+    chunks = torch.arange(n_items, device=device).split(4096)
+    return torch.cat([model.item_embeddings(chunk).float().cpu() for chunk in chunks])
+
+
+@torch.inference_mode()
+def retrieve(model: Recommender, dataset: Dataset, events: list[Event]) -> Retrieval:
+    """Ranks and first items of every event."""
+    items = item_table(model, len(dataset.item_ids))
+    ranks, tops = [], []
+    for begin in range(0, len(events), CHUNK):
+        chunk = events[begin : begin + CHUNK]
+        scores = user_states(model, dataset, chunk) @ items.T
+        rank, top = _ranked(scores, dataset, chunk)
+        ranks.append(rank)
+        tops.append(top)
+    return Retrieval(np.concatenate(ranks), np.concatenate(tops))
+
+
+def _ranked(scores: Tensor, dataset: Dataset, events: list[Event]) -> tuple[np.ndarray, np.ndarray]:
+    target = torch.tensor([int(dataset.sequences[event.user].items[event.position]) for event in events])
+    own = scores.gather(1, target[:, None])
+    if not torch.isfinite(own).all():
+        raise ValueError("the score of a held-out item is not finite")
+    for row, event in enumerate(events):
+        scores[row, torch.from_numpy(np.asarray(dataset.sequences[event.user].items[: event.position]))] = -torch.inf
+    # An item that a user meets a second time may be a target again, so it stays in the ranking then.
+    scores.scatter_(1, target[:, None], own)
+    # The target itself is one of those that are at least as high, hence no further 1.
+    return (scores >= own).sum(dim=1).numpy(), scores.topk(min(N_TOP, scores.shape[1])).indices.numpy()

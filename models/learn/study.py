@@ -1,0 +1,254 @@
+"""A study: several models, several seeds, one protocol; a JSON a run, from which `learn report` is built.
+
+Every model of a study has the same split, events, loss, candidates and number of steps unless its entry says otherwise,
+and its best check on validation is what the test events see. They are looked at once, when a run is over.
+
+A run that has its JSON already, from the same config, is not repeated; so a study that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import platform
+import shutil
+import time
+import tomllib
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from learn import data
+from learn.config import strict
+from learn.evaluate import metrics, popularity, popularity_ranks
+from learn.hstu import Hstu, HstuConfig
+from learn.pch import Pch, PchConfig
+from learn.recommender import ContentMean, IdTowers, Learn, Recommender
+from learn.retrieve import N_TOP, retrieve
+from learn.sasrec import SasRec, SasRecConfig
+from learn.standardise import Method
+from learn.train import TrainConfig, train
+
+FORMAT = 1
+# The most popular hundredth of the catalogue is the head.
+HEAD = 0.01
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model of a study, as its TOML has it. `sizes` and `train` change single values of what they belong to."""
+
+    kind: Literal["popularity", "content-mean", "sasrec", "hstu", "id-towers", "learn"]
+    label: str
+    family: Literal["baseline", "learn", "ablation"] = "baseline"
+    sizes: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    # Which content embeddings, by their name in the study; how they are standardised; free vectors beside them.
+    content: str = "minilm"
+    standardise: Method = "whiten"
+    ids: bool = False
+    # What an ablation is compared with, and what it asks.
+    reference: str = ""
+    question: str = ""
+    # Fewer seeds than the study has, from the first.
+    n_seeds: int | None = None
+
+
+@dataclass(frozen=True)
+class Content:
+    """Where the content embeddings of one name come from: whose texts, which encoder."""
+
+    encoder: str
+    keywords: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """The TOML file."""
+
+    study: str
+    seeds: list[int]
+    split: data.SplitConfig
+    train: TrainConfig
+    contents: dict[str, Content]
+    models: dict[str, Arm]
+
+    def __post_init__(self) -> None:
+        for name, arm in self.models.items():
+            if arm.content not in self.contents:
+                raise ValueError(f"models.{name}.content: {arm.content!r} is none of {sorted(self.contents)}")
+            if arm.reference and arm.reference not in self.models:
+                raise ValueError(f"models.{name}.reference: {arm.reference!r} is no model of this study")
+            if set(arm.train) & {"seed"}:
+                raise ValueError(f"models.{name}.train: seeds belong to the study")
+            strict(TrainConfig, asdict(self.train) | arm.train, f"models.{name}.train")
+            if arm.kind in _SIZES:
+                strict(_SIZES[arm.kind], arm.sizes, f"models.{name}.sizes")
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Every (model, seed), seeds outermost, so that a study that is stopped early has some seeds of everything."""
+        pairs = [(name, seed) for seed in self.seeds for name in self.models]
+        return [(name, seed) for name, seed in pairs if seed in self._seeds_of(self.models[name])]
+
+    def _seeds_of(self, arm: Arm) -> list[int]:
+        if arm.kind in ("popularity", "content-mean"):
+            return self.seeds[:1]  # Nothing in them is random.
+        return self.seeds[: arm.n_seeds]
+
+
+_SIZES = {"sasrec": SasRecConfig, "hstu": HstuConfig, "id-towers": PchConfig, "learn": PchConfig}
+
+
+def read_study(path: Path) -> Study:
+    """A study's TOML. Unknown keys and wrong types are errors that name the key."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    try:
+        return strict(Study, raw, "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all runs of a study read: the prepared data, and a file [I,C] of content embeddings a name."""
+
+    dataset: data.Dataset
+    content: Mapping[str, Path]
+
+
+def build(arm: Arm, inputs: Inputs) -> Recommender:
+    """An arm's model with random weights."""
+    n_items = len(inputs.dataset.item_ids)
+    if arm.kind == "sasrec":
+        return SasRec(strict(SasRecConfig, arm.sizes, "sizes"), n_items)
+    if arm.kind == "hstu":
+        return Hstu(strict(HstuConfig, arm.sizes, "sizes"), n_items)
+    if arm.kind == "content-mean":
+        return ContentMean(_content(arm, inputs), PchConfig().max_history)
+    sizes = strict(PchConfig, arm.sizes, "sizes")
+    if arm.kind == "id-towers":
+        return IdTowers(Pch(sizes), n_items)
+    content = _content(arm, inputs)
+    # Variant 3 has no item tower, so the user tower has to end in the content's own space.
+    out_dim = content.shape[1] if sizes.item_tower == "content" else sizes.out_dim
+    sizes = replace(sizes, content_dim=content.shape[1], out_dim=out_dim)
+    return Learn(Pch(sizes), content, arm.standardise, n_items if arm.ids else 0)
+
+
+def _content(arm: Arm, inputs: Inputs) -> Tensor:
+    return torch.from_numpy(np.load(inputs.content[arm.content]).astype(np.float32))
+
+
+def run_one(study: Study, name: str, seed: int, inputs: Inputs, out: Path) -> None:
+    """Trains one model with one seed and writes its JSON; does nothing if that is there already."""
+    arm, path = study.models[name], out / run_file(name, seed)
+    config = {"arm": asdict(arm), "train": asdict(study.train) | arm.train | {"seed": seed}}
+    if path.is_file() and json.loads(path.read_text())["config"] == config:
+        return
+    split = data.split(inputs.dataset.sequences, study.split)
+    record = {"format": FORMAT, "kind": "retrieval", "study": study.study, "model": name, "label": arm.label}
+    record |= {"family": arm.family, "seed": seed, "config": config, "machine": machine()}
+    if arm.reference:
+        record |= {"reference": arm.reference, "question": arm.question}
+    record |= _popular(inputs, split) if arm.kind == "popularity" else _trained(config, arm, inputs, split, path)
+    write_json(path, record)
+
+
+def _popular(inputs: Inputs, split: data.Split) -> dict[str, Any]:
+    begin = time.monotonic()
+    rank = popularity_ranks(inputs.dataset, split, split.test)
+    seconds = {"train": 0.0, "evaluate": round(time.monotonic() - begin, 1)}
+    return {"n_parameters": 0, "seconds": seconds, "curve": [], **_found(rank)}
+
+
+def _trained(config: dict[str, Any], arm: Arm, inputs: Inputs, split: data.Split, path: Path) -> dict[str, Any]:
+    torch.manual_seed(config["train"]["seed"])
+    model, begin = build(arm, inputs), time.monotonic()
+    curve = []
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        # Named by its config, so that a checkpoint of another one is not gone on with; gone when the run is over.
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+        folder = path.with_name(f"{path.stem}.{digest}.run")
+        curve = train(TrainConfig(**config["train"]), model, inputs.dataset, split, folder)
+        shutil.rmtree(folder)
+    middle = time.monotonic()
+    found = retrieve(model, inputs.dataset, split.test)
+    seconds = {"train": round(middle - begin, 1), "evaluate": round(time.monotonic() - middle, 1)}
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    result = {"n_parameters": n_parameters, "seconds": seconds, "curve": curve, **_found(found.rank)}
+    return result | {"top": _top(found.top, popularity(inputs.dataset, split))}
+
+
+def _found(rank: np.ndarray) -> dict[str, Any]:
+    return {"metrics": metrics(rank), "rank": rank.tolist()}
+
+
+def _top(top: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+    """How much of what is recommended is the head, and how much of the catalogue is ever recommended."""
+    head = np.argsort(-counts, kind="stable")[: max(1, round(HEAD * len(counts)))]
+    return {
+        f"head_share_at_{N_TOP}": float(np.isin(top, head).mean()),
+        f"coverage_at_{N_TOP}": len(np.unique(top)) / len(counts),
+    }
+
+
+def write_events(study: Study, inputs: Inputs, out: Path) -> None:
+    """study.json: what the runs of a study share, the test events above all."""
+    dataset = inputs.dataset
+    split = data.split(dataset.sequences, study.split)
+    counts = popularity(dataset, split).astype(int)
+    items = [int(dataset.sequences[event.user].items[event.position]) for event in split.test]
+    facts = {
+        "n_users": len(dataset.sequences),
+        "n_items": len(dataset.item_ids),
+        "n_events": sum(len(sequence.items) for sequence in dataset.sequences),
+    }
+    events = {
+        "user": [event.user for event in split.test],
+        "item": items,
+        "position": [event.position for event in split.test],
+        "item_count": [int(counts[item]) for item in items],
+        "user_count": [int(split.n_train[event.user]) for event in split.test],
+    }
+    record = {"format": FORMAT, "study": study.study, "data": facts, "events": events}
+    write_json(out / "study.json", record | {"protocol": asdict(study.split)})
+
+
+def run_file(name: str, seed: int) -> str:
+    """The name of a run's JSON."""
+    return f"{name.replace('/', '--')}-{seed}.json"
+
+
+def run_study(study: Study, inputs: Inputs, out: Path, n_workers: int) -> None:
+    """Every run that is missing, `n_workers` at a time, one thread each: small models gain little from a second."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_events(study, inputs, out)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        jobs = {pool.submit(run_one, study, name, seed, inputs, out): (name, seed) for name, seed in study.runs()}
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc=study.study, unit="run"):
+            job.result()
+
+
+def machine() -> str:
+    """What a run's seconds were measured on."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()}, {torch.get_num_threads()} thread(s){gpu}, torch {torch.__version__.split('+')[0]}"
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Atomically; a list of numbers on one line."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record) + "\n")
+    partial.replace(path)
