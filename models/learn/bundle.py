@@ -25,15 +25,13 @@ import torch
 from learn import export, lean
 from learn.ceg import Encoder, pad
 from learn.cvr import CvrHead
-from learn.graphs import CvrGraph, ItemTowerGraph, UserTowerGraph
+from learn.graphs import CvrGraph, ItemTowerGraph, UserTowerGraph, cast_weights
 from learn.item_text import ItemText, render, template_source
 from learn.pch import Pch
 
 FORMAT = 1
 ABSOLUTE_TOLERANCE = 1e-4
 COSINE_TOLERANCE = 0.99999
-# A protobuf cannot pass 2 GB and is read whole; larger encoders keep their weights in a file of their own.
-INLINE_UP_TO_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -74,32 +72,12 @@ def write(bundle: Bundle, out: Path) -> None:
 def _write_files(bundle: Bundle, folder: Path) -> None:
     encoder = bundle.encoder
     shutil.copyfile(encoder.tokenizer_path, folder / "tokenizer.json")
-    _write_encoder(encoder, folder)
+    export.write_encoder(encoder.graph, folder, encoder.weights)
     onnx.save(lean.user_tower_model(bundle.pch), folder / "user_tower.onnx")
     onnx.save(lean.item_tower_model(bundle.pch), folder / "item_tower.onnx")
     onnx.save(lean.cvr_model(bundle.head), folder / "cvr.onnx")
     (folder / "golden.json").write_text(json.dumps(golden(bundle), ensure_ascii=True, indent=1) + "\n")
     (folder / "manifest.toml").write_text(tomli_w.dumps(manifest(bundle, folder)))
-
-
-def _write_encoder(encoder: Encoder, folder: Path) -> None:
-    model = export.encoder_model(encoder.graph)
-    path = folder / "encoder.onnx"
-    is_linked = encoder.weights is not None and _linked(model, encoder.weights, folder)
-    if is_linked or model.ByteSize() <= INLINE_UP_TO_BYTES:
-        onnx.save(model, path)
-    else:
-        onnx.save(model, path, save_as_external_data=True, location="encoder.weights", size_threshold=1024)
-
-
-def _linked(model: onnx.ModelProto, weights: Path, folder: Path) -> bool:
-    """Copies the weights and links into them; false, and no copy, if they hold nothing of the graph (other dtypes)."""
-    copy = folder / "model.safetensors"
-    shutil.copyfile(weights, copy)
-    if export.link(model, copy):
-        return True
-    copy.unlink()
-    return False
 
 
 def _part(name: str) -> str:
@@ -170,7 +148,7 @@ def golden(bundle: Bundle) -> dict[str, Any]:
         raise ValueError("a golden item has no text")
     prompts = [render(text) for text in texts]
     ids = encoder.tokenize(prompts)
-    content = torch.cat([encoder.graph(*pad([row], encoder.pad_id)) for row in ids])  # [n,C], each item by itself
+    content = exact_content(encoder, ids)
     item = ItemTowerGraph(bundle.pch).eval()(content)
     histories = _histories(len(texts), bundle.pch.config.max_history)
     tower = UserTowerGraph(bundle.pch).eval()
@@ -189,6 +167,23 @@ def golden(bundle: Bundle) -> dict[str, Any]:
         "users": [{"history": h, "user": numbers(u)} for h, u in zip(histories, user, strict=True)],
         "pairs": _pairs(CvrGraph(bundle.head).eval(), user, item),
     }
+
+
+@torch.inference_mode()
+def exact_content(encoder: Encoder, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """[n,C] on the CPU, each text by itself, computed in fp32 whatever the weights are kept in.
+
+    Weights in fp16 are widened for that, and rounding them again gives what they were. So golden vectors say what those
+    weights mean, and not how one of many ways to add up in fp16 rounds; ONNX Runtime stays within 1e-4 of them.
+    """
+    device, dtype = encoder.device, encoder.dtype
+    graph = encoder.graph.cpu()
+    cast_weights(graph, torch.float32)
+    try:
+        return torch.cat([graph(*pad([row], encoder.pad_id)) for row in ids])
+    finally:
+        cast_weights(graph, dtype)
+        graph.to(device)
 
 
 def _histories(n_items: int, max_history: int) -> list[list[int]]:

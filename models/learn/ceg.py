@@ -1,34 +1,51 @@
 """CEG (Content Embedding Generation): prompts -> content embeddings, by a frozen language model.
 
 The embedding is the mean of the last hidden states over the real tokens, scaled to length 1 (`graphs.EncoderGraph`).
-It depends on the weights, the tokenizer, the prompt and `max_tokens`, and on nothing else, so these four name the file
-in which embeddings are kept between runs.
+It depends on the weights, the tokenizer, the prompt and `max_tokens`, and on nothing else, so these name the files in
+which embeddings are kept between runs (`content_store`).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
-from tqdm import tqdm
-from transformers import AutoModel, BertModel
 
-from learn import minilm
+from learn import checkpoint, content_store
+from learn.batching import BatchConfig, batches
+from learn.content_store import StoreConfig
 from learn.graphs import EncoderGraph
+from learn.progress import Rate
 
-BATCH = 64
+GPU_BATCHES = BatchConfig(max_tokens=32_768)
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """How a frozen model runs."""
+
+    # "cpu", "cuda", "cuda:1" and so on; "auto" takes CUDA where there is one.
+    device: str = "auto"
+    # Of weights and hidden states: float32, bfloat16 or float16. Mean and norm are always in fp32.
+    dtype: str = "float32"
+    # None takes a batch size that suits the device.
+    batching: BatchConfig | None = None
+
+    def resolved_device(self) -> torch.device:
+        """The device that "auto" stands for here."""
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A frozen model with its tokenizer. `weights` and `tokenizer_path` are the files that were read."""
+    """A frozen model with its tokenizer. `weights`, `config_path` and `tokenizer_path` are the files that were read."""
 
     name: str
     graph: EncoderGraph
@@ -37,44 +54,64 @@ class Encoder:
     max_tokens: int
     pad_id: int
     dim: int
-    weights: Path | None = None
+    weights: tuple[Path, ...] = ()
+    config_path: Path | None = None
+    batching: BatchConfig = field(default_factory=BatchConfig)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.graph.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.graph.parameters()).dtype
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids with special tokens, cut at `max_tokens`, never padded."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(prompts))]
 
     def encode(self, prompts: Sequence[str], show_progress: str | None = None) -> np.ndarray:
-        """[n,C] fp32 in the order of `prompts`; sorted by length inside, so that little is spent on padding."""
+        """[n,C] fp32 in the order of `prompts`, all in memory; `encode_cached` is for what does not fit there."""
         ids = self.tokenize(prompts)
-        order = sorted(range(len(ids)), key=lambda index: (len(ids[index]), index))
         content = np.empty((len(ids), self.dim), dtype=np.float32)
-        progress = tqdm(total=len(ids), desc=show_progress, unit="item", disable=show_progress is None)
-        for begin in range(0, len(order), BATCH):
-            chosen = order[begin : begin + BATCH]
-            with torch.inference_mode():
-                content[chosen] = self.graph(*pad([ids[index] for index in chosen], self.pad_id)).numpy()
-            progress.update(len(chosen))
-        progress.close()
-        if not np.isfinite(content).all():
-            raise ValueError("the encoder gave a vector that is not finite")
+        with Rate(show_progress, len(ids)) as rate:
+            for rows, vectors in self.run(ids):
+                content[rows] = vectors
+                rate.add(len(rows), sum(len(ids[row]) for row in rows))
         return content
+
+    def run(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Token ids, ragged -> batches in the order of length: rows [b] of `ids` and their vectors [b,C] fp32."""
+        for rows in batches([len(row) for row in ids], self.batching):
+            if not ids[rows[0]]:
+                raise ValueError(f"prompt {rows[0]} has no token, so there is nothing to take the mean of")
+            input_ids, mask = pad([ids[row] for row in rows], self.pad_id)
+            with torch.inference_mode():
+                vectors = self.graph(input_ids.to(self.device), mask.to(self.device)).float().cpu().numpy()
+            if not np.isfinite(vectors).all():
+                bad = rows[int(np.argmin(np.isfinite(vectors).all(axis=1)))]
+                raise ValueError(f"the encoder gave a vector that is not finite, for prompt {bad}")
+            yield rows, vectors
 
 
 def pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ragged ids -> input_ids [b,s] and attention_mask [b,s], padded on the right."""
-    length = max(len(row) for row in ids)
-    input_ids = torch.full((len(ids), length), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(ids), length), dtype=torch.int64)
-    for index, row in enumerate(ids):
-        input_ids[index, : len(row)] = torch.tensor(row)
-        mask[index, : len(row)] = 1
-    return input_ids, mask
+    lengths = np.array([len(row) for row in ids])
+    mask = np.arange(lengths.max())[None] < lengths[:, None]
+    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    input_ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
+    return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))
 
 
 def wrap(
-    name: str, model: nn.Module, tokenizer_path: Path, max_tokens: int, pad_id: int, weights: Path | None = None
+    name: str, model: nn.Module, tokenizer_path: Path, max_tokens: int, pad_id: int, weights: tuple[Path, ...] = ()
 ) -> Encoder:
     """A model in memory -> an encoder. The tokenizer's own padding and truncation are overridden, as in the server."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if max_tokens < 1 or (longest is not None and max_tokens > longest):
+        raise ValueError(f"max_tokens is {max_tokens}, {name} takes 1 to {longest}")
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens, direction="right")
@@ -82,45 +119,37 @@ def wrap(
     return Encoder(name, graph, tokenizer, tokenizer_path, max_tokens, pad_id, model.config.hidden_size, weights)
 
 
-def load(folder: Path, max_tokens: int) -> Encoder:
-    """An encoder from a folder: a Hugging Face one (config.json), or the two fetched files of all-MiniLM-L6-v2."""
-    weights, tokenizer = folder / "model.safetensors", folder / "tokenizer.json"
-    for path in (weights, tokenizer):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; `make setup` fetches the default encoder")
-    if (folder / "config.json").is_file():
-        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-        pad_id = model.config.pad_token_id if model.config.pad_token_id is not None else 0
-        return wrap(folder.resolve().name, model, tokenizer, max_tokens, pad_id, weights)
-    model = BertModel(minilm.config(), add_pooling_layer=False)
-    missing, _unused = model.load_state_dict(load_file(weights), strict=False)
-    if missing:
-        raise ValueError(f"{weights}: lacks {len(missing)} tensors of all-MiniLM-L6-v2, the first is {missing[0]}")
-    return wrap(minilm.NAME, model, tokenizer, max_tokens, minilm.PAD_ID, weights)
+def load(folder: Path, max_tokens: int, config: LoadConfig | None = None) -> Encoder:
+    """An encoder from a folder; `checkpoint` lists what such a folder may hold beside its tokenizer.json."""
+    config = config or LoadConfig()
+    read = checkpoint.read(folder, config.dtype)
+    tokenizer = folder / checkpoint.TOKENIZER
+    if not tokenizer.is_file():
+        raise FileNotFoundError(
+            f"{tokenizer} is missing; `make setup` fetches that of the default encoder, and "
+            "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) makes one from older files"
+        )
+    encoder = wrap(read.name, read.model, tokenizer, max_tokens, read.pad_id, read.weights)
+    device = config.resolved_device()
+    encoder.graph.to(device)
+    batching = config.batching or (BatchConfig() if device.type == "cpu" else GPU_BATCHES)
+    return replace(encoder, config_path=read.config, batching=batching)
 
 
-def cache_key(encoder: Encoder, prompts: Sequence[str]) -> str:
+def cache_key(encoder: Encoder, prompts: Iterable[str]) -> str:
     """A digest over everything that the embeddings depend on."""
-    digest = hashlib.sha256()
-    for path in (encoder.weights, encoder.tokenizer_path):
-        if path is None:
-            raise ValueError("an encoder without a weights file has no cache key")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    digest.update(encoder.max_tokens.to_bytes(8, "little"))
+    digest = content_store.seeded(encoder)
     for prompt in prompts:
-        raw = prompt.encode()
-        digest.update(len(raw).to_bytes(8, "little") + raw)
+        content_store.add_prompt(digest, prompt)
     return digest.hexdigest()
 
 
-def encode_cached(encoder: Encoder, prompts: Sequence[str], cache: Path) -> np.ndarray:
-    """`Encoder.encode`, kept in `cache` under its key. A half-written file is never seen under that name."""
-    path = cache / f"content-{cache_key(encoder, prompts)[:32]}.npy"
-    if path.is_file():
-        return np.load(path)
-    content = encoder.encode(prompts, show_progress="encode items")
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, content)
-    partial.rename(path)
-    return content
+def encode_cached(
+    encoder: Encoder, prompts: Iterable[str], cache: Path, config: StoreConfig | None = None
+) -> np.ndarray:
+    """[n,C] in the order of `prompts`, memory-mapped from a file in `cache`; encodes what no earlier run has done.
+
+    `prompts` is read twice, so it must be something that can be: a list, or an object whose `__iter__` begins anew. Of
+    it only two shards are ever in memory. The array may be written to without changing the file.
+    """
+    return content_store.stored(encoder, prompts, cache, config or StoreConfig())

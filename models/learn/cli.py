@@ -1,6 +1,7 @@
 """The command line: one sub-command a step, each a thin call into its module.
 
-Steps talk through one folder (`--run`); see learn/run.py for what lies in it.
+Steps talk through one folder (`--run`); see learn/run.py for what lies in it. Settings come from one TOML file
+(`--config`); without it they are those of the shipped bundle.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parents[1]
 SOURCE = "MovieLens ml-latest-small (GroupLens; Harper and Konstan 2015), research use"
+Arguments = argparse.Namespace
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,47 +23,30 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(arguments.threads))
     # Waiting threads that spin starve whoever shares the cores, and that is mostly this process itself.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from learn.data import DataError
-
     try:
-        arguments.run_command(arguments)
-    except (DataError, FileNotFoundError) as error:
+        return arguments.run_command(arguments) or 0
+    except (ValueError, OSError) as error:  # DataError is a ValueError.
         print(f"learn: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--run", type=Path, default=HERE / "runs" / "default", help="folder of the run")
-    common.add_argument("--encoder", type=Path, default=HERE / "default", help="folder of the frozen encoder")
-    common.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    common.add_argument("--seed", type=int, default=1)
-    common.add_argument("--n-test", type=int, default=1, help="newest events a user held out for the test")
-    common.add_argument("--n-validation", type=int, default=1, help="events a user held out before those")
-    raw = argparse.ArgumentParser(add_help=False)
-    raw.add_argument("--data", type=Path, required=True, help="MovieLens folder in its original files")
-    bundle = argparse.ArgumentParser(add_help=False)
-    bundle.add_argument("--out", type=Path, default=HERE / "default", help="folder of the bundle")
-    bundle.add_argument("--name", default="learn-minilm-ml-small", help="name in the manifest")
-    bundle.add_argument("--bundle-version", default="1", help="version in the manifest")
-    bundle.add_argument("--source", default=SOURCE, help="what the manifest says of the data")
-    steps = argparse.ArgumentParser(add_help=False)
-    steps.add_argument("--steps", type=int, help="optimiser steps of the towers")
-
     parser = argparse.ArgumentParser(prog="learn", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
+    common, raw, bundle = _common(), _raw(), _bundle()
     for name, function, text, parents in (
-        ("prepare", _prepare, "raw data set -> neutral format", [raw]),
-        ("encode", _encode, "content embeddings of every item, kept on disk", []),
-        ("train", _train, "train the towers", [steps]),
-        ("cvr", _cvr, "train the CVR head on frozen towers", []),
-        ("evaluate", _evaluate, "full-ranking metrics, and popularity beside them", []),
-        ("export", _export, "write and verify the bundle", [bundle]),
-        ("all", _all, "every step from prepare to export", [raw, steps, bundle]),
+        ("prepare", _prepare, "raw data set -> prepared folder", [common, raw]),
+        ("encode", _encode, "content embeddings of every item, kept on disk", [common]),
+        ("train", _train, "train the towers", [common]),
+        ("cvr", _cvr, "train the CVR head on frozen towers", [common]),
+        ("rank", _rank, "a ranking model with and without mid-emb", [common]),
+        ("evaluate", _evaluate, "full-ranking metrics, and popularity beside them", [common]),
+        ("export", _export, "write and verify the bundle", [common, bundle]),
+        ("all", _all, "every step from prepare to export but rank", [common, raw, bundle]),
     ):
-        command = commands.add_parser(name, help=text, parents=[common, *parents])
-        command.set_defaults(run_command=function)
+        commands.add_parser(name, help=text, parents=parents).set_defaults(run_command=function)
+    _add_study(commands, raw)
+    _add_serving(commands, common)
     fixture = commands.add_parser("fixture", help="write the tiny random bundles that tests use")
     fixture.add_argument(
         "--out", type=Path, required=True, help="folder of all fixtures; each bundle gets its own in it"
@@ -70,55 +55,183 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace):
+def _common() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--run", type=Path, default=HERE / "runs" / "default", help="folder of the run")
+    common.add_argument("--config", type=Path, help="TOML of settings; configs/ has some")
+    common.add_argument("--encoder", type=Path, default=HERE / "default", help="folder of the frozen encoder")
+    common.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    common.add_argument("--seed", type=int, help="of towers and head, in place of the config's")
+    common.add_argument("--steps", type=int, help="optimiser steps of the towers, in place of the config's")
+    return common
+
+
+def _raw() -> argparse.ArgumentParser:
+    raw = argparse.ArgumentParser(add_help=False)
+    raw.add_argument(
+        "--data", type=Path, required=True, help="MovieLens or Amazon in their original files, or the neutral format"
+    )
+    return raw
+
+
+def _bundle() -> argparse.ArgumentParser:
+    bundle = argparse.ArgumentParser(add_help=False)
+    bundle.add_argument("--out", type=Path, default=HERE / "default", help="folder of the bundle")
+    bundle.add_argument("--name", default="learn-minilm-ml-small", help="name in the manifest")
+    bundle.add_argument("--bundle-version", default="1", help="version in the manifest")
+    bundle.add_argument("--source", default=SOURCE, help="what the manifest says of the data")
+    bundle.add_argument("--figures", type=Path, help="folder of a study whose figures of --model go into the manifest")
+    bundle.add_argument("--model", default="learn-text", help="the model of that study that this bundle is one seed of")
+    return bundle
+
+
+def _add_study(commands: argparse._SubParsersAction, raw: argparse.ArgumentParser) -> None:
+    study = commands.add_parser("study", parents=[raw], help="several models and seeds, a JSON a run")
+    study.add_argument(
+        "--config", type=Path, default=HERE / "configs" / "ml-latest-small.toml", help="TOML of the study"
+    )
+    study.add_argument("--run", type=Path, default=HERE / "runs" / "study", help="prepared data and embeddings")
+    study.add_argument("--out", type=Path, default=HERE / "results", help="the study gets a folder of its name in it")
+    study.add_argument("--encoders", type=Path, default=HERE, help="folder that the study's encoders lie in")
+    study.add_argument("--only", nargs="+", metavar="MODEL", help="some of the models, not all")
+    study.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time, a thread each")
+    study.set_defaults(run_command=_study, threads=1)
+    report = commands.add_parser("report", help="REPORT.md with tables and plots, from the JSONs")
+    report.add_argument("--results", type=Path, default=HERE / "results", help="folder of the studies")
+    report.add_argument("--out", type=Path, default=HERE, help="where REPORT.md and report/ go")
+    report.set_defaults(run_command=_report, threads=1)
+
+
+def _add_serving(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    embed = commands.add_parser("embed", help="content and item embeddings of a whole catalogue, as Parquet")
+    embed.add_argument("--bundle", type=Path, default=HERE / "default", help="folder of the bundle")
+    embed.add_argument("--items", type=Path, required=True, help="JSONL or Parquet of items, or a folder of them")
+    embed.add_argument("--out", type=Path, required=True, help="folder of the Parquet shards")
+    embed.add_argument("--ray", metavar="ADDRESS", help="run on Ray: a cluster's address, or `local`")
+    embed.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes at a time on Ray")
+    embed.set_defaults(run_command=_embed, threads=1)
+    snapshot = commands.add_parser("snapshot", help="Parquet shards -> files that `midemb cache import` reads")
+    snapshot.add_argument("--parts", type=Path, required=True, help="folder that `embed` wrote")
+    snapshot.add_argument("--out", type=Path, required=True, help="folder of the .safetensors")
+    snapshot.add_argument("--kind", choices=("content", "item"), default="content")
+    snapshot.set_defaults(run_command=_snapshot, threads=1)
+    verify = commands.add_parser("verify", parents=[common], help="a live server against PyTorch, stage by stage")
+    verify.add_argument("--server", required=True, metavar="HOST:PORT", help="its server.listen")
+    verify.add_argument("--admin", metavar="HOST:PORT", help="its admin.listen, to compare content as well")
+    verify.add_argument(
+        "--bundle", type=Path, help="compare with this bundle's golden vectors, not with --run's towers"
+    )
+    verify.add_argument("--model", default="", help="the name it is served under")
+    verify.add_argument("--dtype", choices=("f32", "f16", "bf16"), default="f32")
+    verify.add_argument("--users", type=int, default=20, help="users of the run whose histories are sent")
+    verify.set_defaults(run_command=_verify)
+
+
+def _run(arguments: Arguments):
+    from dataclasses import replace
+
     import torch
 
-    from learn.data import SplitConfig
     from learn.run import Run
+    from learn.settings import read_settings
 
     torch.set_num_threads(arguments.threads)
-    return Run(arguments.run, arguments.encoder, SplitConfig(arguments.n_test, arguments.n_validation))
+    settings = read_settings(arguments.config).with_seed(arguments.seed)
+    if arguments.steps is not None:
+        settings = replace(settings, train=replace(settings.train, steps=arguments.steps))
+    return Run(arguments.run, arguments.encoder, settings)
 
 
-def _prepare(arguments: argparse.Namespace) -> None:
+def _prepare(arguments: Arguments) -> None:
     _run(arguments).prepare(arguments.data)
 
 
-def _encode(arguments: argparse.Namespace) -> None:
+def _encode(arguments: Arguments) -> None:
     run = _run(arguments)
     run.content(run.dataset())
 
 
-def _train(arguments: argparse.Namespace) -> None:
-    from learn.pch import PchConfig
-    from learn.train import TrainConfig
-
-    given = {} if arguments.steps is None else {"steps": arguments.steps}
-    _run(arguments).train(TrainConfig(seed=arguments.seed, **given), PchConfig())
+def _train(arguments: Arguments) -> None:
+    _run(arguments).train()
 
 
-def _cvr(arguments: argparse.Namespace) -> None:
-    from learn.cvr_train import CvrTrainConfig
-
-    _run(arguments).train_cvr(CvrTrainConfig(seed=arguments.seed))
+def _cvr(arguments: Arguments) -> None:
+    _run(arguments).train_cvr()
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _rank(arguments: Arguments) -> None:
+    from learn.rank_study import RankConfig
+
+    _run(arguments).rank(RankConfig())
+
+
+def _evaluate(arguments: Arguments) -> None:
     _run(arguments).evaluate()
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def _export(arguments: Arguments) -> None:
     from learn.default import Label
 
-    _run(arguments).export(arguments.out, Label(arguments.name, arguments.bundle_version), arguments.source)
+    facts = {"data": arguments.source}
+    if arguments.figures is not None:
+        from learn.report import figures_of
+
+        facts["study"] = figures_of(arguments.figures, arguments.model)
+    _run(arguments).export(arguments.out, Label(arguments.name, arguments.bundle_version), facts)
 
 
-def _all(arguments: argparse.Namespace) -> None:
+def _all(arguments: Arguments) -> None:
     for step in (_prepare, _encode, _train, _cvr, _evaluate, _export):
         step(arguments)
 
 
-def _fixture(arguments: argparse.Namespace) -> None:
+def _study(arguments: Arguments) -> None:
+    from dataclasses import replace
+
+    from learn.study import inputs_of, read_study, run_study
+
+    study = read_study(arguments.config)
+    if arguments.only:
+        unknown = sorted(set(arguments.only) - set(study.models))
+        if unknown:
+            raise ValueError(f"--only {unknown[0]}: this study has {', '.join(study.models)}")
+        study = replace(study, models={name: study.models[name] for name in arguments.only})
+    inputs = inputs_of(study, arguments.data, arguments.run, arguments.encoders)
+    run_study(study, inputs, arguments.out / study.study, arguments.workers)
+
+
+def _report(arguments: Arguments) -> None:
+    from learn.report import build
+
+    build(arguments.results, arguments.out / "REPORT.md")
+
+
+def _embed(arguments: Arguments) -> None:
+    from learn.bulk import BulkConfig, RayConfig, embed_catalogue
+
+    ray = None
+    if arguments.ray:
+        ray = RayConfig(address=None if arguments.ray == "local" else arguments.ray, workers=arguments.workers)
+    print(embed_catalogue(BulkConfig(arguments.bundle, arguments.items, arguments.out, ray=ray)))
+
+
+def _snapshot(arguments: Arguments) -> None:
+    from learn.snapshot import snapshot
+
+    for path in snapshot(arguments.parts, arguments.out, arguments.kind):
+        print(path)
+
+
+def _verify(arguments: Arguments) -> int:
+    from learn.verify import VerifyConfig, golden_cases, verify_and_print
+
+    config = VerifyConfig(arguments.server, arguments.admin, arguments.model, arguments.dtype)
+    if arguments.bundle is not None:
+        return verify_and_print(config, golden_cases(arguments.bundle), arguments.bundle)
+    return verify_and_print(config, _run(arguments).cases(arguments.users))
+
+
+def _fixture(arguments: Arguments) -> None:
     from learn.fixture import write_fixtures
 
     write_fixtures(arguments.out)

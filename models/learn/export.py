@@ -2,11 +2,17 @@
 
 PyTorch's exporter writes it, because encoders are of many shapes. Towers and head are of one: `lean` writes them.
 
-Weights go one of two ways: inline, or linked. Linking is for encoders whose weights the bundle has anyway as a
-safetensors file: that format is raw little-endian behind a header, which is just what ONNX calls external data, so the
-graph names offsets into it and the weights are stored once. A weight that the exporter transposed is linked as it lies,
-and `linear` makes its products read it that way. Where that is not possible a node transposes it, which ONNX Runtime
-folds when it loads.
+Weights go one of three ways. Linked, where the checkpoint's safetensors files hold the same bytes: that format is raw
+little-endian behind a header, which is just what ONNX calls external data, so the graph names offsets into it and the
+weights are stored once. A weight that the exporter transposed is linked as it lies, and `linear` makes its products
+read it that way; where that is not possible a node transposes it, which ONNX Runtime folds when it loads. Else inline,
+up to 64 MiB. Else in a file beside the graph, because a protobuf cannot pass 2 GB and is read whole.
+
+On the way the weights lie in a file, never in the protobuf, and are looked at one by one: so a model of many gigabytes
+takes the memory that PyTorch and its exporter hold, and little more.
+
+fp16: the graph of a model in fp16 computes in fp16 where the provider can (CUDA); mean and norm stay fp32. On CPUs ONNX
+Runtime has no such kernels and computes in fp32 from weights rounded to fp16.
 """
 
 from __future__ import annotations
@@ -16,16 +22,19 @@ import hashlib
 import io
 import json
 import logging
+import shutil
 import struct
+import tempfile
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from torch import nn
 
 from learn import linear
 from learn.graphs import EncoderGraph
@@ -34,6 +43,9 @@ from learn.graphs import EncoderGraph
 OPSET = 20
 # Below this a tensor costs less inline than its link does.
 LINK_FROM_BYTES = 1024
+INLINE_UP_TO_BYTES = 64 << 20
+GRAPH, WEIGHTS = "encoder.onnx", "encoder.weights"
+_NUMPY_TYPES = {"F32": "<f4", "F16": "<f2"}
 
 
 @dataclass(frozen=True)
@@ -51,15 +63,48 @@ ITEM_TOWER = Signature(("content",), ("item",), (("n",),))
 CVR = Signature(("user", "item", "row"), ("mid_emb", "cvr"), (("b",), ("n",), ("n",)))
 
 
-def encoder_model(graph: EncoderGraph) -> ModelProto:
-    """The encoder. Example sizes are 2 or more, because the exporter fixes an axis whose example is 1."""
+def write_encoder(graph: EncoderGraph, folder: Path, checkpoint: Sequence[Path] = ()) -> None:
+    """Writes `encoder.onnx` and whatever holds its weights into `folder`; see `place_weights` for `checkpoint`."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
+        export_encoder(graph, Path(temporary))
+        place_weights(Path(temporary), folder, checkpoint)
+
+
+def export_encoder(graph: EncoderGraph, folder: Path) -> None:
+    """`encoder.onnx`, and beside it `encoder.weights` with every weight but the smallest. Needs fp32 or fp16 weights.
+
+    Moves the graph to the CPU. While it runs, PyTorch's exporter holds transposed copies of the matrices in memory.
+    """
+    dtype = next(graph.parameters()).dtype
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"the encoder is in {dtype}; load it in float32 or float16 to export it")
+    # Sizes of 2 or more, because the exporter fixes an axis whose example is 1.
     ids = torch.ones((2, 7), dtype=torch.int64)
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
-    return _export(graph, (ids, mask), ENCODER)
+    program = _program(graph.cpu(), (ids, mask), ENCODER)
+    path = folder / GRAPH
+    onnx_ir.save(program.model, path, external_data=WEIGHTS, size_threshold_bytes=LINK_FROM_BYTES)
+    model = share_equal_weights(strip(onnx.load(path, load_external_data=False)), folder)
+    path.write_bytes(model.SerializeToString())
+    onnx.checker.check_model(path)
 
 
-def _export(module: nn.Module, example: tuple[torch.Tensor, ...], signature: Signature) -> ModelProto:
+def place_weights(source: Path, folder: Path, checkpoint: Sequence[Path] = ()) -> None:
+    """What `export_encoder` wrote into `source` -> a graph in `folder` with its weights where a bundle wants them.
+
+    Of `checkpoint` those safetensors files are copied into `folder` that hold a weight of the graph, byte for byte.
+    """
+    model = onnx.load(source / GRAPH, load_external_data=False)
+    for weights in link(model, [file for file in checkpoint if file.suffix == ".safetensors"], source):
+        shutil.copyfile(weights, folder / weights.name)
+    _place_the_rest(model, source, folder)
+    (folder / GRAPH).write_bytes(model.SerializeToString())
+    # By its path, so that the weights need not fit into one protobuf.
+    onnx.checker.check_model(folder / GRAPH)
+
+
+def _program(graph: EncoderGraph, example: tuple[torch.Tensor, ...], signature: Signature) -> torch.onnx.ONNXProgram:
     dims = {name: torch.export.Dim(name) for axes in signature.axes for name in axes}
     shapes = tuple({axis: dims[name] for axis, name in enumerate(axes)} for axes in signature.axes)
     # The exporter reports its stages on stdout and warns of its own internals; neither is for our reader.
@@ -68,7 +113,7 @@ def _export(module: nn.Module, example: tuple[torch.Tensor, ...], signature: Sig
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module.eval(),
+            graph.eval(),
             example,
             dynamo=True,
             dynamic_shapes=shapes,
@@ -77,9 +122,9 @@ def _export(module: nn.Module, example: tuple[torch.Tensor, ...], signature: Sig
             opset_version=OPSET,
             verbose=False,
         )
-    model = share_equal_weights(strip(program.model_proto))
-    onnx.checker.check_model(model)
-    return model
+    if program is None:
+        raise ValueError("PyTorch's exporter gave no graph")
+    return program
 
 
 def strip(model: ModelProto) -> ModelProto:
@@ -100,13 +145,16 @@ def strip(model: ModelProto) -> ModelProto:
     return model
 
 
-def share_equal_weights(model: ModelProto) -> ModelProto:
-    """Keeps one of several equal initializers: the exporter writes a transposed weight once for every use of it."""
+def share_equal_weights(model: ModelProto, folder: Path) -> ModelProto:
+    """Keeps one of several equal initializers: the exporter writes a transposed weight once for every use of it.
+
+    `folder` is where the weights that are not inline lie.
+    """
     first: dict[tuple[tuple[int, ...], str, bytes], str] = {}
     replaced = {}
     kept = []
     for tensor in model.graph.initializer:
-        name = first.setdefault(_key(numpy_helper.to_array(tensor)), tensor.name)
+        name = first.setdefault(_key(_array(tensor, folder)), tensor.name)
         if name == tensor.name:
             kept.append(tensor)
         else:
@@ -124,36 +172,43 @@ def share_equal_weights(model: ModelProto) -> ModelProto:
 class Span:
     """Where a tensor's bytes lie in a safetensors file."""
 
+    file: Path
     offset: int
     length: int
 
 
-def link(model: ModelProto, weights: Path) -> int:
-    """Replaces inline weights by links into `weights` (same folder as the model); returns how many were linked."""
-    spans = _spans_by_digest(weights)
-    transposes = []
-    n_linked = 0
+def link(model: ModelProto, checkpoint: Sequence[Path], folder: Path) -> list[Path]:
+    """Replaces weights by links into safetensors files, each to lie in the same folder as the model.
+
+    Returns the files that were linked into. `folder` is where the weights that are not inline lie now.
+    """
+    spans = {key: span for path in checkpoint for key, span in _spans(path)}
+    transposes, linked = [], []
     for tensor in model.graph.initializer:
-        array = numpy_helper.to_array(tensor)
+        array = _array(tensor, folder)
         if array.nbytes < LINK_FROM_BYTES:
             continue
         if span := spans.get(_key(array)):
-            _link_tensor(tensor, weights.name, span)
+            _link_tensor(tensor, span)
         elif array.ndim == 2 and (span := spans.get(_key(array.T))):
             name, stored = tensor.name, f"{tensor.name}.stored"
             transposes.append(helper.make_node("Transpose", [stored], [name], name=f"{name}.transpose", perm=[1, 0]))
             del tensor.dims[:]
             tensor.name = stored
             tensor.dims.extend(array.T.shape)
-            _link_tensor(tensor, weights.name, span)
+            _link_tensor(tensor, span)
         else:
             continue
-        n_linked += 1
+        linked.append(span.file)
     nodes = [*transposes, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     linear.read_weights_as_stored(model)
-    return n_linked
+    return sorted(set(linked))
+
+
+def _array(tensor: TensorProto, folder: Path) -> np.ndarray:
+    return numpy_helper.to_array(tensor, base_dir=str(folder))
 
 
 def _key(array: np.ndarray) -> tuple[tuple[int, ...], str, bytes]:
@@ -161,26 +216,48 @@ def _key(array: np.ndarray) -> tuple[tuple[int, ...], str, bytes]:
     return array.shape, array.dtype.str, hashlib.sha256(np.ascontiguousarray(array).data).digest()
 
 
-def _link_tensor(tensor: TensorProto, location: str, span: Span) -> None:
+def _link_tensor(tensor: TensorProto, span: Span) -> None:
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
     del tensor.external_data[:]
-    for key, value in (("location", location), ("offset", span.offset), ("length", span.length)):
+    for key, value in (("location", span.file.name), ("offset", span.offset), ("length", span.length)):
         tensor.external_data.add(key=key, value=str(value))
 
 
-def _spans_by_digest(weights: Path) -> dict[tuple[tuple[int, ...], str, bytes], Span]:
+def _spans(weights: Path) -> Iterator[tuple[tuple[tuple[int, ...], str, bytes], Span]]:
     """Reads a safetensors file: u64 header length, JSON header, then the tensors' bytes."""
-    raw = weights.read_bytes()
-    (header_length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + header_length])
+    with weights.open("rb") as file:
+        (header_length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_length))
+    raw = np.memmap(weights, dtype=np.uint8, mode="r")
     data = 8 + header_length
-    spans = {}
     for name, entry in header.items():
-        if name == "__metadata__" or entry["dtype"] != "F32":
+        if name == "__metadata__" or entry["dtype"] not in _NUMPY_TYPES:
             continue
         begin, end = (data + offset for offset in entry["data_offsets"])
-        shape = tuple(entry["shape"])
-        array = np.frombuffer(raw, dtype="<f4", count=(end - begin) // 4, offset=begin).reshape(shape)
-        spans[_key(array)] = Span(begin, end - begin)
-    return spans
+        # A view of the file's bytes may begin at any address, and numpy takes that.
+        array = raw[begin:end].view(_NUMPY_TYPES[entry["dtype"]]).reshape(tuple(entry["shape"]))
+        yield _key(array), Span(weights, begin, end - begin)
+
+
+def _place_the_rest(model: ModelProto, source: Path, folder: Path) -> None:
+    """Moves weights that were not linked out of `source`: inline if they are few, else into a file in `folder`."""
+    rest = [tensor for tensor in model.graph.initializer if _location(tensor) == WEIGHTS]
+    if sum(_n_bytes(tensor) for tensor in rest) <= INLINE_UP_TO_BYTES:
+        for tensor in rest:
+            tensor.CopyFrom(numpy_helper.from_array(_array(tensor, source), tensor.name))
+        return
+    path, offset = folder / WEIGHTS, 0
+    with path.open("wb") as file:
+        for tensor in rest:
+            file.write(np.ascontiguousarray(_array(tensor, source)).data)
+            _link_tensor(tensor, Span(path, offset, _n_bytes(tensor)))
+            offset += _n_bytes(tensor)
+
+
+def _location(tensor: TensorProto) -> str | None:
+    return next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
+
+
+def _n_bytes(tensor: TensorProto) -> int:
+    return int(np.prod(tensor.dims)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize

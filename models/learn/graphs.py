@@ -34,6 +34,16 @@ class EncoderGraph(nn.Module):
         return F.normalize(mean, dim=-1)
 
 
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Puts all weights into `dtype`, in place; fp16 -> fp32 -> fp16 gives back what was there.
+
+    Buffers stay as they are, as in a checkpoint that was loaded in `dtype`: rotary frequencies are fp32 whatever the
+    weights are, and in fp16 a token at position 100 would be turned by a wrong angle.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 class UserTowerGraph(nn.Module):
     """content [b,l,C], mask [b,l] -> user [b,E]."""
 

@@ -17,6 +17,11 @@ def start() -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
+def device() -> torch.device:
+    """Where this process trains: its own GPU where there are any, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def stop() -> None:
     """Leaves the group."""
     if dist.is_initialized():

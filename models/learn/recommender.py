@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learn.pch import Pch
+from learn.pch import Pch, PchConfig
 from learn.standardise import Method, fit
 
 
@@ -53,8 +53,8 @@ class Recommender(nn.Module, ABC):
 class Learn(Recommender):
     """LEARN: PCH over frozen content embeddings, in two towers that share their weights.
 
-    With `n_ids`, every item also has free vectors that no text determines: one added where it enters the tower and
-    one added to its item embedding. The paper has no such thing, so results of it are labelled LEARN+ID.
+    With `n_ids`, every item also has a free vector that no text determines, added where the item enters the tower and
+    again to its item embedding. The paper has no such thing, so results of it are labelled LEARN+ID.
     """
 
     has_start = True
@@ -64,11 +64,7 @@ class Learn(Recommender):
         self.pch, self.max_history = pch, pch.config.max_history
         self.standardisation = fit(content, method)
         self.register_buffer("content", self.standardisation.apply(content), persistent=False)
-        self.id_in = self.id_out = None
-        if n_ids:
-            # They begin small: text speaks first, and items that are never trained on keep what text says.
-            self.id_in = _table(n_ids, pch.config.width)
-            self.id_out = _table(n_ids, pch.config.out_dim)
+        self.ids = IdTable(n_ids, pch.config) if n_ids else None
 
     def states(self, items: Tensor, times: Tensor) -> Tensor:
         """As above; `times` is not read."""
@@ -79,7 +75,7 @@ class Learn(Recommender):
         if self.pch.config.item_tower == "content":
             return F.normalize(self.content[items], dim=-1)
         raw = self.pch.alone_raw(self._entered(items))
-        return self.pch.output(raw if self.id_out is None else raw + self.id_out[items])
+        return self.pch.output(raw if self.ids is None else raw + self.ids(items))
 
     def target_keys(self, items: Tensor, times: Tensor) -> Tensor:
         """Variant 1 reads the whole target sequence causally, the others each item by itself."""
@@ -99,7 +95,27 @@ class Learn(Recommender):
 
     def _entered(self, items: Tensor) -> Tensor:
         x = self.pch.adapt(self.content[items])
-        return x if self.id_in is None else x + self.id_in[items]
+        return x if self.ids is None else x + self.ids(items)
+
+
+class IdTable(nn.Module):
+    """A free vector an item, one for both ends of a tower, as in SASRec; so both ends have to be of one width.
+
+    They begin small against what text gives, and those of items that are never trained on stay so.
+    """
+
+    def __init__(self, n_items: int, config: PchConfig) -> None:
+        super().__init__()
+        if config.width != config.out_dim:
+            raise ValueError(
+                f"ids need towers as wide as their output, got width {config.width}, out_dim {config.out_dim}"
+            )
+        self.scale = config.width**0.5
+        self.table = nn.Parameter(torch.randn(n_items, config.width) * 0.02)
+
+    def forward(self, items: Tensor) -> Tensor:
+        """[...] -> [...,D]."""
+        return self.table[items] * self.scale
 
 
 class IdTowers(Recommender):
@@ -110,16 +126,17 @@ class IdTowers(Recommender):
     def __init__(self, pch: Pch, n_items: int) -> None:
         super().__init__()
         self.pch, self.max_history = pch, pch.config.max_history
-        self.id_in = _table(n_items, pch.config.width)
-        self.id_out = _table(n_items, pch.config.out_dim)
+        # No text enters, so what would read it is no part of the model.
+        self.pch.adaptor = nn.Identity()
+        self.ids = IdTable(n_items, pch.config)
 
     def states(self, items: Tensor, times: Tensor) -> Tensor:
         """As above; `times` is not read."""
-        return self.pch.states_of(self.id_in[items])
+        return self.pch.states_of(self.ids(items))
 
     def item_embeddings(self, items: Tensor) -> Tensor:
-        """A table of their own: an id needs no tower to become an item embedding."""
-        return self.pch.output(self.id_out[items])
+        """The table itself: an id needs no tower to become an item embedding."""
+        return self.pch.output(self.ids(items))
 
 
 class ContentMean(Recommender):
@@ -139,7 +156,3 @@ class ContentMean(Recommender):
     def item_embeddings(self, items: Tensor) -> Tensor:
         """The content embedding itself."""
         return self.content[items]
-
-
-def _table(n_items: int, width: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(n_items, width) * 0.02)

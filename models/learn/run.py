@@ -1,12 +1,14 @@
 """One training run as a folder: each step reads what the steps before it left there, and leaves its own.
 
-    data/            the neutral data set                  (prepare)
+    data/            the prepared data set                 (prepare)
     cache/           content embeddings, by digest         (encode)
     train.jsonl      a line a check                        (train)
+    checkpoint.pt    where a stopped training goes on      (train)
     towers.pt        sizes and weights of the towers       (train)
     cvr.pt           sizes and weights of the head         (cvr)
     cvr.json         its figures                           (cvr)
     metrics.json     the towers' figures                   (evaluate)
+    ranking/         a JSON an arm and seed                (rank)
 
 Nothing is read from anywhere else but the encoder's folder.
 """
@@ -14,92 +16,111 @@ Nothing is read from anywhere else but the encoder's folder.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from learn import ceg, data, default, evaluate
+from learn import ceg, data, default, evaluate, parallel
 from learn.cvr import CvrConfig, CvrHead
-from learn.cvr_train import CvrTrainConfig, train_head
-from learn.item_text import render
+from learn.cvr_train import train_head
+from learn.item_text import ItemText, render
 from learn.pch import Pch, PchConfig
+from learn.rank_study import RankConfig, rank
 from learn.recommender import Learn
-from learn.standardise import Method
-from learn.train import TrainConfig, train
+from learn.settings import PrepareSettings, Settings
+from learn.train import train
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a catalogue, rendered anew at every reading, so that they need not all be in memory."""
+
+    texts: Iterable[ItemText]
+
+    def __iter__(self) -> Iterator[str]:
+        return (render(text) for text in self.texts)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run lives, what it encodes with, and what it holds out."""
+    """Where a run lives, what it encodes with, and its settings."""
 
     folder: Path
     encoder: Path
-    split: data.SplitConfig
-    standardise: Method = "scale"
+    settings: Settings
 
-    def prepare(self, movielens: Path) -> None:
-        """A MovieLens folder -> data/."""
-        data.write_neutral(*data.read_movielens(movielens), self.folder / "data")
-        dataset = self.dataset()
-        n_events = sum(len(sequence.items) for sequence in dataset.sequences)
-        print(f"{len(dataset.sequences)} users, {len(dataset.item_ids)} items, {n_events} events")
+    def prepare(self, source: Path) -> None:
+        """Any data set that is known here -> data/."""
+        data.prepare(source, self.folder / "data", prepare_config(self.settings.prepare, self.settings.split))
 
     def dataset(self) -> data.Dataset:
         """What `prepare` wrote."""
-        return data.read_neutral(self.folder / "data")
+        return data.read_prepared(self.folder / "data")
+
+    def split(self, dataset: data.Dataset) -> data.Split:
+        """What is held out."""
+        return data.split(dataset.sequences, self.settings.split)
 
     def load_encoder(self) -> ceg.Encoder:
         """The frozen language model."""
-        return ceg.load(self.encoder, default.MAX_TOKENS)
+        wanted = self.settings.encoder
+        return ceg.load(self.encoder, wanted.max_tokens, ceg.LoadConfig(dtype=wanted.dtype))
 
     def content(self, dataset: data.Dataset) -> Tensor:
-        """[I,C], from the cache if it is there."""
-        prompts = [render(text) for text in dataset.texts]
-        return torch.from_numpy(ceg.encode_cached(self.load_encoder(), prompts, self.folder / "cache"))
+        """[I,C], from the cache as far as it is there."""
+        return content_of(self.load_encoder(), dataset, self.folder / "cache", self.settings.encoder.storage)
 
-    def train(self, config: TrainConfig, sizes: PchConfig) -> None:
-        """Trains and keeps the towers; `sizes.content_dim` is whatever the encoder gives."""
-        dataset = self.dataset()
-        split = data.split(dataset.sequences, self.split)
+    def train(self) -> None:
+        """Trains and keeps the towers; `pch.content_dim` is whatever the encoder gives."""
+        parallel.start()
+        settings, dataset, device = self.settings, self.dataset(), parallel.device()
         content = self.content(dataset)
-        sizes = replace(sizes, content_dim=content.shape[1])
-        torch.manual_seed(config.seed)
-        model = Learn(Pch(sizes), content, self.standardise)
-        train(config, model, dataset, split, self.folder)
+        sizes = replace(settings.pch, content_dim=content.shape[1])
+        torch.manual_seed(settings.train.seed)
+        model = Learn(Pch(sizes), content, settings.standardise).to(device)
+        train(settings.train, model, dataset, self.split(dataset), self.folder)
         model.finish()
-        _save(self.folder / "towers.pt", model.pch, sizes)
+        if parallel.is_first():
+            _save(self.folder / "towers.pt", model.pch.cpu(), sizes)
+        parallel.stop()
 
     def towers(self) -> Pch:
         """What `train` left."""
-        saved = torch.load(self.folder / "towers.pt", weights_only=True)
+        saved = _load(self.folder / "towers.pt", "train")
         pch = Pch(PchConfig(**saved["sizes"]))
         pch.load_state_dict(saved["weights"])
         return pch.eval()
 
-    def train_cvr(self, config: CvrTrainConfig) -> None:
+    def train_cvr(self) -> None:
         """Trains and keeps the head."""
         dataset, pch = self.dataset(), self.towers()
-        split = data.split(dataset.sequences, self.split)
-        sizes = CvrConfig(in_dim=pch.config.out_dim)
-        head, figures = train_head(config, sizes, pch, self.content(dataset), dataset, split)
+        sizes = replace(self.settings.head, in_dim=pch.config.out_dim)
+        content = self.content(dataset)
+        head, figures = train_head(self.settings.cvr, sizes, pch, content, dataset, self.split(dataset))
         _save(self.folder / "cvr.pt", head, sizes)
         _report(self.folder / "cvr.json", figures)
 
     def head(self) -> CvrHead:
         """What `train_cvr` left."""
-        saved = torch.load(self.folder / "cvr.pt", weights_only=True)
+        saved = _load(self.folder / "cvr.pt", "cvr")
         head = CvrHead(CvrConfig(**saved["sizes"]))
         head.load_state_dict(saved["weights"])
         return head.eval()
 
+    def rank(self, config: RankConfig) -> None:
+        """A ranking model with and without mid-emb, in ranking/."""
+        dataset = self.dataset()
+        rank(config, dataset, self.content(dataset), self.folder / "ranking")
+
     def evaluate(self) -> None:
         """Towers and popularity on the test events."""
         dataset, pch = self.dataset(), self.towers()
-        content = self.content(dataset)
-        split = data.split(dataset.sequences, self.split)
+        content, split = self.content(dataset), self.split(dataset)
         towers = evaluate.metrics(evaluate.tower_ranks(pch, content, dataset, split.test))
         popular = evaluate.metrics(evaluate.popularity_ranks(dataset, split, split.test))
         figures = towers | {f"popularity_{name}": value for name, value in popular.items()}
@@ -107,17 +128,43 @@ class Run:
         figures |= {"n_users": len(dataset.sequences), "n_items": len(dataset.item_ids), "n_test": len(split.test)}
         _report(self.folder / "metrics.json", figures)
 
-    def export(self, out: Path, label: default.Label, source: str) -> None:
-        """The run's models -> a bundle."""
+    def export(self, out: Path, label: default.Label, facts: dict[str, Any]) -> None:
+        """The run's models -> a bundle. `facts` go into its manifest beside the figures of this run."""
         figures = {}
         for name in ("metrics.json", "cvr.json"):
             figures |= json.loads((self.folder / name).read_text())
+        split = self.settings.split
         with (self.folder / "train.jsonl").open() as file:
             config = json.loads(file.readline())["config"]
         figures |= {"seed": config["seed"], "steps": config["steps"]}
-        figures |= {"held_out_test": self.split.n_test, "held_out_validation": self.split.n_validation}
-        facts = {"data": source, "metrics": {name: _rounded(value) for name, value in figures.items()}}
+        figures |= {"held_out_test": split.n_test, "held_out_validation": split.n_validation}
+        facts = facts | {"metrics": {name: _rounded(value) for name, value in figures.items()}}
         default.write_default(self.load_encoder(), self.towers(), self.head(), facts, out, label)
+
+
+def prepare_config(wanted: PrepareSettings, split: data.SplitConfig) -> data.PrepareConfig:
+    """Settings in the words of `prepare`."""
+    fields = None if wanted.text_fields is None else tuple(wanted.text_fields)
+    return data.PrepareConfig(
+        split=split,
+        max_keywords=wanted.max_keywords,
+        min_user_events=wanted.min_user_events,
+        min_item_events=wanted.min_item_events,
+        text_fields=fields,
+        memory_mb=wanted.memory_mb,
+    )
+
+
+def content_of(encoder: ceg.Encoder, dataset: data.Dataset, cache: Path, storage: str) -> Tensor:
+    """[I,C] fp32 of a catalogue, encoded as far as `cache` lacks it."""
+    found = ceg.encode_cached(encoder, Prompts(dataset.texts), cache, ceg.StoreConfig(dtype=storage))
+    return torch.from_numpy(np.asarray(found, dtype=np.float32))
+
+
+def _load(path: Path, step: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; `learn {step}` writes it")
+    return torch.load(path, weights_only=True)
 
 
 def _save(path: Path, module: torch.nn.Module, sizes: Any) -> None:

@@ -36,6 +36,12 @@ class Standardisation:
         layer.weight.copy_(layer.weight @ self.matrix.T)
         layer.bias.sub_(layer.weight @ self.mean)
 
+    @torch.no_grad()
+    def unfold_from(self, layer: nn.Linear) -> None:
+        """Undoes `fold_into`: a layer that takes raw content will give the same behind this map."""
+        layer.bias.add_(layer.weight @ self.mean)
+        layer.weight.copy_(torch.linalg.solve(self.matrix, layer.weight.T).T)
+
 
 def fit(content: Tensor, method: Method) -> Standardisation:
     """From a catalogue [n,C]: nothing, mean 0 and variance 1 an entry, or (whiten) covariance 1, rotated back (ZCA)."""

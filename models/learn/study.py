@@ -14,7 +14,6 @@ import multiprocessing
 import platform
 import shutil
 import time
-import tomllib
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -26,20 +25,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from learn import data
+from learn import ceg, data
 from learn.config import strict
 from learn.evaluate import metrics, popularity, popularity_ranks
 from learn.hstu import Hstu, HstuConfig
 from learn.pch import Pch, PchConfig
 from learn.recommender import ContentMean, IdTowers, Learn, Recommender
 from learn.retrieve import N_TOP, retrieve
+from learn.run import content_of
 from learn.sasrec import SasRec, SasRecConfig
+from learn.settings import EncoderSettings, read_toml
 from learn.standardise import Method
 from learn.train import TrainConfig, train
 
 FORMAT = 1
 # The most popular hundredth of the catalogue is the head.
 HEAD = 0.01
+# Tags an item, where a content has keywords.
+N_KEYWORDS = 8
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,9 @@ class Study:
                 strict(_SIZES[arm.kind], arm.sizes, f"models.{name}.sizes")
 
     def runs(self) -> list[tuple[str, int]]:
-        """Every (model, seed), seeds outermost, so that a study that is stopped early has some seeds of everything."""
+        """Every (model, seed): ablations last, then by seed, so that a study that is stopped has some of everything."""
         pairs = [(name, seed) for seed in self.seeds for name in self.models]
+        pairs.sort(key=lambda pair: self.models[pair[0]].family == "ablation")
         return [(name, seed) for name, seed in pairs if seed in self._seeds_of(self.models[name])]
 
     def _seeds_of(self, arm: Arm) -> list[int]:
@@ -109,14 +113,7 @@ _SIZES = {"sasrec": SasRecConfig, "hstu": HstuConfig, "id-towers": PchConfig, "l
 
 def read_study(path: Path) -> Study:
     """A study's TOML. Unknown keys and wrong types are errors that name the key."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: {error}") from error
-    try:
-        return strict(Study, raw, "")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return read_toml(Study, path)
 
 
 @dataclass(frozen=True)
@@ -125,6 +122,21 @@ class Inputs:
 
     dataset: data.Dataset
     content: Mapping[str, Path]
+
+
+def inputs_of(study: Study, source: Path, run: Path, encoders: Path) -> Inputs:
+    """Prepares the data set in `source` and encodes its items for every content that a model of the study takes."""
+    wanted = {arm.content for arm in study.models.values() if arm.kind in ("content-mean", "learn")}
+    split, content = study.split, {}
+    for name in sorted(wanted):
+        entry = study.contents[name]
+        folder = run / ("data-keywords" if entry.keywords else "data")
+        data.prepare(source, folder, data.PrepareConfig(split=split, max_keywords=N_KEYWORDS if entry.keywords else 0))
+        encoder = ceg.load(encoders / entry.encoder, EncoderSettings.max_tokens)
+        content[name] = run / f"{name}.npy"
+        np.save(content[name], content_of(encoder, data.read_prepared(folder), run / "cache", "float32").numpy())
+    data.prepare(source, run / "data", data.PrepareConfig(split=split))
+    return Inputs(data.read_prepared(run / "data"), content)
 
 
 def build(arm: Arm, inputs: Inputs) -> Recommender:

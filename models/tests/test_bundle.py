@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import shutil
@@ -14,6 +15,7 @@ import torch
 from conftest import DEFAULT, FIXTURE, FIXTURES
 
 from learn import bundle, fixture
+from learn.graphs import cast_weights
 from learn.item_text import ItemText, render, template_source
 
 NAMES = list(fixture.RECIPES)
@@ -219,3 +221,22 @@ def test_numbers_read_back_as_the_same_fp32():
     values = torch.randn(100) * 10.0 ** torch.randint(-6, 6, (100,)).float()
     again = torch.tensor(json.loads(json.dumps(bundle.numbers(values))), dtype=torch.float32)
     assert torch.equal(again, values)
+
+
+def test_golden_content_of_fp16_weights_is_what_they_give_in_fp32(tmp_path):
+    encoder = fixture.build(tmp_path / "tokenizer.json").encoder
+    cast_weights(encoder.graph, torch.float16)
+    before = {name: tensor.clone() for name, tensor in encoder.graph.state_dict().items()}
+    frequencies = [buffer.clone() for buffer in encoder.graph.buffers()]
+    ids = encoder.tokenize(["a lamp and a cup of tea"])
+    got = bundle.exact_content(encoder, ids)
+    # The encoder is left as it was, its rotary frequencies in fp32 among it.
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.graph.state_dict().items())
+    assert frequencies and all(
+        torch.equal(a, b) and a.dtype == b.dtype == torch.float32
+        for a, b in zip(frequencies, encoder.graph.buffers(), strict=True)
+    )
+    assert encoder.dtype == torch.float16 and got.dtype == torch.float32
+    want = copy.deepcopy(encoder.graph)
+    cast_weights(want, torch.float32)
+    assert torch.equal(got, want(torch.tensor(ids), torch.ones(1, len(ids[0]), dtype=torch.int64)))

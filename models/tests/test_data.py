@@ -1,13 +1,13 @@
-"""Readers name what is wrong and where; splits leak nothing."""
+"""The neutral format: what is read, in which order, and what is said of a file that is not in it."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from conftest import write_movielens
 
 from learn import data
-from learn.data import DataError, SplitConfig
+from learn.data import DataError
+from learn.item_text import ItemText
 
 MOVIES = [
     (1, "Matrix, The (1999)", "Action|Sci-Fi"),
@@ -96,33 +96,51 @@ def test_a_bad_item_is_named(neutral, line, reason):
 
 
 def test_missing_files_and_columns_are_named(neutral, tmp_path):
-    with pytest.raises(DataError, match="no MovieLens layout known here"):
-        data.read_movielens(tmp_path)
-    (neutral / data.INTERACTIONS).write_text("user,item,value\n")
-    with pytest.raises(DataError, match="row 1, column timestamp: the header lacks it"):
+    (neutral / data.INTERACTIONS).write_text("user,thing,value\n")
+    with pytest.raises(DataError, match="row 1, column item: the header lacks it"):
         data.read_neutral(neutral)
+    (neutral / data.INTERACTIONS).write_text("user,item,value,value\n")
+    with pytest.raises(DataError, match="row 1, column value: the header has it twice"):
+        data.read_neutral(neutral)
+    (neutral / data.INTERACTIONS).write_text("user,item\n1,1\n")
     (neutral / data.ITEMS).write_bytes(b'{"id": "\xff"}')
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(DataError, match="row 1: not UTF-8"):
+        data.read_neutral(neutral)
+    (neutral / data.ITEMS).unlink()
+    with pytest.raises(DataError, match=r"without items\.jsonl"):
         data.read_neutral(neutral)
 
 
-def sequences(*lengths):
-    return [data.Sequence(str(user), np.arange(n), np.ones(n)) for user, n in enumerate(lengths)]
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b'1,"1,5,4.0\n1,1,5,4.0\n', "row 7: a quote is not closed"),
+        (b'1,1,5,"4.0\n1,1,5,4.0\n', "row 7: a quote is not closed"),
+        (b"1,1,5,4.0\r\n1,1,5,4.0\n", "row 7: ends its line otherwise than the lines before it"),
+        (b'1,"1"x,5,4.0\n', "row 7: a quote is not closed, or text follows it"),
+        (b"1,1,5,4.0,9\n", "row 7: expected 4 fields, found 5"),
+        (b"1,\xff,5,4.0\n", "row 7: not UTF-8"),
+        (b"1,1,3.5,4.0\n", "row 7, column timestamp: expected a whole number, got '3.5'"),
+        (b"1,1,inf,4.0\n", "row 7, column timestamp: expected a finite number, got 'inf'"),
+        (b"1,1,9223372036854775807,4.0\n", "row 7, column timestamp: expected a whole number, got"),
+        (b"1,1,5,1e39\n", "row 7, column value: expected a finite number, got '1e39'"),
+        (b"1,'1,5,4.0\n", "row 7, column item: ''1' is not in items.jsonl"),
+        (b"1,1,5,4.0\n2,2,soon,1\n3,9,5,1\n", "row 8, column timestamp"),
+    ],
+)
+def test_a_malformed_line_is_named(neutral, row, message):
+    with (neutral / data.INTERACTIONS).open("ab") as file:
+        file.write(row)
+    with pytest.raises(DataError) as caught:
+        data.read_neutral(neutral)
+    assert str(caught.value).startswith(f"{neutral / data.INTERACTIONS}, {message}")
 
 
-def test_split_by_hand():
-    split = data.split(sequences(6, 3, 2), SplitConfig(n_test=1, n_validation=2))
-    assert split.n_train == [3, 3, 2]
-    assert [(e.user, e.position) for e in split.validation] == [(0, 3), (0, 4)]
-    assert [(e.user, e.position) for e in split.test] == [(0, 5)]
-
-
-@pytest.mark.parametrize("config", [SplitConfig(1, 1), SplitConfig(5, 1), SplitConfig(1, 0), SplitConfig(0, 0)])
-def test_no_held_out_event_is_trained_on_and_none_is_lost(config):
-    runs = sequences(*range(1, 30))
-    split = data.split(runs, config)
-    for user, run in enumerate(runs):
-        validation = [e.position for e in split.validation if e.user == user]
-        test = [e.position for e in split.test if e.user == user]
-        assert [*range(split.n_train[user]), *validation, *test] == list(range(len(run.items)))
-        assert split.n_train[user] >= 1
+def test_ids_and_texts_of_any_characters_come_back(tmp_path):
+    users = ["007", "7", "10", "a", 'é\n"x"', " 7", "1" * 400, "\u2028,"]
+    items = [('i,"1"', ItemText(title='A "quoted" title, Ünïcode \u2028 😀')), ("i2", ItemText(attributes=("", "b")))]
+    data.write_neutral([data.Interaction(user, items[0][0], 5) for user in users], items, tmp_path)
+    dataset = data.read_neutral(tmp_path)
+    assert list(zip(dataset.item_ids, dataset.texts, strict=True)) == items
+    # Numbers first, by value, however long; then text by code point.
+    assert [s.user for s in dataset.sequences] == ["007", "7", "10", "1" * 400, " 7", "a", 'é\n"x"', "\u2028,"]

@@ -26,8 +26,8 @@ def made(kind):
     torch.manual_seed(0)
     model = {
         "learn": lambda: Learn(small_pch(), content()),
-        "learn-id": lambda: Learn(small_pch(), content(), n_ids=N_ITEMS),
-        "id-towers": lambda: IdTowers(small_pch(), N_ITEMS),
+        "learn-id": lambda: Learn(small_pch(out_dim=16), content(), n_ids=N_ITEMS),
+        "id-towers": lambda: IdTowers(small_pch(out_dim=16), N_ITEMS),
         "sasrec": lambda: SasRec(SasRecConfig(width=8, layers=2, heads=2, max_history=9), N_ITEMS),
         "hstu": lambda: Hstu(HstuConfig(width=8, layers=2, heads=2, max_history=9), N_ITEMS),
         "hstu-time": lambda: Hstu(HstuConfig(width=8, layers=2, heads=2, max_history=9, time_bias=True), N_ITEMS),
@@ -104,15 +104,19 @@ def test_the_three_variants_of_the_item_tower():
 
 
 def test_ids_that_are_zero_leave_what_text_says():
-    plain, with_ids = Learn(small_pch(), content()), Learn(small_pch(), content(), n_ids=N_ITEMS)
+    plain, with_ids = (Learn(small_pch(out_dim=16), content(), n_ids=n) for n in (0, N_ITEMS))
     with_ids.pch.load_state_dict(plain.pch.state_dict())
     (items, times), every = case(), torch.arange(N_ITEMS)
     assert not torch.allclose(plain.item_embeddings(every), with_ids.item_embeddings(every), atol=1e-4)
     with torch.no_grad():
-        with_ids.id_in.zero_()
-        with_ids.id_out.zero_()
+        with_ids.ids.table.zero_()
     torch.testing.assert_close(plain.item_embeddings(every), with_ids.item_embeddings(every), **EXACT)
     torch.testing.assert_close(plain.states(items, times), with_ids.states(items, times), **EXACT)
+
+
+def test_ids_need_both_ends_of_one_width():
+    with pytest.raises(ValueError, match="width 16, out_dim 6"):
+        Learn(small_pch(), content(), n_ids=N_ITEMS)
 
 
 def test_finished_towers_take_raw_content():

@@ -34,18 +34,6 @@ def test_every_step_in_one_go_with_an_encoder_of_ones_own(tmp_path):
     bundle.verify(tmp_path / "out")
 
 
-def test_weights_too_large_for_one_file_lie_beside_the_graph(tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle, "INLINE_UP_TO_BYTES", 0)
-    encoder = fixture.build(tmp_path / "tokenizer.json").encoder
-    (tmp_path / "out").mkdir()
-    bundle._write_encoder(encoder, tmp_path / "out")
-    assert (tmp_path / "out" / "encoder.weights").stat().st_size > 100_000
-    ids = torch.tensor(encoder.tokenize(["a lamp and a cup of tea"]))
-    feeds = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
-    (got,) = bundle.session(tmp_path / "out" / "encoder.onnx").run(None, feeds)
-    bundle.compare("encoder", got, encoder.graph(ids, torch.ones_like(ids)).detach().numpy())
-
-
 def test_what_a_user_can_mend_is_one_line(tmp_path, capsys):
     assert main(["prepare", "--data", str(tmp_path / "nowhere"), "--run", str(tmp_path)]) == 1
     error = capsys.readouterr().err

@@ -44,3 +44,5 @@ def test_folding_is_exact(method):
     want = layer(standardisation.apply(table))
     standardisation.fold_into(layer)
     torch.testing.assert_close(layer(table), want, rtol=0, atol=2e-5)
+    standardisation.unfold_from(layer)
+    torch.testing.assert_close(layer(standardisation.apply(table)), want, rtol=0, atol=2e-4)

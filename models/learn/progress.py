@@ -1,0 +1,33 @@
+"""A progress bar that tells the rate in items and in tokens."""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+
+class Rate:
+    """A progress bar in items that also says how many real tokens go through in a second. Silent without a title."""
+
+    def __init__(self, title: str | None, n_items: int | None) -> None:
+        self._bar = tqdm(total=n_items, desc=title, unit="item", disable=title is None, smoothing=0.05)
+        self._n_tokens = 0
+
+    def __enter__(self) -> Rate:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._bar.close()
+
+    def add(self, n_items: int, n_tokens: int) -> None:
+        """So many more were encoded."""
+        self._n_tokens += n_tokens
+        if not self._bar.disable:
+            elapsed = max(self._bar.format_dict["elapsed"], 1e-9)
+            self._bar.set_postfix_str(f"{self._n_tokens / elapsed:,.0f} tokens/s", refresh=False)
+        self._bar.update(n_items)
+
+    def skip(self, n_items: int) -> None:
+        """So many were there already; they do not count into the rate."""
+        if not self._bar.disable:
+            self._bar.initial += n_items
+        self._bar.update(n_items)

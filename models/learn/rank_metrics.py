@@ -1,0 +1,175 @@
+"""AUC, UAUC and WUAUC, over all test events and by group, and paired intervals for their differences.
+
+- AUC: the chance that a liked event scores above one that is not, over all pairs, ties half.
+- UAUC: the mean over users of each user's own AUC; users whose events all have one label have none and are left out.
+- WUAUC: the same mean, weighted by the user's number of events (the metrics of LEARN's online test, arXiv 2405.03988).
+
+Within a group, only its events count, so a user's AUC there is over the user's events in the group.
+
+Intervals: a bootstrap over users, because events of one user are not independent, with the same draw for both arms
+(paired) and for all seeds; seeds are drawn anew too, so that a difference that hangs on one lucky seed shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import rankdata
+
+METRICS = ("auc", "uauc", "wuauc")
+# Bootstrap replicates whose weights are expanded to events at once.
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The test events, which all arms of a study share: `user` [n] indices, `label` [n] 0 or 1, training counts [n]."""
+
+    user: np.ndarray
+    label: np.ndarray
+    item_train_count: np.ndarray
+    user_train_count: np.ndarray
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Bounds of the groups. "cold-start" lies below the first bound, "long-tail" below the second, "other" above."""
+
+    # Training events of the item.
+    item_counts: tuple[int, int] = (5, 20)
+    # Shares of the users with test events, least active (by training events) first; a tie at a bound goes below it.
+    user_shares: tuple[float, float] = (0.1, 0.3)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference with its 95 % interval and two-sided p value (of the bootstrap)."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def groups(events: HeldOut, config: GroupConfig) -> dict[str, np.ndarray]:
+    """Name -> [n] mask of the events in the group. "all" comes first."""
+    users, first = np.unique(events.user, return_index=True)
+    counts = events.user_train_count[first]
+    bounds = [np.sort(counts)[max(0, int(np.ceil(share * len(users))) - 1)] for share in config.user_shares]
+    user_level = (events.user_train_count[:, None] > np.array(bounds)[None]).sum(axis=1)
+    item_level = (events.item_train_count[:, None] >= np.array(config.item_counts)[None]).sum(axis=1)
+    named = {"all": np.ones(len(events.user), dtype=bool)}
+    for kind, level in (("users", user_level), ("items", item_level)):
+        named |= {f"{name} {kind}": level == place for place, name in enumerate(("cold-start", "long-tail", "other"))}
+    return named
+
+
+def user_aucs(scores: np.ndarray, label: np.ndarray, user: np.ndarray, n_users: int) -> tuple[np.ndarray, np.ndarray]:
+    """[n_users] each user's AUC (NaN where a label is missing) and [n_users] number of events.
+
+    By ranks within the user (Mann and Whitney 1947): AUC = (R - p (p + 1) / 2) / (p q), where R is the sum of the ranks
+    of the p positives, ties at their mean rank, and q is the number of negatives.
+    """
+    n_events = np.bincount(user, minlength=n_users)
+    positives = np.bincount(user, weights=label, minlength=n_users)
+    # Dense ranks of the scores, then ranks of (user, score): ranks within a user are those less what lies below it.
+    dense = np.unique(scores, return_inverse=True)[1]
+    rank = rankdata(user.astype(np.int64) * (dense.max(initial=0) + 1) + dense)
+    rank -= (np.cumsum(n_events) - n_events)[user]
+    rank_sum = np.bincount(user, weights=rank * label, minlength=n_users)
+    pairs = positives * (n_events - positives)
+    wins = rank_sum - positives * (positives + 1) / 2
+    return np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan), n_events
+
+
+def weighted_auc(scores: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """AUC of events that count `weight` [r,n] times each -> [r]; NaN where one label has no weight."""
+    order = np.argsort(scores, kind="stable")
+    ranked, liked = scores[order], label[order] > 0.5
+    first = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
+    ordered = weight[:, order].astype(np.float64)
+    # Per distinct score: weight of positives and of negatives there.
+    positive = np.add.reduceat(ordered * liked, first, axis=1)
+    negative = np.add.reduceat(ordered * ~liked, first, axis=1)
+    below = np.cumsum(negative, axis=1) - negative
+    pairs = positive.sum(axis=1) * negative.sum(axis=1)
+    wins = (positive * (below + 0.5 * negative)).sum(axis=1)
+    return np.where(pairs > 0, wins / np.maximum(pairs, 1e-300), np.nan)
+
+
+def measure(scores: np.ndarray, events: HeldOut, mask: np.ndarray) -> dict[str, float | int | None]:
+    """All metrics within `mask`; a metric that is not defined there is None."""
+    user, label, chosen = events.user[mask], events.label[mask], scores[mask]
+    per_user, n_events = user_aucs(chosen, label, user, int(events.user.max()) + 1)
+    known = ~np.isnan(per_user)
+    auc = weighted_auc(chosen, label, np.ones((1, len(chosen))))[0] if len(chosen) else np.nan
+    figures = {
+        "auc": auc,
+        "uauc": per_user[known].mean() if known.any() else np.nan,
+        "wuauc": np.average(per_user[known], weights=n_events[known]) if known.any() else np.nan,
+    }
+    sizes = {"n_events": len(chosen), "n_users": int(known.sum()), "n_liked": int(label.sum())}
+    return {name: None if np.isnan(value) else round(float(value), 6) for name, value in figures.items()} | sizes
+
+
+def paired(
+    treated: np.ndarray, control: np.ndarray, events: HeldOut, mask: np.ndarray, draws: tuple[int, int]
+) -> dict[str, Interval]:
+    """Intervals of treated - control, scores [seeds,n] each; `draws` = (replicates, seed of the bootstrap).
+
+    Metrics that are not defined within `mask` are left out.
+    """
+    if treated.shape != control.shape:
+        raise ValueError(f"arms have scores of shapes {treated.shape} and {control.shape}; pairing needs the same")
+    n_draws, seed = draws
+    user, label = events.user[mask], events.label[mask]
+    present, user = np.unique(user, return_inverse=True)
+    if not 0 < label.sum() < len(label):
+        return {}
+    rng = np.random.default_rng(seed)
+    n_seeds, n_users = len(treated), len(present)
+    # The first row is the sample itself: every user and every seed once.
+    users = np.vstack([np.ones(n_users), rng.multinomial(n_users, np.full(n_users, 1 / n_users), size=n_draws)])
+    seeds = np.vstack([np.ones(n_seeds), rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_draws)])
+    seeds /= n_seeds
+    found = {}
+    for name, replicates in _replicates((treated[:, mask], control[:, mask]), label, user, users, seeds).items():
+        if not np.isnan(replicates[0]):
+            found[name] = _interval(replicates)
+    return found
+
+
+def _replicates(arms, label, user, users, seeds) -> dict[str, np.ndarray]:
+    """Differences [draws + 1] of each metric, the plain sample first."""
+    n_users = users.shape[1]
+    gap = np.zeros((len(seeds), n_users))  # difference of a user's AUC, weighted over seeds, for each draw
+    pooled = np.zeros(len(seeds))
+    for place, (treated, control) in enumerate(zip(*arms, strict=True)):
+        with_it, n_events = user_aucs(treated, label, user, n_users)
+        without, _ = user_aucs(control, label, user, n_users)
+        gap += seeds[:, place : place + 1] * (with_it - without)[None]
+        change = _pooled(treated, label, user, users) - _pooled(control, label, user, users)
+        # A draw may leave out a seed, and then its undefined AUC must not matter.
+        pooled += np.where(seeds[:, place] > 0, seeds[:, place] * change, 0.0)
+    known = ~np.isnan(gap[0])
+    gap, users = gap[:, known], users[:, known]
+    result = {"auc": pooled}
+    for name, weight in (("uauc", np.ones(known.sum())), ("wuauc", n_events[known])):
+        mass = (users * weight).sum(axis=1)
+        total = (users * weight * gap).sum(axis=1)
+        result[name] = np.where(mass > 0, total / np.maximum(mass, 1e-300), np.nan)
+    return result
+
+
+def _pooled(scores: np.ndarray, label: np.ndarray, user: np.ndarray, users: np.ndarray) -> np.ndarray:
+    parts = [weighted_auc(scores, label, users[i : i + CHUNK][:, user]) for i in range(0, len(users), CHUNK)]
+    return np.concatenate(parts)
+
+
+def _interval(replicates: np.ndarray) -> Interval:
+    """Percentile interval; p is twice the smaller tail, each with one added so that it is never 0."""
+    drawn = replicates[1:][~np.isnan(replicates[1:])]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return Interval(float(replicates[0]), float(low), float(high), float(min(1.0, 2 * (tail + 1) / (len(drawn) + 1))))

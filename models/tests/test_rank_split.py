@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from learn.data import Dataset, Sequence
+from learn.item_text import ItemText
+from learn.rank_split import TEST, VALIDATION, A, B, RankSplitConfig, cut, tower_split
+
+
+def dataset(*lengths, times=None):
+    sequences = []
+    for user, n in enumerate(lengths):
+        when = np.arange(n) * 10 + user if times is None else np.asarray(times[user])
+        sequences.append(Sequence(str(user), np.arange(n), np.where(np.arange(n) % 2, 5.0, 2.0), when))
+    n_items = max(lengths)
+    return Dataset([str(i) for i in range(n_items)], [ItemText(title=str(i)) for i in range(n_items)], sequences)
+
+
+def test_per_user_by_hand():
+    # 40 events: 4 (but at least 5) for the test, 4 for validation, 31 to train, 60 % of those (18.6, so 19) for A.
+    events = cut(dataset(40, 6), RankSplitConfig())
+    own = events.part[events.user == 0]
+    assert [int((own == part).sum()) for part in (A, B, VALIDATION, TEST)] == [19, 12, 4, 5]
+    assert (np.diff(own) >= 0).all()
+    # Six events cannot give five, two and two: all of them train.
+    assert set(events.part[events.user == 1]) == {A, B}
+    assert events.label.tolist()[:4] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("kind", ["per_user", "global_time"])
+def test_parts_follow_one_another_and_lose_nothing(kind):
+    events = cut(dataset(*range(1, 60)), RankSplitConfig(kind=kind))
+    assert len(events.part) == sum(range(1, 60)) and set(events.part) == {A, B, VALIDATION, TEST}
+    same_user = events.user[1:] == events.user[:-1]
+    assert (np.diff(events.part)[same_user] >= 0).all()
+    covered = [
+        p for user, begin, end in events.spans(B, VALIDATION, TEST) for p in [(user, q) for q in range(begin, end)]
+    ]
+    rows = events.rows(B, VALIDATION, TEST)
+    assert covered == list(zip(events.user[rows].tolist(), events.position[rows].tolist(), strict=True))
+
+
+def test_global_time_cuts_the_clock_and_no_tie():
+    times = [[0, 1, 2, 3, 4], [5, 6, 7, 7, 7], [7, 7, 8, 9, 9]]
+    config = RankSplitConfig(kind="global_time", towers=0.5, validation=0.2, test=0.2)
+    events = cut(dataset(5, 5, 5, times=times), config)
+    by_time = {when: set(events.part[events.clock == when]) for when in range(10)}
+    assert all(len(parts) == 1 for parts in by_time.values())
+    assert by_time[0] == {A} and by_time[9] == {TEST}
+    assert (np.diff([min(by_time[when]) for when in range(10)]) >= 0).all()
+    # The third user is new to the ranker: no event of A or B.
+    assert events.part[events.user == 2].min() >= B
+
+
+@pytest.mark.parametrize("times", [np.zeros(20), np.arange(20)])
+def test_without_times_the_position_is_the_clock(times):
+    events = cut(dataset(20, 20, times=[times, times]), RankSplitConfig())
+    assert not events.has_times and events.clock.tolist() == [*range(20), *range(20)]
+
+
+def test_the_towers_get_part_a_and_nothing_else():
+    data = dataset(40, 6, 1)
+    events = cut(data, RankSplitConfig())
+    split = tower_split(data, events)
+    n_a = np.bincount(events.user[events.part == A], minlength=3)
+    assert n_a.tolist() == [19, 4, 1] and split.n_train == [18, 4, 1]
+    assert [(event.user, event.position) for event in split.validation] == [(0, 18)] and split.test == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"kind": "random"}, {"towers": 1.0}, {"test": 0.0}, {"test": 0.6, "validation": 0.4}]
+)
+def test_bad_settings_are_named(change):
+    with pytest.raises(ValueError, match=r"split kind|shares"):
+        RankSplitConfig(**change)
