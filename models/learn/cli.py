@@ -61,6 +61,8 @@ def _common() -> argparse.ArgumentParser:
     common.add_argument("--config", type=Path, help="TOML of settings; configs/ has some")
     common.add_argument("--encoder", type=Path, default=HERE / "default", help="folder of the frozen encoder")
     common.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    dtypes = ("float32", "float16", "bfloat16")
+    common.add_argument("--dtype", choices=dtypes, help="of the encoder's weights, in place of the config's")
     common.add_argument("--seed", type=int, help="of towers and head, in place of the config's")
     common.add_argument("--steps", type=int, help="optimiser steps of the towers, in place of the config's")
     return common
@@ -122,7 +124,7 @@ def _add_serving(commands: argparse._SubParsersAction, common: argparse.Argument
         "--bundle", type=Path, help="compare with this bundle's golden vectors, not with --run's towers"
     )
     verify.add_argument("--model", default="", help="the name it is served under")
-    verify.add_argument("--dtype", choices=("f32", "f16", "bf16"), default="f32")
+    verify.add_argument("--wire", choices=("f32", "f16", "bf16"), default="f32", help="dtype of the answers")
     verify.add_argument("--users", type=int, default=20, help="users of the run whose histories are sent")
     verify.set_defaults(run_command=_verify)
 
@@ -139,6 +141,8 @@ def _run(arguments: Arguments):
     settings = read_settings(arguments.config).with_seed(arguments.seed)
     if arguments.steps is not None:
         settings = replace(settings, train=replace(settings.train, steps=arguments.steps))
+    if arguments.dtype is not None:
+        settings = replace(settings, encoder=replace(settings.encoder, dtype=arguments.dtype))
     return Run(arguments.run, arguments.encoder, settings)
 
 
@@ -197,7 +201,7 @@ def _study(arguments: Arguments) -> None:
             raise ValueError(f"--only {unknown[0]}: this study has {', '.join(study.models)}")
         study = replace(study, models={name: study.models[name] for name in arguments.only})
     inputs = inputs_of(study, arguments.data, arguments.run, arguments.encoders)
-    run_study(study, inputs, arguments.out / study.study, arguments.workers)
+    run_study(study, inputs, arguments.out, arguments.workers)
 
 
 def _report(arguments: Arguments) -> None:
@@ -225,7 +229,7 @@ def _snapshot(arguments: Arguments) -> None:
 def _verify(arguments: Arguments) -> int:
     from learn.verify import VerifyConfig, golden_cases, verify_and_print
 
-    config = VerifyConfig(arguments.server, arguments.admin, arguments.model, arguments.dtype)
+    config = VerifyConfig(arguments.server, arguments.admin, arguments.model, arguments.wire)
     if arguments.bundle is not None:
         return verify_and_print(config, golden_cases(arguments.bundle), arguments.bundle)
     return verify_and_print(config, _run(arguments).cases(arguments.users))

@@ -7,12 +7,13 @@ constant score earns nothing. Items stand alone, as they do in serving.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from learn.data import Dataset, Event, Sequence, Split
+from learn.metrics import Ranking, event_values, rank_scores
 from learn.pch import Pch
 
 CHUNK = 256
@@ -20,24 +21,13 @@ CHUNK = 256
 
 def ranks(scores: np.ndarray, target: np.ndarray, seen: list[np.ndarray]) -> np.ndarray:
     """scores [e,I], target [e], seen: indices not ranked, a row each -> rank [e] from 1."""
-    scores = scores.copy()
-    for row, indices in enumerate(seen):
-        scores[row, indices] = -np.inf
-    own = scores[np.arange(len(target)), target][:, None]
-    if not np.isfinite(own).all():
-        raise ValueError("a target is among the items that are not ranked, or its score is not finite")
-    # The target itself is one of those that are at least as high, hence no further 1.
-    return (scores >= own).sum(axis=1)
+    return rank_scores(scores, target, seen).rank
 
 
 def metrics(rank: np.ndarray) -> dict[str, float]:
-    """HR@k (a hit in the first k), NDCG@10 with one relevant item (1 / log2(1 + rank)), MRR over the full ranking."""
-    return {
-        "hr_at_10": float((rank <= 10).mean()),
-        "hr_at_50": float((rank <= 50).mean()),
-        "ndcg_at_10": float(np.where(rank <= 10, 1 / np.log2(1 + rank), 0).mean()),
-        "mrr": float((1 / rank).mean()),
-    }
+    """The four that a training log and a manifest carry, as means over events; `learn.metrics.figures` has them all."""
+    names = ("hr_at_10", "hr_at_50", "ndcg_at_10", "mrr")
+    return {name: float(event_values(rank, name).mean()) for name in names}
 
 
 def popularity(dataset: Dataset, split: Split) -> np.ndarray:
@@ -51,7 +41,7 @@ def popularity(dataset: Dataset, split: Split) -> np.ndarray:
 def popularity_ranks(dataset: Dataset, split: Split, events: list[Event]) -> np.ndarray:
     """The baseline that knows nothing of the user."""
     scores = popularity(dataset, split)
-    return _ranked(dataset, events, lambda chunk: np.tile(scores, (len(chunk), 1)))
+    return full_ranking(dataset, events, lambda rows: np.tile(scores, (len(events[rows]), 1))).rank
 
 
 @torch.inference_mode()
@@ -59,7 +49,11 @@ def tower_ranks(pch: Pch, content: torch.Tensor, dataset: Dataset, events: list[
     """The towers as served: newest `max_history` items in, dot product out."""
     pch.eval()
     item = pch.alone(content)  # [I,E]
-    return _ranked(dataset, events, lambda chunk: (user_embeddings(pch, content, dataset, chunk) @ item.T).numpy())
+
+    def score(rows: slice) -> np.ndarray:
+        return (user_embeddings(pch, content, dataset, events[rows]) @ item.T).numpy()
+
+    return full_ranking(dataset, events, score).rank
 
 
 @torch.inference_mode()
@@ -80,22 +74,32 @@ def history(sequence: Sequence, position: int, max_history: int) -> np.ndarray:
     return sequence.items[max(0, position - max_history) : position]
 
 
-def _ranked(dataset: Dataset, events: list[Event], score) -> np.ndarray:
+def full_ranking(dataset: Dataset, events: list[Event], score: Callable[[slice], np.ndarray]) -> Ranking:
+    """Ranks the whole catalogue for each event, a few events at a time.
+
+    `score(rows)` gives [n,I] for `events[rows]`; only that many scores are held at once. Raises ValueError without
+    events, or if a score is not a number.
+    """
+    if not events:
+        raise ValueError("there are no events to rank for")
     found = []
-    for chunk in _chunks(events):
-        target = np.array([dataset.sequences[event.user].items[event.position] for event in chunk])
-        # An item that a user meets a second time may be a target again, so it stays in the ranking then.
-        seen = [
-            np.setdiff1d(dataset.sequences[event.user].items[: event.position], [goal])
-            for event, goal in zip(chunk, target, strict=True)
-        ]
-        found.append(ranks(score(chunk), target, seen))
-    return np.concatenate(found)
-
-
-def _chunks(events: list[Event]) -> Iterator[list[Event]]:
     for begin in range(0, len(events), CHUNK):
-        yield events[begin : begin + CHUNK]
+        rows = slice(begin, begin + CHUNK)
+        before = [dataset.sequences[event.user].items[: event.position + 1] for event in events[rows]]
+        target = np.array([items[-1] for items in before])
+        # An item that a user meets a second time may be a target again, so it stays in the ranking then.
+        seen = [np.setdiff1d(items, items[-1:]) for items in before]
+        found.append(rank_scores(score(rows), target, seen))
+    return Ranking(np.concatenate([part.rank for part in found]), np.concatenate([part.top for part in found]))
+
+
+def array_ranking(user: np.ndarray, item: np.ndarray, dataset: Dataset, events: list[Event]) -> Ranking:
+    """Any recommender as two arrays: user [e,E] before each event, item [I,E]; dot products are ranked."""
+    if len(user) != len(events) or len(item) != len(dataset.item_ids):
+        raise ValueError(
+            f"{len(user)} user embeddings for {len(events)} events, {len(item)} items for {len(dataset.item_ids)}"
+        )
+    return full_ranking(dataset, events, lambda rows: user[rows] @ item.T)
 
 
 @torch.inference_mode()

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from learn.data import Dataset, Event
+from learn.evaluate import array_ranking
+from learn.metrics import Ranking
 from learn.recommender import Recommender
 
 CHUNK = 256
-N_TOP = 10
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,6 @@ class Histories:
     items: Tensor
     times: Tensor
     length: Tensor
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """rank [e] of the target from 1, and the first ten items [e,10] by catalogue index."""
-
-    rank: np.ndarray
-    top: np.ndarray
 
 
 def histories(dataset: Dataset, events: list[Event], longest: int) -> Histories:
@@ -70,28 +63,7 @@ def item_table(model: Recommender, n_items: int) -> Tensor:
     return torch.cat([model.item_embeddings(chunk).float().cpu() for chunk in chunks])
 
 
-@torch.inference_mode()
-def retrieve(model: Recommender, dataset: Dataset, events: list[Event]) -> Retrieval:
+def retrieve(model: Recommender, dataset: Dataset, events: list[Event]) -> Ranking:
     """Ranks and first items of every event."""
-    items = item_table(model, len(dataset.item_ids))
-    ranks, tops = [], []
-    for begin in range(0, len(events), CHUNK):
-        chunk = events[begin : begin + CHUNK]
-        scores = user_states(model, dataset, chunk) @ items.T
-        rank, top = _ranked(scores, dataset, chunk)
-        ranks.append(rank)
-        tops.append(top)
-    return Retrieval(np.concatenate(ranks), np.concatenate(tops))
-
-
-def _ranked(scores: Tensor, dataset: Dataset, events: list[Event]) -> tuple[np.ndarray, np.ndarray]:
-    target = torch.tensor([int(dataset.sequences[event.user].items[event.position]) for event in events])
-    own = scores.gather(1, target[:, None])
-    if not torch.isfinite(own).all():
-        raise ValueError("the score of a held-out item is not finite")
-    for row, event in enumerate(events):
-        scores[row, torch.from_numpy(np.asarray(dataset.sequences[event.user].items[: event.position]))] = -torch.inf
-    # An item that a user meets a second time may be a target again, so it stays in the ranking then.
-    scores.scatter_(1, target[:, None], own)
-    # The target itself is one of those that are at least as high, hence no further 1.
-    return (scores >= own).sum(dim=1).numpy(), scores.topk(min(N_TOP, scores.shape[1])).indices.numpy()
+    users, items = user_states(model, dataset, events), item_table(model, len(dataset.item_ids))
+    return array_ranking(users.numpy(), items.numpy(), dataset, events)

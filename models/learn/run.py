@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learn import ceg, data, default, evaluate, parallel
+from learn import ceg, data, default, evaluate, parallel, verify
 from learn.cvr import CvrConfig, CvrHead
 from learn.cvr_train import train_head
 from learn.item_text import ItemText, render
@@ -116,6 +116,15 @@ class Run:
         """A ranking model with and without mid-emb, in ranking/."""
         dataset = self.dataset()
         rank(config, dataset, self.content(dataset), self.folder / "ranking")
+
+    def cases(self, n_users: int) -> Iterator[verify.Case]:
+        """Requests of the run's own users, with PyTorch's answers: their newest history, last items of others."""
+        dataset = self.dataset()
+        towers = verify.Towers(self.load_encoder(), self.towers(), self.head())
+        users = np.linspace(0, len(dataset.sequences) - 1, n_users).astype(int).tolist()
+        shown = sorted({int(dataset.sequences[user].items[-1]) for user in users})
+        pages = [(dataset.sequences[user].items.tolist(), shown) for user in users]
+        return verify.torch_cases(towers, dataset.texts, pages)
 
     def evaluate(self) -> None:
         """Towers and popularity on the test events."""

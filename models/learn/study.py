@@ -25,22 +25,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from learn import ceg, data
+from learn import ceg, data, results
 from learn.config import strict
-from learn.evaluate import metrics, popularity, popularity_ranks
+from learn.evaluate import array_ranking, popularity
 from learn.hstu import Hstu, HstuConfig
+from learn.metrics import Ranking
 from learn.pch import Pch, PchConfig
 from learn.recommender import ContentMean, IdTowers, Learn, Recommender
-from learn.retrieve import N_TOP, retrieve
+from learn.retrieve import retrieve
 from learn.run import content_of
 from learn.sasrec import SasRec, SasRecConfig
 from learn.settings import EncoderSettings, read_toml
 from learn.standardise import Method
 from learn.train import TrainConfig, train
 
-FORMAT = 1
-# The most popular hundredth of the catalogue is the head.
-HEAD = 0.01
 # Tags an item, where a content has keywords.
 N_KEYWORDS = 8
 
@@ -162,93 +160,91 @@ def _content(arm: Arm, inputs: Inputs) -> Tensor:
     return torch.from_numpy(np.load(inputs.content[arm.content]).astype(np.float32))
 
 
-def run_one(study: Study, name: str, seed: int, inputs: Inputs, out: Path) -> None:
+def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> None:
     """Trains one model with one seed and writes its JSON; does nothing if that is there already."""
-    arm, path = study.models[name], out / run_file(name, seed)
-    config = {"arm": asdict(arm), "train": asdict(study.train) | arm.train | {"seed": seed}}
+    arm, path = study.models[name], results.run_path(root, study.study, name, seed)
+    config = run_config(study, arm) | {"seed": seed}
     if path.is_file() and json.loads(path.read_text())["config"] == config:
         return
     split = data.split(inputs.dataset.sequences, study.split)
-    record = {"format": FORMAT, "kind": "retrieval", "study": study.study, "model": name, "label": arm.label}
-    record |= {"family": arm.family, "seed": seed, "config": config, "machine": machine()}
-    if arm.reference:
-        record |= {"reference": arm.reference, "question": arm.question}
-    record |= _popular(inputs, split) if arm.kind == "popularity" else _trained(config, arm, inputs, split, path)
-    write_json(path, record)
-
-
-def _popular(inputs: Inputs, split: data.Split) -> dict[str, Any]:
-    begin = time.monotonic()
-    rank = popularity_ranks(inputs.dataset, split, split.test)
-    seconds = {"train": 0.0, "evaluate": round(time.monotonic() - begin, 1)}
-    return {"n_parameters": 0, "seconds": seconds, "curve": [], **_found(rank)}
-
-
-def _trained(config: dict[str, Any], arm: Arm, inputs: Inputs, split: data.Split, path: Path) -> dict[str, Any]:
-    torch.manual_seed(config["train"]["seed"])
-    model, begin = build(arm, inputs), time.monotonic()
-    curve = []
-    if any(parameter.requires_grad for parameter in model.parameters()):
+    counts = popularity(inputs.dataset, split)
+    if arm.kind == "popularity":
+        found, costs = _popular(inputs, split, counts)
+    else:
         # Named by its config, so that a checkpoint of another one is not gone on with; gone when the run is over.
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
         folder = path.with_name(f"{path.stem}.{digest}.run")
-        curve = train(TrainConfig(**config["train"]), model, inputs.dataset, split, folder)
+        found, costs = _trained(TrainConfig(**config["train"], seed=seed), arm, inputs, split, folder)
+    shared = results.describe(study.study, inputs.dataset, split, study.split)
+    record = results.Run(
+        format=results.FORMAT,
+        study=study.study,
+        model=name,
+        label=arm.label,
+        family=arm.family,
+        reference=arm.reference or None,
+        question=arm.question or None,
+        seed=seed,
+        config=config,
+        machine=machine(),
+        **costs,
+        **results.measured(shared, found, counts),
+    )
+    results.write_run(root, record)
+
+
+def run_config(study: Study, arm: Arm) -> dict[str, Any]:
+    """What a run's figures depend on but for its seed, as it stands in the JSON."""
+    wanted = {
+        key: value for key, value in asdict(arm).items() if key in ("kind", "sizes", "content", "standardise", "ids")
+    }
+    training = asdict(study.train) | arm.train
+    del training["seed"]
+    return {"arm": wanted, "train": training, "split": asdict(study.split)}
+
+
+Costs = dict[str, Any]
+
+
+def _popular(inputs: Inputs, split: data.Split, counts: np.ndarray) -> tuple[Ranking, Costs]:
+    begin = time.monotonic()
+    everyone = np.ones((len(split.test), 1), dtype=np.float32)
+    found = array_ranking(everyone, counts[:, None], inputs.dataset, split.test)
+    seconds = results.Seconds(train=0.0, evaluate=round(time.monotonic() - begin, 1))
+    return found, {"n_parameters": 0, "seconds": seconds, "curve": []}
+
+
+def _trained(config: TrainConfig, arm: Arm, inputs: Inputs, split: data.Split, folder: Path) -> tuple[Ranking, Costs]:
+    torch.manual_seed(config.seed)
+    model, begin = build(arm, inputs), time.monotonic()
+    curve = []
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        curve = train(config, model, inputs.dataset, split, folder)
         shutil.rmtree(folder)
     middle = time.monotonic()
     found = retrieve(model, inputs.dataset, split.test)
-    seconds = {"train": round(middle - begin, 1), "evaluate": round(time.monotonic() - middle, 1)}
+    seconds = results.Seconds(train=round(middle - begin, 1), evaluate=round(time.monotonic() - middle, 1))
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    result = {"n_parameters": n_parameters, "seconds": seconds, "curve": curve, **_found(found.rank)}
-    return result | {"top": _top(found.top, popularity(inputs.dataset, split))}
+    return found, {"n_parameters": n_parameters, "seconds": seconds, "curve": [_check(record) for record in curve]}
 
 
-def _found(rank: np.ndarray) -> dict[str, Any]:
-    return {"metrics": metrics(rank), "rank": rank.tolist()}
+def _check(record: Mapping[str, float]) -> results.Check:
+    return results.Check(
+        step=int(record["step"]),
+        seconds=record["seconds"],
+        loss=sum(value for key, value in record.items() if key.startswith("loss_")),
+        ndcg_at_10=record.get("ndcg_at_10"),
+        hr_at_10=record.get("hr_at_10"),
+    )
 
 
-def _top(top: np.ndarray, counts: np.ndarray) -> dict[str, float]:
-    """How much of what is recommended is the head, and how much of the catalogue is ever recommended."""
-    head = np.argsort(-counts, kind="stable")[: max(1, round(HEAD * len(counts)))]
-    return {
-        f"head_share_at_{N_TOP}": float(np.isin(top, head).mean()),
-        f"coverage_at_{N_TOP}": len(np.unique(top)) / len(counts),
-    }
-
-
-def write_events(study: Study, inputs: Inputs, out: Path) -> None:
-    """study.json: what the runs of a study share, the test events above all."""
-    dataset = inputs.dataset
-    split = data.split(dataset.sequences, study.split)
-    counts = popularity(dataset, split).astype(int)
-    items = [int(dataset.sequences[event.user].items[event.position]) for event in split.test]
-    facts = {
-        "n_users": len(dataset.sequences),
-        "n_items": len(dataset.item_ids),
-        "n_events": sum(len(sequence.items) for sequence in dataset.sequences),
-    }
-    events = {
-        "user": [event.user for event in split.test],
-        "item": items,
-        "position": [event.position for event in split.test],
-        "item_count": [int(counts[item]) for item in items],
-        "user_count": [int(split.n_train[event.user]) for event in split.test],
-    }
-    record = {"format": FORMAT, "study": study.study, "data": facts, "events": events}
-    write_json(out / "study.json", record | {"protocol": asdict(study.split)})
-
-
-def run_file(name: str, seed: int) -> str:
-    """The name of a run's JSON."""
-    return f"{name.replace('/', '--')}-{seed}.json"
-
-
-def run_study(study: Study, inputs: Inputs, out: Path, n_workers: int) -> None:
+def run_study(study: Study, inputs: Inputs, root: Path, n_workers: int) -> None:
     """Every run that is missing, `n_workers` at a time, one thread each: small models gain little from a second."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_events(study, inputs, out)
+    split = data.split(inputs.dataset.sequences, study.split)
+    results.write_study(root, results.describe(study.study, inputs.dataset, split, study.split))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        jobs = {pool.submit(run_one, study, name, seed, inputs, out): (name, seed) for name, seed in study.runs()}
+        jobs = {pool.submit(run_one, study, name, seed, inputs, root): (name, seed) for name, seed in study.runs()}
         for job in tqdm(as_completed(jobs), total=len(jobs), desc=study.study, unit="run"):
             job.result()
 
@@ -257,10 +253,3 @@ def machine() -> str:
     """What a run's seconds were measured on."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{platform.machine()}, {torch.get_num_threads()} thread(s){gpu}, torch {torch.__version__.split('+')[0]}"
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Atomically; a list of numbers on one line."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record) + "\n")
-    partial.replace(path)

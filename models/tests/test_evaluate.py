@@ -78,3 +78,35 @@ def test_auc_by_hand():
     assert auc(np.array([0.9, 0.4, 0.1, 0.4]), np.array([1, 1, 0, 0])) == pytest.approx((1 + 1 + 1 + 0.5) / 4)
     with pytest.raises(ValueError, match="both labels"):
         auc(np.array([0.1]), np.array([1]))
+
+
+def test_two_arrays_are_ranked_like_towers():
+    import torch
+
+    dataset, pch = tiny_dataset(), small_pch()
+    content = torch.randn(6, 12)
+    events = [Event(0, 3), Event(1, 2), Event(2, 1)]
+    with torch.inference_mode():
+        item = pch.alone(content).numpy()
+        user = evaluate.user_embeddings(pch, content, dataset, events).numpy()
+    ranking = evaluate.array_ranking(user, item, dataset, events)
+    assert ranking.rank.tolist() == evaluate.tower_ranks(pch, content, dataset, events).tolist()
+    # User 0 met 0, 1 and 2, so three items are left.
+    assert set(ranking.top[0]) == {3, 4, 5, -1}
+
+
+def test_arrays_that_do_not_fit_and_no_events_are_errors():
+    dataset = tiny_dataset()
+    with pytest.raises(ValueError, match="1 user embeddings for 2 events"):
+        evaluate.array_ranking(np.zeros((1, 2)), np.zeros((6, 2)), dataset, [Event(0, 3), Event(1, 3)])
+    with pytest.raises(ValueError, match="no events"):
+        evaluate.array_ranking(np.zeros((0, 2)), np.zeros((6, 2)), dataset, [])
+
+
+def test_many_events_are_ranked_in_chunks(monkeypatch):
+    dataset = tiny_dataset()
+    events = [Event(0, 3), Event(1, 3), Event(2, 3)]
+    user, item = np.random.default_rng(0).normal(size=(3, 4)), np.random.default_rng(1).normal(size=(6, 4))
+    whole = evaluate.array_ranking(user, item, dataset, events)
+    monkeypatch.setattr(evaluate, "CHUNK", 2)
+    assert evaluate.array_ranking(user, item, dataset, events).rank.tolist() == whole.rank.tolist()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
-from learn import data
-from learn.study import Inputs, read_study, run_file, run_study
+from learn import data, results
+from learn.study import Inputs, read_study, run_study
 
 TOML = """
 study = "tiny"
@@ -84,30 +82,34 @@ def written(tmp_path, text=TOML):
 
 
 def test_a_study_writes_a_json_a_run_and_does_not_repeat_itself(tmp_path, inputs):
-    out, study = tmp_path / "out", written(tmp_path)
-    run_study(study, inputs, out, n_workers=1)
-    names = {path.name for path in out.glob("*.json")}
-    runs = [("popularity", 1), ("content-mean", 1), ("sasrec", 1), ("sasrec", 2), ("hstu-time", 1), ("learn-id", 1)]
-    runs += [("learn-id", 2), ("learn-text/variant-3", 1)]
-    assert names == {"study.json", *(run_file(*run) for run in runs)}
-    shared = json.loads((out / "study.json").read_text())
-    assert len(shared["events"]["item"]) == 16 and shared["data"] == {"n_users": 8, "n_items": 25, "n_events": 76}
+    root = tmp_path / "results"
+    run_study(written(tmp_path), inputs, root, n_workers=1)
+    found = results.read(root).retrieval["tiny"]
+    assert {name: list(runs) for name, runs in found.runs.items()} == {
+        "content-mean": [1],
+        "hstu-time": [1],
+        "learn-id": [1, 2],
+        "learn-text/variant-3": [1],
+        "popularity": [1],
+        "sasrec": [1, 2],
+    }
     last = inputs.dataset.sequences[3].items[-2:].tolist()
-    assert shared["events"]["item"][6:8] == last and shared["events"]["user"][6:8] == [3, 3]
-    counts = [sum(item in s.items[:-3] for s in inputs.dataset.sequences) for item in last]
-    assert shared["events"]["item_count"][6:8] == counts
-    for name, seed in runs:
-        record = json.loads((out / run_file(name, seed)).read_text())
-        assert len(record["rank"]) == 16 and record["seed"] == seed and record["model"] == name
-        assert record["metrics"]["hr_at_10"] == pytest.approx(np.mean(np.array(record["rank"]) <= 10))
-    variant = json.loads((out / run_file("learn-text/variant-3", 1)).read_text())
-    assert variant["reference"] == "learn-id" and [r["step"] for r in variant["curve"]] == [3, 6]
+    assert len(found.study.item) == 16 and found.study.item[6:8] == last and found.study.user[6:8] == [3, 3]
+    assert found.study.item_count[6:8] == [sum(i in s.items[:-3] for s in inputs.dataset.sequences) for i in last]
+    for runs in found.runs.values():
+        for run in runs.values():
+            assert run.metrics["all"]["hr_at_10"] == pytest.approx(np.mean(np.array(run.rank) <= 10))
+    variant = found.one("learn-text/variant-3")
+    assert variant.reference == "learn-id" and [check.step for check in variant.curve] == [3, 6]
+    # Both seeds train the same model from other random numbers.
+    assert found.runs["sasrec"][1].rank != found.runs["sasrec"][2].rank
+    assert not list(root.glob("tiny/*.run"))
 
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*-*.json")}
-    changed = TOML.replace("width = 8, max_history = 6 }", "width = 16, max_history = 6 }")
-    run_study(written(tmp_path, changed), inputs, out, n_workers=1)
+    before = {path: path.stat().st_mtime_ns for path in root.glob("tiny/*-*.json")}
+    changed = TOML.replace("sizes = { width = 8, max_history = 6 }", "sizes = { width = 16, max_history = 6 }")
+    run_study(written(tmp_path, changed), inputs, root, n_workers=1)
     again = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
-    assert again == {"sasrec-1.json", "sasrec-2.json"}
+    assert again == {"sasrec-seed1.json", "sasrec-seed2.json"}
 
 
 @pytest.mark.parametrize(

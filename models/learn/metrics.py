@@ -1,0 +1,138 @@
+"""Figures of a full ranking, from the ranks alone: numpy only, so that a report needs no PyTorch.
+
+A prediction has one right item, so with `rank` from 1:
+
+    hr_at_k       1 if rank <= k                     hit rate; the mean over events
+    ndcg_at_k     1 / log2(1 + rank) if rank <= k    Jarvelin and Kekalainen 2002; the ideal ranking earns 1
+    mrr_at_k      1 / rank if rank <= k              `mrr` without a cut-off
+    recall_at_k   the same hits, but the mean over users of each user's share of hits
+
+An event-wise recall would equal the hit rate. Over users it differs, once some users have more test events than others,
+as within a group of events. LEARN (arXiv 2405.03988) prints H@100 beside R@100; its definition of the two is not in the
+sources at hand, so this reading is ours.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+CUTOFFS = (10, 50, 100, 200)
+NAMES = ("mrr", *(f"{kind}_at_{k}" for kind in ("hr", "ndcg", "mrr", "recall") for k in CUTOFFS))
+# Of each user's list, how many items count for head share and coverage.
+TOP = 10
+# How often the target was met in training. Both bounds belong to the bucket. 0 is a new item.
+ITEM_BUCKETS = {"0": (0, 0), "1-4": (1, 4), "5-19": (5, 19), "20-99": (20, 99), "100+": (100, np.inf)}
+# How many events training saw of the user.
+USER_BUCKETS = {"0-19": (0, 19), "20-49": (20, 49), "50-199": (50, 199), "200+": (200, np.inf)}
+FEW = "item 0-4"
+NEW = "item 0"
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What full ranking found for each event: `rank` int64 [e] from 1, `top` int64 [e,k] the k best items.
+
+    The items of a row are in no order. -1 fills a row where fewer than k items could be ranked.
+    """
+
+    rank: np.ndarray
+    top: np.ndarray
+
+
+def rank_scores(scores: np.ndarray, target: np.ndarray, seen: list[np.ndarray], k: int = TOP) -> Ranking:
+    """scores [e,I], target [e], seen: indices not ranked, a row each.
+
+    The rank is 1 + the number of other items whose score is at least as high: ties count against the model.
+    Raises ValueError if a score is not a number, or a target is not ranked.
+    """
+    scores = scores.copy()
+    for row, indices in enumerate(seen):
+        scores[row, indices] = -np.inf
+    own = scores[np.arange(len(target)), target][:, None]
+    if not np.isfinite(own).all():
+        raise ValueError("a target is among the items that are not ranked, or its score is not finite")
+    if np.isnan(scores).any():
+        # NaN compares false with everything, so it would pass for an item that the target beats.
+        raise ValueError("the score of an item is not finite: NaN")
+    k = min(k, scores.shape[1])
+    top = np.argpartition(scores, -k, axis=1)[:, -k:]
+    top = np.where(np.isneginf(np.take_along_axis(scores, top, axis=1)), -1, top)
+    # The target itself is one of those that are at least as high, hence no further 1.
+    return Ranking((scores >= own).sum(axis=1), top)
+
+
+def event_values(rank: np.ndarray, metric: str) -> np.ndarray:
+    """[e] what each event adds to the metric. Recall has the values of the hit rate; only its mean differs."""
+    if metric == "mrr":
+        return 1.0 / rank
+    parts = re.fullmatch(r"(hr|recall|ndcg|mrr)_at_([1-9]\d*)", metric)
+    if not parts:
+        raise ValueError(f"unknown metric {metric!r}; known are {', '.join(NAMES)} and the same at other cut-offs")
+    kind, k = parts[1], int(parts[2])
+    gain = {"hr": np.ones(len(rank)), "ndcg": 1.0 / np.log2(1.0 + rank), "mrr": 1.0 / rank}
+    return np.where(rank <= k, gain["hr" if kind == "recall" else kind], 0.0)
+
+
+def is_over_users(metric: str) -> bool:
+    """Whether the metric is a mean over users, each counting the same, and not over events."""
+    return metric.startswith("recall_at_")
+
+
+def figures(rank: np.ndarray, user: np.ndarray) -> dict[str, float]:
+    """Every metric of `NAMES` over events with these ranks [e] and users [e] (any ids), and what it is the mean of.
+
+    Empty without events.
+    """
+    if not len(rank):
+        return {}
+    index = np.unique(user, return_inverse=True)[1]
+    n_of_user = np.bincount(index)
+    found = {}
+    for name in NAMES:
+        values = event_values(rank, name)
+        if is_over_users(name):
+            values = np.bincount(index, weights=values) / n_of_user
+        found[name] = float(values.mean())
+    return found | {"n_events": len(rank), "n_users": len(n_of_user)}
+
+
+def groups(item_count: np.ndarray, user_count: np.ndarray) -> dict[str, np.ndarray]:
+    """Name -> mask [e]: all events, by the target's training count [e], by the user's training events [e].
+
+    Item buckets share out all events among them, and so do user buckets. "item 0-4" unites the first two.
+    """
+    found = {"all": np.ones(len(item_count), dtype=bool)}
+    found |= {f"item {name}": _within(item_count, bounds) for name, bounds in ITEM_BUCKETS.items()}
+    found[FEW] = item_count < 5
+    return found | {f"user {name}": _within(user_count, bounds) for name, bounds in USER_BUCKETS.items()}
+
+
+def _within(count: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
+    return (count >= bounds[0]) & (count <= bounds[1])
+
+
+def grouped(rank: np.ndarray, user: np.ndarray, masks: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """`figures` of every group that has events."""
+    return {name: figures(rank[mask], user[mask]) for name, mask in masks.items() if mask.any()}
+
+
+def top_figures(top: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+    """What the lists top [e,k] (-1 = no item) consist of, given training counts [I].
+
+    Head share: the part of all recommended places that goes to the most popular 1 % (5 %) of the catalogue, at least
+    one item; equally popular ones in the order of their index. Coverage: the part of the catalogue that stands in at
+    least one list.
+    """
+    k, given = top.shape[1], top[top >= 0]
+    if not len(given):
+        raise ValueError(f"no item is recommended in {len(top)} lists")
+    by_count = np.argsort(-counts, kind="stable")
+    found = {}
+    for name, share in (("head_share", 0.01), ("head_5_percent_share", 0.05)):
+        head = by_count[: max(1, int(np.ceil(share * len(counts))))]
+        found[f"{name}_at_{k}"] = float(np.isin(given, head).mean())
+    found[f"coverage_at_{k}"] = len(np.unique(given)) / len(counts)
+    return found

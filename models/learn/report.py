@@ -1,0 +1,398 @@
+"""`learn report`: the JSONs of `results/` -> REPORT.md with its plots. The same JSONs give the same bytes.
+
+    results.read      files -> studies and runs, checked
+    evidence          runs -> estimates with intervals (significance.py)
+    claims, verdicts  what LEARN says -> holds, does not hold, not shown, not tested
+    report_tables, report_ranking, report_plots, report_format     estimates -> Markdown and PNG
+    report            which of it stands where
+
+No figure and no verdict is written down in code: what was not run says so, and the rest is computed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from learn import metrics, report_plots, report_ranking, report_tables, results
+from learn.claims import AMAZON, SECTIONS, Section
+from learn.evidence import Evidence
+from learn.report_format import difference, paragraphs, prose_table, with_interval
+from learn.report_notes import AMAZON as AMAZON_KEY
+from learn.report_notes import Notes, read_notes
+from learn.report_tables import Expected, label
+from learn.significance import BootstrapConfig
+from learn.verdicts import Finding, Record, Verdict, find
+
+NOTES = "notes.toml"
+PLOTS = "report"
+AMAZON_ALL, NO_AMAZON = "LEARN beats SASRec on six categories of Amazon reviews", "no study of them has been run yet"
+NO_MAIN = "*Not run yet: there is no study of retrieval.*"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What goes into the text: evidence, remarks, and where plots go."""
+
+    record: Record
+    notes: Notes
+    findings: dict[str, Finding]
+    config: BootstrapConfig
+    plots: Path
+    written: list[Path]
+
+    @property
+    def main(self) -> Evidence | None:
+        """The main study."""
+        return self.record.studies.get(self.record.main or "")
+
+    def plot(self, name: str, alt: str, draw: Callable[[Path], None]) -> str:
+        """Draws a PNG and returns the Markdown that shows it."""
+        path = self.plots / f"{name}.png"
+        draw(path)
+        self.written.append(path)
+        return f"![{alt}]({self.plots.name}/{path.name})"
+
+
+def build(results_root: Path, out: Path, config: BootstrapConfig | None = None) -> list[Path]:
+    """Reads `results_root` and writes the report `out` and `report/*.png` beside it; returns what was written.
+
+    `config` is for tests that want fewer replicates; its level stays .95, which is what the text says. The folder
+    `report/` belongs to the report: PNGs of earlier builds that it no longer shows are removed.
+
+    Raises `DataError` for a file that is not as results.py or report_notes.py says, ValueError if the main study that
+    notes.toml names is not there, FileNotFoundError without the folder.
+    """
+    found, notes, config = results.read(results_root), read_notes(results_root / NOTES), config or BootstrapConfig()
+    studies = {name: Evidence(study, config) for name, study in found.retrieval.items()}
+    record = Record(studies, _main_study(studies, notes), report_ranking.read_rows(found.ranking))
+    findings = {claim.key: find(claim, record) for section in SECTIONS for claim in section.claims}
+    report = Report(record, notes, findings, config, out.parent / PLOTS, [])
+    text = _text(report)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(out)
+    for stale in set(report.plots.glob("*.png")) - set(report.written):
+        stale.unlink()
+    print(f"{out}: {_tally(report)}, {len(report.written)} plots")
+    return [out, *report.written]
+
+
+def _main_study(studies: dict[str, Evidence], notes: Notes) -> str | None:
+    if notes.main is not None and notes.main not in studies and studies:
+        raise ValueError(f"{NOTES}: main is {notes.main!r}, but the studies are {', '.join(studies)}")
+    own = [name for name in studies if name != "ml-1m" and not name.startswith("amazon-")]
+    return notes.main if notes.main in studies else next(iter(own), None)
+
+
+def _text(report: Report) -> str:
+    parts = (
+        ("1. What was asked, and the short answer", _answer),
+        ("2. Protocol", _protocol),
+        ("3. All models", _models),
+        ("4. By popularity of the target", _popularity),
+        ("5. Learning curves", _curves),
+        ("6. Ablations, and how far text gets", _ablations),
+        ("7. A ranking model with and without the mid-emb", _ranking),
+        ("8. Costs", _costs),
+        ("9. What was not tested, and why", _untested),
+    )
+    opening = paragraphs(
+        "# LEARN, tested",
+        "Written by `learn report` from the JSON files of the runs. Every figure, interval and verdict below is "
+        "computed from them; only the remarks come from a person (`notes.toml`).",
+    )
+    return paragraphs(opening, *(f"## {title}\n\n{write(report)}" for title, write in parts)) + "\n"
+
+
+# --- 1 ---------------------------------------------------------------------------------------------------------------
+
+
+def _tally(report: Report) -> str:
+    count = Counter(finding.verdict for finding in report.findings.values())
+    words = {Verdict.HOLDS: "hold", Verdict.DOES_NOT_HOLD: "do not hold"}
+    parts = (f"{count[verdict]} {words.get(verdict, verdict.value)}" for verdict in Verdict)
+    return f"{len(report.findings)} claims: {', '.join(parts)}"
+
+
+def _answer(report: Report) -> str:
+    legend = (
+        "*Holds*: ahead with p < .05 (for a published figure to be reproduced: within the tolerance). *Does not hold*: "
+        "behind with p < .05 (or outside the tolerance). *Not shown*: the interval covers 0, so this data decides "
+        "nothing. Differences are paired, with 95 % intervals. p is not corrected for the number of claims."
+    )
+    bullets = [f"- {_tally(report)}.", *_headlines(report)]
+    return paragraphs("\n".join(bullets), legend, *(_section(report, section) for section in SECTIONS))
+
+
+def _headlines(report: Report) -> list[str]:
+    evidence = report.main
+    if evidence is None:
+        return ["- The main study has not been run yet."]
+    lines = []
+    for group, what in (("all", "All test events"), (metrics.FEW, "Targets with fewer than five ratings")):
+        for model in ("learn-id", "learn-text"):
+            lines.append(f"- {what}, NDCG@10: {_against_rivals(evidence, model, group)}.")
+    return [*lines, _gap_line(evidence)]
+
+
+def _against_rivals(evidence: Evidence, model: str, group: str) -> str:
+    if not evidence.has(model):
+        return f"{label(evidence, model)} has not been run yet"
+    parts = [f"{label(evidence, model)} {with_interval(evidence.figure(model, 'ndcg_at_10', group))}"]
+    for rival in report_tables.RIVALS:
+        gap = evidence.difference(model, rival, "ndcg_at_10", group)
+        name = label(evidence, rival)
+        parts.append(f"against {name} {difference(gap)}" if evidence.has(rival) else f"{name} not run yet")
+    return "; ".join(parts)
+
+
+def _gap_line(evidence: Evidence) -> str:
+    goal = report_tables.goal_of(evidence)
+    texts = [model for model in report_tables.ladder(evidence) if model.startswith("learn-text")]
+    if goal is None or not texts:
+        return "- How far text alone gets towards ID embeddings: not run yet."
+    best = texts[-1]
+    share = report_tables.way_gone(evidence, best, goal)
+    way = "" if share is None else f", {100 * share:.0f} % of the way from the bare content mean"
+    left = difference(evidence.difference(best, goal, "ndcg_at_10"))
+    return (
+        f"- The best run of text alone ({label(evidence, best)}; picked on these test events, so with hindsight) "
+        f"stands against {label(evidence, goal)} at {left}{way}."
+    )
+
+
+def _section(report: Report, section: Section) -> str:
+    findings = [report.findings[claim.key] for claim in section.claims]
+    if section is AMAZON and _no_amazon(report):
+        printed = "; ".join(f"{f.claim.key.removeprefix('amazon-')} {f.claim.paper}" for f in findings)
+        rows = [[AMAZON_ALL, printed, NO_AMAZON, f"not tested here{_remark(report, AMAZON_KEY)}"]]
+    else:
+        rows = [_claim_row(report, finding) for finding in findings]
+    return f"### {section.title}\n\n" + prose_table(["claim", "the source", "here", "verdict"], rows)
+
+
+def _no_amazon(report: Report) -> bool:
+    return all(report.findings[claim.key].verdict is Verdict.NOT_TESTED for claim in AMAZON.claims)
+
+
+def _claim_row(report: Report, finding: Finding) -> list[str]:
+    claim, verdict = finding.claim, finding.verdict.value
+    shown = verdict if finding.verdict in (Verdict.NOT_TESTED, Verdict.NOT_SHOWN) else f"**{verdict}**"
+    return [claim.text, claim.paper, finding.found, shown + _remark(report, claim.key)]
+
+
+def _remark(report: Report, key: str) -> str:
+    remark = report.notes.claims.get(key)
+    return f". {remark}" if remark else ""
+
+
+# --- 2 ---------------------------------------------------------------------------------------------------------------
+
+
+def _protocol(report: Report) -> str:
+    lines = [_study_line(name, evidence) for name, evidence in report.record.studies.items()] or [NO_MAIN]
+    lines += [
+        "Each user's last events are held out, the newest for the test, those before for validation; training sees "
+        "neither. Ties in time are broken by a fixed rule.",
+        "The history is what came before the test event, earlier test events included. Every item that the user has "
+        "not met is ranked, no sampling of candidates; ties count against the model.",
+        "HR, NDCG and MRR are means over test events, then over seeds. R@k is the mean over users of each user's share "
+        "of hits.",
+        f"Intervals: 95 %, percentile, {report.config.n_resamples:,} replicates. A replicate draws users with all "
+        "their events and, independently, seeds; both models of a difference meet the same draw.",
+        "A model with one seed adds no variance of training to its intervals: they are too narrow. Column *seeds* "
+        "tells.",
+        "Groups go by training counts: of the target (0 is a new item), of the user.",
+        "Head share: the part of all top-10 places that the most popular 1 % (5 %) of the catalogue take. Coverage: "
+        "the part of the catalogue that stands in at least one top 10.",
+        "All models of a study share test events, candidates and history; what else they share is in each JSON's "
+        "`config`.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _study_line(name: str, evidence: Evidence) -> str:
+    study = evidence.study
+    data, protocol = study.data, study.protocol
+    n_users = len(set(study.user))
+    notes = "".join(f" {note.rstrip('.')}." for note in protocol.notes)
+    return (
+        f"Study `{name}`: {data.n_users:,} users, {data.n_items:,} items, {data.n_events:,} events; "
+        f"{protocol.n_test} held out for the test and {protocol.n_validation} for validation a user; "
+        f"{len(study.user):,} test events of {n_users:,} users, {int(evidence.groups[metrics.NEW].sum()):,} of them on "
+        f"new items. Digest `{data.digest[:12]}`.{notes}"
+    )
+
+
+# --- 3 to 6 ----------------------------------------------------------------------------------------------------------
+
+
+def _models(report: Report) -> str:
+    if report.main is None:
+        return NO_MAIN
+    parts = [f"Study `{report.record.main}`.", *_model_tables(report.main, report_tables.MODELS)]
+    for name, evidence in report.record.studies.items():
+        if name != report.record.main:
+            parts += [f"### Study `{name}`", *_model_tables(evidence)]
+    return paragraphs(*parts)
+
+
+def _model_tables(evidence: Evidence, expected: Sequence[Expected] = ()) -> list[str]:
+    return [
+        report_tables.main_table(evidence, expected),
+        "Paired differences to SASRec and to HSTU:",
+        report_tables.rivals_table(evidence),
+        "Other cut-offs, and what the top ten consist of:",
+        report_tables.cutoffs_table(evidence),
+    ]
+
+
+def _popularity(report: Report) -> str:
+    evidence = report.main
+    if evidence is None:
+        return NO_MAIN
+    groups = (*report_tables.ITEM_GROUPS, metrics.FEW)
+    return paragraphs(
+        "Columns are how often training meets the target; in brackets, the number of test events.",
+        report_tables.groups_table(evidence, groups, "ndcg_at_10"),
+        report_tables.groups_table(evidence, groups, "hr_at_100"),
+        _buckets_plot(report, evidence),
+        "Differences:",
+        report_tables.group_differences_table(evidence, "ndcg_at_10"),
+        report_tables.group_differences_table(evidence, "hr_at_100"),
+        "By how many events training reads of the user:",
+        report_tables.groups_table(evidence, report_tables.USER_GROUPS, "ndcg_at_10"),
+    )
+
+
+def _buckets_plot(report: Report, evidence: Evidence) -> str:
+    groups = report_tables.ITEM_GROUPS
+    names = [report_tables.group_title(evidence, group) for group in groups]
+    found = {
+        label(evidence, model): [evidence.figure(model, "hr_at_100", group) for group in groups]
+        for model in report_tables.ordered(evidence)
+    }
+    alt = "H@100 by popularity of the target"
+    return report.plot("buckets", alt, lambda path: report_plots.buckets(path, names, found, "H@100")) if found else ""
+
+
+def _curves(report: Report) -> str:
+    evidence = report.main
+    if evidence is None:
+        return NO_MAIN
+    found = [curve for model in report_tables.ordered(evidence) if (curve := _curve(evidence, model)) is not None]
+    if not found:
+        return "*Not run yet: no run left a learning curve.*"
+    shown = report.plot(
+        "curves",
+        "NDCG@10 on validation against seconds and steps",
+        lambda path: report_plots.curves(path, found, "NDCG@10, validation"),
+    )
+    return paragraphs("Mean over seeds; the range of seeds is shaded.", shown)
+
+
+def _curve(evidence: Evidence, model: str) -> report_plots.Curve | None:
+    """The checks that all seeds have; None with fewer than two of them."""
+    of_seed = [
+        {check.step: check for check in run.curve if check.ndcg_at_10 is not None} for run in evidence.runs(model)
+    ]
+    steps = sorted(set.intersection(*(set(checks) for checks in of_seed)))
+    if len(steps) < 2:
+        return None
+    seconds, figure = (
+        np.array([[getattr(checks[step], name) for step in steps] for checks in of_seed])
+        for name in ("seconds", "ndcg_at_10")
+    )
+    return report_plots.Curve(label(evidence, model), np.array(steps), seconds.mean(axis=0), figure)
+
+
+def _ablations(report: Report) -> str:
+    evidence = report.main
+    if evidence is None:
+        return NO_MAIN
+    parts, absent = [], []
+    for question, models in report_tables.questions(evidence).items():
+        remark = report.notes.questions.get(question, "")
+        if not any(evidence.has(model) for model in models):
+            named = ", ".join(f"`{model}`" for model in models)
+            absent.append(f"- {question}: {named}. {remark}".rstrip())
+            continue
+        parts += [f"### {question[:1].upper()}{question[1:]}", report_tables.question_table(evidence, models), remark]
+    if absent:
+        parts += ["### Not run yet", "\n".join(absent)]
+    return paragraphs(
+        *parts,
+        "### How far text gets, and by what",
+        "From the weakest to the strongest; each change is measured against its own reference, so steps do not add up. "
+        "The way goes from the bare content mean (0 %) to the ID model (100 %), a share of point estimates.",
+        report_tables.ladder_table(evidence),
+        _forest(report, evidence),
+    )
+
+
+def _forest(report: Report, evidence: Evidence) -> str:
+    found = {}
+    for run in evidence.ablations():
+        gap = evidence.difference(run.model, run.reference, "ndcg_at_10")
+        if gap is not None:
+            found[run.label if run.label not in found else f"{run.label} ({run.model})"] = gap
+    found = dict(sorted(found.items(), key=lambda pair: (-pair[1].value, pair[0])))
+    if not found:
+        return ""
+    xlabel = "NDCG@10 less that of the reference, 95 % interval; full: p < .05"
+    return report.plot("ablations", "Ablations", lambda path: report_plots.forest(path, found, xlabel))
+
+
+# --- 7 to 9 ----------------------------------------------------------------------------------------------------------
+
+
+def _ranking(report: Report) -> str:
+    rows = list(report.record.ranking)
+    if not rows:
+        return "*Not run yet.*"
+    base = report_ranking.control(rows)
+    gaps = {
+        f"{row.group} ({row.n_users} users)": row.estimate()
+        for row in rows
+        if row.arm == "mid_emb" and row.metric == "uauc" and row.difference is not None
+    }
+    plot = ""
+    if gaps:
+        xlabel = f"UAUC with the mid-emb less that of `{base}`, 95 % interval; full: p < .05"
+        plot = report.plot("ranking", "UAUC by group", lambda path: report_plots.forest(path, gaps, xlabel))
+    return paragraphs(
+        "The label is a proxy made from ratings: there are no impressions, no conversions and no revenue in this data.",
+        report_ranking.figures_table(rows),
+        f"UAUC less that of `{base}`, by group:",
+        report_ranking.groups_table(rows),
+        plot,
+    )
+
+
+def _costs(report: Report) -> str:
+    if not report.record.studies:
+        return NO_MAIN
+    parts = []
+    for name, evidence in report.record.studies.items():
+        parts += [f"Study `{name}`, means over seeds:", report_tables.costs_table(evidence)]
+    return paragraphs(*parts)
+
+
+def _untested(report: Report) -> str:
+    """Claims that share a reason share a line."""
+    by_reason: dict[str, list[str]] = {}
+    for finding in report.findings.values():
+        if finding.verdict is Verdict.NOT_TESTED:
+            text, key, found = finding.claim.text, finding.claim.key, finding.found
+            if finding.claim in AMAZON.claims and _no_amazon(report):
+                text, key, found = AMAZON_ALL, AMAZON_KEY, NO_AMAZON
+            reason = " ".join(part.rstrip(".") + "." for part in (found, report.notes.claims.get(key)) if part)
+            by_reason.setdefault(reason, []).append(text)
+    lines = [f"- {'; '.join(dict.fromkeys(texts))}: {reason}" for reason, texts in by_reason.items()]
+    return "\n".join(lines) or f"All {len(report.findings)} claims were tested."

@@ -1,0 +1,132 @@
+"""Claims meet evidence: what each test found, in words and as one of four verdicts (rules in claims.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from learn.claims import MAIN, REFERENCE, SHOWN, Above, Ahead, Claim, Near, Ranked, Test, Untestable
+from learn.evidence import Evidence, has_interval
+from learn.report_format import difference, number, with_interval
+from learn.report_ranking import RankRow
+from learn.significance import Estimate
+
+
+class Verdict(StrEnum):
+    """What came out of a test."""
+
+    HOLDS = "holds"
+    DOES_NOT_HOLD = "does not hold"
+    NOT_SHOWN = "not shown"
+    NOT_TESTED = "not tested here"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim with its verdict; `found` is our figure in words, or what is missing."""
+
+    claim: Claim
+    verdict: Verdict
+    found: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """All evidence: studies by name, which of them is the main one, and the rows of ranking studies."""
+
+    studies: Mapping[str, Evidence]
+    main: str | None
+    ranking: Sequence[RankRow]
+
+    def study(self, name: str) -> Evidence | None:
+        """The study of that name, `MAIN` being whichever is the main one."""
+        return self.studies.get((self.main if name == MAIN else name) or "")
+
+
+def find(claim: Claim, record: Record) -> Finding:
+    """Decides one claim."""
+    verdict, found = _decide(claim.test, record)
+    return Finding(claim, verdict, found)
+
+
+def _decide(test: Test, record: Record) -> tuple[Verdict, str]:
+    match test:
+        case Untestable(why):
+            return Verdict.NOT_TESTED, why
+        case Ranked():
+            return _ranked(test, record.ranking)
+        case Ahead():
+            evidence = record.study(test.study)
+            return _no_study(test.study, record) if evidence is None else _ahead(test, evidence)
+        case Near() | Above():
+            evidence = record.study(test.study)
+            return _no_study(test.study, record) if evidence is None else _published(test, evidence)
+
+
+def _no_study(name: str, record: Record) -> tuple[Verdict, str]:
+    which = "the main study" if name == MAIN and record.main is None else f"the study `{name}`"
+    return Verdict.NOT_TESTED, f"{which} has not been run yet"
+
+
+def _missing(evidence: Evidence, *models: str) -> str | None:
+    absent = [f"`{model}`" for model in models if not evidence.has(model)]
+    return f"{' and '.join(absent)} not run yet in the study `{evidence.study.study}`" if absent else None
+
+
+def _ahead(test: Ahead, evidence: Evidence) -> tuple[Verdict, str]:
+    model, other = test.model, test.other
+    ablation = other if model == REFERENCE else model
+    if REFERENCE in (model, other):
+        if absent := _missing(evidence, ablation):
+            return Verdict.NOT_TESTED, absent
+        reference = evidence.one(ablation).reference
+        if reference is None:
+            return Verdict.NOT_TESTED, f"the runs of `{ablation}` name no reference"
+        model, other = (reference, other) if model == REFERENCE else (model, reference)
+    if absent := _missing(evidence, model, other):
+        return Verdict.NOT_TESTED, absent
+    gap = evidence.difference(model, other, test.metric, test.group)
+    if gap is None:
+        return Verdict.NOT_TESTED, f"the study `{evidence.study.study}` has no test events in the group {test.group}"
+    pair = " against ".join(number(evidence.figure(name, test.metric, test.group).value) for name in (model, other))
+    return _sign(gap), f"{SHOWN[test.metric]} {pair}: {difference(gap)}"
+
+
+def _sign(gap: Estimate) -> Verdict:
+    if not has_interval(gap):
+        return Verdict.NOT_SHOWN
+    return by_sign(gap.value, gap.p)
+
+
+def by_sign(value: float, p: float) -> Verdict:
+    """The rule for differences."""
+    if p >= 0.05:
+        return Verdict.NOT_SHOWN
+    return Verdict.HOLDS if value > 0 else Verdict.DOES_NOT_HOLD
+
+
+def _published(test: Near | Above, evidence: Evidence) -> tuple[Verdict, str]:
+    if absent := _missing(evidence, test.model):
+        return Verdict.NOT_TESTED, absent
+    figure = evidence.figure(test.model, test.metric)
+    found = f"{SHOWN[test.metric]} {with_interval(figure)}"
+    if isinstance(test, Near):
+        is_near = abs(figure.value - test.published) <= test.tolerance
+        return (Verdict.HOLDS if is_near else Verdict.DOES_NOT_HOLD), found
+    if not has_interval(figure) or figure.low <= test.published <= figure.high:
+        return Verdict.NOT_SHOWN, found
+    return (Verdict.HOLDS if figure.low > test.published else Verdict.DOES_NOT_HOLD), found
+
+
+def _ranked(test: Ranked, rows: Sequence[RankRow]) -> tuple[Verdict, str]:
+    if not rows:
+        return Verdict.NOT_TESTED, "the ranking study has not been run yet"
+    for row in rows:
+        if (row.arm, row.metric, row.group) == (test.arm, test.metric, test.group):
+            if row.difference is None or row.figure is None:
+                return Verdict.NOT_TESTED, f"{test.metric.upper()} is not defined on {test.group} in the ranking study"
+            without = number(row.figure - row.difference)
+            found = f"{test.metric.upper()} {without} -> {number(row.figure)}: {difference(row.estimate())}"
+            return _sign(row.estimate()), found
+    return Verdict.NOT_TESTED, f"the ranking study has no arm `{test.arm}` on {test.group}"
