@@ -6,7 +6,7 @@
 #   make lint         formatting, clippy, documentation, Python sources
 #   make bench-reload 200 pushes under load, every answer checked, in some minutes
 #   make bench        every scenario beside the floors and two peers, five rounds in some ten minutes
-#   make train-setup  a virtual environment with PyTorch (5 GB)
+#   make train-setup  a virtual environment with PyTorch (6 GB)
 #   make train        train and export a bundle from DATA, a MovieLens folder, into OUT
 #   make train-test   the offline half's tests
 
@@ -80,7 +80,7 @@ benches/.venv-triton/.installed: benches/requirements-triton.txt
 	@touch $@
 
 models/.venv/.installed: models/requirements.txt
-	@echo "installing PyTorch and what else training needs: 5 GB, some minutes" >&2
+	@echo "installing PyTorch and what else training needs: 6 GB, some minutes" >&2
 	@[ -x models/.venv/bin/python ] || $(PYTHON) -m venv models/.venv
 	@models/.venv/bin/pip install --quiet -r $<
 	@touch $@

@@ -10,6 +10,7 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
                 yield row, line.decode(encoding).rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise DataError(path, row, None, f"not {encoding.upper()} at byte {error.start} of the line") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(path, row + 1, None, getattr(error, "strerror", None) or str(error)) from error
 
 

@@ -178,7 +178,7 @@ def _export(arguments: Arguments) -> None:
 
     facts = {"data": arguments.source}
     if arguments.figures is not None:
-        from learn.report import figures_of
+        from learn.figures import figures_of
 
         facts["study"] = figures_of(arguments.figures, arguments.model)
     _run(arguments).export(arguments.out, Label(arguments.name, arguments.bundle_version), facts)

@@ -148,6 +148,12 @@ def examples(pch: Pch, content: Tensor, found: list[Window]) -> Examples:
     return Examples(user[order], item[order], liked[order])
 
 
+def training_examples(pch: Pch, content: Tensor, dataset: Dataset, split: Split, history: History = "all") -> Examples:
+    """Every training event with the user state before it, read through sliding windows."""
+    found = windows(dataset.sequences, training_spans(split), pch.config.max_history, history, "sliding")
+    return examples(pch, content, found)
+
+
 def training_spans(split: Split) -> list[tuple[int, int, int]]:
     """Every training event."""
     return [(user, 0, n_train) for user, n_train in enumerate(split.n_train) if n_train]
@@ -179,7 +185,7 @@ def train_head(
     with torch.no_grad():
         item = pch.alone(content)
     longest, history = pch.config.max_history, config.history
-    train = examples(pch, content, windows(dataset.sequences, training_spans(split), longest, history, "sliding"))
+    train = training_examples(pch, content, dataset, split, history)
     test = examples(pch, content, windows(dataset.sequences, event_spans(split.test), longest, history, "exact"))
     return head, {"cvr_validation_auc": best_auc} | measure(head, train, test, item)
 

@@ -31,7 +31,7 @@ class PchConfig:
     """Sizes of the towers. The defaults are those of the shipped bundle."""
 
     content_dim: int = 384
-    adaptor_hidden: int = 512
+    adaptor_hidden: int = 256
     width: int = 128
     layers: int = 4
     heads: int = 4

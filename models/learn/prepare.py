@@ -117,6 +117,8 @@ class _Preparation:
         settings = {"memory_limit": f"{config.memory_mb}MB", "temp_directory": str(work / "spill")}
         settings |= {"threads": config.threads, "preserve_insertion_order": True}
         self.db = duckdb.connect(str(work / "log.duckdb"), config=settings)
+        # DuckDB 2.0 draws its bar on standard output, in the middle of what is printed there.
+        self.db.execute("SET enable_progress_bar = false")
 
     def run(self) -> Prepared:
         """All steps; the folder's files lie in `work` then."""

@@ -7,7 +7,7 @@ look them up in an embedding table, in a table of content embeddings, or in both
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from learn.pch import Pch, PchConfig
 from learn.standardise import Method, fit
+
+Ids = Literal["none", "tied", "separate"]
 
 
 class Recommender(nn.Module, ABC):
@@ -53,18 +55,18 @@ class Recommender(nn.Module, ABC):
 class Learn(Recommender):
     """LEARN: PCH over frozen content embeddings, in two towers that share their weights.
 
-    With `n_ids`, every item also has a free vector that no text determines, added where the item enters the tower and
-    again to its item embedding. The paper has no such thing, so results of it are labelled LEARN+ID.
+    With `ids`, every item also has free vectors that no text determines, added where the item enters the tower and to
+    its item embedding. The paper has no such thing, so results of it are labelled LEARN+ID.
     """
 
     has_start = True
 
-    def __init__(self, pch: Pch, content: Tensor, method: Method = "scale", n_ids: int = 0) -> None:
+    def __init__(self, pch: Pch, content: Tensor, method: Method = "scale", ids: Ids = "none") -> None:
         super().__init__()
         self.pch, self.max_history = pch, pch.config.max_history
         self.standardisation = fit(content, method)
         self.register_buffer("content", self.standardisation.apply(content), persistent=False)
-        self.ids = IdTable(n_ids, pch.config) if n_ids else None
+        self.ids = None if ids == "none" else IdTables(len(content), pch.config, ids)
 
     def states(self, items: Tensor, times: Tensor) -> Tensor:
         """As above; `times` is not read."""
@@ -75,7 +77,7 @@ class Learn(Recommender):
         if self.pch.config.item_tower == "content":
             return F.normalize(self.content[items], dim=-1)
         raw = self.pch.alone_raw(self._entered(items))
-        return self.pch.output(raw if self.ids is None else raw + self.ids(items))
+        return self.pch.output(raw if self.ids is None else raw + self.ids.leaving(items))
 
     def target_keys(self, items: Tensor, times: Tensor) -> Tensor:
         """Variant 1 reads the whole target sequence causally, the others each item by itself."""
@@ -95,27 +97,32 @@ class Learn(Recommender):
 
     def _entered(self, items: Tensor) -> Tensor:
         x = self.pch.adapt(self.content[items])
-        return x if self.ids is None else x + self.ids(items)
+        return x if self.ids is None else x + self.ids.entering(items)
 
 
-class IdTable(nn.Module):
-    """A free vector an item, one for both ends of a tower, as in SASRec; so both ends have to be of one width.
+class IdTables(nn.Module):
+    """Free vectors of every item, for both ends of a tower.
 
-    They begin small against what text gives, and those of items that are never trained on stay so.
+    "tied": one vector for both, as in SASRec, so both ends have to be of one width. "separate": one each; they begin so
+    small that text speaks first, and items that are never trained on keep what text says.
     """
 
-    def __init__(self, n_items: int, config: PchConfig) -> None:
+    def __init__(self, n_items: int, config: PchConfig, ids: Ids) -> None:
         super().__init__()
-        if config.width != config.out_dim:
-            raise ValueError(
-                f"ids need towers as wide as their output, got width {config.width}, out_dim {config.out_dim}"
-            )
-        self.scale = config.width**0.5
-        self.table = nn.Parameter(torch.randn(n_items, config.width) * 0.02)
+        if ids == "tied" and config.width != config.out_dim:
+            sizes = f"width {config.width}, out_dim {config.out_dim}"
+            raise ValueError(f"tied ids need towers as wide as their output, got {sizes}")
+        self.scale = config.width**0.5 if ids == "tied" else 1.0
+        self.first = nn.Parameter(torch.randn(n_items, config.width) * 0.02)
+        self.second = None if ids == "tied" else nn.Parameter(torch.randn(n_items, config.out_dim) * 0.02)
 
-    def forward(self, items: Tensor) -> Tensor:
+    def entering(self, items: Tensor) -> Tensor:
         """[...] -> [...,D]."""
-        return self.table[items] * self.scale
+        return self.first[items] * self.scale
+
+    def leaving(self, items: Tensor) -> Tensor:
+        """[...] -> [...,E]."""
+        return self.entering(items) if self.second is None else self.second[items]
 
 
 class IdTowers(Recommender):
@@ -128,15 +135,15 @@ class IdTowers(Recommender):
         self.pch, self.max_history = pch, pch.config.max_history
         # No text enters, so what would read it is no part of the model.
         self.pch.adaptor = nn.Identity()
-        self.ids = IdTable(n_items, pch.config)
+        self.ids = IdTables(n_items, pch.config, "tied")
 
     def states(self, items: Tensor, times: Tensor) -> Tensor:
         """As above; `times` is not read."""
-        return self.pch.states_of(self.ids(items))
+        return self.pch.states_of(self.ids.entering(items))
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """The table itself: an id needs no tower to become an item embedding."""
-        return self.pch.output(self.ids(items))
+        return self.pch.output(self.ids.leaving(items))
 
 
 class ContentMean(Recommender):

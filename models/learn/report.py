@@ -3,6 +3,7 @@
     results.read      files -> studies and runs, checked
     evidence          runs -> estimates with intervals (significance.py)
     claims, verdicts  what LEARN says -> holds, does not hold, not shown, not tested
+    report_answer     the short answer, the verdicts, what was not tested
     report_tables, report_ranking, report_plots, report_format     estimates -> Markdown and PNG
     report            which of it stands where
 
@@ -11,51 +12,24 @@ No figure and no verdict is written down in code: what was not run says so, and 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from learn import metrics, report_plots, report_ranking, report_tables, results
-from learn.claims import AMAZON, SECTIONS, Section
+from learn.claims import SECTIONS
 from learn.evidence import Evidence
-from learn.report_format import difference, paragraphs, prose_table, with_interval
-from learn.report_notes import AMAZON as AMAZON_KEY
+from learn.report_answer import Report, answer, tally, untested
+from learn.report_format import paragraphs
 from learn.report_notes import Notes, read_notes
 from learn.report_tables import Expected, label
 from learn.significance import BootstrapConfig
-from learn.verdicts import Finding, Record, Verdict, find
+from learn.verdicts import Record, find
 
 NOTES = "notes.toml"
 PLOTS = "report"
-AMAZON_ALL, NO_AMAZON = "LEARN beats SASRec on six categories of Amazon reviews", "no study of them has been run yet"
 NO_MAIN = "*Not run yet: there is no study of retrieval.*"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What goes into the text: evidence, remarks, and where plots go."""
-
-    record: Record
-    notes: Notes
-    findings: dict[str, Finding]
-    config: BootstrapConfig
-    plots: Path
-    written: list[Path]
-
-    @property
-    def main(self) -> Evidence | None:
-        """The main study."""
-        return self.record.studies.get(self.record.main or "")
-
-    def plot(self, name: str, alt: str, draw: Callable[[Path], None]) -> str:
-        """Draws a PNG and returns the Markdown that shows it."""
-        path = self.plots / f"{name}.png"
-        draw(path)
-        self.written.append(path)
-        return f"![{alt}]({self.plots.name}/{path.name})"
 
 
 def build(results_root: Path, out: Path, config: BootstrapConfig | None = None) -> list[Path]:
@@ -79,7 +53,7 @@ def build(results_root: Path, out: Path, config: BootstrapConfig | None = None) 
     partial.replace(out)
     for stale in set(report.plots.glob("*.png")) - set(report.written):
         stale.unlink()
-    print(f"{out}: {_tally(report)}, {len(report.written)} plots")
+    print(f"{out}: {tally(report)}, {len(report.written)} plots")
     return [out, *report.written]
 
 
@@ -92,7 +66,7 @@ def _main_study(studies: dict[str, Evidence], notes: Notes) -> str | None:
 
 def _text(report: Report) -> str:
     parts = (
-        ("1. What was asked, and the short answer", _answer),
+        ("1. What was asked, and the short answer", answer),
         ("2. Protocol", _protocol),
         ("3. All models", _models),
         ("4. By popularity of the target", _popularity),
@@ -100,7 +74,7 @@ def _text(report: Report) -> str:
         ("6. Ablations, and how far text gets", _ablations),
         ("7. A ranking model with and without the mid-emb", _ranking),
         ("8. Costs", _costs),
-        ("9. What was not tested, and why", _untested),
+        ("9. What was not tested, and why", untested),
     )
     opening = paragraphs(
         "# LEARN, tested",
@@ -110,96 +84,14 @@ def _text(report: Report) -> str:
     return paragraphs(opening, *(f"## {title}\n\n{write(report)}" for title, write in parts)) + "\n"
 
 
-# --- 1 ---------------------------------------------------------------------------------------------------------------
-
-
-def _tally(report: Report) -> str:
-    count = Counter(finding.verdict for finding in report.findings.values())
-    words = {Verdict.HOLDS: "hold", Verdict.DOES_NOT_HOLD: "do not hold"}
-    parts = (f"{count[verdict]} {words.get(verdict, verdict.value)}" for verdict in Verdict)
-    return f"{len(report.findings)} claims: {', '.join(parts)}"
-
-
-def _answer(report: Report) -> str:
-    legend = (
-        "*Holds*: ahead with p < .05 (for a published figure to be reproduced: within the tolerance). *Does not hold*: "
-        "behind with p < .05 (or outside the tolerance). *Not shown*: the interval covers 0, so this data decides "
-        "nothing. Differences are paired, with 95 % intervals. p is not corrected for the number of claims."
-    )
-    bullets = [f"- {_tally(report)}.", *_headlines(report)]
-    return paragraphs("\n".join(bullets), legend, *(_section(report, section) for section in SECTIONS))
-
-
-def _headlines(report: Report) -> list[str]:
-    evidence = report.main
-    if evidence is None:
-        return ["- The main study has not been run yet."]
-    lines = []
-    for group, what in (("all", "All test events"), (metrics.FEW, "Targets with fewer than five ratings")):
-        for model in ("learn-id", "learn-text"):
-            lines.append(f"- {what}, NDCG@10: {_against_rivals(evidence, model, group)}.")
-    return [*lines, _gap_line(evidence)]
-
-
-def _against_rivals(evidence: Evidence, model: str, group: str) -> str:
-    if not evidence.has(model):
-        return f"{label(evidence, model)} has not been run yet"
-    parts = [f"{label(evidence, model)} {with_interval(evidence.figure(model, 'ndcg_at_10', group))}"]
-    for rival in report_tables.RIVALS:
-        gap = evidence.difference(model, rival, "ndcg_at_10", group)
-        name = label(evidence, rival)
-        parts.append(f"against {name} {difference(gap)}" if evidence.has(rival) else f"{name} not run yet")
-    return "; ".join(parts)
-
-
-def _gap_line(evidence: Evidence) -> str:
-    goal = report_tables.goal_of(evidence)
-    texts = [model for model in report_tables.ladder(evidence) if model.startswith("learn-text")]
-    if goal is None or not texts:
-        return "- How far text alone gets towards ID embeddings: not run yet."
-    best = texts[-1]
-    share = report_tables.way_gone(evidence, best, goal)
-    way = "" if share is None else f", {100 * share:.0f} % of the way from the bare content mean"
-    left = difference(evidence.difference(best, goal, "ndcg_at_10"))
-    return (
-        f"- The best run of text alone ({label(evidence, best)}; picked on these test events, so with hindsight) "
-        f"stands against {label(evidence, goal)} at {left}{way}."
-    )
-
-
-def _section(report: Report, section: Section) -> str:
-    findings = [report.findings[claim.key] for claim in section.claims]
-    if section is AMAZON and _no_amazon(report):
-        printed = "; ".join(f"{f.claim.key.removeprefix('amazon-')} {f.claim.paper}" for f in findings)
-        rows = [[AMAZON_ALL, printed, NO_AMAZON, f"not tested here{_remark(report, AMAZON_KEY)}"]]
-    else:
-        rows = [_claim_row(report, finding) for finding in findings]
-    return f"### {section.title}\n\n" + prose_table(["claim", "the source", "here", "verdict"], rows)
-
-
-def _no_amazon(report: Report) -> bool:
-    return all(report.findings[claim.key].verdict is Verdict.NOT_TESTED for claim in AMAZON.claims)
-
-
-def _claim_row(report: Report, finding: Finding) -> list[str]:
-    claim, verdict = finding.claim, finding.verdict.value
-    shown = verdict if finding.verdict in (Verdict.NOT_TESTED, Verdict.NOT_SHOWN) else f"**{verdict}**"
-    return [claim.text, claim.paper, finding.found, shown + _remark(report, claim.key)]
-
-
-def _remark(report: Report, key: str) -> str:
-    remark = report.notes.claims.get(key)
-    return f". {remark}" if remark else ""
-
-
 # --- 2 ---------------------------------------------------------------------------------------------------------------
 
 
 def _protocol(report: Report) -> str:
     lines = [_study_line(name, evidence) for name, evidence in report.record.studies.items()] or [NO_MAIN]
     lines += [
-        "Each user's last events are held out, the newest for the test, those before for validation; training sees "
-        "neither. Ties in time are broken by a fixed rule.",
+        "Held out are the last events, the newest for the test, those before for validation; training sees neither. "
+        "Ties in time are broken by a fixed rule.",
         "The history is what came before the test event, earlier test events included. Every item that the user has "
         "not met is ranked, no sampling of candidates; ties count against the model.",
         "HR, NDCG and MRR are means over test events, then over seeds. R@k is the mean over users of each user's share "
@@ -221,10 +113,12 @@ def _study_line(name: str, evidence: Evidence) -> str:
     study = evidence.study
     data, protocol = study.data, study.protocol
     n_users = len(set(study.user))
+    held_out = f"{protocol.n_test} held out for the test and {protocol.n_validation} for validation a user"
+    if not protocol.n_test:
+        held_out = "held out by time, validation before test"
     notes = "".join(f" {note.rstrip('.')}." for note in protocol.notes)
     return (
-        f"Study `{name}`: {data.n_users:,} users, {data.n_items:,} items, {data.n_events:,} events; "
-        f"{protocol.n_test} held out for the test and {protocol.n_validation} for validation a user; "
+        f"Study `{name}`: {data.n_users:,} users, {data.n_items:,} items, {data.n_events:,} events; {held_out}; "
         f"{len(study.user):,} test events of {n_users:,} users, {int(evidence.groups[metrics.NEW].sum()):,} of them on "
         f"new items. Digest `{data.digest[:12]}`.{notes}"
     )
@@ -349,7 +243,7 @@ def _forest(report: Report, evidence: Evidence) -> str:
     return report.plot("ablations", "Ablations", lambda path: report_plots.forest(path, found, xlabel))
 
 
-# --- 7 to 9 ----------------------------------------------------------------------------------------------------------
+# --- 7 and 8 ----------------------------------------------------------------------------------------------------------
 
 
 def _ranking(report: Report) -> str:
@@ -382,17 +276,3 @@ def _costs(report: Report) -> str:
     for name, evidence in report.record.studies.items():
         parts += [f"Study `{name}`, means over seeds:", report_tables.costs_table(evidence)]
     return paragraphs(*parts)
-
-
-def _untested(report: Report) -> str:
-    """Claims that share a reason share a line."""
-    by_reason: dict[str, list[str]] = {}
-    for finding in report.findings.values():
-        if finding.verdict is Verdict.NOT_TESTED:
-            text, key, found = finding.claim.text, finding.claim.key, finding.found
-            if finding.claim in AMAZON.claims and _no_amazon(report):
-                text, key, found = AMAZON_ALL, AMAZON_KEY, NO_AMAZON
-            reason = " ".join(part.rstrip(".") + "." for part in (found, report.notes.claims.get(key)) if part)
-            by_reason.setdefault(reason, []).append(text)
-    lines = [f"- {'; '.join(dict.fromkeys(texts))}: {reason}" for reason, texts in by_reason.items()]
-    return "\n".join(lines) or f"All {len(report.findings)} claims were tested."

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 from pydantic import model_validator as validator
 
 from learn import metrics
-from learn.data import DataError, Dataset, Split, SplitConfig
+from learn.data import DataError, Dataset, Split
 
 FORMAT = 1
 STUDY, RANKING = "study.json", "test_events.json"
@@ -50,9 +50,9 @@ class Data(_Strict):
 
 
 class Protocol(_Strict):
-    """How many events of each user were held out; `notes` are further lines for the report's protocol section."""
+    """How many events of each user were held out, 0 if the log was cut in time. `notes` are further words on it."""
 
-    n_test: PositiveInt
+    n_test: NonNegativeInt
     n_validation: NonNegativeInt
     notes: list[Text] = []
 
@@ -160,7 +160,7 @@ class Results:
 # --- making and writing ----------------------------------------------------------------------------------------------
 
 
-def describe(name: str, dataset: Dataset, split: Split, config: SplitConfig, notes: list[str] | None = None) -> Study:
+def describe(name: str, dataset: Dataset, split: Split, protocol: Protocol) -> Study:
     """The study that these test events make up. Raises ValueError if there are none."""
     if not split.test:
         raise ValueError(f"study {name}: the split holds out no test events")
@@ -177,7 +177,7 @@ def describe(name: str, dataset: Dataset, split: Split, config: SplitConfig, not
         data=Data(
             n_users=len(dataset.sequences), n_items=len(counts), n_events=n_events, digest=digest(dataset, split)
         ),
-        protocol=Protocol(n_test=config.n_test, n_validation=config.n_validation, notes=notes or []),
+        protocol=protocol,
         user=[int(event.user) for event in split.test],
         item=item,
         position=[int(event.position) for event in split.test],

@@ -7,7 +7,9 @@ depend on the order of a file.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -99,19 +101,19 @@ def _leave_last_out(sequences: Sequences, config: SplitConfig) -> Split:
 
 def _split_by_time(sequences: Sequences, cuts: tuple[int, int]) -> Split:
     n_train, validation, test = [], [], []
-    for user, sequence in enumerate(sequences):
+    for user, timestamps in enumerate(_timestamps(sequences)):
         # "left": an event at the cut itself is held out.
-        first, second = np.searchsorted(sequence.timestamps, cuts, side="left").tolist()
+        first, second = np.searchsorted(timestamps, cuts, side="left").tolist()
         n_train.append(first)
         validation += [Event(user, position) for position in range(first, second)]
-        test += [Event(user, position) for position in range(second, len(sequence.timestamps))]
+        test += [Event(user, position) for position in range(second, len(timestamps))]
     return Split(n_train, validation, test)
 
 
 def time_cuts(sequences: Sequences, config: TimeSplitConfig) -> tuple[int, int]:
     """The two timestamps of the cuts, for this log."""
     if not isinstance(sequences, PreparedSequences):
-        parts = [sequence.timestamps for sequence in sequences]
+        parts = list(_timestamps(sequences))
         return cut_timestamps(np.concatenate(parts) if parts else np.empty(0, np.int64), config)
     if not sequences.meta.has_timestamps:
         raise ValueError(f"{sequences.folder} has no timestamps, so it cannot be split in time")
@@ -176,6 +178,14 @@ def new_items(dataset: Dataset, split: Split) -> np.ndarray:
     for sequence, n_train in zip(dataset.sequences, split.n_train, strict=True):
         unseen[sequence.items[:n_train]] = False
     return unseen
+
+
+def _timestamps(sequences: Sequences) -> Iterator[np.ndarray]:
+    """Those of each user; of a prepared folder nothing else is read."""
+    if not isinstance(sequences, PreparedSequences):
+        return (sequence.timestamps for sequence in sequences)
+    whole, offsets = sequences.arrays["timestamps"], sequences.arrays["offsets"].tolist()
+    return (whole[begin:end] for begin, end in pairwise(offsets))
 
 
 def _lengths(sequences: Sequences) -> list[int]:

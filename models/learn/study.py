@@ -31,7 +31,7 @@ from learn.evaluate import array_ranking, popularity
 from learn.hstu import Hstu, HstuConfig
 from learn.metrics import Ranking
 from learn.pch import Pch, PchConfig
-from learn.recommender import ContentMean, IdTowers, Learn, Recommender
+from learn.recommender import ContentMean, Ids, IdTowers, Learn, Recommender
 from learn.retrieve import retrieve
 from learn.run import content_of
 from learn.sasrec import SasRec, SasRecConfig
@@ -55,7 +55,7 @@ class Arm:
     # Which content embeddings, by their name in the study; how they are standardised; free vectors beside them.
     content: str = "minilm"
     standardise: Method = "whiten"
-    ids: bool = False
+    ids: Ids = "none"
     # What an ablation is compared with, and what it asks.
     reference: str = ""
     question: str = ""
@@ -153,7 +153,7 @@ def build(arm: Arm, inputs: Inputs) -> Recommender:
     # Variant 3 has no item tower, so the user tower has to end in the content's own space.
     out_dim = content.shape[1] if sizes.item_tower == "content" else sizes.out_dim
     sizes = replace(sizes, content_dim=content.shape[1], out_dim=out_dim)
-    return Learn(Pch(sizes), content, arm.standardise, n_items if arm.ids else 0)
+    return Learn(Pch(sizes), content, arm.standardise, arm.ids)
 
 
 def _content(arm: Arm, inputs: Inputs) -> Tensor:
@@ -175,7 +175,7 @@ def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> N
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
         folder = path.with_name(f"{path.stem}.{digest}.run")
         found, costs = _trained(TrainConfig(**config["train"], seed=seed), arm, inputs, split, folder)
-    shared = results.describe(study.study, inputs.dataset, split, study.split)
+    shared = describe(study, inputs.dataset, split)
     record = results.Run(
         format=results.FORMAT,
         study=study.study,
@@ -191,6 +191,12 @@ def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> N
         **results.measured(shared, found, counts),
     )
     results.write_run(root, record)
+
+
+def describe(study: Study, dataset: data.Dataset, split: data.Split) -> results.Study:
+    """What all runs of the study share."""
+    protocol = results.Protocol(n_test=study.split.n_test, n_validation=study.split.n_validation)
+    return results.describe(study.study, dataset, split, protocol)
 
 
 def run_config(study: Study, arm: Arm) -> dict[str, Any]:
@@ -241,7 +247,7 @@ def _check(record: Mapping[str, float]) -> results.Check:
 def run_study(study: Study, inputs: Inputs, root: Path, n_workers: int) -> None:
     """Every run that is missing, `n_workers` at a time, one thread each: small models gain little from a second."""
     split = data.split(inputs.dataset.sequences, study.split)
-    results.write_study(root, results.describe(study.study, inputs.dataset, split, study.split))
+    results.write_study(root, describe(study, inputs.dataset, split))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         jobs = {pool.submit(run_one, study, name, seed, inputs, root): (name, seed) for name, seed in study.runs()}

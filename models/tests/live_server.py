@@ -48,7 +48,7 @@ class Server:
         return sum(float(line.rsplit(" ", 1)[1]) for line in series if all(label in line for label in wanted))
 
     def import_cache(self, *files: Path) -> str:
-        command = [binary(), "cache", "--server", self.admin, "import", *files]
+        command = [binary(), "cache", "import", "--admin", self.admin, *files]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS).stdout
 
 

@@ -81,7 +81,9 @@ def test_a_bad_interaction_is_named(neutral, row, message):
     ("line", "reason"),
     [
         ("not json", "row 4"),
-        ('{"id": "7"}', "'text'"),
+        ('{"id": "7"}', "column text: '7' has no text at all"),
+        ('{"id": "7", "text": "x"}', "column text: expected an object with item text, got 'x'"),
+        ('{"id": ["7"], "title": "x"}', r"column id: expected a text that is not empty, got \['7'\]"),
         ('{"id": "1", "text": {"title": "x"}}', "column id: '1' stands here a second time"),
         ('{"id": "7", "text": {"keywords": [""]}}', "column text: '7' has no text at all"),
         ('{"id": "7", "text": {"colour": "red"}}', "unknown field of item text: colour"),

@@ -32,7 +32,7 @@ def trained(out: Path, loss: str) -> None:
     sequences = [data.Sequence(str(u), r, np.ones(len(r)), np.arange(len(r))) for u, r in enumerate(runs)]
     dataset = data.Dataset([str(i) for i in range(20)], [], sequences)
     torch.manual_seed(0)
-    model = Learn(small_pch(out_dim=16), torch.randn(20, 12), n_ids=20)
+    model = Learn(small_pch(), torch.randn(20, 12), ids="separate")
     config = TrainConfig(steps=6, users=5, warmup=1, n_uniform=6, check_every=3, **LOSSES[loss])
     curve = train(config, model, dataset, data.split(sequences, data.SplitConfig()), out)
     if parallel.is_first():

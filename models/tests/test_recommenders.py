@@ -26,7 +26,8 @@ def made(kind):
     torch.manual_seed(0)
     model = {
         "learn": lambda: Learn(small_pch(), content()),
-        "learn-id": lambda: Learn(small_pch(out_dim=16), content(), n_ids=N_ITEMS),
+        "learn-id": lambda: Learn(small_pch(), content(), ids="separate"),
+        "learn-id-tied": lambda: Learn(small_pch(out_dim=16), content(), ids="tied"),
         "id-towers": lambda: IdTowers(small_pch(out_dim=16), N_ITEMS),
         "sasrec": lambda: SasRec(SasRecConfig(width=8, layers=2, heads=2, max_history=9), N_ITEMS),
         "hstu": lambda: Hstu(HstuConfig(width=8, layers=2, heads=2, max_history=9), N_ITEMS),
@@ -39,7 +40,7 @@ def made(kind):
     return model.eval()
 
 
-KINDS = ["learn", "learn-id", "id-towers", "sasrec", "hstu", "hstu-time", "content-mean"]
+KINDS = ["learn", "learn-id", "learn-id-tied", "id-towers", "sasrec", "hstu", "hstu-time", "content-mean"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -103,20 +104,22 @@ def test_the_three_variants_of_the_item_tower():
     torch.testing.assert_close(alone[0, 0], F.normalize(model.content[items[0, 0]], dim=0), **EXACT)
 
 
-def test_ids_that_are_zero_leave_what_text_says():
-    plain, with_ids = (Learn(small_pch(out_dim=16), content(), n_ids=n) for n in (0, N_ITEMS))
+@pytest.mark.parametrize("mode", ["tied", "separate"])
+def test_ids_that_are_zero_leave_what_text_says(mode):
+    plain, with_ids = (Learn(small_pch(out_dim=16), content(), ids=ids) for ids in ("none", mode))
     with_ids.pch.load_state_dict(plain.pch.state_dict())
     (items, times), every = case(), torch.arange(N_ITEMS)
     assert not torch.allclose(plain.item_embeddings(every), with_ids.item_embeddings(every), atol=1e-4)
     with torch.no_grad():
-        with_ids.ids.table.zero_()
+        for table in with_ids.ids.parameters():
+            table.zero_()
     torch.testing.assert_close(plain.item_embeddings(every), with_ids.item_embeddings(every), **EXACT)
     torch.testing.assert_close(plain.states(items, times), with_ids.states(items, times), **EXACT)
 
 
-def test_ids_need_both_ends_of_one_width():
+def test_tied_ids_need_both_ends_of_one_width():
     with pytest.raises(ValueError, match="width 16, out_dim 6"):
-        Learn(small_pch(), content(), n_ids=N_ITEMS)
+        Learn(small_pch(), content(), ids="tied")
 
 
 def test_finished_towers_take_raw_content():

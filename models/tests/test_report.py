@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from learn import report, report_ranking, results
 from learn.claims import SECTIONS, Above, Ahead, Claim, Near, Ranked
 from learn.data import DataError
 from learn.evidence import Evidence
-from learn.report_notes import read_notes
+from learn.report_answer import Report, headlines
+from learn.report_format import prose_table
+from learn.report_notes import Notes, read_notes
 from learn.report_ranking import RankRow
 from learn.report_tables import ladder, ladder_table, main_table
 from learn.significance import BootstrapConfig
@@ -117,6 +120,13 @@ def test_without_any_run_the_report_says_so(tmp_path):
     assert not list((tmp_path / "report").iterdir())
 
 
+def test_the_short_answer_has_a_line_on_the_ranking_model():
+    whole = Report(Record({}, None, rank_rows(1)), Notes(), {}, FAST, Path(), [])
+    assert headlines(whole)[-1].endswith(
+        "all **+.0200 [+.0100, +.0300], p .010**; cold-start items **+.0200 [+.0100, +.0300], p .010**."
+    )
+
+
 # --- verdicts --------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +205,7 @@ def test_a_curve_keeps_the_steps_that_all_seeds_have(tmp_path):
 
 
 def test_a_table_cell_cannot_break_the_table():
-    assert report.prose_table(["a"], [["x | y\nz"]]).splitlines()[-1] == "| x \\| y z |"
+    assert prose_table(["a"], [["x | y\nz"]]).splitlines()[-1] == "| x \\| y z |"
 
 
 def rank_rows(sign: float) -> list[RankRow]:

@@ -31,9 +31,9 @@ def test_a_study_describes_its_test_events():
     runs = [[0, 1, 2, 3], [0, 1, 0, 3], [2]]
     sequences = [Sequence(str(u), np.array(r), np.ones(len(r))) for u, r in enumerate(runs)]
     dataset = Dataset([str(i) for i in range(5)], [ItemText(title=str(i)) for i in range(5)], sequences)
-    config = data.SplitConfig(n_test=1, n_validation=1)
-    split = data.split(dataset.sequences, config)
-    study = results.describe("tiny", dataset, split, config, ["one note"])
+    split = data.split(dataset.sequences, data.SplitConfig(n_test=1, n_validation=1))
+    protocol = results.Protocol(n_test=1, n_validation=1, notes=["one note"])
+    study = results.describe("tiny", dataset, split, protocol)
     assert (study.data.n_users, study.data.n_items, study.data.n_events) == (3, 5, 9)
     assert (study.user, study.item, study.position) == ([0, 1], [3, 3], [3, 3])
     assert (study.item_count, study.user_count) == ([0, 0], [2, 2])
@@ -43,6 +43,8 @@ def test_a_study_describes_its_test_events():
     fields = results.measured(study, Ranking(np.array([1, 4]), np.array([[3, 4], [3, 2]])), np.array([2, 2, 1, 0, 0]))
     assert fields["metrics"]["item 0"]["hr_at_10"] == 1.0
     assert fields["top"]["coverage_at_2"] == pytest.approx(3 / 5)
+    with pytest.raises(ValueError, match="holds out no test events"):
+        results.describe("tiny", dataset, data.Split([4, 4, 1], [], []), protocol)
     with pytest.raises(ValueError, match="1 ranks for the 2 test events"):
         results.measured(study, Ranking(np.array([1]), np.array([[3, 4]])), COUNTS)
 

@@ -49,7 +49,7 @@ n_seeds = 1
 kind = "learn"
 label = "LEARN+ID"
 family = "learn"
-ids = true
+ids = "tied"
 sizes = { width = 8, layers = 1, heads = 2, ffn = 8, out_dim = 8, max_history = 6, adaptor_hidden = 8 }
 
 [models."learn-text/variant-3"]
@@ -121,7 +121,7 @@ def test_a_study_writes_a_json_a_run_and_does_not_repeat_itself(tmp_path, inputs
         ("sizes = { width = 8, max_history = 6 }", "sizes = { wide = 8 }", "models.sasrec.sizes.wide: Unexpected"),
         ("train = { next_weight = 0.0", "train = { next = 0.0", "models.learn-text/variant-3.train.next: Unexpected"),
         ('reference = "learn-id"', 'reference = "learn"', "reference: 'learn' is no model of this study"),
-        ("ids = true", 'ids = true\ncontent = "bert"', "models.learn-id.content: 'bert' is none of"),
+        ('ids = "tied"', 'ids = "tied"\ncontent = "bert"', "models.learn-id.content: 'bert' is none of"),
         ("seeds = [1, 2]", "seeds = 1, 2", "study.toml: "),
     ],
 )

@@ -51,7 +51,7 @@ def fit(world, tmp_path, kind="learn", **changes):
 
 MODELS = {
     "learn": lambda content: Learn(Pch(SIZES), content),
-    "learn-id": lambda content: Learn(Pch(replace(SIZES, out_dim=24)), content, n_ids=N_ITEMS),
+    "learn-id": lambda content: Learn(Pch(SIZES), content, ids="separate"),
     "id-towers": lambda content: IdTowers(Pch(replace(SIZES, out_dim=24)), N_ITEMS),
     "sasrec": lambda content: SasRec(SasRecConfig(width=24, max_history=10), N_ITEMS),
     "hstu": lambda content: Hstu(HstuConfig(width=24, heads=2, max_history=10), N_ITEMS),
