@@ -216,14 +216,13 @@ def _embed(arguments: Arguments) -> None:
     ray = None
     if arguments.ray:
         ray = RayConfig(address=None if arguments.ray == "local" else arguments.ray, workers=arguments.workers)
-    print(embed_catalogue(BulkConfig(arguments.bundle, arguments.items, arguments.out, ray=ray)))
+    embed_catalogue(BulkConfig(arguments.bundle, arguments.items, arguments.out, ray=ray))
 
 
 def _snapshot(arguments: Arguments) -> None:
     from learn.snapshot import snapshot
 
-    for path in snapshot(arguments.parts, arguments.out, arguments.kind):
-        print(path)
+    snapshot(arguments.parts, arguments.out, arguments.kind)
 
 
 def _verify(arguments: Arguments) -> int:
