@@ -164,9 +164,7 @@ def _cvr(arguments: Arguments) -> None:
 
 
 def _rank(arguments: Arguments) -> None:
-    from learn.rank_study import RankConfig
-
-    _run(arguments).rank(RankConfig())
+    _run(arguments).rank()
 
 
 def _evaluate(arguments: Arguments) -> None:

@@ -29,6 +29,7 @@ from learn import ceg, data, default, evaluate, parallel, verify
 from learn.cvr import CvrConfig, CvrHead
 from learn.cvr_train import train_head
 from learn.item_text import ItemText, render
+from learn.mid_embedding import MidEmbeddingConfig
 from learn.pch import Pch, PchConfig
 from learn.rank_study import RankConfig, rank
 from learn.recommender import Learn
@@ -112,10 +113,12 @@ class Run:
         head.load_state_dict(saved["weights"])
         return head.eval()
 
-    def rank(self, config: RankConfig) -> None:
-        """A ranking model with and without mid-emb, in ranking/."""
-        dataset = self.dataset()
-        rank(config, dataset, self.content(dataset), self.folder / "ranking")
+    def rank(self) -> None:
+        """A ranking model with and without mid-emb, five seeds, in ranking/; trains towers and heads of its own."""
+        dataset, wanted = self.dataset(), self.settings
+        head = wanted.head
+        mid = MidEmbeddingConfig(wanted.train, wanted.pch, wanted.cvr, head.fuse_dim, head.mid_dim)
+        rank(RankConfig(study=self.folder.name, mid=mid), dataset, self.content(dataset), self.folder / "ranking")
 
     def cases(self, n_users: int) -> Iterator[verify.Case]:
         """Requests of the run's own users, with PyTorch's answers: their newest history, last items of others."""
