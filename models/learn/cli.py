@@ -188,16 +188,11 @@ def _all(arguments: Arguments) -> None:
 
 
 def _study(arguments: Arguments) -> None:
-    from dataclasses import replace
-
-    from learn.study import inputs_of, read_study, run_study
+    from learn.study import inputs_of, only, read_study, run_study
 
     study = read_study(arguments.config)
     if arguments.only:
-        unknown = sorted(set(arguments.only) - set(study.models))
-        if unknown:
-            raise ValueError(f"--only {unknown[0]}: this study has {', '.join(study.models)}")
-        study = replace(study, models={name: study.models[name] for name in arguments.only})
+        study = only(study, arguments.only)
     inputs = inputs_of(study, arguments.data, arguments.run, arguments.encoders)
     run_study(study, inputs, arguments.out, arguments.workers)
 

@@ -14,16 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def inclusion_log_probability(frequency: Tensor, n_draws: int, n_uniform: int) -> Tensor:
+def inclusion_log_probability(frequency: Tensor, n_draws: int, n_uniform: int, n_pool: int) -> Tensor:
     """[I] log of the chance that an item is a candidate, which it is by either of two ways.
 
-    It is a target of one of `n_draws` events drawn by `frequency` [I], or one of `n_uniform` drawn uniformly:
-    1 - (1 - f)^n_draws (1 - 1/I)^n_uniform. Draws are taken as independent; events of one batch are not quite.
+    It is a target of one of `n_draws` events drawn by `frequency` [I], or one of `n_uniform` drawn uniformly from a pool
+    of `n_pool` items: 1 - (1 - f)^n_draws (1 - 1/n_pool)^n_uniform. Draws are taken as independent; events of one batch
+    are not quite. Only for items of the pool.
     """
-    n_items = len(frequency)
-    log_absent = n_draws * torch.log1p(-frequency.double()) + n_uniform * torch.log1p(
-        torch.tensor(-1.0 / n_items, dtype=torch.float64)
-    )
+    by_draws = torch.special.xlog1py(n_draws, -frequency.double())
+    log_absent = by_draws + torch.special.xlog1py(n_uniform, torch.tensor(-1.0 / n_pool, dtype=torch.float64))
     return torch.log(-torch.expm1(log_absent)).float()
 
 

@@ -140,6 +140,42 @@ def paired(
     return found
 
 
+def contrast_name(group: str, other: str) -> str:
+    """What a comparison of the gains in two groups is called."""
+    return f"{group} − {other}"
+
+
+def contrast(
+    treated: np.ndarray,
+    control: np.ndarray,
+    events: HeldOut,
+    masks: tuple[np.ndarray, np.ndarray],
+    draws: tuple[int, int],
+) -> Interval | None:
+    """How much larger the gain in UAUC is within the first mask than within the second; arguments as in `paired`.
+
+    Both gains meet the same draws of users and of seeds. None where one of them is not defined.
+    """
+    n_draws, seed = draws
+    rng = np.random.default_rng(seed)
+    present, user = np.unique(events.user, return_inverse=True)
+    n_seeds, n_users = len(treated), len(present)
+    users = np.vstack([np.ones(n_users), rng.multinomial(n_users, np.full(n_users, 1 / n_users), size=n_draws)])
+    seeds = np.vstack([np.ones(n_seeds), rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_draws)])
+    gains = []
+    for mask in masks:
+        label, whose = events.label[mask], user[mask]
+        auc = [np.stack([user_aucs(run[mask], label, whose, n_users)[0] for run in arm]) for arm in (treated, control)]
+        gap = auc[0] - auc[1]  # [seeds,users]
+        known = ~np.isnan(gap[0])
+        if not known.any():
+            return None
+        mass = users[:, known].sum(axis=1)
+        total = ((users[:, known] @ gap[:, known].T) * seeds).sum(axis=1) / n_seeds
+        gains.append(np.where(mass > 0, total / np.maximum(mass, 1), np.nan))
+    return _interval(gains[0] - gains[1])
+
+
 def _replicates(arms, label, user, users, seeds) -> dict[str, np.ndarray]:
     """Differences [draws + 1] of each metric, the plain sample first."""
     n_users = users.shape[1]

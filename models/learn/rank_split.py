@@ -21,6 +21,8 @@ import numpy as np
 
 from learn.cvr_train import label
 from learn.data import Dataset, Event, Split
+from learn.prepared import KeywordBoundary
+from learn.splits import check_keywords
 
 A, B, VALIDATION, TEST = range(4)
 
@@ -79,7 +81,10 @@ class Events:
 
 
 def cut(dataset: Dataset, config: RankSplitConfig) -> Events:
-    """Flattens the data set and says which part each event lies in."""
+    """Flattens the data set and says which part each event lies in.
+
+    ValueError if the items' keywords were counted from events that come after part A.
+    """
     n_events = np.array([len(sequence.items) for sequence in dataset.sequences])
     if not n_events.sum():
         raise ValueError("the data set has no events")
@@ -90,10 +95,12 @@ def cut(dataset: Dataset, config: RankSplitConfig) -> Events:
     has_times = bool(np.ptp(columns["timestamps"]) > 0 and (columns["timestamps"] != position).any())
     clock = columns["timestamps"] if has_times else position
     if config.kind == "per_user":
-        bounds = np.repeat(_user_bounds(n_events, config), n_events, axis=0)  # [N,3]
-        part = (position[:, None] >= bounds).sum(axis=1)
+        bounds = _user_bounds(n_events, config)  # [U,3]
+        check_keywords(dataset.sequences, KeywordBoundary(held_out=int((n_events - bounds[:, 0]).max())))
+        part = (position[:, None] >= np.repeat(bounds, n_events, axis=0)).sum(axis=1)
     else:
         part = _clock_parts(clock, config)
+        check_keywords(dataset.sequences, KeywordBoundary(cut=int(clock[part == A].max()) + 1))
     values = columns["values"]
     return Events(user, position, columns["items"], values, label(values), clock, part, has_times)
 

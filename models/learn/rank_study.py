@@ -45,6 +45,10 @@ ARMS = {
 }
 
 
+# Groups whose gains are compared: the paper has its largest where ids know least.
+CONTRASTS = (("cold-start items", "other items"), ("cold-start users", "other users"))
+
+
 @dataclass(frozen=True)
 class RankConfig:
     """One study."""
@@ -93,7 +97,7 @@ class Row:
     """A line of the report: one metric of one arm in one group, its mean over seeds, and what it adds to the control.
 
     `n_users` are those with both labels in the group. Difference, interval and p are None for the control, and where
-    the metric is not defined.
+    the metric is not defined. A group "A − B" has the gain in A less that in B as its difference, and no figure.
     """
 
     arm: str
@@ -256,18 +260,41 @@ def summarise(folder: Path, n_draws: int = 1000) -> list[Row]:
         raise ValueError(f"{folder}: no record of the arm {CONTROL!r}")
     rows = []
     for arm in [name for name in ARMS if name in by_arm]:
-        for group, mask in rank_metrics.groups(events, GroupConfig(**bounds)).items():
+        masks = rank_metrics.groups(events, GroupConfig(**bounds))
+        for group, mask in masks.items():
             rows += _arm_rows(arm, group, by_arm, (events, mask), n_draws)
+        if arm != CONTROL:
+            for pair in CONTRASTS:
+                rows += _contrast_rows(arm, pair, by_arm, (events, masks), n_draws)
     return rows
+
+
+def _contrast_rows(arm: str, pair: tuple[str, str], by_arm: dict, within: tuple, n_draws: int) -> list[Row]:
+    events, masks = within
+    treated, control = _both(by_arm, arm)
+    gap = None
+    if len(treated):
+        gap = rank_metrics.contrast(treated, control, events, (masks[pair[0]], masks[pair[1]]), (n_draws, 0))
+    if gap is None:
+        return []
+    measured = [rank_metrics.measure(treated[0], events, masks[group]) for group in pair]
+    sizes = (min(part[name] for part in measured) for name in ("n_users", "n_events"))
+    return [Row(arm, rank_metrics.contrast_name(*pair), "uauc", None, gap.difference, gap.low, gap.high, gap.p, *sizes)]
+
+
+def _both(by_arm: dict, arm: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [seeds,n] of the arm and of the control, for the seeds that both have."""
+    seeds = sorted(by_arm[arm].keys() & by_arm[CONTROL].keys())
+    treated, control = (np.array([by_arm[name][seed] for seed in seeds]) for name in (arm, CONTROL))
+    return treated, control
 
 
 def _arm_rows(arm: str, group: str, by_arm: dict, within: tuple[HeldOut, np.ndarray], n_draws: int) -> list[Row]:
     events, mask = within
     measured = [rank_metrics.measure(scores, events, mask) for scores in by_arm[arm].values()]
-    both = sorted(by_arm[arm].keys() & by_arm[CONTROL].keys())
+    treated, control = _both(by_arm, arm)
     gaps = {}
-    if arm != CONTROL and both:
-        treated, control = (np.stack([by_arm[name][seed] for seed in both]) for name in (arm, CONTROL))
+    if arm != CONTROL and len(treated):
         gaps = rank_metrics.paired(treated, control, events, mask, (n_draws, 0))
     rows = []
     for metric in rank_metrics.METRICS:
@@ -284,13 +311,14 @@ def text(rows: list[Row], metrics: tuple[str, ...] = ("auc", "uauc", "wuauc")) -
     lines = [f"{'group':18} {'metric':6} {'arm':20} {'figure':>7}  difference to {CONTROL} [95 % interval], p"]
     order = {name: place for place, name in enumerate(dict.fromkeys(row.group for row in rows))}
     for row in sorted(rows, key=lambda row: (order[row.group], rank_metrics.METRICS.index(row.metric))):
-        if row.metric not in metrics or row.figure is None:
+        if row.metric not in metrics or (row.figure is None and row.difference is None):
             continue
         gap = ""
         if row.difference is not None:
             gap = f"  {row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}], p {row.p:.3f}"
         group = f"{row.group} ({row.n_users})"
-        lines.append(f"{group:24} {row.metric:6} {row.arm:20} {row.figure:7.4f}{gap}")
+        figure = "" if row.figure is None else f"{row.figure:.4f}"
+        lines.append(f"{group:24} {row.metric:6} {row.arm:20} {figure:>7}{gap}")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@
     checkpoint.pt    where a stopped training goes on      (train)
     towers.pt        sizes and weights of the towers       (train)
     cvr.pt           sizes and weights of the head         (cvr)
+    tuned.pt         the towers again, if it tunes them    (cvr)
     cvr.json         its figures                           (cvr)
     metrics.json     the towers' figures                   (evaluate)
     ranking/         a JSON an arm and seed                (rank)
@@ -88,21 +89,28 @@ class Run:
         model.finish()
         if parallel.is_first():
             _save(self.folder / "towers.pt", model.pch.cpu(), sizes)
+            # What was made from other towers.
+            for name in ("tuned.pt", "cvr.pt"):
+                (self.folder / name).unlink(missing_ok=True)
         parallel.stop()
 
     def towers(self) -> Pch:
-        """What `train` left."""
-        saved = _load(self.folder / "towers.pt", "train")
+        """What `train` left, or `cvr` where that has tuned them."""
+        tuned = self.folder / "tuned.pt"
+        saved = _load(tuned if tuned.is_file() else self.folder / "towers.pt", "train")
         pch = Pch(PchConfig(**saved["sizes"]))
         pch.load_state_dict(saved["weights"])
         return pch.eval()
 
     def train_cvr(self) -> None:
-        """Trains and keeps the head."""
+        """Trains and keeps the head, and with `cvr.tune_towers` the towers that were tuned with it."""
+        (self.folder / "tuned.pt").unlink(missing_ok=True)
         dataset, pch = self.dataset(), self.towers()
         sizes = replace(self.settings.head, in_dim=pch.config.out_dim)
         content = self.content(dataset)
         head, figures = train_head(self.settings.cvr, sizes, pch, content, dataset, self.split(dataset))
+        if self.settings.cvr.tune_towers:
+            _save(self.folder / "tuned.pt", pch, pch.config)
         _save(self.folder / "cvr.pt", head, sizes)
         _report(self.folder / "cvr.json", figures)
 

@@ -14,7 +14,7 @@ import multiprocessing
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,11 +29,12 @@ from learn import ceg, data, results
 from learn.config import strict
 from learn.evaluate import array_ranking, popularity
 from learn.hstu import Hstu, HstuConfig
+from learn.lora import LoraEncoder, LoraSizes
 from learn.metrics import Ranking
 from learn.pch import Pch, PchConfig
 from learn.recommender import ContentMean, Ids, IdTowers, Learn, Recommender
 from learn.retrieve import retrieve
-from learn.run import content_of
+from learn.run import Prompts, content_of
 from learn.sasrec import SasRec, SasRecConfig
 from learn.settings import EncoderSettings, read_toml
 from learn.standardise import Method
@@ -47,12 +48,12 @@ N_KEYWORDS = 8
 class Arm:
     """One model of a study, as its TOML has it. `sizes` and `train` change single values of what they belong to."""
 
-    kind: Literal["popularity", "content-mean", "sasrec", "hstu", "id-towers", "learn"]
+    kind: Literal["popularity", "content-mean", "sasrec", "hstu", "id-towers", "learn", "lora"]
     label: str
     family: Literal["baseline", "learn", "ablation"] = "baseline"
     sizes: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
-    # Which content embeddings, by their name in the study; how they are standardised; free vectors beside them.
+    # Which content, by its name in the study; how its embeddings are standardised; free vectors beside them.
     content: str = "minilm"
     standardise: Method = "whiten"
     ids: Ids = "none"
@@ -86,8 +87,6 @@ class Study:
         for name, arm in self.models.items():
             if arm.content not in self.contents:
                 raise ValueError(f"models.{name}.content: {arm.content!r} is none of {sorted(self.contents)}")
-            if arm.reference and arm.reference not in self.models:
-                raise ValueError(f"models.{name}.reference: {arm.reference!r} is no model of this study")
             if set(arm.train) & {"seed"}:
                 raise ValueError(f"models.{name}.train: seeds belong to the study")
             strict(TrainConfig, asdict(self.train) | arm.train, f"models.{name}.train")
@@ -106,20 +105,39 @@ class Study:
         return self.seeds[: arm.n_seeds]
 
 
-_SIZES = {"sasrec": SasRecConfig, "hstu": HstuConfig, "id-towers": PchConfig, "learn": PchConfig}
+_SIZES = {
+    "sasrec": SasRecConfig,
+    "hstu": HstuConfig,
+    "id-towers": PchConfig,
+    "learn": PchConfig,
+    "lora": LoraSizes,
+}
 
 
 def read_study(path: Path) -> Study:
     """A study's TOML. Unknown keys and wrong types are errors that name the key."""
-    return read_toml(Study, path)
+    study = read_toml(Study, path)
+    for name, arm in study.models.items():
+        if arm.reference and arm.reference not in study.models:
+            raise ValueError(f"{path}: models.{name}.reference: {arm.reference!r} is no model of this study")
+    return study
+
+
+def only(study: Study, names: Sequence[str]) -> Study:
+    """The study with some of its models; what they are compared with need not be among them."""
+    unknown = sorted(set(names) - set(study.models))
+    if unknown:
+        raise ValueError(f"--only {unknown[0]}: this study has {', '.join(study.models)}")
+    return replace(study, models={name: study.models[name] for name in names})
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all runs of a study read: the prepared data, and a file [I,C] of content embeddings a name."""
+    """What all runs of a study read: the prepared data, and by name of a content its file [I,C] and encoder's folder."""
 
     dataset: data.Dataset
     content: Mapping[str, Path]
+    encoders: Mapping[str, Path]
 
 
 def inputs_of(study: Study, source: Path, run: Path, encoders: Path) -> Inputs:
@@ -134,7 +152,8 @@ def inputs_of(study: Study, source: Path, run: Path, encoders: Path) -> Inputs:
         content[name] = run / f"{name}.npy"
         np.save(content[name], content_of(encoder, data.read_prepared(folder), run / "cache", "float32").numpy())
     data.prepare(source, run / "data", data.PrepareConfig(split=split))
-    return Inputs(data.read_prepared(run / "data"), content)
+    folders = {name: encoders / entry.encoder for name, entry in study.contents.items()}
+    return Inputs(data.read_prepared(run / "data"), content, folders)
 
 
 def build(arm: Arm, inputs: Inputs) -> Recommender:
@@ -146,6 +165,10 @@ def build(arm: Arm, inputs: Inputs) -> Recommender:
         return Hstu(strict(HstuConfig, arm.sizes, "sizes"), n_items)
     if arm.kind == "content-mean":
         return ContentMean(_content(arm, inputs), PchConfig().max_history)
+    if arm.kind == "lora":
+        sizes = strict(LoraSizes, arm.sizes, "sizes")
+        encoder = ceg.load(inputs.encoders[arm.content], EncoderSettings.max_tokens)
+        return LoraEncoder(sizes, encoder, Prompts(inputs.dataset.texts))
     sizes = strict(PchConfig, arm.sizes, "sizes")
     if arm.kind == "id-towers":
         return IdTowers(Pch(sizes), n_items)
@@ -230,7 +253,7 @@ def _trained(config: TrainConfig, arm: Arm, inputs: Inputs, split: data.Split, f
     middle = time.monotonic()
     found = retrieve(model, inputs.dataset, split.test)
     seconds = results.Seconds(train=round(middle - begin, 1), evaluate=round(time.monotonic() - middle, 1))
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return found, {"n_parameters": n_parameters, "seconds": seconds, "curve": [_check(record) for record in curve]}
 
 

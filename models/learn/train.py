@@ -46,6 +46,9 @@ class TrainConfig:
     # What a state chooses from: the catalogue, the batch's own targets, or these and `n_uniform` uniform ones.
     candidates: Literal["full", "sampled", "batch"] = "sampled"
     n_uniform: int = 1024
+    # Whether items that training never meets are candidates as well. They are never right, so training would learn to
+    # tell them by their text and to put them last: new items would never be shown. Served, they are not known yet.
+    unseen_negatives: bool = False
     # Corrects for how often each candidate is drawn. Without it in-batch negatives punish what is popular.
     log_q: bool = True
     next_weight: float = 1.0
@@ -91,6 +94,7 @@ class Trainer:
         self.user_probability = weights / weights.sum()
         counts = torch.from_numpy(popularity(dataset, split))
         self.frequency = counts / counts.sum()
+        self.pool = np.flatnonzero(counts.numpy() > 0) if not config.unseen_negatives else np.arange(len(counts))
         self.rng = np.random.default_rng(config.seed)
         self.scale = 1.0 / config.temperature
         self.optimizer = torch.optim.AdamW(
@@ -138,16 +142,16 @@ class Trainer:
 
     def _candidates(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Sorted catalogue indices [c] and the log of the chance that each is one, [c]."""
-        n_items, n_uniform = len(self.frequency), self.config.n_uniform
+        n_uniform = self.config.n_uniform
         if self.config.candidates == "full":
-            return torch.arange(n_items, device=self.device), torch.zeros(n_items, device=self.device)
+            return torch.from_numpy(self.pool).to(self.device), torch.zeros(len(self.pool), device=self.device)
         if self.config.candidates == "batch":
             n_uniform = 0
-        uniform = torch.from_numpy(self.rng.integers(n_items, size=n_uniform)).to(self.device)
+        uniform = torch.from_numpy(self.rng.choice(self.pool, size=n_uniform)).to(self.device)
         candidate = torch.unique(torch.cat([target, uniform]))
         if not self.config.log_q:
             return candidate, torch.zeros(len(candidate), device=self.device)
-        log_inclusion = losses.inclusion_log_probability(self.frequency, len(target), n_uniform)
+        log_inclusion = losses.inclusion_log_probability(self.frequency, len(target), n_uniform, len(self.pool))
         return candidate, log_inclusion.to(self.device)[candidate]
 
     def align(self, users: np.ndarray) -> Tensor:

@@ -124,8 +124,10 @@ def _ranked(test: Ranked, rows: Sequence[RankRow]) -> tuple[Verdict, str]:
         return Verdict.NOT_TESTED, "the ranking study has not been run yet"
     for row in rows:
         if (row.arm, row.metric, row.group) == (test.arm, test.metric, test.group):
-            if row.difference is None or row.figure is None:
+            if row.difference is None:
                 return Verdict.NOT_TESTED, f"{test.metric.upper()} is not defined on {test.group} in the ranking study"
+            if row.figure is None:
+                return _sign(row.estimate()), f"gain in {test.metric.upper()}, {test.group}: {difference(row.estimate())}"
             without = number(row.figure - row.difference)
             found = f"{test.metric.upper()} {without} -> {number(row.figure)}: {difference(row.estimate())}"
             return _sign(row.estimate()), found

@@ -12,7 +12,7 @@ from learn import losses
 
 def test_inclusion_probability_by_hand():
     frequency = torch.tensor([0.5, 0.25, 0.25, 0.0])
-    got = losses.inclusion_log_probability(frequency, n_draws=2, n_uniform=1).exp()
+    got = losses.inclusion_log_probability(frequency, n_draws=2, n_uniform=1, n_pool=len(frequency)).exp()
     # 1 - (1 - f)^2 * (1 - 1/4)
     want = torch.tensor([1 - 0.25 * 0.75, 1 - 0.5625 * 0.75, 1 - 0.5625 * 0.75, 1 - 0.75])
     torch.testing.assert_close(got, want)
@@ -26,7 +26,7 @@ def test_inclusion_probability_matches_simulation():
         drawn = torch.multinomial(frequency, 3, replacement=True, generator=generator)
         uniform = torch.randint(5, (2,), generator=generator)
         hits[torch.unique(torch.cat([drawn, uniform]))] += 1
-    got = losses.inclusion_log_probability(frequency, 3, 2).exp()
+    got = losses.inclusion_log_probability(frequency, 3, 2, len(frequency)).exp()
     torch.testing.assert_close(got, hits / 4000, rtol=0, atol=0.03)
 
 

@@ -12,7 +12,7 @@ import pytest
 import raw
 from conftest import MODELS, write_movielens
 
-from learn import data
+from learn import data, rank_split
 from learn.data import DataError, Interaction, PrepareConfig, SplitConfig, TimeSplitConfig
 from learn.item_text import ItemText
 
@@ -131,6 +131,12 @@ def test_a_split_that_begins_before_the_keywords_end_is_refused(tmp_path):
     for sequences, config in ((last, TimeSplitConfig(timestamps=(90, 99))), (time, SplitConfig(0, 1))):
         with pytest.raises(ValueError, match="they would leak what it tests; prepare again"):
             data.split(sequences, config)
+    # The ranking study's towers see less of a user than either split.
+    for sequences, kind in ((last, "per_user"), (time, "global_time")):
+        dataset = data.Dataset(["1", "2", "3"], [], sequences)
+        with pytest.raises(ValueError, match="they would leak what it tests; prepare again"):
+            rank_split.cut(dataset, rank_split.RankSplitConfig(kind=kind, towers=0.2))
+    assert len(rank_split.cut(data.Dataset(["1", "2", "3"], [], free), rank_split.RankSplitConfig()).part) == 8
 
 
 def test_tags_of_10m_may_hold_colons(tmp_path):
@@ -221,7 +227,7 @@ def test_raw_files_are_never_overwritten(tmp_path):
 _PEAK = """
 import resource, sys
 from pathlib import Path
-from learn import data
+from learn import data, rank_split
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from learn.rank_metrics import GroupConfig, HeldOut, groups, measure, paired, user_aucs, weighted_auc
+from learn.rank_metrics import GroupConfig, HeldOut, contrast, groups, measure, paired, user_aucs, weighted_auc
 
 
 def held_out(user, label, item_count=None, user_count=None):
@@ -87,6 +87,32 @@ def test_the_difference_is_that_of_the_figures_and_its_interval_holds_it():
         assert found[name].difference == pytest.approx(means[0] - means[1], abs=2e-6)
         assert 0 < found[name].low < found[name].difference < found[name].high
         assert found[name].p == pytest.approx(2 / 401)
+
+
+def test_a_contrast_is_the_gain_here_less_the_gain_there():
+    events, control, treated = noisy_arms(120, 1.5)
+    here = np.tile(np.arange(8) < 4, 120)
+    # Only within `here` does the arm know more than the control.
+    treated = np.where(here, treated, control)
+    found = contrast(treated, control, events, (here, ~here), (400, 0))
+    gains = [paired(treated, control, events, mask, (50, 0))["uauc"].difference for mask in (here, ~here)]
+    assert found.difference == pytest.approx(gains[0] - gains[1]) and gains[1] == 0.0
+    assert 0 < found.low < found.difference < found.high and found.p < 0.01
+    back = contrast(treated, control, events, (~here, here), (400, 0))
+    assert (back.difference, back.low, back.high) == pytest.approx((-found.difference, -found.high, -found.low))
+    same = contrast(treated, control, events, (here, here), (50, 0))
+    assert (same.difference, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+    # One seed: a difference of two means over the same users, whose standard error is known.
+    one = contrast(treated[:1], control[:1], events, (here, ~here), (2000, 0))
+    aucs = [
+        [user_aucs(arm[0][mask], events.label[mask], events.user[mask], 120)[0] for arm in (treated, control)]
+        for mask in (here, ~here)
+    ]
+    gap = [with_it - without for with_it, without in aucs]
+    both = [gap[0][~np.isnan(gap[0])], gap[1][~np.isnan(gap[1])]]
+    error = np.sqrt(sum(part.var() / len(part) for part in both))
+    assert (one.high - one.low) / 2 == pytest.approx(1.96 * error, rel=0.15)
+    assert contrast(treated, control, events, (here, events.label > 0.5), (10, 0)) is None
 
 
 def test_no_difference_is_not_called_one():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import small_pch
 
+from learn import fixture
 from learn.hstu import BUCKET_WIDTH, Hstu, HstuConfig, time_buckets
+from learn.lora import LoraEncoder, LoraSizes
 from learn.recommender import ContentMean, IdTowers, Learn
 from learn.sasrec import SasRec, SasRecConfig
 
@@ -20,6 +24,13 @@ EXACT = {"rtol": 0, "atol": 3e-6}
 
 def content():
     return F.normalize(torch.randn(N_ITEMS, 12, generator=torch.Generator().manual_seed(5)) + 1.0, dim=-1)
+
+
+def lora():
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = fixture.build(Path(folder) / "tokenizer.json").encoder
+    prompts = [f"{'very ' * (number % 4)}item number {number}" for number in range(N_ITEMS)]
+    return LoraEncoder(LoraSizes(rank=2, dropout=0.0, out_dim=6, max_history=9), encoder, prompts)
 
 
 def made(kind):
@@ -33,6 +44,7 @@ def made(kind):
         "hstu": lambda: Hstu(HstuConfig(width=8, layers=2, heads=2, max_history=9), N_ITEMS),
         "hstu-time": lambda: Hstu(HstuConfig(width=8, layers=2, heads=2, max_history=9, time_bias=True), N_ITEMS),
         "content-mean": lambda: ContentMean(content(), 9),
+        "lora": lora,
     }[kind]()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -40,7 +52,7 @@ def made(kind):
     return model.eval()
 
 
-KINDS = ["learn", "learn-id", "learn-id-tied", "id-towers", "sasrec", "hstu", "hstu-time", "content-mean"]
+KINDS = ["learn", "learn-id", "learn-id-tied", "id-towers", "sasrec", "hstu", "hstu-time", "content-mean", "lora"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -196,3 +208,38 @@ def test_a_linear_adaptor_folds_too():
     model.finish()
     torch.testing.assert_close(model.pch.alone(content()[:4]).detach(), want, rtol=0, atol=2e-5)
     assert replace(model.pch.config, adaptor="mlp") != model.pch.config
+
+
+def test_an_encoder_that_is_tuned_gives_the_same_in_training_and_when_served():
+    model, (items, times) = made("lora"), case()
+    every = torch.arange(N_ITEMS)
+    states, keys = model.states(items, times), model.item_embeddings(every)
+    model.train()
+    torch.testing.assert_close(model.states(items, times), states, **EXACT)
+    # Some of these were encoded for the states a moment ago, some were not.
+    torch.testing.assert_close(model.item_embeddings(every), keys, **EXACT)
+    mean = F.normalize(keys[items[0, :3]].mean(dim=0), dim=0)
+    torch.testing.assert_close(states[0, 3], mean, **EXACT)
+
+
+def test_only_low_rank_updates_and_the_projection_of_a_tuned_encoder_learn():
+    model, (items, times) = lora().train(), case()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):  # The first step moves only half of a low-rank product: the other half begins at zero.
+        optimizer.zero_grad()
+        (model.states(items, times)[:, 1:, 0].sum() + model.item_embeddings(items.unique())[:, 1].sum()).backward()
+        optimizer.step()
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    expected = {name for name in before if "lora_" in name or name.startswith("projection")}
+    assert moved == expected and len(expected) > 10
+    n_learned = sum(before[name].numel() for name in expected)
+    assert n_learned == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_weights_that_are_loaded_count_at_once():
+    model, (items, times) = made("lora"), case()
+    states, weights = model.states(items, times), {name: value.clone() for name, value in model.state_dict().items()}
+    weights["projection.weight"] = -weights["projection.weight"]
+    model.load_state_dict(weights)
+    assert not torch.allclose(model.states(items, times), states, atol=1e-4)

@@ -33,6 +33,20 @@ def test_every_step_in_one_go_with_an_encoder_of_ones_own(tmp_path):
     assert manifest["provenance"]["metrics"]["n_users"] == 12
     bundle.verify(tmp_path / "out")
 
+    towers = (tmp_path / "run" / "towers.pt").read_bytes()
+    (tmp_path / "tuned.toml").write_text("[cvr]\ntune_towers = true\nepochs = 1\n[train]\nsteps = 3\n")
+    config = ["--config", str(tmp_path / "tuned.toml"), "--threads", "1"]
+    for _again in range(2):
+        assert main(["cvr", *map(str, where[2:]), *config]) == 0
+    assert main(["export", *map(str, where[2:] + made), *config]) == 0
+    assert (tmp_path / "run" / "towers.pt").read_bytes() == towers
+    tuned = torch.load(tmp_path / "run" / "tuned.pt")["weights"]
+    assert not torch.equal(tuned["projection.weight"], torch.load(tmp_path / "run" / "towers.pt")["weights"]["projection.weight"])
+    bundle.verify(tmp_path / "out")
+    # New towers: what was tuned, and the head, belong to the old ones.
+    assert main(["train", *map(str, where[2:]), *config]) == 0
+    assert not (tmp_path / "run" / "tuned.pt").exists() and not (tmp_path / "run" / "cvr.pt").exists()
+
 
 def test_what_a_user_can_mend_is_one_line(tmp_path, capsys):
     assert main(["prepare", "--data", str(tmp_path / "nowhere"), "--run", str(tmp_path)]) == 1

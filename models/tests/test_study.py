@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from learn import data, results
-from learn.study import Inputs, read_study, run_study
+from learn.study import Inputs, only, read_study, run_study
 
 TOML = """
 study = "tiny"
@@ -72,7 +72,7 @@ def inputs(tmp_path):
         items = rng.permutation(25)[: 6 + user]
         sequences.append(data.Sequence(str(user), items, np.ones(len(items)), np.arange(len(items))))
     np.save(tmp_path / "content.npy", rng.normal(size=(25, 12)).astype(np.float16))
-    return Inputs(data.Dataset([str(i) for i in range(25)], [], sequences), {"minilm": tmp_path / "content.npy"})
+    return Inputs(data.Dataset([str(i) for i in range(25)], [], sequences), {"minilm": tmp_path / "content.npy"}, {})
 
 
 def written(tmp_path, text=TOML):
@@ -110,6 +110,14 @@ def test_a_study_writes_a_json_a_run_and_does_not_repeat_itself(tmp_path, inputs
     run_study(written(tmp_path, changed), inputs, root, n_workers=1)
     again = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert again == {"sasrec-seed1.json", "sasrec-seed2.json"}
+
+
+def test_an_ablation_runs_without_what_it_is_compared_with(tmp_path, inputs):
+    study = only(written(tmp_path), ["learn-text/variant-3"])
+    run_study(study, inputs, tmp_path / "results", n_workers=1)
+    assert list(results.read(tmp_path / "results").retrieval["tiny"].runs) == ["learn-text/variant-3"]
+    with pytest.raises(ValueError, match="--only learn-txt: this study has popularity, content-mean, sasrec"):
+        only(written(tmp_path), ["sasrec", "learn-txt"])
 
 
 @pytest.mark.parametrize(

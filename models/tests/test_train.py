@@ -87,6 +87,24 @@ def test_each_set_of_candidates_finds_the_rule(world, tmp_path, candidates):
     assert hits(model, world[1], split) > 0.8
 
 
+@pytest.mark.parametrize("candidates", ["full", "sampled"])
+@pytest.mark.parametrize("unseen", [False, True])
+def test_an_item_that_training_never_meets_is_a_candidate_only_if_asked_for(world, candidates, unseen):
+    content, dataset = world
+    # The first user's last two films leave everybody else's training.
+    split = data.split(dataset.sequences, data.SplitConfig())
+    new = set(dataset.sequences[0].items[-2:].tolist())
+    for user, sequence in enumerate(dataset.sequences):
+        split.n_train[user] = next((at for at, item in enumerate(sequence.items) if item in new), split.n_train[user])
+    config = train.TrainConfig(candidates=candidates, unseen_negatives=unseen, n_uniform=2000)
+    trainer = train.Trainer(config, MODELS["learn"](content), dataset, split)
+    met = np.unique(np.concatenate([s.items[:n] for s, n in zip(dataset.sequences, split.n_train, strict=True)]))
+    assert len(met) == N_ITEMS - 2
+    candidate, log_inclusion = trainer._candidates(torch.from_numpy(met[:5]))
+    assert candidate.tolist() == (list(range(N_ITEMS)) if unseen else met.tolist())
+    assert log_inclusion.shape == candidate.shape and (log_inclusion <= 0).all()
+
+
 def test_a_run_repeats_itself(world, tmp_path):
     weights = [
         fit(world, tmp_path / name, steps=5, seed=seed)[0].state_dict()
