@@ -17,9 +17,9 @@ from torch import Tensor
 def inclusion_log_probability(frequency: Tensor, n_draws: int, n_uniform: int, n_pool: int) -> Tensor:
     """[I] log of the chance that an item is a candidate, which it is by either of two ways.
 
-    It is a target of one of `n_draws` events drawn by `frequency` [I], or one of `n_uniform` drawn uniformly from a pool
-    of `n_pool` items: 1 - (1 - f)^n_draws (1 - 1/n_pool)^n_uniform. Draws are taken as independent; events of one batch
-    are not quite. Only for items of the pool.
+    It is a target of one of `n_draws` events drawn by `frequency` [I], or one of `n_uniform` drawn uniformly from a
+    pool of `n_pool` items: 1 - (1 - f)^n_draws (1 - 1/n_pool)^n_uniform. Only for items of the pool. Draws are taken as
+    independent; events of one batch are not quite.
     """
     by_draws = torch.special.xlog1py(n_draws, -frequency.double())
     log_absent = by_draws + torch.special.xlog1py(n_uniform, torch.tensor(-1.0 / n_pool, dtype=torch.float64))

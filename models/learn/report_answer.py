@@ -72,9 +72,15 @@ def headlines(report: Report) -> list[str]:
     if evidence is None:
         return ["- The main study has not been run yet.", *_ranking_lines(report)]
     lines = []
-    for group, what in (("all", "All test events"), (metrics.FEW, "Targets with fewer than five ratings")):
+    groups = (
+        ("all", "All test events"),
+        (metrics.FEW, "Targets with fewer than five ratings"),
+        (metrics.NEW, "New items"),
+    )
+    for group, what in groups:
         for model in ("learn-id", "learn-text"):
-            lines.append(f"- {what}, NDCG@10: {_against_rivals(evidence, model, group)}.")
+            if evidence.groups[group].any():
+                lines.append(f"- {what}, NDCG@10: {_against_rivals(evidence, model, group)}.")
     return [*lines, _gap_line(evidence), *_ranking_lines(report)]
 
 

@@ -127,7 +127,9 @@ def _ranked(test: Ranked, rows: Sequence[RankRow]) -> tuple[Verdict, str]:
             if row.difference is None:
                 return Verdict.NOT_TESTED, f"{test.metric.upper()} is not defined on {test.group} in the ranking study"
             if row.figure is None:
-                return _sign(row.estimate()), f"gain in {test.metric.upper()}, {test.group}: {difference(row.estimate())}"
+                return _sign(
+                    row.estimate()
+                ), f"gain in {test.metric.upper()}, {test.group}: {difference(row.estimate())}"
             without = number(row.figure - row.difference)
             found = f"{test.metric.upper()} {without} -> {number(row.figure)}: {difference(row.estimate())}"
             return _sign(row.estimate()), found

@@ -41,7 +41,9 @@ def test_every_step_in_one_go_with_an_encoder_of_ones_own(tmp_path):
     assert main(["export", *map(str, where[2:] + made), *config]) == 0
     assert (tmp_path / "run" / "towers.pt").read_bytes() == towers
     tuned = torch.load(tmp_path / "run" / "tuned.pt")["weights"]
-    assert not torch.equal(tuned["projection.weight"], torch.load(tmp_path / "run" / "towers.pt")["weights"]["projection.weight"])
+    assert not torch.equal(
+        tuned["projection.weight"], torch.load(tmp_path / "run" / "towers.pt")["weights"]["projection.weight"]
+    )
     bundle.verify(tmp_path / "out")
     # New towers: what was tuned, and the head, belong to the old ones.
     assert main(["train", *map(str, where[2:]), *config]) == 0
