@@ -94,6 +94,8 @@ def _protocol(report: Report) -> str:
         "Ties in time are broken by a fixed rule.",
         "The history is what came before the test event, earlier test events included. Every item that the user has "
         "not met is ranked, no sampling of candidates; ties count against the model.",
+        "Candidates of the loss are items that training meets: a new item is not yet known when a model is trained, and "
+        "is no negative. All models of a study have the same.",
         "HR, NDCG and MRR are means over test events, then over seeds. R@k is the mean over users of each user's share "
         "of hits.",
         f"Intervals: 95 %, percentile, {report.config.n_resamples:,} replicates. A replicate draws users with all "
@@ -103,7 +105,7 @@ def _protocol(report: Report) -> str:
         "Groups go by training counts: of the target (0 is a new item), of the user.",
         "Head share: the part of all top-10 places that the most popular 1 % (5 %) of the catalogue take. Coverage: "
         "the part of the catalogue that stands in at least one top 10.",
-        "All models of a study share test events, candidates and history; what else they share is in each JSON's "
+        "All models of a study share test events, ranked items and history; what else they share is in each JSON's "
         "`config`.",
     ]
     return "\n".join(f"- {line}" for line in lines)

@@ -133,7 +133,7 @@ def only(study: Study, names: Sequence[str]) -> Study:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all runs of a study read: the prepared data and, by a content's name, its file [I,C] and encoder's folder."""
+    """What all runs of a study read: the prepared data and, by a content's name, its file [I,C] and its encoder."""
 
     dataset: data.Dataset
     content: Mapping[str, Path]
