@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from learn import ceg, data, results
+from learn import ceg, data, parallel, results
 from learn.config import strict
 from learn.evaluate import array_ranking, popularity
 from learn.hstu import Hstu, HstuConfig
@@ -224,9 +224,9 @@ def describe(study: Study, dataset: data.Dataset, split: data.Split) -> results.
 
 def run_config(study: Study, arm: Arm) -> dict[str, Any]:
     """What a run's figures depend on but for its seed, as it stands in the JSON."""
-    wanted = {
-        key: value for key, value in asdict(arm).items() if key in ("kind", "sizes", "content", "standardise", "ids")
-    }
+    wanted = {key: value for key, value in asdict(arm).items() if key in ("kind", "content", "standardise", "ids")}
+    # With every default, so that a run is told from one under other defaults.
+    wanted["sizes"] = asdict(strict(_SIZES[arm.kind], arm.sizes, "sizes")) if arm.kind in _SIZES else {}
     training = asdict(study.train) | arm.train
     del training["seed"]
     return {"arm": wanted, "train": training, "split": asdict(study.split)}
@@ -245,7 +245,7 @@ def _popular(inputs: Inputs, split: data.Split, counts: np.ndarray) -> tuple[Ran
 
 def _trained(config: TrainConfig, arm: Arm, inputs: Inputs, split: data.Split, folder: Path) -> tuple[Ranking, Costs]:
     torch.manual_seed(config.seed)
-    model, begin = build(arm, inputs), time.monotonic()
+    model, begin = build(arm, inputs).to(parallel.device()), time.monotonic()
     curve = []
     if any(parameter.requires_grad for parameter in model.parameters()):
         curve = train(config, model, inputs.dataset, split, folder)
@@ -268,7 +268,8 @@ def _check(record: Mapping[str, float]) -> results.Check:
 
 
 def run_study(study: Study, inputs: Inputs, root: Path, n_workers: int) -> None:
-    """Every run that is missing, `n_workers` at a time, one thread each: small models gain little from a second."""
+    """Every run that is missing, `n_workers` at a time, one thread each (small models gain little from a second), on
+    the first GPU where there is one."""
     split = data.split(inputs.dataset.sequences, study.split)
     results.write_study(root, describe(study, inputs.dataset, split))
     context = multiprocessing.get_context("spawn")

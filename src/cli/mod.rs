@@ -1,5 +1,15 @@
 //! The commands, one file each. Answers go to standard output, everything else to standard error.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command's answer is what it prints")]
+#![expect(clippy::print_stderr, reason = "what goes wrong is said there")]
+
+/// The standard library's macro of that name panics where standard output is closed.
+macro_rules! print {
+    ($($arg:tt)*) => { $crate::cli::output::write(format_args!($($arg)*)) };
+}
+
+/// As above, with the end of the line.
+macro_rules! println {
+    ($($arg:tt)*) => { $crate::cli::output::write(format_args!("{}\n", format_args!($($arg)*))) };
+}
 
 mod admin;
 mod bench;
@@ -8,6 +18,7 @@ mod cache;
 mod client;
 mod config;
 mod items;
+mod output;
 mod query;
 mod serve;
 

@@ -2,6 +2,7 @@
 
 use crate::harness::{Server, fixture, midemb, root, run};
 use serde_json::Value;
+use std::{fs::File, process::Stdio};
 
 fn stdout(output: &std::process::Output) -> String {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -46,6 +47,27 @@ fn a_command_that_fails_says_why_in_one_line() {
     let line = String::from_utf8(bad.stderr).unwrap();
     assert!(line.contains("line 2") && line.lines().count() == 1, "{line}");
     assert_eq!(run(&["serve"]).status.code(), Some(2));
+}
+
+#[test]
+fn standard_output_may_be_closed_or_full() {
+    let inspect = |stdout: Stdio| {
+        let mut command = midemb();
+        command.args(["bundle", "inspect"]).arg(fixture()).stdout(stdout).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let mut closed = inspect(Stdio::piped());
+    drop(closed.stdout.take());
+    let output = closed.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]));
+
+    let full = inspect(File::create("/dev/full").unwrap().into()).wait_with_output().unwrap();
+    let line = String::from_utf8(full.stderr).unwrap();
+    assert_eq!(full.status.code(), Some(1), "{line}");
+    assert!(
+        line.starts_with("midemb: error: cannot write to standard output: ") && line.lines().count() == 1,
+        "{line}"
+    );
 }
 
 #[test]
