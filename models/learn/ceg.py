@@ -152,4 +152,10 @@ def encode_cached(
     `prompts` is read twice, so it must be something that can be: a list, or an object whose `__iter__` begins anew. Of
     it only two shards are ever in memory. The array may be written to without changing the file.
     """
+    # Copy on write: PyTorch takes arrays that can be written to, and the file stays as it is.
+    return np.load(encode_to_file(encoder, prompts, cache, config), mmap_mode="c")
+
+
+def encode_to_file(encoder: Encoder, prompts: Iterable[str], cache: Path, config: StoreConfig | None = None) -> Path:
+    """The same as the path of the file, whose name is a digest of all that the embeddings depend on."""
     return content_store.stored(encoder, prompts, cache, config or StoreConfig())

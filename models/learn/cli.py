@@ -63,7 +63,9 @@ def _common() -> argparse.ArgumentParser:
     common.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     dtypes = ("float32", "float16", "bfloat16")
     common.add_argument("--dtype", choices=dtypes, help="of the encoder's weights, in place of the config's")
-    common.add_argument("--seed", type=int, help="of towers and head, in place of the config's")
+    common.add_argument(
+        "--seed", type=int, help="of towers and head, in place of the config's; of rank, which has 1 to 5"
+    )
     common.add_argument("--steps", type=int, help="optimiser steps of the towers, in place of the config's")
     return common
 
@@ -92,7 +94,9 @@ def _add_study(commands: argparse._SubParsersAction, raw: argparse.ArgumentParse
     study.add_argument(
         "--config", type=Path, default=HERE / "configs" / "ml-latest-small.toml", help="TOML of the study"
     )
-    study.add_argument("--run", type=Path, default=HERE / "runs" / "study", help="prepared data and embeddings")
+    study.add_argument(
+        "--run", type=Path, help="prepared data and embeddings; in runs/, by the study's name, if not given"
+    )
     study.add_argument("--out", type=Path, default=HERE / "results", help="the study gets a folder of its name in it")
     study.add_argument("--encoders", type=Path, default=HERE, help="folder that the study's encoders lie in")
     study.add_argument("--only", nargs="+", metavar="MODEL", help="some of the models, not all")
@@ -164,7 +168,7 @@ def _cvr(arguments: Arguments) -> None:
 
 
 def _rank(arguments: Arguments) -> None:
-    _run(arguments).rank()
+    _run(arguments).rank((1, 2, 3, 4, 5) if arguments.seed is None else (arguments.seed,))
 
 
 def _evaluate(arguments: Arguments) -> None:
@@ -193,7 +197,8 @@ def _study(arguments: Arguments) -> None:
     study = read_study(arguments.config)
     if arguments.only:
         study = only(study, arguments.only)
-    inputs = inputs_of(study, arguments.data, arguments.run, arguments.encoders)
+    run = arguments.run or HERE / "runs" / study.study
+    inputs = inputs_of(study, arguments.data, run, arguments.encoders)
     run_study(study, inputs, arguments.out, arguments.workers)
 
 

@@ -80,8 +80,8 @@ class _Shard:
     ids: list[list[int]] | None
 
 
-def stored(encoder: Encoder, prompts: Iterable[str], cache: Path, config: StoreConfig) -> np.ndarray:
-    """See `ceg.encode_cached`."""
+def stored(encoder: Encoder, prompts: Iterable[str], cache: Path, config: StoreConfig) -> Path:
+    """See `ceg.encode_to_file`."""
     if isinstance(prompts, Iterator):
         raise ValueError("prompts can be read only once, and are needed twice: give a list or a re-iterable object")
     seed = seeded(encoder)
@@ -105,8 +105,7 @@ def stored(encoder: Encoder, prompts: Iterable[str], cache: Path, config: StoreC
             # One file may stand for two shards of the same prompts.
             for shard in shards:
                 shard.unlink(missing_ok=True)
-    # Copy on write: PyTorch takes arrays that can be written to, and the file stays as it is.
-    return np.load(path, mmap_mode="c")
+    return path
 
 
 def _prefetched(

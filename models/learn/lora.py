@@ -10,8 +10,11 @@ LoRA: Hu et al., ICLR 2022, as peft implements it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +43,7 @@ class LoraEncoder(Recommender):
 
     def __init__(self, sizes: LoraSizes, encoder: Encoder, prompts: Iterable[str]) -> None:
         super().__init__()
-        self.max_history = sizes.max_history
+        self.sizes, self.max_history = sizes, sizes.max_history
         self.ids = encoder.tokenize(list(prompts))
         self.pad_id, self.batching = encoder.pad_id, encoder.batching
         wanted = LoraConfig(
@@ -73,6 +76,10 @@ class LoraEncoder(Recommender):
         else:
             vectors = self._all()[items]
         return F.normalize(F.pad(vectors.cumsum(dim=1), (0, 0, 1, 0)), dim=-1)
+
+    def settings(self) -> dict[str, Any]:
+        """Its sizes, and a digest of the texts."""
+        return asdict(self.sizes) | {"texts": hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()}
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """[n] -> [n,E]. In training, what the same step has encoded for its histories is not encoded again."""

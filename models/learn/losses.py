@@ -15,14 +15,14 @@ from torch import Tensor
 
 
 def inclusion_log_probability(frequency: Tensor, n_draws: int, n_uniform: int, n_pool: int) -> Tensor:
-    """[I] log of the chance that an item is a candidate, which it is by either of two ways.
+    """[n] log of the chance that an item is a candidate, which it is by either of two ways.
 
-    It is a target of one of `n_draws` events drawn by `frequency` [I], or one of `n_uniform` drawn uniformly from a
+    It is a target of one of `n_draws` events drawn by `frequency` [n], or one of `n_uniform` drawn uniformly from a
     pool of `n_pool` items: 1 - (1 - f)^n_draws (1 - 1/n_pool)^n_uniform. Only for items of the pool. Draws are taken as
     independent; events of one batch are not quite.
     """
     by_draws = torch.special.xlog1py(n_draws, -frequency.double())
-    log_absent = by_draws + torch.special.xlog1py(n_uniform, torch.tensor(-1.0 / n_pool, dtype=torch.float64))
+    log_absent = by_draws + torch.special.xlog1py(n_uniform, torch.tensor(-1.0 / n_pool).to(by_draws))
     return torch.log(-torch.expm1(log_absent)).float()
 
 
@@ -36,9 +36,11 @@ def catalogue_softmax(
     (Horvitz and Thompson 1952; logQ correction in Bengio and Senecal 2008). The right one is always there: no growth.
     With every item a candidate, log_inclusion = 0 and this is the full softmax.
     """
-    logits = torch.addmm(-log_inclusion, query, candidate.T, alpha=scale)  # [q,c]
-    own = torch.zeros_like(logits).scatter_(1, target[:, None], log_inclusion[target][:, None])
-    return F.cross_entropy(logits + own, target, reduction=reduction)
+    # In fp32 whatever the towers run in: a cosine times 20 in bf16 would be off by up to .08.
+    with torch.autocast(query.device.type, enabled=False):
+        logits = torch.addmm(-log_inclusion, query.float(), candidate.float().T, alpha=scale)  # [q,c]
+        own = torch.zeros_like(logits).scatter_(1, target[:, None], log_inclusion[target][:, None])
+        return F.cross_entropy(logits + own, target, reduction=reduction)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def alignment(query: Tensor, targets: Targets, scale: float, own: slice | None =
     own = slice(0, n_users) if own is None else own
     q, h, _ = query.shape
     item, present = targets.item, targets.present
-    logits = scale * torch.einsum("qhe,cte->qhct", query, targets.key) - targets.log_frequency  # [q,h,b,t]
+    with torch.autocast(query.device.type, enabled=False):
+        scores = torch.einsum("qhe,cte->qhct", query.float(), targets.key.float())
+    logits = scale * scores - targets.log_frequency  # [q,h,b,t]
     mine = item[own][:, None, None, :]
     same_item = (mine == item[None, :, :, None]) & present[own][:, None, None, :]  # [q,b,t,own t]
     clash = same_item.any(dim=-1)  # [q,b,t]: item (c,t) is among the user's own targets; true for themselves

@@ -19,6 +19,7 @@ from learn.evaluate import metrics, tower_ranks
 from learn.pch import Pch, PchConfig
 from learn.rank_split import Events
 from learn.recommender import Learn
+from learn.standardise import Method
 from learn.train import TrainConfig, train
 
 
@@ -28,6 +29,7 @@ class MidEmbeddingConfig:
 
     towers: TrainConfig = field(default_factory=TrainConfig)
     pch: PchConfig = field(default_factory=PchConfig)
+    standardise: Method = "scale"
     cvr: CvrTrainConfig = field(default_factory=CvrTrainConfig)
     # Sizes of the CVR head; its input is what the towers give.
     fuse_dim: int = 128
@@ -59,12 +61,12 @@ def train_towers(
 ) -> Pch:
     """The one place where this study meets the trainer of the towers."""
     torch.manual_seed(seed)
-    model = Learn(Pch(replace(config.pch, content_dim=content.shape[1])), content)
+    model = Learn(Pch(replace(config.pch, content_dim=content.shape[1])), content, config.standardise)
     folder = log.with_suffix(".run")
     train(replace(config.towers, seed=seed), model, dataset, split, folder)
     (folder / "train.jsonl").replace(log)
     shutil.rmtree(folder)
-    model.finish()
+    model.cpu().finish()
     return model.pch
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def start() -> None:
@@ -31,6 +35,15 @@ def stop() -> None:
 def is_first() -> bool:
     """True for the one process that writes files and draws progress bars."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def first_then_others(work: Callable[[], T]) -> T:
+    """Runs `work` in the first process, then in all others: for what is kept on disk once it is done."""
+    if is_first():
+        found = work()
+    if dist.is_initialized():
+        dist.barrier()
+    return found if is_first() else work()
 
 
 def share(n_users: int) -> slice:

@@ -7,7 +7,8 @@ look them up in an embedding table, in a table of content embeddings, or in both
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,10 @@ class Recommender(nn.Module, ABC):
         states = self.states(items, times)
         at = length[:, None, None].expand(-1, 1, states.shape[-1])
         return states.gather(1, at).squeeze(1)
+
+    def settings(self) -> dict[str, Any]:
+        """What it does beyond its weights and buffers, fit for JSON: models alike in all of these are the same."""
+        return {}
 
     def finish(self) -> None:
         """Called once after training, for what training holds apart and serving wants folded in."""
@@ -89,6 +94,10 @@ class Learn(Recommender):
         """As served: the last layer is computed at the last item alone."""
         mask = (torch.arange(items.shape[1], device=items.device)[None] < length[:, None]).long()
         return self.pch.last_of(self._entered(items), mask)
+
+    def settings(self) -> dict[str, Any]:
+        """Sizes and ways of the towers."""
+        return asdict(self.pch.config)
 
     def finish(self) -> None:
         """Gives back towers that take raw content, as served. The recommender itself is used up by this."""
@@ -140,6 +149,10 @@ class IdTowers(Recommender):
     def states(self, items: Tensor, times: Tensor) -> Tensor:
         """As above; `times` is not read."""
         return self.pch.states_of(self.ids.entering(items))
+
+    def settings(self) -> dict[str, Any]:
+        """Sizes and ways of the towers."""
+        return asdict(self.pch.config)
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """The table itself: an id needs no tower to become an item embedding."""

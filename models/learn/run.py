@@ -79,39 +79,47 @@ class Run:
 
     def train(self) -> None:
         """Trains and keeps the towers; `pch.content_dim` is whatever the encoder gives."""
+        settings = self.settings
+        if settings.pch.item_tower == "content":
+            raise ValueError('pch.item_tower = "content" has no item tower to serve; `learn study` can compare it')
         parallel.start()
-        settings, dataset, device = self.settings, self.dataset(), parallel.device()
-        content = self.content(dataset)
+        dataset, device = self.dataset(), parallel.device()
+        content = parallel.first_then_others(lambda: self.content(dataset))
         sizes = replace(settings.pch, content_dim=content.shape[1])
         torch.manual_seed(settings.train.seed)
         model = Learn(Pch(sizes), content, settings.standardise).to(device)
         train(settings.train, model, dataset, self.split(dataset), self.folder)
-        model.finish()
+        model.cpu().finish()
         if parallel.is_first():
-            _save(self.folder / "towers.pt", model.pch.cpu(), sizes)
             # What was made from other towers.
-            for name in ("tuned.pt", "cvr.pt"):
-                (self.folder / name).unlink(missing_ok=True)
+            self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
+            _save(self.folder / "towers.pt", model.pch, sizes, self._origin())
+            self._remove("checkpoint.pt")
         parallel.stop()
 
     def towers(self) -> Pch:
         """What `train` left, or `cvr` where that has tuned them."""
         tuned = self.folder / "tuned.pt"
         saved = _load(tuned if tuned.is_file() else self.folder / "towers.pt", "train")
+        if saved["origin"] != self._origin():
+            raise ValueError(
+                f"{self.folder}: its towers were trained with {saved['origin']}, the settings say {self._origin()}; "
+                "train again, or name the config of that training"
+            )
         pch = Pch(PchConfig(**saved["sizes"]))
         pch.load_state_dict(saved["weights"])
         return pch.eval()
 
     def train_cvr(self) -> None:
         """Trains and keeps the head, and with `cvr.tune_towers` the towers that were tuned with it."""
-        (self.folder / "tuned.pt").unlink(missing_ok=True)
+        self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
         dataset, pch = self.dataset(), self.towers()
         sizes = replace(self.settings.head, in_dim=pch.config.out_dim)
         content = self.content(dataset)
         head, figures = train_head(self.settings.cvr, sizes, pch, content, dataset, self.split(dataset))
         if self.settings.cvr.tune_towers:
-            _save(self.folder / "tuned.pt", pch, pch.config)
-        _save(self.folder / "cvr.pt", head, sizes)
+            _save(self.folder / "tuned.pt", pch, pch.config, self._origin())
+        _save(self.folder / "cvr.pt", head, sizes, self._origin())
         _report(self.folder / "cvr.json", figures)
 
     def head(self) -> CvrHead:
@@ -121,20 +129,24 @@ class Run:
         head.load_state_dict(saved["weights"])
         return head.eval()
 
-    def rank(self) -> None:
-        """A ranking model with and without mid-emb, five seeds, in ranking/; trains towers and heads of its own."""
+    def rank(self, seeds: tuple[int, ...]) -> None:
+        """A ranking model with and without mid-emb, in ranking/; trains towers and heads of its own for each seed."""
         dataset, wanted = self.dataset(), self.settings
         head = wanted.head
-        mid = MidEmbeddingConfig(wanted.train, wanted.pch, wanted.cvr, head.fuse_dim, head.mid_dim)
-        rank(RankConfig(study=self.folder.name, mid=mid), dataset, self.content(dataset), self.folder / "ranking")
+        mid = MidEmbeddingConfig(wanted.train, wanted.pch, wanted.standardise, wanted.cvr, head.fuse_dim, head.mid_dim)
+        config = RankConfig(study=self.folder.name, seeds=seeds, mid=mid)
+        rank(config, dataset, self.content(dataset), self.folder / "ranking")
 
     def cases(self, n_users: int) -> Iterator[verify.Case]:
-        """Requests of the run's own users, with PyTorch's answers: their newest history, last items of others."""
-        dataset = self.dataset()
+        """Requests of the run's own users, with PyTorch's answers: their newest history, last items of others.
+
+        Histories are up to twice as long as the tower reads, which shows where the server cuts them.
+        """
+        dataset, longest = self.dataset(), 2 * self.settings.pch.max_history
         towers = verify.Towers(self.load_encoder(), self.towers(), self.head())
         users = np.linspace(0, len(dataset.sequences) - 1, n_users).astype(int).tolist()
         shown = sorted({int(dataset.sequences[user].items[-1]) for user in users})
-        pages = [(dataset.sequences[user].items.tolist(), shown) for user in users]
+        pages = [(dataset.sequences[user].items[-longest:].tolist(), shown) for user in users]
         return verify.torch_cases(towers, dataset.texts, pages)
 
     def evaluate(self) -> None:
@@ -148,11 +160,19 @@ class Run:
         figures |= {"n_users": len(dataset.sequences), "n_items": len(dataset.item_ids), "n_test": len(split.test)}
         _report(self.folder / "metrics.json", figures)
 
+    def _origin(self) -> dict[str, Any]:
+        """What towers, head and figures of one run have to agree on."""
+        return {"split": asdict(self.settings.split), "encoder": self.encoder.resolve().name}
+
+    def _remove(self, *names: str) -> None:
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+
     def export(self, out: Path, label: default.Label, facts: dict[str, Any]) -> None:
         """The run's models -> a bundle. `facts` go into its manifest beside the figures of this run."""
         figures = {}
-        for name in ("metrics.json", "cvr.json"):
-            figures |= json.loads((self.folder / name).read_text())
+        for name, step in (("metrics.json", "evaluate"), ("cvr.json", "cvr")):
+            figures |= json.loads(_there(self.folder / name, step).read_text())
         split = self.settings.split
         with (self.folder / "train.jsonl").open() as file:
             config = json.loads(file.readline())["config"]
@@ -182,19 +202,25 @@ def content_of(encoder: ceg.Encoder, dataset: data.Dataset, cache: Path, storage
 
 
 def _load(path: Path, step: str) -> dict[str, Any]:
+    return torch.load(_there(path, step), weights_only=True)
+
+
+def _there(path: Path, step: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; `learn {step}` writes it")
-    return torch.load(path, weights_only=True)
+    return path
 
 
-def _save(path: Path, module: torch.nn.Module, sizes: Any) -> None:
+def _save(path: Path, module: torch.nn.Module, sizes: Any, origin: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
-    torch.save({"sizes": asdict(sizes), "weights": module.state_dict()}, partial)
+    torch.save({"sizes": asdict(sizes), "origin": origin, "weights": module.state_dict()}, partial)
     partial.rename(path)
 
 
 def _report(path: Path, figures: dict[str, float]) -> None:
-    path.write_text(json.dumps(figures, indent=1) + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(figures, indent=1) + "\n")
+    partial.rename(path)
     for name, value in figures.items():
         print(f"{name:32} {_rounded(value)}")
 

@@ -7,7 +7,8 @@ and the loss is whatever the trainer is told.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,10 @@ class SasRec(Recommender):
         for block in self.blocks:
             x = block(x, mask)
         return F.pad(F.normalize(self.norm_out(x), dim=-1), (0, 0, 1, 0))
+
+    def settings(self) -> dict[str, Any]:
+        """Its config."""
+        return asdict(self.config)
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """The table's rows, at length 1."""

@@ -34,7 +34,7 @@ from learn.metrics import Ranking
 from learn.pch import Pch, PchConfig
 from learn.recommender import ContentMean, Ids, IdTowers, Learn, Recommender
 from learn.retrieve import retrieve
-from learn.run import Prompts, content_of
+from learn.run import Prompts
 from learn.sasrec import SasRec, SasRecConfig
 from learn.settings import EncoderSettings, read_toml
 from learn.standardise import Method
@@ -133,7 +133,10 @@ def only(study: Study, names: Sequence[str]) -> Study:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all runs of a study read: the prepared data and, by a content's name, its file [I,C] and its encoder."""
+    """What all runs of a study read: the prepared data and, by a content's name, its file [I,C] and its encoder.
+
+    A file's name holds the digest of weights, tokenizer and texts that it was made from.
+    """
 
     dataset: data.Dataset
     content: Mapping[str, Path]
@@ -149,8 +152,7 @@ def inputs_of(study: Study, source: Path, run: Path, encoders: Path) -> Inputs:
         folder = run / ("data-keywords" if entry.keywords else "data")
         data.prepare(source, folder, data.PrepareConfig(split=split, max_keywords=N_KEYWORDS if entry.keywords else 0))
         encoder = ceg.load(encoders / entry.encoder, EncoderSettings.max_tokens)
-        content[name] = run / f"{name}.npy"
-        np.save(content[name], content_of(encoder, data.read_prepared(folder), run / "cache", "float32").numpy())
+        content[name] = ceg.encode_to_file(encoder, Prompts(data.read_prepared(folder).texts), run / "cache")
     data.prepare(source, run / "data", data.PrepareConfig(split=split))
     folders = {name: encoders / entry.encoder for name, entry in study.contents.items()}
     return Inputs(data.read_prepared(run / "data"), content, folders)
@@ -179,6 +181,10 @@ def build(arm: Arm, inputs: Inputs) -> Recommender:
     return Learn(Pch(sizes), content, arm.standardise, arm.ids)
 
 
+def _content_name(arm: Arm, inputs: Inputs) -> str | None:
+    return inputs.content[arm.content].stem if arm.kind in ("content-mean", "learn") else None
+
+
 def _content(arm: Arm, inputs: Inputs) -> Tensor:
     return torch.from_numpy(np.load(inputs.content[arm.content]).astype(np.float32))
 
@@ -186,7 +192,7 @@ def _content(arm: Arm, inputs: Inputs) -> Tensor:
 def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> None:
     """Trains one model with one seed and writes its JSON; does nothing if that is there already."""
     arm, path = study.models[name], results.run_path(root, study.study, name, seed)
-    config = run_config(study, arm) | {"seed": seed}
+    config = run_config(study, arm) | {"content": _content_name(arm, inputs), "seed": seed}
     if path.is_file() and json.loads(path.read_text())["config"] == config:
         return
     split = data.split(inputs.dataset.sequences, study.split)
@@ -214,6 +220,8 @@ def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> N
         **results.measured(shared, found, counts),
     )
     results.write_run(root, record)
+    for folder in path.parent.glob(f"{path.stem}.*.run"):
+        shutil.rmtree(folder)
 
 
 def describe(study: Study, dataset: data.Dataset, split: data.Split) -> results.Study:
@@ -245,14 +253,15 @@ def _popular(inputs: Inputs, split: data.Split, counts: np.ndarray) -> tuple[Ran
 
 def _trained(config: TrainConfig, arm: Arm, inputs: Inputs, split: data.Split, folder: Path) -> tuple[Ranking, Costs]:
     torch.manual_seed(config.seed)
-    model, begin = build(arm, inputs).to(parallel.device()), time.monotonic()
+    model = build(arm, inputs).to(parallel.device())
     curve = []
     if any(parameter.requires_grad for parameter in model.parameters()):
         curve = train(config, model, inputs.dataset, split, folder)
-        shutil.rmtree(folder)
     middle = time.monotonic()
     found = retrieve(model, inputs.dataset, split.test)
-    seconds = results.Seconds(train=round(middle - begin, 1), evaluate=round(time.monotonic() - middle, 1))
+    # A run that was cut off and went on has its seconds in the curve.
+    trained = curve[-1]["seconds"] if curve else 0.0
+    seconds = results.Seconds(train=trained, evaluate=round(time.monotonic() - middle, 1))
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return found, {"n_parameters": n_parameters, "seconds": seconds, "curve": [_check(record) for record in curve]}
 

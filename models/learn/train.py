@@ -12,6 +12,7 @@ process but for rounding and dropout.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import time
@@ -29,7 +30,7 @@ from learn.data import Dataset, Split
 from learn.evaluate import metrics, popularity
 from learn.recommender import Recommender
 from learn.retrieve import retrieve
-from learn.sampling import SAMPLERS, window
+from learn.sampling import SAMPLERS, target_shares, window
 
 
 @dataclass(frozen=True)
@@ -86,21 +87,35 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, model: Recommender, dataset: Dataset, split: Split) -> None:
         self.config, self.model, self.dataset, self.n_train = config, model, dataset, np.asarray(split.n_train)
+        # Of the run that this is; `train` fills it in, as it costs a look at all data.
+        self.identity = ""
         self.device = next(model.parameters()).device
         self.users = np.flatnonzero(self.n_train >= 2)
         if not len(self.users):
             raise ValueError("no user has two events to train on")
         weights = self.n_train[self.users].astype(np.float64) ** config.user_exponent
         self.user_probability = weights / weights.sum()
-        counts = torch.from_numpy(popularity(dataset, split))
-        self.frequency = counts / counts.sum()
-        self.pool = np.flatnonzero(counts.numpy() > 0) if not config.unseen_negatives else np.arange(len(counts))
+        counts = popularity(dataset, split)
+        self.pool = np.flatnonzero(counts > 0) if not config.unseen_negatives else np.arange(len(counts))
+        # How often each item is a target of either loss, [I]; shares of all targets.
+        self.next_frequency, self.align_frequency = self._frequencies()
         self.rng = np.random.default_rng(config.seed)
         self.scale = 1.0 / config.temperature
         self.optimizer = torch.optim.AdamW(
             _groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6
         )
         self.states = torch.compile(model.states, dynamic=True) if config.compile else model.states
+
+    def _frequencies(self) -> tuple[Tensor, Tensor]:
+        size, t = self.model.max_history + 1, self.config.n_targets
+        following, aligned = np.zeros((2, len(self.dataset.item_ids)))
+        for user, probability in zip(self.users.tolist(), self.user_probability.tolist(), strict=True):
+            n_events = int(self.n_train[user])
+            items = self.dataset.sequences[user].items[:n_events]
+            np.add.at(following, items, probability * target_shares(n_events, size, self.model.has_start))
+            # As if a user's targets were drawn uniformly: that those soon after a random cut are drawn changes little.
+            np.add.at(aligned, items, probability * min(t, n_events - 1) / n_events)
+        return tuple(torch.from_numpy(found / found.sum()).float().to(self.device) for found in (following, aligned))
 
     def step(self, number: int) -> dict[str, float]:
         """One optimiser step; returns its losses."""
@@ -151,8 +166,9 @@ class Trainer:
         candidate = torch.unique(torch.cat([target, uniform]))
         if not self.config.log_q:
             return candidate, torch.zeros(len(candidate), device=self.device)
-        log_inclusion = losses.inclusion_log_probability(self.frequency, len(target), n_uniform, len(self.pool))
-        return candidate, log_inclusion.to(self.device)[candidate]
+        return candidate, losses.inclusion_log_probability(
+            self.next_frequency[candidate], len(target), n_uniform, len(self.pool)
+        )
 
     def align(self, users: np.ndarray) -> Tensor:
         """LEARN's alignment: a cut in time, states of the history on one side, the targets on the other."""
@@ -172,7 +188,7 @@ class Trainer:
         states = self.states(past.item, _with_request(past))  # [b,l+1,E]
         at = torch.from_numpy(np.stack(chosen)[own]).to(self.device)[:, :, None].expand(-1, -1, states.shape[-1])
         key = self.model.target_keys(future.item, _with_request(future))  # [all b,t,E]
-        log_frequency = self.frequency.clamp_min(1e-9).log().to(self.device)[future.item]
+        log_frequency = self.align_frequency.clamp_min(1e-9).log()[future.item]
         if not self.config.log_q:
             log_frequency = torch.zeros_like(log_frequency)
         targets_of_all = losses.Targets(key, future.item, log_frequency, future.real())
@@ -218,13 +234,14 @@ def train(
     """Trains `model` in place and returns the curve, a record a check; also written to `folder`/train.jsonl.
 
     With validation events, the weights of the best check by NDCG@10 are kept; without, those of the last step. A run
-    that was cut off goes on from `folder`/checkpoint.pt if it is of the same config and the same sizes.
+    that was cut off goes on from `folder`/checkpoint.pt if that is of the same config, model, content, data and split.
     """
     if config.check_every < 1 or config.steps < 1:
         raise ValueError(f"steps and check_every are at least 1, got {config.steps} and {config.check_every}")
     torch.manual_seed(config.seed)
     trainer = Trainer(config, model, dataset, split)
     folder.mkdir(parents=True, exist_ok=True)
+    trainer.identity = _identity(config, model, dataset, split)
     progress = _Progress.resumed(trainer, folder / "checkpoint.pt")
     begin = time.monotonic() - progress.seconds
     bar = tqdm(total=config.steps, initial=progress.step, desc="train", unit="step", disable=not parallel.is_first())
@@ -259,10 +276,10 @@ class _Progress:
 
     @staticmethod
     def resumed(trainer: Trainer, path: Path) -> _Progress:
-        """From a checkpoint of the same config, else from nothing."""
+        """From a checkpoint of the same run, else from nothing."""
         if path.is_file():
             saved = torch.load(path, map_location=trainer.device, weights_only=False)
-            if saved["config"] == asdict(trainer.config) and saved["shapes"] == _shapes(trainer.model):
+            if saved["identity"] == trainer.identity:
                 trainer.model.load_state_dict(saved["model"])
                 trainer.optimizer.load_state_dict(saved["optimizer"])
                 trainer.rng.bit_generator.state = saved["rng"]
@@ -282,8 +299,7 @@ class _Progress:
         """Atomically."""
         partial = path.with_suffix(".partial")
         state = {
-            "config": asdict(trainer.config),
-            "shapes": _shapes(trainer.model),
+            "identity": trainer.identity,
             "model": trainer.model.state_dict(),
             "best": self.best,
         }
@@ -293,8 +309,15 @@ class _Progress:
         partial.replace(path)
 
 
-def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+def _identity(config: TrainConfig, model: Recommender, dataset: Dataset, split: Split) -> str:
+    """SHA-256 over all that a run's result depends on, before its first step."""
+    found = hashlib.sha256(json.dumps([asdict(config), model.settings()]).encode())
+    for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
+        found.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    for sequence, n_train in zip(dataset.sequences, split.n_train, strict=True):
+        found.update(np.array([n_train, *sequence.items[:n_train], *sequence.timestamps[:n_train]], "<i8").tobytes())
+    found.update(np.array([(event.user, event.position) for event in split.validation], "<i8").tobytes())
+    return found.hexdigest()
 
 
 def _write_curve(path: Path, config: TrainConfig, curve: list[dict[str, float]]) -> None:

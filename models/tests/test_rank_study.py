@@ -25,7 +25,7 @@ SIZES = PchConfig(content_dim=12, adaptor_hidden=16, width=16, layers=1, heads=2
 MID = MidEmbeddingConfig(
     TrainConfig(steps=4, users=16, warmup=1, n_uniform=16, check_every=100),
     SIZES,
-    CvrTrainConfig(history="liked", tune_towers=True, epochs=10, tune_learning_rate=3e-3, learning_rate=3e-3),
+    cvr=CvrTrainConfig(history="liked", tune_towers=True, epochs=10, tune_learning_rate=3e-3, learning_rate=3e-3),
     fuse_dim=16,
     mid_dim=8,
 )

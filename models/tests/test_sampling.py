@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from learn.sampling import recency_weights, recent, two_stage, uniform, window
+from learn.sampling import recency_weights, recent, target_shares, two_stage, uniform, window
 
 
 def test_weights_are_those_of_the_paper():
@@ -30,12 +30,22 @@ def test_two_stage_takes_everything_of_a_short_sequence():
     assert list(two_stage(np.random.default_rng(0), 10, 40, 10)) == list(range(10))
 
 
-def test_windows_are_full_at_the_tail_and_stay_inside():
-    rng = np.random.default_rng(0)
-    bounds = [window(rng, 30, 8) for _ in range(500)]
-    assert {end for _, end in bounds} == set(range(2, 31))
-    assert all(begin == max(0, end - 8) for begin, end in bounds)
-    assert window(rng, 1, 8) == (0, 1)
+@pytest.mark.parametrize("has_start", [False, True])
+@pytest.mark.parametrize(("n_events", "size"), [(1, 8), (2, 8), (5, 8), (8, 8), (9, 8), (30, 8), (200, 8)])
+def test_windows_ask_for_each_event_as_often_as_is_said(n_events, size, has_start):
+    rng, n_draws = np.random.default_rng(0), 4000
+    asked = np.zeros(n_events)
+    for _ in range(n_draws):
+        begin, end = window(rng, n_events, size)
+        assert 0 <= begin < end <= n_events and end - begin == min(size, n_events)
+        asked[begin + (0 if begin == 0 and has_start else 1) : end] += 1
+    shares = target_shares(n_events, size, has_start)
+    np.testing.assert_allclose(asked / n_draws, shares, atol=5 * np.sqrt(0.25 / n_draws))
+    if 1 < n_events <= size:
+        assert (shares[1:] == 1).all()
+    if n_events > 2 * size:
+        # The newest event is asked for at least as often as one in the middle, which some window only begins with.
+        assert shares[-1] >= shares[n_events // 2] >= shares[1:].max() / 2 - 1 / n_events
 
 
 def test_uniform_and_recent_are_the_ablations_of_two_stage():

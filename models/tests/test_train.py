@@ -16,6 +16,7 @@ from learn.hstu import Hstu, HstuConfig
 from learn.pch import Pch, PchConfig
 from learn.recommender import IdTowers, Learn
 from learn.sasrec import SasRec, SasRecConfig
+from learn.train import Trainer
 
 N_ITEMS, N_GROUPS = 60, 6
 SIZES = PchConfig(content_dim=12, adaptor_hidden=24, width=24, layers=2, heads=2, ffn=32, out_dim=12, max_history=10)
@@ -105,6 +106,37 @@ def test_an_item_that_training_never_meets_is_a_candidate_only_if_asked_for(worl
     assert log_inclusion.shape == candidate.shape and (log_inclusion <= 0).all()
 
 
+def test_an_item_is_a_target_as_often_as_the_correction_believes(world):
+    content, dataset = world
+    config = train.TrainConfig(users=4, candidates="batch", align_weight=1.0)
+    trainer = train.Trainer(
+        config, MODELS["learn"](content), dataset, data.split(dataset.sequences, data.SplitConfig())
+    )
+    asked, aligned = [], []
+    trainer._candidates = lambda target: (asked.append(target), Trainer._candidates(trainer, target))[1]
+    trainer._pack = lambda positions, users: (
+        aligned.append((positions, users)),
+        Trainer._pack(trainer, positions, users),
+    )[1]
+    for _ in range(300):
+        users = trainer.rng.choice(trainer.users, size=4, replace=False, p=trainer.user_probability)
+        trainer.next_item(users)
+        trainer.align(users)
+    # Of three packs a step, the last one holds the targets of the alignment.
+    future = [
+        dataset.sequences[u].items[p]
+        for positions, users in aligned[2::3]
+        for p, u in zip(positions, users, strict=True)
+    ]
+    for drawn, believed in (
+        (torch.cat(asked).numpy(), trainer.next_frequency),
+        (np.concatenate(future), trainer.align_frequency),
+    ):
+        share = np.bincount(drawn, minlength=N_ITEMS) / len(drawn)
+        error = np.sqrt(believed.numpy() / len(drawn)) + 1e-4
+        assert (np.abs(share - believed.numpy()) < 6 * error + 0.15 * believed.numpy()).all()
+
+
 def test_a_run_repeats_itself(world, tmp_path):
     weights = [
         fit(world, tmp_path / name, steps=5, seed=seed)[0].state_dict()
@@ -142,6 +174,31 @@ def test_a_checkpoint_of_another_config_is_not_taken(world, tmp_path):
     assert [record["step"] for record in curve] == [2, 4, 6]
 
 
+def test_a_run_is_told_from_every_other(world):
+    content, dataset = world
+    split = data.split(dataset.sequences, data.SplitConfig())
+
+    def identity(config=None, model=MODELS["learn"], content=content, dataset=dataset, split=split):
+        torch.manual_seed(1)
+        return train._identity(config or train.TrainConfig(), model(content), dataset, split)
+
+    sequences = [
+        *dataset.sequences[:-1],
+        replace(dataset.sequences[-1], timestamps=dataset.sequences[-1].timestamps + 1),
+    ]
+    others = [
+        identity(config=train.TrainConfig(n_uniform=7)),
+        identity(model=lambda content: Learn(Pch(replace(SIZES, item_tower="alone")), content)),
+        identity(model=lambda content: Learn(Pch(replace(SIZES, dropout=0.3)), content)),
+        identity(model=lambda content: Learn(Pch(SIZES), content, "whiten")),
+        identity(content=content + 0.1 * torch.randn(content.shape)),
+        identity(dataset=data.Dataset(dataset.item_ids, dataset.texts, sequences)),
+        identity(split=data.split(dataset.sequences, data.SplitConfig(n_test=2))),
+        identity(split=data.split(dataset.sequences, data.SplitConfig(n_test=2, n_validation=0))),
+    ]
+    assert identity() == identity() and len({identity(), *others}) == 9
+
+
 def test_the_best_check_on_validation_is_kept(world, tmp_path):
     model, split, curve = fit(world, tmp_path, steps=40, check_every=5, learning_rate=0.05)
     best = max(record["ndcg_at_10"] for record in curve)
@@ -164,7 +221,7 @@ def test_training_never_reads_a_held_out_event(world):
         (u, int(dataset.sequences[u].items[p])) for ps, us in packed for u, run in zip(us, ps, strict=True) for p in run
     }
     assert len(packed) == 15 and met and not met & held_out
-    assert trainer.frequency.sum() == pytest.approx(1.0)
+    assert trainer.next_frequency.sum() == pytest.approx(1.0) == trainer.align_frequency.sum()
 
 
 def test_a_data_set_without_two_events_of_anyone_is_refused(world):
