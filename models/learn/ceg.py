@@ -112,7 +112,10 @@ def wrap(
     longest = getattr(model.config, "max_position_embeddings", None)
     if max_tokens < 1 or (longest is not None and max_tokens > longest):
         raise ValueError(f"max_tokens is {max_tokens}, {name} takes 1 to {longest}")
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    except Exception as error:  # The library raises this very class.
+        raise ValueError(f"{tokenizer_path}: no tokenizer: {error}") from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens, direction="right")
     graph = EncoderGraph(model.eval().requires_grad_(False)).eval()

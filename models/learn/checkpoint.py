@@ -50,11 +50,13 @@ def read(folder: Path, dtype: str) -> Checkpoint:
     config = folder / CONFIG
     if not config.is_file() and files[0].suffix != ".gguf":
         return Checkpoint(minilm.NAME, _minilm(files[0], DTYPES[dtype]), minilm.PAD_ID, files, None)
-    raw = json.loads(config.read_text()) if config.is_file() else {}
-    if baichuan.is_baichuan(raw):
-        model: nn.Module = baichuan.load(folder, files, DTYPES[dtype])
-    else:
-        model = _auto(folder, files, DTYPES[dtype])
+    raw = _config(config) if config.is_file() else {}
+    try:
+        model = (baichuan.load if baichuan.is_baichuan(raw) else _auto)(folder, files, DTYPES[dtype])
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # Each format's reader has errors of its own, and no two share a parent.
+        raise ValueError(f"{folder}: its weights cannot be read: {error}") from error
     pad_id = getattr(model.config, "pad_token_id", None)
     known = config if config.is_file() else None
     return Checkpoint(folder.resolve().name, model, pad_id if pad_id is not None else 0, files, known)
@@ -80,10 +82,20 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     )
 
 
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object, got {type(found).__name__}")
+    return found
+
+
 def _index(path: Path) -> dict[str, str]:
     try:
-        return json.loads(path.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
+        return dict(json.loads(path.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no index of shards: {error!r}") from error
 
 

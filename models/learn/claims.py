@@ -4,7 +4,7 @@ Verdicts are computed by one rule. For "A is ahead of B", with the paired differ
 
     holds             p < .05 and the difference is above 0
     does not hold     p < .05 and it is below 0: the opposite is so
-    not shown         p >= .05, the interval covers 0: this data set decides nothing
+    not shown         p >= .05, the interval covers 0: this data set decides nothing; or one seed alone was trained
     not tested here   a run is missing, or nothing offline can test it
 
 For a figure to be reproduced: holds within the tolerance, else does not hold. For a bound to be passed: as above, with

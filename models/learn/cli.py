@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parents[1]
-SOURCE = "MovieLens ml-latest-small (GroupLens; Harper and Konstan 2015), research use"
 Arguments = argparse.Namespace
 
 
@@ -80,10 +79,10 @@ def _raw() -> argparse.ArgumentParser:
 
 def _bundle() -> argparse.ArgumentParser:
     bundle = argparse.ArgumentParser(add_help=False)
-    bundle.add_argument("--out", type=Path, default=HERE / "default", help="folder of the bundle")
-    bundle.add_argument("--name", default="learn-minilm-ml-small", help="name in the manifest")
+    bundle.add_argument("--out", type=Path, required=True, help="folder of the bundle")
+    bundle.add_argument("--name", default="learn", help="name in the manifest")
     bundle.add_argument("--bundle-version", default="1", help="version in the manifest")
-    bundle.add_argument("--source", default=SOURCE, help="what the manifest says of the data")
+    bundle.add_argument("--source", default="not said", help="what the manifest says of the data")
     bundle.add_argument("--figures", type=Path, help="folder of a study whose figures of --model go into the manifest")
     bundle.add_argument("--model", default="learn-text", help="the model of that study that this bundle is one seed of")
     return bundle
@@ -99,6 +98,7 @@ def _add_study(commands: argparse._SubParsersAction, raw: argparse.ArgumentParse
     )
     study.add_argument("--out", type=Path, default=HERE / "results", help="the study gets a folder of its name in it")
     study.add_argument("--encoders", type=Path, default=HERE, help="folder that the study's encoders lie in")
+    study.add_argument("--name", help="of the study, in place of the config's: one config for several data sets")
     study.add_argument("--only", nargs="+", metavar="MODEL", help="some of the models, not all")
     study.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time, a thread each")
     study.set_defaults(run_command=_study, threads=1)
@@ -178,23 +178,32 @@ def _evaluate(arguments: Arguments) -> None:
 def _export(arguments: Arguments) -> None:
     from learn.default import Label
 
-    facts = {"data": arguments.source}
+    run, facts = _run(arguments), {"data": arguments.source}
     if arguments.figures is not None:
         from learn.figures import figures_of
 
-        facts["study"] = figures_of(arguments.figures, arguments.model)
-    _run(arguments).export(arguments.out, Label(arguments.name, arguments.bundle_version), facts)
+        facts["study"] = figures_of(arguments.figures, arguments.model, run.settings)
+    run.export(arguments.out, Label(arguments.name, arguments.bundle_version), facts)
 
 
 def _all(arguments: Arguments) -> None:
-    for step in (_prepare, _encode, _train, _cvr, _evaluate, _export):
+    for step in (_prepare, _check_labels, _encode, _train, _cvr, _evaluate, _export):
         step(arguments)
 
 
+def _check_labels(arguments: Arguments) -> None:
+    # Said before hours of training and not after.
+    _run(arguments).check_labels()
+
+
 def _study(arguments: Arguments) -> None:
+    from dataclasses import replace
+
     from learn.study import inputs_of, only, read_study, run_study
 
     study = read_study(arguments.config)
+    if arguments.name:
+        study = replace(study, study=arguments.name)
     if arguments.only:
         study = only(study, arguments.only)
     run = arguments.run or HERE / "runs" / study.study

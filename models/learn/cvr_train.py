@@ -1,7 +1,7 @@
 """Trains the CVR head, on frozen towers or together with them.
 
-MovieLens has neither impressions nor conversions. The label here is `rating >= 4`, a PROXY for a conversion among the
-items that a user met: the head learns what is liked, not what is bought.
+The label is `value >= liked_from`. MovieLens has neither impressions nor conversions, so there `rating >= 4` is a PROXY
+for a conversion among the items that a user met: the head learns what is liked, not what is bought.
 
 The order of time is kept. The head learns from the training part of each user's events, each seen from the state before
 it, stops where the validation events are predicted best, and is measured once on the test events.
@@ -46,6 +46,8 @@ class CvrTrainConfig:
     batch: int = 512
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
+    # An event of this value or more is a conversion: 4 stars, or 1 where values are 0 and 1.
+    liked_from: float = LIKED_FROM
     # Which of a user's earlier items the user tower reads. Choose what the caller will send in production.
     history: History = "all"
     # Trains the towers with the head's loss too. What retrieval they did before is then no longer what they do.
@@ -83,20 +85,25 @@ class Window:
     row: np.ndarray
 
 
-def label(values: np.ndarray) -> np.ndarray:
-    """The proxy for a conversion."""
-    return (values >= LIKED_FROM).astype(np.float32)
+def label(values: np.ndarray, liked_from: float = LIKED_FROM) -> np.ndarray:
+    """1 for a conversion, or what stands for one, else 0."""
+    return (values >= liked_from).astype(np.float32)
 
 
-def kept(values: np.ndarray, history: History) -> np.ndarray:
+def kept(values: np.ndarray, history: History, liked_from: float = LIKED_FROM) -> np.ndarray:
     """[n] which events stand in later histories."""
     if history not in ("all", "liked"):
         raise ValueError(f"history is {history!r}, expected 'all' or 'liked'")
-    return values >= LIKED_FROM if history == "liked" else np.ones(len(values), dtype=bool)
+    return values >= liked_from if history == "liked" else np.ones(len(values), dtype=bool)
 
 
 def windows(
-    sequences: list[Sequence], spans: list[tuple[int, int, int]], longest: int, history: History, reading: Reading
+    sequences: list[Sequence],
+    spans: list[tuple[int, int, int]],
+    longest: int,
+    history: History,
+    reading: Reading,
+    liked_from: float = LIKED_FROM,
 ) -> list[Window]:
     """Windows that cover the events of `spans`, each (user, begin, end): the positions begin <= p < end of a user.
 
@@ -109,7 +116,7 @@ def windows(
     for user, begin, end in spans:
         sequence = sequences[user]
         items, values = np.asarray(sequence.items[:end]), np.asarray(sequence.values[:end])
-        keep = kept(values, history)
+        keep = kept(values, history, liked_from)
         run = items[keep]
         before = (np.cumsum(keep) - keep)[begin:end]  # [n] items of `run` that stand before each event
         start = (
@@ -119,7 +126,9 @@ def windows(
             own = np.flatnonzero(start == first)
             state = before[own] - first
             at = begin + own
-            found.append(Window(run[first : first + state.max()], state, items[at], label(values[at]), n_rows + own))
+            found.append(
+                Window(run[first : first + state.max()], state, items[at], label(values[at], liked_from), n_rows + own)
+            )
         n_rows += end - begin
     return found
 
@@ -148,9 +157,13 @@ def examples(pch: Pch, content: Tensor, found: list[Window]) -> Examples:
     return Examples(user[order], item[order], liked[order])
 
 
-def training_examples(pch: Pch, content: Tensor, dataset: Dataset, split: Split, history: History = "all") -> Examples:
+def training_examples(
+    pch: Pch, content: Tensor, dataset: Dataset, split: Split, config: CvrTrainConfig | None = None
+) -> Examples:
     """Every training event with the user state before it, read through sliding windows."""
-    found = windows(dataset.sequences, training_spans(split), pch.config.max_history, history, "sliding")
+    config = config or CvrTrainConfig()
+    spans, longest = training_spans(split), pch.config.max_history
+    found = windows(dataset.sequences, spans, longest, config.history, "sliding", config.liked_from)
     return examples(pch, content, found)
 
 
@@ -184,9 +197,9 @@ def train_head(
     head, best_auc = fit_head(config, sizes, pch, content, dataset, split)
     with torch.no_grad():
         item = pch.alone(content)
-    longest, history = pch.config.max_history, config.history
-    train = training_examples(pch, content, dataset, split, history)
-    test = examples(pch, content, windows(dataset.sequences, event_spans(split.test), longest, history, "exact"))
+    ways = (pch.config.max_history, config.history, "exact", config.liked_from)
+    train = training_examples(pch, content, dataset, split, config)
+    test = examples(pch, content, windows(dataset.sequences, event_spans(split.test), *ways))
     return head, {"cvr_validation_auc": best_auc} | measure(head, train, test, item)
 
 
@@ -197,8 +210,9 @@ def fit_head(
     torch.manual_seed(config.seed)
     head = CvrHead(sizes)
     longest = pch.config.max_history
-    train = windows(dataset.sequences, training_spans(split), longest, config.history, "sliding")
-    validation = windows(dataset.sequences, event_spans(split.validation), longest, config.history, "exact")
+    liked = config.liked_from
+    train = windows(dataset.sequences, training_spans(split), longest, config.history, "sliding", liked)
+    validation = windows(dataset.sequences, event_spans(split.validation), longest, config.history, "exact", liked)
     if config.tune_towers:
         return head.eval(), _tune(config, head, pch, content, (train, validation))
     with torch.no_grad():

@@ -22,6 +22,11 @@ class DataError(ValueError):
     def __init__(self, path: Path, row: int | None, column: str | None, reason: str) -> None:
         where = ", ".join([str(path), *([f"row {row}"] if row else []), *([f"column {column}"] if column else [])])
         super().__init__(f"{where}: {reason}")
+        self._given = (path, row, column, reason)
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[Path, int | None, str | None, str]]:
+        """Whole in another process: exceptions are pickled by their text alone otherwise."""
+        return DataError, self._given
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,10 @@ class Evidence:
         """All of its runs, by seed."""
         return list(self._results.runs[model].values())
 
+    def fewest_seeds(self, *models: str) -> int | None:
+        """The smallest number of seeds among those of the models that are trained; None if none is."""
+        return min((len(self.runs(model)) for model in models if self.one(model).curve), default=None)
+
     def ablations(self) -> Iterator[Run]:
         """One run of each ablation."""
         for model in self.models:

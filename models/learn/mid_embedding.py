@@ -95,7 +95,7 @@ def histories(dataset: Dataset, split: Split, config: MidEmbeddingConfig) -> tup
         ends[event.user] = max(ends[event.user], event.position + 1)
     for user, (sequence, n_known, end) in enumerate(zip(dataset.sequences, split.n_train, ends, strict=True)):
         # Nothing after part A is handed on, so no mistake further down can read it.
-        keep = np.flatnonzero(kept(np.asarray(sequence.values[:end]), config.cvr.history))
+        keep = np.flatnonzero(kept(np.asarray(sequence.values[:end]), config.cvr.history, config.cvr.liked_from))
         columns = (np.asarray(column)[keep] for column in (sequence.items, sequence.values, sequence.timestamps))
         sequences.append(Sequence(sequence.user, *columns))
         n_train.append(int((keep < n_known).sum()))
@@ -113,7 +113,8 @@ def features(
     """
     pch, head = learned.pch, learned.head
     spans = events.spans(rank_split.B, rank_split.VALIDATION, rank_split.TEST)
-    found = windows(dataset.sequences, spans, pch.config.max_history, config.cvr.history, "sliding")
+    longest, cvr = pch.config.max_history, config.cvr
+    found = windows(dataset.sequences, spans, longest, cvr.history, "sliding", cvr.liked_from)
     seen = examples(pch, content, found)
     item = pch.alone(content)[seen.item]
     parts = [head(u, i, torch.arange(len(u))) for u, i in zip(seen.user.split(8192), item.split(8192), strict=True)]

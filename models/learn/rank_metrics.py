@@ -122,17 +122,11 @@ def paired(
     """
     if treated.shape != control.shape:
         raise ValueError(f"arms have scores of shapes {treated.shape} and {control.shape}; pairing needs the same")
-    n_draws, seed = draws
     user, label = events.user[mask], events.label[mask]
     present, user = np.unique(user, return_inverse=True)
     if not 0 < label.sum() < len(label):
         return {}
-    rng = np.random.default_rng(seed)
-    n_seeds, n_users = len(treated), len(present)
-    # The first row is the sample itself: every user and every seed once.
-    users = np.vstack([np.ones(n_users), rng.multinomial(n_users, np.full(n_users, 1 / n_users), size=n_draws)])
-    seeds = np.vstack([np.ones(n_seeds), rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_draws)])
-    seeds /= n_seeds
+    users, seeds = _weights(len(present), len(treated), draws)
     found = {}
     for name, replicates in _replicates((treated[:, mask], control[:, mask]), label, user, users, seeds).items():
         if not np.isnan(replicates[0]):
@@ -156,12 +150,9 @@ def contrast(
 
     Both gains meet the same draws of users and of seeds. None where one of them is not defined.
     """
-    n_draws, seed = draws
-    rng = np.random.default_rng(seed)
     present, user = np.unique(events.user, return_inverse=True)
-    n_seeds, n_users = len(treated), len(present)
-    users = np.vstack([np.ones(n_users), rng.multinomial(n_users, np.full(n_users, 1 / n_users), size=n_draws)])
-    seeds = np.vstack([np.ones(n_seeds), rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_draws)])
+    n_users = len(present)
+    users, seeds = _weights(n_users, len(treated), draws)
     gains = []
     for mask in masks:
         label, whose = events.label[mask], user[mask]
@@ -171,9 +162,23 @@ def contrast(
         if not known.any():
             return None
         mass = users[:, known].sum(axis=1)
-        total = ((users[:, known] @ gap[:, known].T) * seeds).sum(axis=1) / n_seeds
+        total = ((users[:, known] @ gap[:, known].T) * seeds).sum(axis=1)
         gains.append(np.where(mass > 0, total / np.maximum(mass, 1), np.nan))
     return _interval(gains[0] - gains[1])
+
+
+def _weights(n_users: int, n_seeds: int, draws: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """How often each draw has each user [draws + 1, users], and weights of the seeds that sum to 1 [draws + 1, seeds].
+
+    The first row is the sample itself. Weights of seeds are stretched about their mean: a draw of S out of S spreads
+    by (S - 1) / S of the variance that new seeds would have, which matters for five of them.
+    """
+    n_draws, seed = draws
+    rng = np.random.default_rng(seed)
+    users = np.vstack([np.ones(n_users), rng.multinomial(n_users, np.full(n_users, 1 / n_users), size=n_draws)])
+    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_draws) / n_seeds
+    stretched = 1 / n_seeds + np.sqrt(n_seeds / max(n_seeds - 1, 1)) * (seeds - 1 / n_seeds)
+    return users, np.vstack([np.full(n_seeds, 1 / n_seeds), stretched])
 
 
 def _replicates(arms, label, user, users, seeds) -> dict[str, np.ndarray]:
@@ -186,8 +191,8 @@ def _replicates(arms, label, user, users, seeds) -> dict[str, np.ndarray]:
         without, _ = user_aucs(control, label, user, n_users)
         gap += seeds[:, place : place + 1] * (with_it - without)[None]
         change = _pooled(treated, label, user, users) - _pooled(control, label, user, users)
-        # A draw may leave out a seed, and then its undefined AUC must not matter.
-        pooled += np.where(seeds[:, place] > 0, seeds[:, place] * change, 0.0)
+        # A draw of users may leave this undefined, and then no other seed is defined either.
+        pooled += seeds[:, place] * change
     known = ~np.isnan(gap[0])
     gap, users = gap[:, known], users[:, known]
     result = {"auc": pooled}

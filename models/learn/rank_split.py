@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from learn.cvr_train import label
+from learn.cvr_train import LIKED_FROM, label
 from learn.data import Dataset, Event, Split
 from learn.prepared import KeywordBoundary
 from learn.splits import check_keywords
@@ -39,6 +39,8 @@ class RankSplitConfig:
     # "per_user" only: at least so many events a user, however short the sequence.
     least_validation: int = 2
     least_test: int = 5
+    # An event of this value or more is a conversion.
+    liked_from: float = LIKED_FROM
 
     def __post_init__(self) -> None:
         if self.kind not in ("per_user", "global_time"):
@@ -102,7 +104,7 @@ def cut(dataset: Dataset, config: RankSplitConfig) -> Events:
         part = _clock_parts(clock, config)
         check_keywords(dataset.sequences, KeywordBoundary(cut=int(clock[part == A].max()) + 1))
     values = columns["values"]
-    return Events(user, position, columns["items"], values, label(values), clock, part, has_times)
+    return Events(user, position, columns["items"], values, label(values, config.liked_from), clock, part, has_times)
 
 
 def tower_split(dataset: Dataset, events: Events) -> Split:

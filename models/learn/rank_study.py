@@ -15,6 +15,7 @@ ids and statistics of A and B alike, and differ in the extra features only. See 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -33,7 +34,6 @@ from learn.rank_split import TEST, VALIDATION, A, B, Events, RankSplitConfig
 from learn.ranker import Inputs, Ranker, RankerConfig, Trial, Widths
 
 FORMAT = 1
-LABEL = "proxy: value >= 4 among items the user met"
 CONTROL = "base"
 # Arm -> the blocks of extra features that it takes.
 ARMS = {
@@ -81,6 +81,8 @@ class Table:
     plain: Inputs
     widths: Widths
     categories: Tensor = field(repr=False)
+    # Of the events and the content embeddings.
+    digest: str = ""
 
     def inputs(self, extra: Tensor, *parts: int) -> Inputs:
         """Events of these parts. `extra` [n,X] has a row for each event after part A, or no columns."""
@@ -121,9 +123,10 @@ def rank(config: RankConfig, dataset: Dataset, content: Tensor, out: Path) -> li
         raise ValueError(f"content has {len(content)} rows, the catalogue has {len(dataset.item_ids)} items")
     out.mkdir(parents=True, exist_ok=True)
     table = tabulate(config, dataset, rank_split.cut(dataset, config.split))
+    table = replace(table, digest=_digest(table.events, content))
     _write(out / "test_events.json", shared(config, dataset, table))
     for seed in config.seeds:
-        missing = [arm for arm in config.arms if not _is_done(_path(out, arm, seed), config, arm)]
+        missing = [arm for arm in config.arms if not _is_done(_path(out, arm, seed), config, arm, table)]
         if missing:
             run_seed(config, seed, (dataset, content, table), missing, out)
     rows = summarise(out)
@@ -190,7 +193,7 @@ def run_arm(config: RankConfig, arm: str, seed: int, table: Table, made: tuple[R
         for name, mask in rank_metrics.groups(events, config.groups).items()
     }
     return {
-        **_head(config, arm, seed),
+        **_head(config, arm, seed, table),
         "chosen": asdict(trial) | {"epochs": fitted.epochs, "validation_log_loss": _rounded(fitted.validation_loss)},
         "metrics": metrics,
         "scores": scores.tolist(),
@@ -228,7 +231,7 @@ def shared(config: RankConfig, dataset: Dataset, table: Table) -> dict[str, Any]
         "format": FORMAT,
         "kind": "test_events",
         "study": config.study,
-        "label_is": LABEL,
+        "label_is": label_of(config),
         "split": asdict(config.split),
         "groups": asdict(config.groups),
         "n_events": {name: int((table.events.part == part).sum()) for name, part in _PARTS.items()},
@@ -251,10 +254,14 @@ def summarise(folder: Path, n_draws: int = 1000) -> list[Row]:
     events = HeldOut(user, *columns)
     bounds = {name: tuple(value) for name, value in common["groups"].items()}
     by_arm: dict[str, dict[int, np.ndarray]] = {}
+    origin: dict[str, Any] | None = None
     for path in sorted(folder.glob("*-seed*.json")):
         record = json.loads(path.read_text())
         if len(record["scores"]) != len(user):
             raise ValueError(f"{path}: {len(record['scores'])} scores for {len(user)} test events")
+        of = {key: record.get(key) for key in ("data", "config")}
+        if of != (origin := origin or of):
+            raise ValueError(f"{path}: of other data or another config than the files before it; run the study again")
         by_arm.setdefault(record["arm"], {})[record["seed"]] = np.array(record["scores"])
     if CONTROL not in by_arm:
         raise ValueError(f"{folder}: no record of the arm {CONTROL!r}")
@@ -322,19 +329,33 @@ def text(rows: list[Row], metrics: tuple[str, ...] = ("auc", "uauc", "wuauc")) -
     return "\n".join(lines)
 
 
-def _head(config: RankConfig, arm: str, seed: int) -> dict[str, Any]:
+def label_of(config: RankConfig) -> str:
+    """What the labels are, in words."""
+    return f"proxy: value >= {config.split.liked_from:g} among items the user met"
+
+
+def _digest(events: Events, content: Tensor) -> str:
+    """SHA-256 over who met what when, with which value, and the content embeddings."""
+    found = hashlib.sha256(content.numpy().tobytes())
+    for column in (events.user, events.item, events.value, events.clock, events.part):
+        found.update(np.ascontiguousarray(column).tobytes())
+    return found.hexdigest()
+
+
+def _head(config: RankConfig, arm: str, seed: int, table: Table) -> dict[str, Any]:
     # What does not change this record is left out, so that more seeds or arms can be added to a study.
     settings = {name: value for name, value in asdict(config).items() if name not in ("study", "seeds", "arms")}
     settings = json.loads(json.dumps(settings))
-    head = {"format": FORMAT, "kind": "ranking", "study": config.study, "arm": arm, "label": LABEL}
-    return head | {"seed": seed, "config": settings}
+    head = {"format": FORMAT, "kind": "ranking", "study": config.study, "arm": arm, "label": label_of(config)}
+    return head | {"seed": seed, "data": table.digest, "config": settings}
 
 
-def _is_done(path: Path, config: RankConfig, arm: str) -> bool:
+def _is_done(path: Path, config: RankConfig, arm: str, table: Table) -> bool:
     if not path.is_file():
         return False
     record = json.loads(path.read_text())
-    return record["config"] == _head(config, arm, record["seed"])["config"]
+    wanted = _head(config, arm, record["seed"], table)
+    return all(record.get(key) == wanted[key] for key in ("data", "config"))
 
 
 def _path(out: Path, arm: str, seed: int) -> Path:

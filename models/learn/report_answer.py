@@ -60,7 +60,8 @@ def answer(report: Report) -> str:
     legend = (
         "*Holds*: ahead with p < .05 (for a published figure to be reproduced: within the tolerance). *Does not hold*: "
         "behind with p < .05 (or outside the tolerance). *Not shown*: the interval covers 0, so this data decides "
-        "nothing. Differences are paired, with 95 % intervals. p is not corrected for the number of claims."
+        "nothing, or a model has one seed alone. Differences are paired, with 95 % intervals. p is not corrected for "
+        "the number of claims."
     )
     bullets = [f"- {tally(report)}.", *headlines(report)]
     return paragraphs("\n".join(bullets), legend, *(_section(report, section) for section in SECTIONS))

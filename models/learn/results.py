@@ -280,6 +280,11 @@ def read_study(folder: Path) -> StudyResults:
 Record = TypeVar("Record", bound=BaseModel)
 
 
+def read_run(path: Path) -> Run:
+    """One run's JSON; `DataError` if it is not as described above."""
+    return _parse(Run, path)
+
+
 def _parse(kind: type[Record], path: Path) -> Record:
     try:
         return kind.model_validate_json(path.read_bytes())

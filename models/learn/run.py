@@ -17,6 +17,7 @@ Nothing is read from anywhere else but the encoder's folder.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from learn.cvr_train import train_head
 from learn.item_text import ItemText, render
 from learn.mid_embedding import MidEmbeddingConfig
 from learn.pch import Pch, PchConfig
+from learn.rank_split import RankSplitConfig
 from learn.rank_study import RankConfig, rank
 from learn.recommender import Learn
 from learn.settings import PrepareSettings, Settings
@@ -58,7 +60,7 @@ class Run:
 
     def prepare(self, source: Path) -> None:
         """Any data set that is known here -> data/."""
-        data.prepare(source, self.folder / "data", prepare_config(self.settings.prepare, self.settings.split))
+        data.prepare(source, self.folder / "data", prepare_config(self.settings.prepare, self.settings.held_out()))
 
     def dataset(self) -> data.Dataset:
         """What `prepare` wrote."""
@@ -66,7 +68,7 @@ class Run:
 
     def split(self, dataset: data.Dataset) -> data.Split:
         """What is held out."""
-        return data.split(dataset.sequences, self.settings.split)
+        return data.split(dataset.sequences, self.settings.held_out())
 
     def load_encoder(self) -> ceg.Encoder:
         """The frozen language model."""
@@ -110,8 +112,21 @@ class Run:
         pch.load_state_dict(saved["weights"])
         return pch.eval()
 
+    def check_labels(self) -> None:
+        """ValueError if the log has no conversions, or nothing else: then there is nothing that a head could learn."""
+        liked_from = self.settings.cvr.liked_from
+        values = np.concatenate([sequence.values for sequence in self.dataset().sequences])
+        n_liked = int((values >= liked_from).sum())
+        if n_liked in (0, len(values)):
+            raise ValueError(
+                f"{n_liked:,} of {len(values):,} events have a value of cvr.liked_from = {liked_from:g} or more, and a "
+                "CVR head learns from both kinds: give the log a `value`, or say in --config from which value on it is "
+                "one; `learn train` and `learn evaluate` need neither"
+            )
+
     def train_cvr(self) -> None:
         """Trains and keeps the head, and with `cvr.tune_towers` the towers that were tuned with it."""
+        self.check_labels()
         self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
         dataset, pch = self.dataset(), self.towers()
         sizes = replace(self.settings.head, in_dim=pch.config.out_dim)
@@ -134,7 +149,9 @@ class Run:
         dataset, wanted = self.dataset(), self.settings
         head = wanted.head
         mid = MidEmbeddingConfig(wanted.train, wanted.pch, wanted.standardise, wanted.cvr, head.fuse_dim, head.mid_dim)
-        config = RankConfig(study=self.folder.name, seeds=seeds, mid=mid)
+        kind = "per_user" if wanted.time_split is None else "global_time"
+        split = RankSplitConfig(kind, liked_from=wanted.cvr.liked_from)
+        config = RankConfig(study=self.folder.name, seeds=seeds, split=split, mid=mid)
         rank(config, dataset, self.content(dataset), self.folder / "ranking")
 
     def cases(self, n_users: int) -> Iterator[verify.Case]:
@@ -162,7 +179,7 @@ class Run:
 
     def _origin(self) -> dict[str, Any]:
         """What towers, head and figures of one run have to agree on."""
-        return {"split": asdict(self.settings.split), "encoder": self.encoder.resolve().name}
+        return {"split": asdict(self.settings.held_out()), "encoder": self.encoder.resolve().name}
 
     def _remove(self, *names: str) -> None:
         for name in names:
@@ -173,16 +190,16 @@ class Run:
         figures = {}
         for name, step in (("metrics.json", "evaluate"), ("cvr.json", "cvr")):
             figures |= json.loads(_there(self.folder / name, step).read_text())
-        split = self.settings.split
+        held_out = self.settings.held_out()
         with (self.folder / "train.jsonl").open() as file:
             config = json.loads(file.readline())["config"]
         figures |= {"seed": config["seed"], "steps": config["steps"]}
-        figures |= {"held_out_test": split.n_test, "held_out_validation": split.n_validation}
+        facts = facts | {"held_out": {name: value for name, value in asdict(held_out).items() if value is not None}}
         facts = facts | {"metrics": {name: _rounded(value) for name, value in figures.items()}}
         default.write_default(self.load_encoder(), self.towers(), self.head(), facts, out, label)
 
 
-def prepare_config(wanted: PrepareSettings, split: data.SplitConfig) -> data.PrepareConfig:
+def prepare_config(wanted: PrepareSettings, split: data.SplitConfig | data.TimeSplitConfig) -> data.PrepareConfig:
     """Settings in the words of `prepare`."""
     fields = None if wanted.text_fields is None else tuple(wanted.text_fields)
     return data.PrepareConfig(
@@ -202,7 +219,10 @@ def content_of(encoder: ceg.Encoder, dataset: data.Dataset, cache: Path, storage
 
 
 def _load(path: Path, step: str) -> dict[str, Any]:
-    return torch.load(_there(path, step), weights_only=True)
+    try:
+        return torch.load(_there(path, step), weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read, `learn {step}` writes it anew: {error}") from error
 
 
 def _there(path: Path, step: str) -> Path:

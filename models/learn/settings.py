@@ -14,7 +14,7 @@ from typing import Literal
 from learn.config import strict
 from learn.cvr import CvrConfig
 from learn.cvr_train import CvrTrainConfig
-from learn.data import SplitConfig
+from learn.data import SplitConfig, TimeSplitConfig
 from learn.pch import PchConfig
 from learn.standardise import Method
 from learn.train import TrainConfig
@@ -50,12 +50,18 @@ class Settings:
 
     prepare: PrepareSettings = field(default_factory=PrepareSettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    # The last events of each user are held out; with `time_split`, everything after a point in time instead.
     split: SplitConfig = field(default_factory=SplitConfig)
+    time_split: TimeSplitConfig | None = None
     standardise: Method = "scale"
     pch: PchConfig = field(default_factory=PchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     head: CvrConfig = field(default_factory=CvrConfig)
     cvr: CvrTrainConfig = field(default_factory=CvrTrainConfig)
+
+    def held_out(self) -> SplitConfig | TimeSplitConfig:
+        """Which of the two splits holds."""
+        return self.time_split or self.split
 
     def with_seed(self, seed: int | None) -> Settings:
         """The same with another seed for towers and head; None changes nothing."""

@@ -34,9 +34,9 @@ from learn.metrics import Ranking
 from learn.pch import Pch, PchConfig
 from learn.recommender import ContentMean, Ids, IdTowers, Learn, Recommender
 from learn.retrieve import retrieve
-from learn.run import Prompts
+from learn.run import Prompts, prepare_config
 from learn.sasrec import SasRec, SasRecConfig
-from learn.settings import EncoderSettings, read_toml
+from learn.settings import EncoderSettings, PrepareSettings, read_toml
 from learn.standardise import Method
 from learn.train import TrainConfig, train
 
@@ -82,6 +82,13 @@ class Study:
     train: TrainConfig
     contents: dict[str, Content]
     models: dict[str, Arm]
+    # As in settings.py.
+    time_split: data.TimeSplitConfig | None = None
+    prepare: PrepareSettings = field(default_factory=PrepareSettings)
+
+    def held_out(self) -> data.SplitConfig | data.TimeSplitConfig:
+        """Which of the two splits holds."""
+        return self.time_split or self.split
 
     def __post_init__(self) -> None:
         for name, arm in self.models.items():
@@ -146,14 +153,14 @@ class Inputs:
 def inputs_of(study: Study, source: Path, run: Path, encoders: Path) -> Inputs:
     """Prepares the data set in `source` and encodes its items for every content that a model of the study takes."""
     wanted = {arm.content for arm in study.models.values() if arm.kind in ("content-mean", "learn")}
-    split, content = study.split, {}
+    content, plain = {}, prepare_config(study.prepare, study.held_out())
     for name in sorted(wanted):
         entry = study.contents[name]
         folder = run / ("data-keywords" if entry.keywords else "data")
-        data.prepare(source, folder, data.PrepareConfig(split=split, max_keywords=N_KEYWORDS if entry.keywords else 0))
+        data.prepare(source, folder, replace(plain, max_keywords=N_KEYWORDS) if entry.keywords else plain)
         encoder = ceg.load(encoders / entry.encoder, EncoderSettings.max_tokens)
         content[name] = ceg.encode_to_file(encoder, Prompts(data.read_prepared(folder).texts), run / "cache")
-    data.prepare(source, run / "data", data.PrepareConfig(split=split))
+    data.prepare(source, run / "data", plain)
     folders = {name: encoders / entry.encoder for name, entry in study.contents.items()}
     return Inputs(data.read_prepared(run / "data"), content, folders)
 
@@ -193,9 +200,9 @@ def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> N
     """Trains one model with one seed and writes its JSON; does nothing if that is there already."""
     arm, path = study.models[name], results.run_path(root, study.study, name, seed)
     config = run_config(study, arm) | {"content": _content_name(arm, inputs), "seed": seed}
-    if path.is_file() and json.loads(path.read_text())["config"] == config:
+    if path.is_file() and results.read_run(path).config == config:
         return
-    split = data.split(inputs.dataset.sequences, study.split)
+    split = data.split(inputs.dataset.sequences, study.held_out())
     counts = popularity(inputs.dataset, split)
     if arm.kind == "popularity":
         found, costs = _popular(inputs, split, counts)
@@ -226,7 +233,9 @@ def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> N
 
 def describe(study: Study, dataset: data.Dataset, split: data.Split) -> results.Study:
     """What all runs of the study share."""
-    protocol = results.Protocol(n_test=study.split.n_test, n_validation=study.split.n_validation)
+    by_time = study.time_split is not None
+    n_test, n_validation = (0, 0) if by_time else (study.split.n_test, study.split.n_validation)
+    protocol = results.Protocol(n_test=n_test, n_validation=n_validation)
     return results.describe(study.study, dataset, split, protocol)
 
 
@@ -237,7 +246,7 @@ def run_config(study: Study, arm: Arm) -> dict[str, Any]:
     wanted["sizes"] = asdict(strict(_SIZES[arm.kind], arm.sizes, "sizes")) if arm.kind in _SIZES else {}
     training = asdict(study.train) | arm.train
     del training["seed"]
-    return {"arm": wanted, "train": training, "split": asdict(study.split)}
+    return {"arm": wanted, "train": training, "split": asdict(study.held_out())}
 
 
 Costs = dict[str, Any]
@@ -279,7 +288,7 @@ def _check(record: Mapping[str, float]) -> results.Check:
 def run_study(study: Study, inputs: Inputs, root: Path, n_workers: int) -> None:
     """Every run that is missing, `n_workers` at a time, one thread each (small models gain little from a second), on
     the first GPU where there is one."""
-    split = data.split(inputs.dataset.sequences, study.split)
+    split = data.split(inputs.dataset.sequences, study.held_out())
     results.write_study(root, describe(study, inputs.dataset, split))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -90,7 +90,12 @@ def _ahead(test: Ahead, evidence: Evidence) -> tuple[Verdict, str]:
     if gap is None:
         return Verdict.NOT_TESTED, f"the study `{evidence.study.study}` has no test events in the group {test.group}"
     pair = " against ".join(number(evidence.figure(name, test.metric, test.group).value) for name in (model, other))
-    return _sign(gap), f"{SHOWN[test.metric]} {pair}: {difference(gap)}"
+    found = f"{SHOWN[test.metric]} {pair}: {difference(gap)}"
+    n_seeds = evidence.fewest_seeds(model, other)
+    if n_seeds == 1:
+        # How much of the difference is the seed's, nobody knows.
+        return Verdict.NOT_SHOWN, f"{found}; one seed"
+    return _sign(gap), found if n_seeds is None else f"{found}; {n_seeds} seeds"
 
 
 def _sign(gap: Estimate) -> Verdict:

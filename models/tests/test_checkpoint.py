@@ -193,3 +193,22 @@ def test_a_baichuan_is_read_from_either_kind_of_file(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="tensors are in no file, the first is "):
         ceg.load(tmp_path, 24)
+
+
+def test_files_that_are_damaged_are_named_in_one_line(tmp_path):
+    folder = with_tokenizer(tmp_path / "llama")
+    LlamaForCausalLM(LLAMA).save_pretrained(folder)
+
+    def refusal(name, content):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(content if content is not None else before[: len(before) // 2])
+        with pytest.raises(ValueError, match=str(folder)) as error:
+            ceg.load(folder, 24)
+        (folder / name).write_bytes(before)
+        return str(error.value)
+
+    assert "weights cannot be read" in refusal("model.safetensors", None)
+    assert "no tokenizer" in refusal("tokenizer.json", None)
+    assert "config.json: Expecting" in refusal("config.json", b"{")
+    assert "config.json: expected an object, got list" in refusal("config.json", b"[]")
+    ceg.load(folder, 24)

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from learn.rank_metrics import GroupConfig, HeldOut, contrast, groups, measure, paired, user_aucs, weighted_auc
+from learn.rank_metrics import (
+    GroupConfig,
+    HeldOut,
+    _weights,
+    contrast,
+    groups,
+    measure,
+    paired,
+    user_aucs,
+    weighted_auc,
+)
 
 
 def held_out(user, label, item_count=None, user_count=None):
@@ -113,6 +123,16 @@ def test_a_contrast_is_the_gain_here_less_the_gain_there():
     error = np.sqrt(sum(part.var() / len(part) for part in both))
     assert (one.high - one.low) / 2 == pytest.approx(1.96 * error, rel=0.15)
     assert contrast(treated, control, events, (here, events.label > 0.5), (10, 0)) is None
+
+
+@pytest.mark.parametrize("n_seeds", [2, 5])
+def test_seeds_spread_as_new_seeds_would(n_seeds):
+    users, seeds = _weights(7, n_seeds, (20_000, 3))
+    assert (users[0] == 1).all() and (users.sum(axis=1) == 7).all()
+    assert seeds[0].tolist() == [1 / n_seeds] * n_seeds
+    np.testing.assert_allclose(seeds.sum(axis=1), 1.0)
+    figures = np.array([0.3, 0.1, 0.2, 0.6, 0.4])[:n_seeds]
+    assert (seeds[1:] @ figures).var() == pytest.approx(figures.var(ddof=1) / n_seeds, rel=0.05)
 
 
 def test_no_difference_is_not_called_one():

@@ -30,7 +30,7 @@ MID = MidEmbeddingConfig(
     mid_dim=8,
 )
 CONFIG = RankConfig(
-    study="small", seeds=(1, 2), arms=("base", "mid_emb", "categories"), mid=MID,
+    study="small", seeds=(1, 2, 3), arms=("base", "mid_emb", "categories"), mid=MID,
     ranker=RankerConfig(id_dim=4, deep=(16,), epochs=8), trials=(Trial(3e-3, 1e-2),),
 )  # fmt: skip
 

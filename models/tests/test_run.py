@@ -11,7 +11,7 @@ from learn import bundle, fixture
 from learn.cli import main
 
 
-def test_every_step_in_one_go_with_an_encoder_of_ones_own(tmp_path):
+def test_every_step_in_one_go_with_an_encoder_of_ones_own(tmp_path, capsys):
     films = [(i, f"Film number {i}", "Drama|War" if i % 2 else "Comedy") for i in range(1, 21)]
     ratings = [(u, (u * 3 + i) % 20 + 1, 5.0 if (u + i) % 2 else 2.0, i) for u in range(1, 13) for i in range(8)]
     write_movielens(tmp_path / "ml", ratings, films)
@@ -38,13 +38,20 @@ def test_every_step_in_one_go_with_an_encoder_of_ones_own(tmp_path):
     config = ["--config", str(tmp_path / "tuned.toml"), "--threads", "1"]
     for _again in range(2):
         assert main(["cvr", *map(str, where[2:]), *config]) == 0
-    assert main(["export", *map(str, where[2:] + made), *config]) == 0
+    assert main(["export", *map(str, where[2:] + made), *config]) == 1
+    assert "metrics.json is missing; `learn evaluate` writes it" in capsys.readouterr().err
+    for step, more in (("evaluate", []), ("export", made)):
+        assert main([step, *map(str, where[2:] + more), *config]) == 0
     assert (tmp_path / "run" / "towers.pt").read_bytes() == towers
     tuned = torch.load(tmp_path / "run" / "tuned.pt")["weights"]
     assert not torch.equal(
         tuned["projection.weight"], torch.load(tmp_path / "run" / "towers.pt")["weights"]["projection.weight"]
     )
     bundle.verify(tmp_path / "out")
+    # What was trained for one split is not measured on another.
+    (tmp_path / "other.toml").write_text("[split]\nn_test = 2\n")
+    assert main(["evaluate", *map(str, where[2:]), "--config", str(tmp_path / "other.toml")]) == 1
+    assert "its towers were trained with {'split': {'n_test': 1" in capsys.readouterr().err
     # New towers: what was tuned, and the head, belong to the old ones.
     assert main(["train", *map(str, where[2:]), *config]) == 0
     assert not (tmp_path / "run" / "tuned.pt").exists() and not (tmp_path / "run" / "cvr.pt").exists()
@@ -54,3 +61,18 @@ def test_what_a_user_can_mend_is_one_line(tmp_path, capsys):
     assert main(["prepare", "--data", str(tmp_path / "nowhere"), "--run", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("learn: ") and "nowhere" in error and error.count("\n") == 1
+
+
+def test_a_log_without_conversions_is_refused_before_anything_is_trained(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    rows = [f"u{user},i{(user + at) % 9},{at}" for user in range(6) for at in range(6)]
+    (tmp_path / "in" / "interactions.csv").write_text("\n".join(["user,item,timestamp", *rows]) + "\n")
+    items = [f'{{"id": "i{number}", "title": "Item {number}"}}' for number in range(9)]
+    (tmp_path / "in" / "items.jsonl").write_text("\n".join(items) + "\n")
+    where = ["--data", str(tmp_path / "in"), "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert main(["all", *where]) == 1
+    assert "0 of 36 events have a value of cvr.liked_from = 4 or more" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "cache").exists()
+    (tmp_path / "low.toml").write_text("[cvr]\nliked_from = 1\n")
+    assert main(["all", *where, "--config", str(tmp_path / "low.toml")]) == 1
+    assert "36 of 36 events have a value of cvr.liked_from = 1 or more" in capsys.readouterr().err
