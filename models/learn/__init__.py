@@ -23,6 +23,7 @@ Models and their training:
     recommender   what every retrieval model looks like from outside; LEARN, ID towers, content mean
     pch           content embeddings -> user and item embeddings (the towers)
     sasrec, hstu  the baselines
+    lora          the language model tuned, in place of a transformer over its vectors
     sampling      which events of a long sequence are trained on
     losses        what the models are asked to do
     train         the loop that asks it (parallel: in several processes)

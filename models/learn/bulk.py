@@ -86,7 +86,7 @@ def embed_catalogue(config: BulkConfig) -> Summary:
     """Runs the job, or what is missing of it, and prints what came out."""
     shards, digests = item_shards.plan(config.items, config.shard_rows)
     config.out.mkdir(parents=True, exist_ok=True)
-    _claim(config, digests)
+    _claim(config, digests, len(shards))
     missing = [shard for shard in shards if not _part(config.out, shard.number).is_file()]
     with Rate(config.title, sum(shard.n_rows for shard in shards)) as rate:
         rate.skip(sum(shard.n_rows for shard in shards) - sum(shard.n_rows for shard in missing))
@@ -186,7 +186,7 @@ def _vectors(rows: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
 
 
-def _claim(config: BulkConfig, digests: dict[str, str]) -> None:
+def _claim(config: BulkConfig, digests: dict[str, str], n_parts: int) -> None:
     """Writes what the folder is for, or holds this job to what it is for."""
     job: dict[str, Any] = {
         "bundle_digest": bundle_digest(config.bundle),
@@ -195,6 +195,7 @@ def _claim(config: BulkConfig, digests: dict[str, str]) -> None:
         "content_dtype": config.content_dtype,
         "max_text_bytes": config.max_text_bytes,
         "files": digests,
+        "n_parts": n_parts,
     }
     path = config.out / JOB
     if not path.is_file():

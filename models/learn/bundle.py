@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +59,12 @@ class Bundle:
 
 
 def write(bundle: Bundle, out: Path) -> None:
-    """Writes and verifies; on any failure `out` is left as it was."""
+    """Writes and verifies, and only then touches `out`. Files of the bundle before it that this one lacks are removed.
+
+    Between the first file's move and the last one's a reader sees neither bundle whole; digests tell it so.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    before = _named(out)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".bundle-") as temporary:
         folder = Path(temporary)
         _write_files(bundle, folder)
@@ -67,6 +72,16 @@ def write(bundle: Bundle, out: Path) -> None:
         # The manifest goes last: until it names them, the new files are not the bundle.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "manifest.toml"):
             path.replace(out / path.name)
+    for name in before - _named(out):
+        (out / name).unlink(missing_ok=True)
+
+
+def _named(folder: Path) -> set[str]:
+    """Files that the manifest in `folder` names; none without one."""
+    path = folder / "manifest.toml"
+    if not path.is_file():
+        return set()
+    return {Path(entry["path"]).name for entry in tomllib.loads(path.read_text(encoding="utf-8")).get("files", [])}
 
 
 def _write_files(bundle: Bundle, folder: Path) -> None:

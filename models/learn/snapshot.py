@@ -7,6 +7,7 @@ where a cache is smaller than all of them, those that come later push out those 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
+from learn.bulk import JOB
 from learn.data import DataError
 from learn.digests import N_BYTES
 
@@ -41,6 +43,10 @@ def snapshot(parts: Path, out: Path, kind: str) -> list[Path]:
     files = sorted(parts.glob("part-*.parquet"))
     if not files:
         raise DataError(parts, None, None, "there is no part-*.parquet")
+    job = parts / JOB
+    n_parts = json.loads(job.read_text())["n_parts"] if job.is_file() else len(files)
+    if len(files) != n_parts:
+        raise DataError(parts, None, None, f"{len(files)} of {n_parts} parts are there; `learn embed` makes the rest")
     sources = {path: _source(path, kind) for path in files}
     source = sources[files[0]]
     for path, other in sources.items():

@@ -235,6 +235,11 @@ def test_files_for_the_import(tmp_path, monkeypatch, kind, dim):
     bulk.embed_catalogue(job(tmp_path, content_dtype="float16"))
     # Seven rows of content in fp16 a file, or of item embeddings in fp32.
     monkeypatch.setattr(snapshot, "FILE_BYTES", 7 * (64 + 16))
+    last = sorted((tmp_path / "out").glob("part-*.parquet"))[-1]
+    last.rename(tmp_path / "kept")
+    with pytest.raises(DataError, match=r"of \d+ parts are there; `learn embed` makes the rest"):
+        snapshot.snapshot(tmp_path / "out", tmp_path / "snapshot", kind)
+    (tmp_path / "kept").rename(last)
     files = snapshot.snapshot(tmp_path / "out", tmp_path / "snapshot", kind)
     assert [path.name for path in files] == [f"{kind}-{n:06}.safetensors" for n in range(3)]
     found = [safetensors.numpy.load_file(path) for path in files]

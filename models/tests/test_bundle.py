@@ -205,6 +205,18 @@ def test_a_failed_write_leaves_the_old_bundle_and_no_litter(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", "tokenizer.json"}
 
 
+def test_what_only_the_bundle_before_had_is_removed(tmp_path):
+    folder = shutil.copytree(FIXTURE, tmp_path / "bundle")
+    manifest = (folder / "manifest.toml").read_text()
+    (folder / "manifest.toml").write_text(f'{manifest}\n[[files]]\npath = "encoder.weights"\n')
+    for name in ("encoder.weights", "notes.txt"):
+        (folder / name).write_text("of before")
+    bundle.write(fixture.build(tmp_path / "tokenizer.json"), folder)
+    # A file that no manifest named is somebody's own.
+    assert not (folder / "encoder.weights").exists() and (folder / "notes.txt").exists()
+    bundle.verify(folder)
+
+
 @pytest.mark.parametrize(
     ("got", "ok"), [([1.0, 2.0], True), ([1.00005, 2.0], True), ([1.0002, 2.0], False), ([float("nan"), 2.0], False)]
 )
