@@ -129,6 +129,8 @@ def _add_serving(commands: argparse._SubParsersAction, common: argparse.Argument
     )
     verify.add_argument("--model", default="", help="the name it is served under")
     verify.add_argument("--wire", choices=("f32", "f16", "bf16"), default="f32", help="dtype of the answers")
+    verify.add_argument("--absolute", type=float, default=1e-4, help="largest difference of any entry that is let pass")
+    verify.add_argument("--cosine", type=float, default=0.99999, help="smallest cosine of any vector that is let pass")
     verify.add_argument("--users", type=int, default=20, help="users of the run whose histories are sent")
     verify.set_defaults(run_command=_verify)
 
@@ -235,7 +237,9 @@ def _snapshot(arguments: Arguments) -> None:
 def _verify(arguments: Arguments) -> int:
     from learn.verify import VerifyConfig, golden_cases, verify_and_print
 
-    config = VerifyConfig(arguments.server, arguments.admin, arguments.model, arguments.wire)
+    config = VerifyConfig(
+        arguments.server, arguments.admin, arguments.model, arguments.wire, arguments.absolute, arguments.cosine
+    )
     if arguments.bundle is not None:
         return verify_and_print(config, golden_cases(arguments.bundle), arguments.bundle)
     return verify_and_print(config, _run(arguments).cases(arguments.users))

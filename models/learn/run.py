@@ -73,7 +73,7 @@ class Run:
     def load_encoder(self) -> ceg.Encoder:
         """The frozen language model."""
         wanted = self.settings.encoder
-        return ceg.load(self.encoder, wanted.max_tokens, ceg.LoadConfig(dtype=wanted.dtype))
+        return ceg.load(self.encoder, wanted.max_tokens, ceg.LoadConfig(device=wanted.device, dtype=wanted.dtype))
 
     def content(self, dataset: data.Dataset) -> Tensor:
         """[I,C], from the cache as far as it is there."""

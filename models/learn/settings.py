@@ -40,6 +40,8 @@ class EncoderSettings:
 
     max_tokens: int = 128
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    # "auto" takes CUDA where there is one; "cpu", "cuda:1" and so on.
+    device: str = "auto"
     # Of the embeddings on disk.
     storage: Literal["float32", "float16"] = "float32"
 

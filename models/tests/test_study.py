@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import tomllib
+
 import numpy as np
 import pytest
+from conftest import MODELS
 
 from learn import data, results
+from learn.settings import read_settings
 from learn.study import Inputs, only, read_study, run_study
 
 TOML = """
@@ -118,6 +122,12 @@ def test_an_ablation_runs_without_what_it_is_compared_with(tmp_path, inputs):
     assert list(results.read(tmp_path / "results").retrieval["tiny"].runs) == ["learn-text/variant-3"]
     with pytest.raises(ValueError, match="--only learn-txt: this study has popularity, content-mean, sasrec"):
         only(written(tmp_path), ["sasrec", "learn-txt"])
+
+
+@pytest.mark.parametrize("path", sorted((MODELS / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_configs_that_are_shipped_can_be_read(path):
+    is_study = "models" in tomllib.loads(path.read_text())
+    (read_study if is_study else read_settings)(path)
 
 
 @pytest.mark.parametrize(
