@@ -31,11 +31,11 @@ class PchConfig:
     """Sizes of the towers. The defaults are those of the shipped bundle."""
 
     content_dim: int = 384
-    adaptor_hidden: int = 256
-    width: int = 128
-    layers: int = 4
+    adaptor_hidden: int = 1024
+    width: int = 64
+    layers: int = 2
     heads: int = 4
-    ffn: int = 512
+    ffn: int = 256
     out_dim: int = 64
     max_history: int = 80
     # The paper's adaptor is one linear map; with a small C that is too small a table for the items.

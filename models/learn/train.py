@@ -38,7 +38,7 @@ class TrainConfig:
     """One training run. The defaults are those of the shipped bundle."""
 
     seed: int = 1
-    steps: int = 400
+    steps: int = 600
     users: int = 32
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
