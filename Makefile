@@ -86,7 +86,8 @@ models/.venv/.installed: models/requirements.txt
 	@touch $@
 
 train: setup train-setup
-	cd models && .venv/bin/python -m learn all --data "$(abspath $(DATA))" --out "$(OUT)"
+	cd models && .venv/bin/python -m learn all --data "$(abspath $(DATA))" --out "$(OUT)" \
+		--source "$(notdir $(abspath $(DATA)))"
 
 train-test: setup train-setup
 	models/.venv/bin/python -m pytest -q models/tests
