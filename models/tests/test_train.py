@@ -88,6 +88,16 @@ def test_each_set_of_candidates_finds_the_rule(world, tmp_path, candidates):
     assert hits(model, world[1], split) > 0.8
 
 
+def test_towers_train_in_bf16_with_losses_in_fp32(world, tmp_path):
+    changes = {"steps": 30, "check_every": 30, "align_weight": 0.5}
+    model, split, curve = fit(world, tmp_path / "half", precision="bf16", **changes)
+    _, _, exact = fit(world, tmp_path / "whole", **changes)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    for loss in ("loss_next", "loss_align"):
+        assert curve[-1][loss] == pytest.approx(exact[-1][loss], rel=0.1) and curve[-1][loss] != exact[-1][loss]
+    assert hits(model, world[1], split) > 0.2
+
+
 @pytest.mark.parametrize("candidates", ["full", "sampled"])
 @pytest.mark.parametrize("unseen", [False, True])
 def test_an_item_that_training_never_meets_is_a_candidate_only_if_asked_for(world, candidates, unseen):
