@@ -110,7 +110,7 @@ def show_caches(title: str, before: dict, after: dict) -> float:
 
 def demo(server: Server) -> None:
     empty = lookups(server.scrape())
-    print("The same page twice: at first nothing is cached, then everything is.\n")
+    print("The same page twice: at first only three golden texts are cached, then everything is.\n")
     run("query", "--server", server.grpc)
     cold = lookups(server.scrape())
     show_caches("caches, first request:", empty, cold)
