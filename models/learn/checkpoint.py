@@ -51,8 +51,9 @@ def read(folder: Path, dtype: str) -> Checkpoint:
     if not config.is_file() and files[0].suffix != ".gguf":
         return Checkpoint(minilm.NAME, _minilm(files[0], DTYPES[dtype]), minilm.PAD_ID, files, None)
     raw = _config(config) if config.is_file() else {}
+    load = baichuan.load if baichuan.is_baichuan(raw) else _auto
     try:
-        model = (baichuan.load if baichuan.is_baichuan(raw) else _auto)(folder, files, DTYPES[dtype])
+        model = load(folder, files, DTYPES[dtype])
     except (ValueError, OSError):
         raise
     except Exception as error:  # Each format's reader has errors of its own, and no two share a parent.

@@ -13,8 +13,7 @@ made, which a server does too; SASRec and LEARN are not told.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -60,10 +59,6 @@ class Hstu(Recommender):
         for block in self.blocks:
             x = block(x, causal, bucket)
         return F.pad(F.normalize(x, dim=-1), (0, 0, 1, 0))
-
-    def settings(self) -> dict[str, Any]:
-        """Its config."""
-        return asdict(self.config)
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """The table's rows, at length 1."""

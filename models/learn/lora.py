@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class LoraEncoder(Recommender):
 
     def __init__(self, sizes: LoraSizes, encoder: Encoder, prompts: Iterable[str]) -> None:
         super().__init__()
-        self.sizes, self.max_history = sizes, sizes.max_history
+        self.config, self.max_history = sizes, sizes.max_history
         self.ids = encoder.tokenize(list(prompts))
         self.pad_id, self.batching = encoder.pad_id, encoder.batching
         wanted = LoraConfig(
@@ -78,8 +78,8 @@ class LoraEncoder(Recommender):
         return F.normalize(F.pad(vectors.cumsum(dim=1), (0, 0, 1, 0)), dim=-1)
 
     def settings(self) -> dict[str, Any]:
-        """Its sizes, and a digest of the texts."""
-        return asdict(self.sizes) | {"texts": hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()}
+        """Beside its sizes, a digest of the texts."""
+        return super().settings() | {"texts": hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()}
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """[n] -> [n,E]. In training, what the same step has encoded for its histories is not encoded again."""

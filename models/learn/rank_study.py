@@ -260,7 +260,8 @@ def summarise(folder: Path, n_draws: int = 1000) -> list[Row]:
         if len(record["scores"]) != len(user):
             raise ValueError(f"{path}: {len(record['scores'])} scores for {len(user)} test events")
         of = {key: record.get(key) for key in ("data", "config")}
-        if of != (origin := origin or of):
+        origin = origin or of
+        if of != origin:
             raise ValueError(f"{path}: of other data or another config than the files before it; run the study again")
         by_arm.setdefault(record["arm"], {})[record["seed"]] = np.array(record["scores"])
     if CONTROL not in by_arm:

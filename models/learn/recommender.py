@@ -30,6 +30,8 @@ class Recommender(nn.Module, ABC):
     # Whether the state before the first event was trained, so that a user without history can be served.
     has_start: ClassVar[bool] = False
     max_history: int
+    # A dataclass; of every model that is trained.
+    config: Any
 
     @abstractmethod
     def states(self, items: Tensor, times: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ class Recommender(nn.Module, ABC):
 
     def settings(self) -> dict[str, Any]:
         """What it does beyond its weights and buffers, fit for JSON: models alike in all of these are the same."""
-        return {}
+        return asdict(self.config)
 
     def finish(self) -> None:
         """Called once after training, for what training holds apart and serving wants folded in."""
@@ -68,7 +70,7 @@ class Learn(Recommender):
 
     def __init__(self, pch: Pch, content: Tensor, method: Method = "scale", ids: Ids = "none") -> None:
         super().__init__()
-        self.pch, self.max_history = pch, pch.config.max_history
+        self.pch, self.config, self.max_history = pch, pch.config, pch.config.max_history
         self.standardisation = fit(content, method)
         self.register_buffer("content", self.standardisation.apply(content), persistent=False)
         self.ids = None if ids == "none" else IdTables(len(content), pch.config, ids)
@@ -94,10 +96,6 @@ class Learn(Recommender):
         """As served: the last layer is computed at the last item alone."""
         mask = (torch.arange(items.shape[1], device=items.device)[None] < length[:, None]).long()
         return self.pch.last_of(self._entered(items), mask)
-
-    def settings(self) -> dict[str, Any]:
-        """Sizes and ways of the towers."""
-        return asdict(self.pch.config)
 
     def finish(self) -> None:
         """Gives back towers that take raw content, as served. The recommender itself is used up by this."""
@@ -141,7 +139,7 @@ class IdTowers(Recommender):
 
     def __init__(self, pch: Pch, n_items: int) -> None:
         super().__init__()
-        self.pch, self.max_history = pch, pch.config.max_history
+        self.pch, self.config, self.max_history = pch, pch.config, pch.config.max_history
         # No text enters, so what would read it is no part of the model.
         self.pch.adaptor = nn.Identity()
         self.ids = IdTables(n_items, pch.config, "tied")
@@ -149,10 +147,6 @@ class IdTowers(Recommender):
     def states(self, items: Tensor, times: Tensor) -> Tensor:
         """As above; `times` is not read."""
         return self.pch.states_of(self.ids.entering(items))
-
-    def settings(self) -> dict[str, Any]:
-        """Sizes and ways of the towers."""
-        return asdict(self.pch.config)
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """The table itself: an id needs no tower to become an item embedding."""

@@ -94,8 +94,8 @@ def _protocol(report: Report) -> str:
         "Ties in time are broken by a fixed rule.",
         "The history is what came before the test event, earlier test events included. Every item that the user has "
         "not met is ranked, no sampling of candidates; ties count against the model.",
-        "Candidates of the loss are items that training meets, for all models: a new item is not known yet when a "
-        "model is trained, so it is no negative.",
+        "Candidates of the loss are items that training meets, for all models but an ablation that asks what this is "
+        "worth: a new item is not known yet when a model is trained, so it is no negative.",
         "HR, NDCG and MRR are means over test events, then over seeds. R@k is the mean over users of each user's share "
         "of hits.",
         f"Intervals: 95 %, percentile, {report.config.n_resamples:,} replicates. A replicate draws users with all "

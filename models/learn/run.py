@@ -102,12 +102,7 @@ class Run:
     def towers(self) -> Pch:
         """What `train` left, or `cvr` where that has tuned them."""
         tuned = self.folder / "tuned.pt"
-        saved = _load(tuned if tuned.is_file() else self.folder / "towers.pt", "train")
-        if saved["origin"] != self._origin():
-            raise ValueError(
-                f"{self.folder}: its towers were trained with {saved['origin']}, the settings say {self._origin()}; "
-                "train again, or name the config of that training"
-            )
+        saved = self._load(tuned if tuned.is_file() else self.folder / "towers.pt", "train")
         pch = Pch(PchConfig(**saved["sizes"]))
         pch.load_state_dict(saved["weights"])
         return pch.eval()
@@ -139,7 +134,7 @@ class Run:
 
     def head(self) -> CvrHead:
         """What `train_cvr` left."""
-        saved = _load(self.folder / "cvr.pt", "cvr")
+        saved = self._load(self.folder / "cvr.pt", "cvr")
         head = CvrHead(CvrConfig(**saved["sizes"]))
         head.load_state_dict(saved["weights"])
         return head.eval()
@@ -181,6 +176,18 @@ class Run:
         """What towers, head and figures of one run have to agree on."""
         return {"split": asdict(self.settings.held_out()), "encoder": self.encoder.resolve().name}
 
+    def _load(self, path: Path, step: str) -> dict[str, Any]:
+        try:
+            saved = torch.load(_there(path, step), weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} cannot be read, `learn {step}` writes it anew: {error}") from error
+        if (origin := saved.get("origin")) != self._origin():
+            raise ValueError(
+                f"{path}: its towers were trained with {origin}, the settings say {self._origin()}; "
+                "train again, or name the config of that training"
+            )
+        return saved
+
     def _remove(self, *names: str) -> None:
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
@@ -216,13 +223,6 @@ def content_of(encoder: ceg.Encoder, dataset: data.Dataset, cache: Path, storage
     """[I,C] fp32 of a catalogue, encoded as far as `cache` lacks it."""
     found = ceg.encode_cached(encoder, Prompts(dataset.texts), cache, ceg.StoreConfig(dtype=storage))
     return torch.from_numpy(np.asarray(found, dtype=np.float32))
-
-
-def _load(path: Path, step: str) -> dict[str, Any]:
-    try:
-        return torch.load(_there(path, step), weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read, `learn {step}` writes it anew: {error}") from error
 
 
 def _there(path: Path, step: str) -> Path:

@@ -29,8 +29,7 @@ def two_stage(rng: np.random.Generator, n_events: int, first: int, second: int) 
 
 def window(rng: np.random.Generator, n_events: int, size: int) -> tuple[int, int]:
     """A contiguous run [begin, end) of at most `size` events; `target_shares` has how often each event is in it."""
-    ends = _ends(n_events, size)
-    end = int(ends[rng.integers(len(ends))])
+    end = int(_inside(rng.integers(1, n_events + size), n_events, size))
     return max(0, end - size), end
 
 
@@ -39,20 +38,20 @@ def target_shares(n_events: int, size: int, has_start: bool) -> np.ndarray:
 
     That is every event of a window but its first, and that too where a sequence begins and the start is trained.
     """
-    ends = _ends(n_events, size)
+    ends = _inside(np.arange(1, n_events + size), n_events, size)
     begins = np.maximum(0, ends - size)
     first = begins + ((begins > 0) | (not has_start))
     change = np.bincount(first, minlength=n_events + 1) - np.bincount(ends, minlength=n_events + 1)
     return np.cumsum(change)[:n_events] / len(ends)
 
 
-def _ends(n_events: int, size: int) -> np.ndarray:
-    """Where a window may end, each as likely. Windows are as full as they can be: they hold states of short histories.
+def _inside(end: np.ndarray | int, n_events: int, size: int) -> np.ndarray:
+    """Where windows end that were to end at 1 .. n + size - 1, each as likely: one that hangs over is pushed inside.
 
-    A window slides from before the sequence until it has left it, and one that hangs over an end is pushed inside. So
-    the newest events, which are most like what is asked in serving, are targets at least as often as others.
+    So windows are as full as they can be (they hold states of short histories as well), and the newest events, which
+    are most like what is asked in serving, are targets at least as often as others.
     """
-    return np.clip(np.arange(1, n_events + size), min(size, n_events), n_events)
+    return np.clip(end, min(size, n_events), n_events)
 
 
 def uniform(rng: np.random.Generator, n_events: int, _first: int, second: int) -> np.ndarray:

@@ -7,8 +7,7 @@ and the loss is whatever the trainer is told.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -50,10 +49,6 @@ class SasRec(Recommender):
         for block in self.blocks:
             x = block(x, mask)
         return F.pad(F.normalize(self.norm_out(x), dim=-1), (0, 0, 1, 0))
-
-    def settings(self) -> dict[str, Any]:
-        """Its config."""
-        return asdict(self.config)
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """The table's rows, at length 1."""

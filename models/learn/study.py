@@ -8,8 +8,6 @@ A run that has its JSON already, from the same config, is not repeated; so a stu
 
 from __future__ import annotations
 
-import hashlib
-import json
 import multiprocessing
 import platform
 import shutil
@@ -207,10 +205,7 @@ def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> N
     if arm.kind == "popularity":
         found, costs = _popular(inputs, split, counts)
     else:
-        # Named by its config, so that a checkpoint of another one is not gone on with; gone when the run is over.
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
-        folder = path.with_name(f"{path.stem}.{digest}.run")
-        found, costs = _trained(TrainConfig(**config["train"], seed=seed), arm, inputs, split, folder)
+        found, costs = _trained(TrainConfig(**config["train"], seed=seed), arm, inputs, split, path.with_suffix(".run"))
     shared = describe(study, inputs.dataset, split)
     record = results.Run(
         format=results.FORMAT,
@@ -227,8 +222,7 @@ def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> N
         **results.measured(shared, found, counts),
     )
     results.write_run(root, record)
-    for folder in path.parent.glob(f"{path.stem}.*.run"):
-        shutil.rmtree(folder)
+    shutil.rmtree(path.with_suffix(".run"), ignore_errors=True)
 
 
 def describe(study: Study, dataset: data.Dataset, split: data.Split) -> results.Study:

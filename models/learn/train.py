@@ -87,8 +87,6 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, model: Recommender, dataset: Dataset, split: Split) -> None:
         self.config, self.model, self.dataset, self.n_train = config, model, dataset, np.asarray(split.n_train)
-        # Of the run that this is; `train` fills it in, as it costs a look at all data.
-        self.identity = ""
         self.device = next(model.parameters()).device
         self.users = np.flatnonzero(self.n_train >= 2)
         if not len(self.users):
@@ -241,8 +239,7 @@ def train(
     torch.manual_seed(config.seed)
     trainer = Trainer(config, model, dataset, split)
     folder.mkdir(parents=True, exist_ok=True)
-    trainer.identity = _identity(config, model, dataset, split)
-    progress = _Progress.resumed(trainer, folder / "checkpoint.pt")
+    progress = _Progress.resumed(trainer, folder / "checkpoint.pt", _identity(config, model, dataset, split))
     begin = time.monotonic() - progress.seconds
     bar = tqdm(total=config.steps, initial=progress.step, desc="train", unit="step", disable=not parallel.is_first())
     for number in range(progress.step, config.steps):
@@ -267,25 +264,26 @@ def train(
 
 @dataclass
 class _Progress:
-    """What a run needs to go on after a stop."""
+    """What a run needs to go on after a stop; `identity` is what it is a run of."""
 
+    identity: str
     step: int
     seconds: float
     curve: list[dict[str, float]]
     best: dict[str, Tensor]
 
     @staticmethod
-    def resumed(trainer: Trainer, path: Path) -> _Progress:
+    def resumed(trainer: Trainer, path: Path, identity: str) -> _Progress:
         """From a checkpoint of the same run, else from nothing."""
         if path.is_file():
             saved = torch.load(path, map_location=trainer.device, weights_only=False)
-            if saved["identity"] == trainer.identity:
+            if saved.get("identity") == identity:
                 trainer.model.load_state_dict(saved["model"])
                 trainer.optimizer.load_state_dict(saved["optimizer"])
                 trainer.rng.bit_generator.state = saved["rng"]
                 torch.set_rng_state(saved["torch_rng"].cpu())
-                return _Progress(saved["step"], saved["seconds"], saved["curve"], saved["best"])
-        return _Progress(0, 0.0, [], copy.deepcopy(trainer.model.state_dict()))
+                return _Progress(identity, saved["step"], saved["seconds"], saved["curve"], saved["best"])
+        return _Progress(identity, 0, 0.0, [], copy.deepcopy(trainer.model.state_dict()))
 
     def note(self, record: dict[str, float], trainer: Trainer) -> None:
         """Keeps the weights if they are the best so far."""
@@ -299,7 +297,7 @@ class _Progress:
         """Atomically."""
         partial = path.with_suffix(".partial")
         state = {
-            "identity": trainer.identity,
+            "identity": self.identity,
             "model": trainer.model.state_dict(),
             "best": self.best,
         }

@@ -131,11 +131,10 @@ def _ranked(test: Ranked, rows: Sequence[RankRow]) -> tuple[Verdict, str]:
         if (row.arm, row.metric, row.group) == (test.arm, test.metric, test.group):
             if row.difference is None:
                 return Verdict.NOT_TESTED, f"{test.metric.upper()} is not defined on {test.group} in the ranking study"
+            gap = row.estimate()
             if row.figure is None:
-                return _sign(
-                    row.estimate()
-                ), f"gain in {test.metric.upper()}, {test.group}: {difference(row.estimate())}"
+                return _sign(gap), f"gain in {test.metric.upper()}, {test.group}: {difference(gap)}"
             without = number(row.figure - row.difference)
-            found = f"{test.metric.upper()} {without} -> {number(row.figure)}: {difference(row.estimate())}"
-            return _sign(row.estimate()), found
+            found = f"{test.metric.upper()} {without} -> {number(row.figure)}: {difference(gap)}"
+            return _sign(gap), found
     return Verdict.NOT_TESTED, f"the ranking study has no arm `{test.arm}` on {test.group}"
