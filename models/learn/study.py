@@ -76,11 +76,11 @@ class Study:
 
     study: str
     seeds: list[int]
-    split: data.SplitConfig
     train: TrainConfig
     contents: dict[str, Content]
     models: dict[str, Arm]
     # As in settings.py.
+    split: data.SplitConfig = field(default_factory=data.SplitConfig)
     time_split: data.TimeSplitConfig | None = None
     prepare: PrepareSettings = field(default_factory=PrepareSettings)
 
