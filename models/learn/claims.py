@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from learn.rank_metrics import contrast_name
 
 MAIN = "main"
+# The same data set cut through the clock, in the study of the main one's name with this after it.
+BY_TIME = "-by-time"
 # An ablation's reference run, whichever that is.
 REFERENCE = "reference"
 
@@ -75,6 +77,7 @@ class Ranked:
     arm: str
     metric: str
     group: str
+    study: str = MAIN
 
 
 @dataclass(frozen=True)
@@ -239,6 +242,50 @@ COLD = Section(
     ),
 )
 
+_NO_FIGURES = "no such figures published"
+CLOCK = Section(
+    "Cut through the clock: most users and many items of the test are new",
+    (
+        *(
+            Claim(
+                f"clock-new-{other}{suffix}",
+                f"LEARN, text only, beats {shown} on new items, {SHOWN[metric]}, cut by time",
+                _NO_FIGURES,
+                Ahead("learn-text", other, metric, "item 0", BY_TIME),
+            )
+            for metric, suffix in (("ndcg_at_10", ""), ("hr_at_100", "-h100"))
+            for other, shown in (("sasrec", "SASRec"), ("hstu", "HSTU (without time)"))
+        ),
+        *(
+            Claim(
+                f"clock-{key}-{other}",
+                f"{label} beats {shown} on all test events, cut by time",
+                _NO_FIGURES,
+                Ahead(model, other, "ndcg_at_10", study=BY_TIME),
+            )
+            for key, model, label in (("text", "learn-text", "LEARN, text only,"), ("id", "learn-id", "LEARN+ID"))
+            for other, shown in (("sasrec", "SASRec"), ("hstu", "HSTU (without time)"))
+        ),
+        *(
+            Claim(
+                f"clock-rank-{key}",
+                f"The mid-emb {what}, cut by time",
+                _NO_FIGURES,
+                Ranked("mid_emb", "uauc", group, BY_TIME),
+            )
+            for key, what, group in (
+                ("uauc", "raises UAUC", "all"),
+                ("cold", "helps on cold-start items (UAUC)", "cold-start items"),
+                (
+                    "largest",
+                    "helps cold-start items more than other items (UAUC)",
+                    contrast_name("cold-start items", "other items"),
+                ),
+            )
+        ),
+    ),
+)
+
 _REVENUE = {
     "cold-start items": "revenue +8.77 %",
     "long-tail items": "revenue +4.63 %",
@@ -281,5 +328,5 @@ ONLINE = Section(
     ),
 )
 
-SECTIONS = (INDUSTRIAL, AMAZON, MOVIELENS, COLD, ONLINE)
+SECTIONS = (INDUSTRIAL, AMAZON, MOVIELENS, COLD, ONLINE, CLOCK)
 KEYS = tuple(claim.key for section in SECTIONS for claim in section.claims)

@@ -20,9 +20,10 @@ from typing import Literal
 import numpy as np
 
 from learn.cvr_train import LIKED_FROM, label
-from learn.data import Dataset, Event, Split
+from learn.data import Dataset, Event, Split, TimeSplitConfig
+from learn.dataset import Sequences
 from learn.prepared import KeywordBoundary
-from learn.splits import check_keywords
+from learn.splits import check_keywords, time_cuts
 
 A, B, VALIDATION, TEST = range(4)
 
@@ -47,6 +48,18 @@ class RankSplitConfig:
             raise ValueError(f"split kind is {self.kind!r}, expected 'per_user' or 'global_time'")
         if not 0 < self.towers < 1 or self.validation <= 0 or self.test <= 0 or self.validation + self.test >= 1:
             raise ValueError(f"shares have to lie within (0, 1) and leave some events for training: {self}")
+
+
+def by_time(sequences: Sequences, config: TimeSplitConfig) -> RankSplitConfig:
+    """Validation and test begin where this split has them begin. ValueError if one of the three would be empty."""
+    first, second = time_cuts(sequences, config)
+    n_train = n_before = n_events = 0
+    for sequence in sequences:
+        n_train += int(np.count_nonzero(sequence.timestamps < first))
+        n_before += int(np.count_nonzero(sequence.timestamps < second))
+        n_events += len(sequence.timestamps)
+    shares = {"validation": (n_before - n_train) / n_events, "test": (n_events - n_before) / n_events}
+    return RankSplitConfig("global_time", **shares)
 
 
 @dataclass(frozen=True)

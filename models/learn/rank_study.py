@@ -246,6 +246,11 @@ def shared(config: RankConfig, dataset: Dataset, table: Table) -> dict[str, Any]
 _PARTS = {"A": A, "B": B, "validation": VALIDATION, "test": TEST}
 
 
+def name_of(folder: Path) -> str:
+    """What the study in this folder is called."""
+    return json.loads((folder / "test_events.json").read_text())["study"]
+
+
 def summarise(folder: Path, n_draws: int = 1000) -> list[Row]:
     """Every arm, group and metric of a finished study, from its files alone."""
     common = json.loads((folder / "test_events.json").read_text())

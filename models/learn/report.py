@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from learn import metrics, report_plots, report_ranking, report_tables, results
-from learn.claims import SECTIONS
+from learn.claims import BY_TIME, SECTIONS
 from learn.evidence import Evidence
+from learn.rank_study import Row
 from learn.report_answer import Report, answer, tally, untested
 from learn.report_format import paragraphs
 from learn.report_notes import Notes, read_notes
@@ -43,7 +44,7 @@ def build(results_root: Path, out: Path, config: BootstrapConfig | None = None) 
     """
     found, notes, config = results.read(results_root), read_notes(results_root / NOTES), config or BootstrapConfig()
     studies = {name: Evidence(study, config) for name, study in found.retrieval.items()}
-    record = Record(studies, _main_study(studies, notes), report_ranking.read_rows(found.ranking))
+    record = Record(studies, _main_study(studies, notes), report_ranking.read_all(found.ranking))
     findings = {claim.key: find(claim, record) for section in SECTIONS for claim in section.claims}
     report = Report(record, notes, findings, config, out.parent / PLOTS, [])
     text = _text(report)
@@ -60,7 +61,8 @@ def build(results_root: Path, out: Path, config: BootstrapConfig | None = None) 
 def _main_study(studies: dict[str, Evidence], notes: Notes) -> str | None:
     if notes.main is not None and notes.main not in studies and studies:
         raise ValueError(f"{NOTES}: main is {notes.main!r}, but the studies are {', '.join(studies)}")
-    own = [name for name in studies if name != "ml-1m" and not name.startswith("amazon-")]
+    others = ("ml-1m", "amazon-")
+    own = [name for name in studies if not name.startswith(others) and not name.endswith(BY_TIME)]
     return notes.main if notes.main in studies else next(iter(own), None)
 
 
@@ -153,21 +155,30 @@ def _popularity(report: Report) -> str:
     evidence = report.main
     if evidence is None:
         return NO_MAIN
-    groups = (*report_tables.ITEM_GROUPS, metrics.FEW)
-    return paragraphs(
+    parts = [
         "Columns are how often training meets the target; in brackets, the number of test events.",
+        *_popularity_of(report, evidence, "buckets"),
+        "By how many events training reads of the user:",
+        report_tables.groups_table(evidence, report_tables.USER_GROUPS, "ndcg_at_10"),
+    ]
+    if (by_time := report.record.study(BY_TIME)) is not None:
+        parts += [f"### Study `{by_time.study.study}`", *_popularity_of(report, by_time, "buckets-by-time")]
+    return paragraphs(*parts)
+
+
+def _popularity_of(report: Report, evidence: Evidence, plot: str) -> list[str]:
+    groups = (*report_tables.ITEM_GROUPS, metrics.FEW)
+    return [
         report_tables.groups_table(evidence, groups, "ndcg_at_10"),
         report_tables.groups_table(evidence, groups, "hr_at_100"),
-        _buckets_plot(report, evidence),
+        _buckets_plot(report, evidence, plot),
         "Differences:",
         report_tables.group_differences_table(evidence, "ndcg_at_10"),
         report_tables.group_differences_table(evidence, "hr_at_100"),
-        "By how many events training reads of the user:",
-        report_tables.groups_table(evidence, report_tables.USER_GROUPS, "ndcg_at_10"),
-    )
+    ]
 
 
-def _buckets_plot(report: Report, evidence: Evidence) -> str:
+def _buckets_plot(report: Report, evidence: Evidence, name: str) -> str:
     groups = report_tables.ITEM_GROUPS
     names = [report_tables.group_title(evidence, group) for group in groups]
     found = {
@@ -175,7 +186,7 @@ def _buckets_plot(report: Report, evidence: Evidence) -> str:
         for model in report_tables.ordered(evidence)
     }
     alt = "H@100 by popularity of the target"
-    return report.plot("buckets", alt, lambda path: report_plots.buckets(path, names, found, "H@100")) if found else ""
+    return report.plot(name, alt, lambda path: report_plots.buckets(path, names, found, "H@100")) if found else ""
 
 
 def _curves(report: Report) -> str:
@@ -249,26 +260,36 @@ def _forest(report: Report, evidence: Evidence) -> str:
 
 
 def _ranking(report: Report) -> str:
-    rows = list(report.record.ranking)
-    if not rows:
+    record = report.record
+    if not record.ranking:
         return "*Not run yet.*"
+    parts = [
+        "The label is a proxy made from ratings: there are no impressions, no conversions and no revenue in this data."
+    ]
+    for name, rows in record.ranking.items():
+        if name != record.main:
+            parts.append(f"### Study `{name}`")
+        parts += _ranking_of(report, rows, "ranking" if name == record.main else f"ranking-{name}")
+    return paragraphs(*parts)
+
+
+def _ranking_of(report: Report, rows: Sequence[Row], plot: str) -> list[str]:
     base = report_ranking.control(rows)
     gaps = {
-        f"{row.group} ({row.n_users} users)": row.estimate()
+        f"{row.group} ({row.n_users} users)": report_ranking.gap(row)
         for row in rows
         if row.arm == "mid_emb" and row.metric == "uauc" and row.difference is not None
     }
-    plot = ""
+    shown = ""
     if gaps:
         xlabel = f"UAUC with the mid-emb less that of `{base}`, 95 % interval; full: p < .05"
-        plot = report.plot("ranking", "UAUC by group", lambda path: report_plots.forest(path, gaps, xlabel))
-    return paragraphs(
-        "The label is a proxy made from ratings: there are no impressions, no conversions and no revenue in this data.",
+        shown = report.plot(plot, "UAUC by group", lambda path: report_plots.forest(path, gaps, xlabel))
+    return [
         report_ranking.figures_table(rows),
         f"UAUC less that of `{base}`, by group:",
         report_ranking.groups_table(rows),
-        plot,
-    )
+        shown,
+    ]
 
 
 def _costs(report: Report) -> str:

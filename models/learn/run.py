@@ -33,7 +33,7 @@ from learn.cvr_train import train_head
 from learn.item_text import ItemText, render
 from learn.mid_embedding import MidEmbeddingConfig
 from learn.pch import Pch, PchConfig
-from learn.rank_split import RankSplitConfig
+from learn.rank_split import RankSplitConfig, by_time
 from learn.rank_study import RankConfig, rank
 from learn.recommender import Learn
 from learn.settings import PrepareSettings, Settings
@@ -144,8 +144,8 @@ class Run:
         dataset, wanted = self.dataset(), self.settings
         head = wanted.head
         mid = MidEmbeddingConfig(wanted.train, wanted.pch, wanted.standardise, wanted.cvr, head.fuse_dim, head.mid_dim)
-        kind = "per_user" if wanted.time_split is None else "global_time"
-        split = RankSplitConfig(kind, liked_from=wanted.cvr.liked_from)
+        cut = RankSplitConfig() if wanted.time_split is None else by_time(dataset.sequences, wanted.time_split)
+        split = replace(cut, liked_from=wanted.cvr.liked_from)
         config = RankConfig(study=self.folder.name, seeds=seeds, split=split, mid=mid)
         rank(config, dataset, self.content(dataset), self.folder / "ranking")
 

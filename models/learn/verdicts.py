@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from learn.claims import MAIN, REFERENCE, SHOWN, Above, Ahead, Claim, Near, Ranked, Test, Untestable
+from learn.claims import BY_TIME, MAIN, REFERENCE, SHOWN, Above, Ahead, Claim, Near, Ranked, Test, Untestable
 from learn.evidence import Evidence, has_interval
 from learn.report_format import difference, number, with_interval
-from learn.report_ranking import RankRow
+from learn.rank_study import Row
+from learn.report_ranking import gap as gap_of
 from learn.significance import Estimate
 
 
@@ -33,15 +34,25 @@ class Finding:
 
 @dataclass(frozen=True)
 class Record:
-    """All evidence: studies by name, which of them is the main one, and the rows of ranking studies."""
+    """All evidence: studies of retrieval and of ranking by name, and which name is the main one's."""
 
     studies: Mapping[str, Evidence]
     main: str | None
-    ranking: Sequence[RankRow]
+    ranking: Mapping[str, Sequence[Row]]
+
+    def name(self, study: str) -> str:
+        """The name that `MAIN` or `BY_TIME` stands for, or the name itself; "" if there is no main study."""
+        if study not in (MAIN, BY_TIME):
+            return study
+        return f"{self.main}{study.removeprefix(MAIN)}" if self.main else ""
 
     def study(self, name: str) -> Evidence | None:
-        """The study of that name, `MAIN` being whichever is the main one."""
-        return self.studies.get((self.main if name == MAIN else name) or "")
+        """The study of retrieval of that name."""
+        return self.studies.get(self.name(name))
+
+    def rows(self, name: str) -> Sequence[Row]:
+        """The rows of the ranking study of that name."""
+        return self.ranking.get(self.name(name), ())
 
 
 def find(claim: Claim, record: Record) -> Finding:
@@ -55,7 +66,7 @@ def _decide(test: Test, record: Record) -> tuple[Verdict, str]:
         case Untestable(why):
             return Verdict.NOT_TESTED, why
         case Ranked():
-            return _ranked(test, record.ranking)
+            return _ranked(test, record)
         case Ahead():
             evidence = record.study(test.study)
             return _no_study(test.study, record) if evidence is None else _ahead(test, evidence)
@@ -65,7 +76,7 @@ def _decide(test: Test, record: Record) -> tuple[Verdict, str]:
 
 
 def _no_study(name: str, record: Record) -> tuple[Verdict, str]:
-    which = "the main study" if name == MAIN and record.main is None else f"the study `{name}`"
+    which = f"the study `{record.name(name)}`" if record.name(name) else "the main study"
     return Verdict.NOT_TESTED, f"{which} has not been run yet"
 
 
@@ -124,14 +135,16 @@ def _published(test: Near | Above, evidence: Evidence) -> tuple[Verdict, str]:
     return (Verdict.HOLDS if figure.low > test.published else Verdict.DOES_NOT_HOLD), found
 
 
-def _ranked(test: Ranked, rows: Sequence[RankRow]) -> tuple[Verdict, str]:
+def _ranked(test: Ranked, record: Record) -> tuple[Verdict, str]:
+    rows = record.rows(test.study)
     if not rows:
-        return Verdict.NOT_TESTED, "the ranking study has not been run yet"
+        which = f"the ranking study `{record.name(test.study)}`" if record.name(test.study) else "the ranking study"
+        return Verdict.NOT_TESTED, f"{which} has not been run yet"
     for row in rows:
         if (row.arm, row.metric, row.group) == (test.arm, test.metric, test.group):
             if row.difference is None:
                 return Verdict.NOT_TESTED, f"{test.metric.upper()} is not defined on {test.group} in the ranking study"
-            gap = row.estimate()
+            gap = gap_of(row)
             if row.figure is None:
                 return _sign(gap), f"gain in {test.metric.upper()}, {test.group}: {difference(gap)}"
             without = number(row.figure - row.difference)

@@ -3,9 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from learn.data import Dataset, Sequence
+from learn.data import Dataset, Sequence, TimeSplitConfig
 from learn.item_text import ItemText
-from learn.rank_split import TEST, VALIDATION, A, B, RankSplitConfig, cut, tower_split
+from learn.rank_split import TEST, VALIDATION, A, B, RankSplitConfig, by_time, cut, tower_split
+from learn.splits import split
 
 
 def dataset(*lengths, times=None):
@@ -51,6 +52,21 @@ def test_global_time_cuts_the_clock_and_no_tie():
     assert (np.diff([min(by_time[when]) for when in range(10)]) >= 0).all()
     # The third user is new to the ranker: no event of A or B.
     assert events.part[events.user == 2].min() >= B
+
+
+@pytest.mark.parametrize("cuts", [{"fractions": (0.6, 0.8)}, {"timestamps": (7, 9)}])
+def test_validation_and_test_begin_where_the_time_split_has_them(cuts):
+    times = [[0, 1, 2, 3, 4], [5, 6, 6, 7, 7], [7, 7, 8, 9, 9]]
+    data = dataset(5, 5, 5, times=times)
+    found = split(data.sequences, TimeSplitConfig(**cuts))
+    events = cut(data, by_time(data.sequences, TimeSplitConfig(**cuts)))
+    for part, expected in ((VALIDATION, found.validation), (TEST, found.test)):
+        rows = events.rows(part)
+        assert len(rows) and list(zip(events.user[rows], events.position[rows], strict=True)) == [
+            (event.user, event.position) for event in expected
+        ]
+    with pytest.raises(ValueError, match="shares"):
+        by_time(data.sequences, TimeSplitConfig(timestamps=(7, 10)))
 
 
 @pytest.mark.parametrize("times", [np.zeros(20), np.arange(20)])

@@ -11,13 +11,13 @@ from made_results import made_run, write_made
 from PIL import Image
 
 from learn import report, report_ranking, results
-from learn.claims import SECTIONS, Above, Ahead, Claim, Near, Ranked
+from learn.claims import BY_TIME, SECTIONS, Above, Ahead, Claim, Near, Ranked
 from learn.data import DataError
 from learn.evidence import Evidence
+from learn.rank_study import Row
 from learn.report_answer import Report, headlines
 from learn.report_format import prose_table
 from learn.report_notes import Notes, read_notes
-from learn.report_ranking import RankRow
 from learn.report_tables import ladder, ladder_table, main_table
 from learn.significance import BootstrapConfig
 from learn.verdicts import Record, Verdict, find
@@ -97,7 +97,14 @@ def test_what_is_missing_is_named(built):
 
 def test_remarks_stand_beside_their_claim_and_question(built):
     _, text, _ = built
-    assert "not tested here. No such data here" in row(text, "LEARN beats SASRec on six")
+    amazon = row(text, "LEARN beats SASRec on six")
+    assert "not tested here. No such data here" in amazon
+    # The same comparison on the data that are there.
+    found = re.search(r"on `ml-small` in their place, Recall@10 (\.\d{4}) against (\.\d{4}): \*\*−", amazon)
+    runs = results.read(built[0] / "results").retrieval["ml-small"].runs
+    for model, shown in zip(("learn-text", "sasrec"), found.groups(), strict=True):
+        mean = np.mean([run.metrics["all"]["recall_at_10"] for run in runs[model].values()])
+        assert shown == f"{mean:.4f}"[1:]
     assert "no study of them has been run yet. No such data here." in text.split("## 9.")[1]
     assert "\n\nItems stand alone in serving." in text
 
@@ -121,10 +128,13 @@ def test_without_any_run_the_report_says_so(tmp_path):
 
 
 def test_the_short_answer_has_a_line_on_the_ranking_model():
-    whole = Report(Record({}, None, rank_rows(1)), Notes(), {}, FAST, Path(), [])
-    assert headlines(whole)[-1].endswith(
-        "all **+.0200 [+.0100, +.0300], p .010**; cold-start items **+.0200 [+.0100, +.0300], p .010**."
-    )
+    ranking = {"ml-small": rank_rows(1), "ml-small-by-time": rank_rows(-1)}
+    whole = Report(Record({}, "ml-small", ranking), Notes(), {}, FAST, Path(), [])
+    plain, by_time = headlines(whole)[-2:]
+    gain = "**+.0200 [+.0100, +.0300], p .010**"
+    assert plain == f"- What the mid-emb adds to the UAUC of a ranking model: all {gain}; cold-start items {gain}."
+    assert by_time.startswith("- Cut by time: What the mid-emb adds")
+    assert "all **−.0200 [−.0300, −.0100], p .010**" in by_time
 
 
 # --- verdicts --------------------------------------------------------------------------------------------------------
@@ -133,7 +143,7 @@ def test_the_short_answer_has_a_line_on_the_ranking_model():
 def record(folder, skills, rows=(), seeds=(1, 2, 3)) -> Record:
     write_made(folder, skills, seeds=seeds)
     studies = {name: Evidence(study, FAST) for name, study in results.read(folder).retrieval.items()}
-    return Record(studies, "ml-small", list(rows))
+    return Record(studies, "ml-small", {"ml-small": list(rows)})
 
 
 def verdict(test, evidence: Record) -> Verdict:
@@ -181,6 +191,20 @@ def test_a_group_with_too_few_users_or_no_events_shows_nothing(tmp_path):
     assert verdict(Ahead("learn-text", "sasrec", "hr_at_100", "item 1-4"), evidence) is Verdict.NOT_TESTED
 
 
+def test_a_study_by_time_stands_beside_the_main_one(tmp_path):
+    write_made(tmp_path / "results", SKILLS, "ml-small-by-time")
+    write_made(tmp_path / "results", SKILLS | {"learn-text": 4.0})
+    report.build(tmp_path / "results", tmp_path / "REPORT.md", FAST)
+    text = (tmp_path / "REPORT.md").read_text()
+    # Its figures are its own: text is ahead in the one and behind in the other.
+    assert "**holds**" in row(text, "LEARN, text only, beats SASRec | said so")
+    assert "**does not hold**" in row(text, "LEARN, text only, beats SASRec on all test events, cut by time")
+    assert "- Cut by time: New items, NDCG@10: LEARN-TEXT " in text
+    popularity = text.split("## 4.")[1].split("## 5.")[0]
+    assert popularity.index("(report/buckets.png)") < popularity.index("### Study `ml-small-by-time`")
+    assert "(report/buckets-by-time.png)" in popularity
+
+
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -212,13 +236,13 @@ def test_a_table_cell_cannot_break_the_table():
     assert prose_table(["a"], [["x | y\nz"]]).splitlines()[-1] == "| x \\| y z |"
 
 
-def rank_rows(sign: float) -> list[RankRow]:
+def rank_rows(sign: float) -> list[Row]:
     rows = []
     for group in ("all", "cold-start items"):
         for metric in ("auc", "uauc", "wuauc"):
-            rows.append(RankRow("base", group, metric, 0.7, None, None, None, None, 50))
+            rows.append(Row("base", group, metric, 0.7, None, None, None, None, 50, 400))
             gap = (sign * 0.02, sign * 0.02 - 0.01, sign * 0.02 + 0.01, 0.01)
-            rows.append(RankRow("mid_emb", group, metric, 0.7 + sign * 0.02, *gap, 50))
+            rows.append(Row("mid_emb", group, metric, 0.7 + sign * 0.02, *gap, 50, 400))
     return rows
 
 
@@ -230,9 +254,14 @@ def test_rows_of_the_ranking_study_become_tables_and_verdicts(tmp_path):
     )
     assert "| cold-start items | 50 |" in report_ranking.groups_table(rank_rows(1))
     for sign, expected in ((1, Verdict.HOLDS), (-1, Verdict.DOES_NOT_HOLD)):
-        evidence = Record({}, None, rank_rows(sign))
+        evidence = Record({}, "ml-small", {"ml-small": rank_rows(sign)})
         assert verdict(Ranked("mid_emb", "uauc", "cold-start items"), evidence) is expected
     assert verdict(Ranked("mid_emb", "uauc", "cold-start users"), evidence) is Verdict.NOT_TESTED
+    by_time = find(Claim("key", "text", "paper", Ranked("mid_emb", "uauc", "all", BY_TIME)), evidence)
+    assert (by_time.verdict, by_time.found) == (
+        Verdict.NOT_TESTED,
+        "the ranking study `ml-small-by-time` has not been run yet",
+    )
 
 
 @pytest.mark.parametrize(
