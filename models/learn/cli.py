@@ -32,16 +32,16 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="learn", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
-    common, raw, bundle = _common(), _raw(), _bundle()
+    common, raw, start, bundle = _common(), _raw(), _start(), _bundle()
     for name, function, text, parents in (
         ("prepare", _prepare, "raw data set -> prepared folder", [common, raw]),
         ("encode", _encode, "content embeddings of every item, kept on disk", [common]),
-        ("train", _train, "train the towers", [common]),
+        ("train", _train, "train the towers", [common, start]),
         ("cvr", _cvr, "train the CVR head on frozen towers", [common]),
         ("rank", _rank, "a ranking model with and without mid-emb", [common]),
         ("evaluate", _evaluate, "full-ranking metrics, and popularity beside them", [common]),
         ("export", _export, "write and verify the bundle", [common, bundle]),
-        ("all", _all, "every step from prepare to export but rank", [common, raw, bundle]),
+        ("all", _all, "every step from prepare to export but rank", [common, raw, start, bundle]),
     ):
         commands.add_parser(name, help=text, parents=parents).set_defaults(run_command=function)
     _add_study(commands, raw)
@@ -75,6 +75,14 @@ def _raw() -> argparse.ArgumentParser:
         "--data", type=Path, required=True, help="MovieLens or Amazon in their original files, or the neutral format"
     )
     return raw
+
+
+def _start() -> argparse.ArgumentParser:
+    start = argparse.ArgumentParser(add_help=False)
+    start.add_argument(
+        "--from", type=Path, dest="start", metavar="RUN", help="begin with the towers of this run, not with random ones"
+    )
+    return start
 
 
 def _bundle() -> argparse.ArgumentParser:
@@ -162,7 +170,7 @@ def _encode(arguments: Arguments) -> None:
 
 
 def _train(arguments: Arguments) -> None:
-    _run(arguments).train()
+    _run(arguments).train(arguments.start)
 
 
 def _cvr(arguments: Arguments) -> None:

@@ -97,6 +97,11 @@ class Learn(Recommender):
         mask = (torch.arange(items.shape[1], device=items.device)[None] < length[:, None]).long()
         return self.pch.last_of(self._entered(items), mask)
 
+    def begin_with(self, weights: dict[str, Tensor]) -> None:
+        """Takes over the weights of towers that read raw content, such as another run's `finish` left."""
+        self.pch.load_state_dict(weights)
+        self.standardisation.unfold_from(self.pch.adaptor[0])
+
     def finish(self) -> None:
         """Gives back towers that take raw content, as served. The recommender itself is used up by this."""
         self.standardisation.fold_into(self.pch.adaptor[0])

@@ -79,8 +79,12 @@ class Run:
         """[I,C], from the cache as far as it is there."""
         return content_of(self.load_encoder(), dataset, self.folder / "cache", self.settings.encoder.storage)
 
-    def train(self) -> None:
-        """Trains and keeps the towers; `pch.content_dim` is whatever the encoder gives."""
+    def train(self, start: Path | None = None) -> None:
+        """Trains and keeps the towers; `pch.content_dim` is whatever the encoder gives.
+
+        `start` is the folder of another run whose towers are trained on, in place of random ones: they need the same
+        sizes and the same encoder, and may come from other data, since no tower knows an item but by its text.
+        """
         settings = self.settings
         if settings.pch.item_tower == "content":
             raise ValueError('pch.item_tower = "content" has no item tower to serve; `learn study` can compare it')
@@ -89,23 +93,44 @@ class Run:
         content = parallel.first_then_others(lambda: self.content(dataset))
         sizes = replace(settings.pch, content_dim=content.shape[1])
         torch.manual_seed(settings.train.seed)
-        model = Learn(Pch(sizes), content, settings.standardise).to(device)
+        model = Learn(Pch(sizes), content, settings.standardise)
+        if start is not None:
+            model.begin_with(self._towers_of(start, sizes))
+        model = model.to(device)
         train(settings.train, model, dataset, self.split(dataset), self.folder)
         model.cpu().finish()
         if parallel.is_first():
             # What was made from other towers.
             self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
-            _save(self.folder / "towers.pt", model.pch, sizes, self._origin())
+            started_from = None if start is None else start.resolve().name
+            _save(self.folder / "towers.pt", model.pch, sizes, self._origin(), started_from)
             self._remove("checkpoint.pt")
         parallel.stop()
 
     def towers(self) -> Pch:
         """What `train` left, or `cvr` where that has tuned them."""
-        tuned = self.folder / "tuned.pt"
-        saved = self._load(tuned if tuned.is_file() else self.folder / "towers.pt", "train")
+        saved = self._load(_trained_towers(self.folder), "train")
         pch = Pch(PchConfig(**saved["sizes"]))
         pch.load_state_dict(saved["weights"])
         return pch.eval()
+
+    def _towers_of(self, other: Path, sizes: PchConfig) -> dict[str, Tensor]:
+        """The weights that another run left; ValueError unless they fit this one and cannot know what it holds out."""
+        path = _trained_towers(other)
+        saved = _read(path, "train")
+        events = [data.read_meta(folder / "data").files["items.npy"] for folder in (self.folder, other)]
+        if events[0] == events[1] and saved["origin"]["split"] != self._origin()["split"]:
+            raise ValueError(
+                f"{path}: its towers were trained on the same events with {saved['origin']['split']} held out, and "
+                f"this run holds out {self._origin()['split']}: they may have seen what this one is measured on"
+            )
+        encoder = self.encoder.resolve().name
+        found = {"encoder": saved["origin"]["encoder"], **saved["sizes"]}
+        for name, wanted in {"encoder": encoder, **asdict(sizes)}.items():
+            # Dropout has no weights.
+            if found[name] != wanted and name != "dropout":
+                raise ValueError(f"{path}: its towers have {name} = {found[name]!r}, this run wants {wanted!r}")
+        return saved["weights"]
 
     def check_labels(self) -> None:
         """ValueError if the log has no conversions, or nothing else: then there is nothing that a head could learn."""
@@ -177,10 +202,7 @@ class Run:
         return {"split": asdict(self.settings.held_out()), "encoder": self.encoder.resolve().name}
 
     def _load(self, path: Path, step: str) -> dict[str, Any]:
-        try:
-            saved = torch.load(_there(path, step), weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} cannot be read, `learn {step}` writes it anew: {error}") from error
+        saved = _read(path, step)
         if (origin := saved.get("origin")) != self._origin():
             raise ValueError(
                 f"{path}: its towers were trained with {origin}, the settings say {self._origin()}; "
@@ -202,6 +224,8 @@ class Run:
             config = json.loads(file.readline())["config"]
         figures |= {"seed": config["seed"], "steps": config["steps"]}
         facts = facts | {"held_out": {name: value for name, value in asdict(held_out).items() if value is not None}}
+        if started_from := self._load(self.folder / "towers.pt", "train").get("started_from"):
+            facts = facts | {"started_from": started_from}
         facts = facts | {"metrics": {name: _rounded(value) for name, value in figures.items()}}
         default.write_default(self.load_encoder(), self.towers(), self.head(), facts, out, label)
 
@@ -225,15 +249,30 @@ def content_of(encoder: ceg.Encoder, dataset: data.Dataset, cache: Path, storage
     return torch.from_numpy(np.asarray(found, dtype=np.float32))
 
 
+def _trained_towers(run: Path) -> Path:
+    tuned = run / "tuned.pt"
+    return tuned if tuned.is_file() else run / "towers.pt"
+
+
+def _read(path: Path, step: str) -> dict[str, Any]:
+    try:
+        return torch.load(_there(path, step), weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read, `learn {step}` writes it anew: {error}") from error
+
+
 def _there(path: Path, step: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; `learn {step}` writes it")
     return path
 
 
-def _save(path: Path, module: torch.nn.Module, sizes: Any, origin: dict[str, Any]) -> None:
+def _save(
+    path: Path, module: torch.nn.Module, sizes: Any, origin: dict[str, Any], started_from: str | None = None
+) -> None:
+    saved = {"sizes": asdict(sizes), "origin": origin, "started_from": started_from, "weights": module.state_dict()}
     partial = path.with_suffix(".partial")
-    torch.save({"sizes": asdict(sizes), "origin": origin, "weights": module.state_dict()}, partial)
+    torch.save(saved, partial)
     partial.rename(path)
 
 

@@ -8,8 +8,8 @@ from enum import StrEnum
 
 from learn.claims import BY_TIME, MAIN, REFERENCE, SHOWN, Above, Ahead, Claim, Near, Ranked, Test, Untestable
 from learn.evidence import Evidence, has_interval
-from learn.report_format import difference, number, with_interval
 from learn.rank_study import Row
+from learn.report_format import difference, number, with_interval
 from learn.report_ranking import gap as gap_of
 from learn.significance import Estimate
 

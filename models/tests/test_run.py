@@ -52,9 +52,39 @@ def test_every_step_in_one_go_with_an_encoder_of_ones_own(tmp_path, capsys):
     (tmp_path / "other.toml").write_text("[split]\nn_test = 2\n")
     assert main(["evaluate", *map(str, where[2:]), "--config", str(tmp_path / "other.toml")]) == 1
     assert "its towers were trained with {'split': {'n_test': 1" in capsys.readouterr().err
+    _begin_with_other_towers(tmp_path, where, capsys)
     # New towers: what was tuned, and the head, belong to the old ones.
     assert main(["train", *map(str, where[2:]), *config]) == 0
     assert not (tmp_path / "run" / "tuned.pt").exists() and not (tmp_path / "run" / "cvr.pt").exists()
+
+
+def _begin_with_other_towers(tmp_path, where, capsys):
+    """`--from`: other items, towers of the first run; a step too small to move them shows where they began."""
+    films = [(i, f"Another film {i}", "Horror") for i in range(1, 16)]
+    ratings = [(u, (u * 5 + i) % 15 + 1, 5.0 if (u + i) % 2 else 2.0, i) for u in range(1, 9) for i in range(6)]
+    write_movielens(tmp_path / "other", ratings, films)
+    (tmp_path / "still.toml").write_text("[train]\nsteps = 1\nlearning_rate = 1e-12\nweight_decay = 0.0\n")
+    own = ["--run", str(tmp_path / "next"), "--encoder", str(tmp_path / "encoder"), "--threads", "1"]
+    own += ["--config", str(tmp_path / "still.toml")]
+    assert main(["prepare", "--data", str(tmp_path / "other"), *own]) == 0
+    assert main(["train", *own, "--from", str(tmp_path / "run")]) == 0
+    assert torch.load(tmp_path / "next" / "towers.pt")["started_from"] == "run"
+    before, after = (torch.load(tmp_path / name)["weights"] for name in ("run/tuned.pt", "next/towers.pt"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-4)
+    capsys.readouterr()
+    # Neither other sizes nor towers that have seen what is held out.
+    (tmp_path / "wide.toml").write_text("[pch]\nffn = 128\n")
+    assert main(["train", *own[:-2], "--config", str(tmp_path / "wide.toml"), "--from", str(tmp_path / "run")]) == 1
+    assert "its towers have ffn = 256, this run wants 128" in capsys.readouterr().err
+    leaky = ["--run", str(tmp_path / "leaky"), "--encoder", str(tmp_path / "encoder")]
+    leaky += ["--config", str(tmp_path / "other.toml")]
+    assert main(["prepare", *map(str, where[:2]), *leaky]) == 0
+    assert main(["train", *leaky, "--from", str(tmp_path / "run")]) == 1
+    assert "they may have seen what this one is measured on" in capsys.readouterr().err
+    assert main(["train", *own, "--from", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere/towers.pt is missing; `learn train` writes it" in capsys.readouterr().err
 
 
 def test_what_a_user_can_mend_is_one_line(tmp_path, capsys):
