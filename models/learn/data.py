@@ -30,7 +30,7 @@ from learn.item_text import ItemText
 from learn.prepare import PrepareConfig, build, prepare
 from learn.prepared import Prepared, PreparedSequences, read_meta, read_prepared, verify_prepared
 from learn.readers import find_layout
-from learn.splits import Split, SplitConfig, TimeSplitConfig, new_items, new_users, split
+from learn.splits import Split, SplitConfig, TimeSplitConfig, split
 
 __all__ = [
     "COLUMNS",
@@ -49,8 +49,6 @@ __all__ = [
     "TimeSplitConfig",
     "find_layout",
     "movie_text",
-    "new_items",
-    "new_users",
     "plain_title",
     "prepare",
     "read_meta",

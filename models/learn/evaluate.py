@@ -19,11 +19,6 @@ from learn.pch import Pch
 CHUNK = 256
 
 
-def ranks(scores: np.ndarray, target: np.ndarray, seen: list[np.ndarray]) -> np.ndarray:
-    """scores [e,I], target [e], seen: indices not ranked, a row each -> rank [e] from 1."""
-    return rank_scores(scores, target, seen).rank
-
-
 def metrics(rank: np.ndarray) -> dict[str, float]:
     """The four that a training log and a manifest carry, as means over events; `learn.metrics.figures` has them all."""
     names = ("hr_at_10", "hr_at_50", "ndcg_at_10", "mrr")

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from learn.dataset import Dataset, Event, Sequences
+from learn.dataset import Event, Sequences
 from learn.prepared import KeywordBoundary, PreparedSequences
 
 # Timestamps looked at in one go: 8 MB.
@@ -63,7 +63,7 @@ class TimeSplitConfig:
 class Split:
     """Training may read the first `n_train[u]` events of user u, and nothing after them.
 
-    Cut in time, a user may have no training event at all: that is a new user. See `new_users` and `new_items`.
+    Cut in time, a user may have no training event at all: that is a new user.
     """
 
     n_train: list[int]
@@ -165,19 +165,6 @@ def check_keywords(sequences: Sequences, boundary: KeywordBoundary) -> None:
             f"the keywords in {sequences.folder} were counted before {counted}, but this split holds out {boundary}: "
             "they would leak what it tests; prepare again with this split"
         )
-
-
-def new_users(split: Split) -> np.ndarray:
-    """bool [U]: users without a training event."""
-    return np.array(split.n_train) == 0
-
-
-def new_items(dataset: Dataset, split: Split) -> np.ndarray:
-    """bool [I]: items without a training event."""
-    unseen = np.ones(len(dataset.item_ids), dtype=bool)
-    for sequence, n_train in zip(dataset.sequences, split.n_train, strict=True):
-        unseen[sequence.items[:n_train]] = False
-    return unseen
 
 
 def _timestamps(sequences: Sequences) -> Iterator[np.ndarray]:

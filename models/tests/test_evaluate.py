@@ -12,21 +12,22 @@ from learn import evaluate
 from learn.cvr_train import auc
 from learn.data import Dataset, Event, Sequence, Split
 from learn.item_text import ItemText
+from learn.metrics import rank_scores
 
 
 def test_ranks_by_hand():
     scores = np.array([[0.9, 0.5, 0.7, 0.1], [0.9, 0.5, 0.7, 0.1], [1.0, 1.0, 1.0, 1.0]])
-    got = evaluate.ranks(scores, np.array([1, 1, 2]), [np.array([], dtype=int), np.array([0]), np.array([3])])
+    got = rank_scores(scores, np.array([1, 1, 2]), [np.array([], dtype=int), np.array([0]), np.array([3])])
     # Third row: two others tie with the target, and ties count against it.
-    assert got.tolist() == [3, 2, 3]
+    assert got.rank.tolist() == [3, 2, 3]
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_a_target_without_a_finite_score_is_an_error(broken):
     with pytest.raises(ValueError, match="not finite"):
-        evaluate.ranks(np.array([[broken, 1.0]]), np.array([0]), [np.array([], dtype=int)])
+        rank_scores(np.array([[broken, 1.0]]), np.array([0]), [np.array([], dtype=int)])
     with pytest.raises(ValueError, match="not ranked"):
-        evaluate.ranks(np.array([[0.0, 1.0]]), np.array([0]), [np.array([0])])
+        rank_scores(np.array([[0.0, 1.0]]), np.array([0]), [np.array([0])])
 
 
 def test_metrics_by_hand():

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from learn import data, splits
-from learn.data import Dataset, Sequence, SplitConfig, TimeSplitConfig
-from learn.item_text import ItemText
+from learn.data import Sequence, SplitConfig, TimeSplitConfig
 
 
 def sequences(*lengths):
@@ -36,10 +35,6 @@ def test_by_time_by_hand():
     assert split.n_train == [2, 0, 0, 2]
     assert pairs(split.validation) == [(0, 2), (1, 0), (1, 1)]
     assert pairs(split.test) == [(0, 3), (0, 4), (0, 5), (2, 0)]
-    assert data.new_users(split).tolist() == [False, True, True, False]
-    # Items 0 and 1 have training events (users 0 and 3), 2 to 5 first come later, 6 never does.
-    dataset = Dataset([str(i) for i in range(7)], [ItemText(title="x")] * 7, runs)
-    assert data.new_items(dataset, split).tolist() == [False, False, True, True, True, True, True]
 
 
 def test_fractions_cut_at_the_timestamp_of_that_event():
