@@ -20,6 +20,8 @@ from scipy.stats import rankdata
 METRICS = ("auc", "uauc", "wuauc")
 # Bootstrap replicates whose weights are expanded to events at once.
 CHUNK = 64
+# Replicates for the pooled AUC, each of which is a pass over all events; metrics by user take as many as are asked for.
+POOLED_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -185,14 +187,15 @@ def _replicates(arms, label, user, users, seeds) -> dict[str, np.ndarray]:
     """Differences [draws + 1] of each metric, the plain sample first."""
     n_users = users.shape[1]
     gap = np.zeros((len(seeds), n_users))  # difference of a user's AUC, weighted over seeds, for each draw
-    pooled = np.zeros(len(seeds))
+    pooled = np.zeros(min(len(seeds), POOLED_DRAWS + 1))
     for place, (treated, control) in enumerate(zip(*arms, strict=True)):
         with_it, n_events = user_aucs(treated, label, user, n_users)
         without, _ = user_aucs(control, label, user, n_users)
         gap += seeds[:, place : place + 1] * (with_it - without)[None]
-        change = _pooled(treated, label, user, users) - _pooled(control, label, user, users)
+        drawn = users[: len(pooled)]
+        change = _pooled(treated, label, user, drawn) - _pooled(control, label, user, drawn)
         # A draw of users may leave this undefined, and then no other seed is defined either.
-        pooled += seeds[:, place] * change
+        pooled += seeds[: len(pooled), place] * change
     known = ~np.isnan(gap[0])
     gap, users = gap[:, known], users[:, known]
     result = {"auc": pooled}

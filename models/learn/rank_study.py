@@ -98,8 +98,9 @@ class Table:
 class Row:
     """A line of the report: one metric of one arm in one group, its mean over seeds, and what it adds to the control.
 
-    `n_users` are those with both labels in the group. Difference, interval and p are None for the control, and where
-    the metric is not defined. A group "A − B" has the gain in A less that in B as its difference, and no figure.
+    `n_users` are those with both labels in the group, `n_seeds` the seeds that arm and control share. Difference,
+    interval and p are None for the control, and where the metric is not defined. A group "A − B" has the gain in A less
+    that in B as its difference, and no figure.
     """
 
     arm: str
@@ -112,6 +113,7 @@ class Row:
     p: float | None
     n_users: int
     n_events: int
+    n_seeds: int
 
 
 def rank(config: RankConfig, dataset: Dataset, content: Tensor, out: Path) -> list[Row]:
@@ -139,7 +141,10 @@ def tabulate(config: RankConfig, dataset: Dataset, events: Events) -> Table:
     for part, name in ((A, "A"), (B, "B"), (VALIDATION, "validation"), (TEST, "test")):
         labels = events.label[events.part == part]
         if not 0 < labels.sum() < len(labels):
-            raise ValueError(f"part {name} has {len(labels)} events, {int(labels.sum())} liked: both labels are needed")
+            raise ValueError(
+                f"part {name} has {len(labels)} events, {int(labels.sum())} of them with a value of cvr.liked_from = "
+                f"{config.split.liked_from:g} or more, and a ranking model learns from both kinds"
+            )
     rows = config.ranker.id_rows
     ids = []
     for key, n_keys in ((events.user, len(dataset.sequences)), (events.item, len(dataset.item_ids))):
@@ -251,8 +256,8 @@ def name_of(folder: Path) -> str:
     return json.loads((folder / "test_events.json").read_text())["study"]
 
 
-def summarise(folder: Path, n_draws: int = 1000) -> list[Row]:
-    """Every arm, group and metric of a finished study, from its files alone."""
+def summarise(folder: Path, n_draws: int = 10_000) -> list[Row]:
+    """Every arm, group and metric of a finished study, from its files alone; `n_draws` replicates of the bootstrap."""
     common = json.loads((folder / "test_events.json").read_text())
     user = np.unique(np.array(common["user"]), return_inverse=True)[1]
     columns = (np.array(common[name]) for name in ("label", "item_train_count", "user_train_count"))
@@ -292,7 +297,8 @@ def _contrast_rows(arm: str, pair: tuple[str, str], by_arm: dict, within: tuple,
         return []
     measured = [rank_metrics.measure(treated[0], events, masks[group]) for group in pair]
     sizes = (min(part[name] for part in measured) for name in ("n_users", "n_events"))
-    return [Row(arm, rank_metrics.contrast_name(*pair), "uauc", None, gap.difference, gap.low, gap.high, gap.p, *sizes)]
+    name, found = rank_metrics.contrast_name(*pair), (gap.difference, gap.low, gap.high, gap.p)
+    return [Row(arm, name, "uauc", None, *found, *sizes, len(treated))]
 
 
 def _both(by_arm: dict, arm: str) -> tuple[np.ndarray, np.ndarray]:
@@ -315,7 +321,8 @@ def _arm_rows(arm: str, group: str, by_arm: dict, within: tuple[HeldOut, np.ndar
         figure = None if None in values else float(np.mean(values))
         gap = gaps.get(metric)
         found = (gap.difference, gap.low, gap.high, gap.p) if gap else (None,) * 4
-        rows.append(Row(arm, group, metric, figure, *found, measured[0]["n_users"], measured[0]["n_events"]))
+        sizes = (measured[0]["n_users"], measured[0]["n_events"], len(treated))
+        rows.append(Row(arm, group, metric, figure, *found, *sizes))
     return rows
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from learn import metrics, report_plots, report_ranking, report_tables, results
 from learn.claims import BY_TIME, SECTIONS
 from learn.evidence import Evidence
+from learn.rank_metrics import POOLED_DRAWS
 from learn.rank_study import Row
 from learn.report_answer import Report, answer, tally, untested
 from learn.report_format import paragraphs
@@ -44,7 +45,7 @@ def build(results_root: Path, out: Path, config: BootstrapConfig | None = None) 
     """
     found, notes, config = results.read(results_root), read_notes(results_root / NOTES), config or BootstrapConfig()
     studies = {name: Evidence(study, config) for name, study in found.retrieval.items()}
-    record = Record(studies, _main_study(studies, notes), report_ranking.read_all(found.ranking))
+    record = Record(studies, _main_study(studies, notes), report_ranking.read_all(found.ranking, config.n_resamples))
     findings = {claim.key: find(claim, record) for section in SECTIONS for claim in section.claims}
     report = Report(record, notes, findings, config, out.parent / PLOTS, [])
     text = _text(report)
@@ -92,16 +93,17 @@ def _text(report: Report) -> str:
 def _protocol(report: Report) -> str:
     lines = [_study_line(name, evidence) for name, evidence in report.record.studies.items()] or [NO_MAIN]
     lines += [
-        "Held out are the last events, the newest for the test, those before for validation; training sees neither. "
-        "Ties in time are broken by a fixed rule.",
+        "Held out are the last events of each user, the newest for the test, those before for validation, or, cut by "
+        "time, all events from a moment on; training sees neither. Ties in time are broken by a fixed rule.",
         "The history is what came before the test event, earlier test events included. Every item that the user has "
         "not met is ranked, no sampling of candidates; ties count against the model.",
         "Candidates of the loss are items that training meets, for all models but an ablation that asks what this is "
         "worth: a new item is not known yet when a model is trained, so it is no negative.",
         "HR, NDCG and MRR are means over test events, then over seeds. R@k is the mean over users of each user's share "
-        "of hits.",
-        f"Intervals: 95 %, percentile, {report.config.n_resamples:,} replicates. A replicate draws users with all "
-        "their events and, independently, seeds; both models of a difference meet the same draw.",
+        "of hits: HR@k where every user has as many test events.",
+        f"Intervals: 95 %, percentile, {report.config.n_resamples:,} replicates (pooled AUC of section 7: "
+        f"{min(POOLED_DRAWS, report.config.n_resamples):,}). A replicate draws users with all their events and, "
+        "independently, seeds; both models of a difference meet the same draw.",
         "A model with one seed adds no variance of training to its intervals: they are too narrow. Column *seeds* "
         "tells.",
         "Groups go by training counts: of the target (0 is a new item), of the user.",
@@ -237,7 +239,7 @@ def _ablations(report: Report) -> str:
         *parts,
         "### How far text gets, and by what",
         "From the weakest to the strongest; each change is measured against its own reference, so steps do not add up. "
-        "The way goes from the bare content mean (0 %) to the ID model (100 %), a share of point estimates.",
+        "The way goes from the bare content mean (0 %) to the stronger ID model (100 %), a share of point estimates.",
         report_tables.ladder_table(evidence),
         _forest(report, evidence),
     )
@@ -287,8 +289,12 @@ def _ranking_of(report: Report, rows: Sequence[Row], plot: str) -> list[str]:
     return [
         report_ranking.figures_table(rows),
         f"UAUC less that of `{base}`, by group:",
-        report_ranking.groups_table(rows),
+        report_ranking.groups_table(rows, "uauc"),
         shown,
+        f"WUAUC less that of `{base}`:",
+        report_ranking.groups_table(rows, "wuauc"),
+        f"AUC less that of `{base}`:",
+        report_ranking.groups_table(rows, "auc"),
     ]
 
 

@@ -13,16 +13,16 @@ from learn.significance import Estimate
 METRICS = ("auc", "uauc", "wuauc")
 
 
-def read_all(folders: Iterable[Path]) -> dict[str, list[Row]]:
+def read_all(folders: Iterable[Path], n_draws: int) -> dict[str, list[Row]]:
     """The rows of every ranking study, by its name."""
-    return {rank_study.name_of(folder): rank_study.summarise(folder) for folder in folders}
+    return {rank_study.name_of(folder): rank_study.summarise(folder, n_draws) for folder in folders}
 
 
 def gap(row: Row) -> Estimate | None:
-    """How far the arm is ahead of the control, as the rest of the report has differences; the number of seeds is 0."""
+    """How far the arm is ahead of the control, as the rest of the report has differences."""
     if row.difference is None:
         return None
-    return Estimate(row.difference, row.low, row.high, row.p, row.n_events, row.n_users, 0)
+    return Estimate(row.difference, row.low, row.high, row.p, row.n_events, row.n_users, row.n_seeds)
 
 
 def unique(rows: Iterable[Row], name: str) -> list[str]:
@@ -45,14 +45,13 @@ def figures_table(rows: Sequence[Row]) -> str:
         for metric in METRICS:
             row = by_key.get((arm, metric))
             cells.append(NONE if row is None or row.figure is None else number(row.figure))
-            if metric != "auc":
-                cells.append(NONE if row is None else difference(gap(row)))
+            cells.append(NONE if row is None else difference(gap(row)))
         lines.append(cells)
     against = f"less `{control(rows)}`"
-    return table(["features", "AUC", "UAUC", against, "WUAUC", against], lines)
+    return table(["features", *(cell for metric in METRICS for cell in (metric.upper(), against))], lines)
 
 
-def groups_table(rows: Sequence[Row], metric: str = "uauc") -> str:
+def groups_table(rows: Sequence[Row], metric: str) -> str:
     """Differences of one metric by group."""
     arms = [arm for arm in unique(rows, "arm") if arm != control(rows)]
     chosen = [row for row in rows if row.metric == metric]

@@ -102,11 +102,14 @@ def _ahead(test: Ahead, evidence: Evidence) -> tuple[Verdict, str]:
         return Verdict.NOT_TESTED, f"the study `{evidence.study.study}` has no test events in the group {test.group}"
     pair = " against ".join(number(evidence.figure(name, test.metric, test.group).value) for name in (model, other))
     found = f"{SHOWN[test.metric]} {pair}: {difference(gap)}"
-    n_seeds = evidence.fewest_seeds(model, other)
+    return _by_seeds(_sign(gap), found, evidence.fewest_seeds(model, other))
+
+
+def _by_seeds(verdict: Verdict, found: str, n_seeds: int | None) -> tuple[Verdict, str]:
+    """With one seed nothing is shown: how much of a figure is the seed's, nobody knows. None: nothing was trained."""
     if n_seeds == 1:
-        # How much of the difference is the seed's, nobody knows.
         return Verdict.NOT_SHOWN, f"{found}; one seed"
-    return _sign(gap), found if n_seeds is None else f"{found}; {n_seeds} seeds"
+    return verdict, found if n_seeds is None else f"{found}; {n_seeds} seeds"
 
 
 def _sign(gap: Estimate) -> Verdict:
@@ -127,12 +130,15 @@ def _published(test: Near | Above, evidence: Evidence) -> tuple[Verdict, str]:
         return Verdict.NOT_TESTED, absent
     figure = evidence.figure(test.model, test.metric)
     found = f"{SHOWN[test.metric]} {with_interval(figure)}"
+    return _by_seeds(_against(test, figure), found, evidence.fewest_seeds(test.model))
+
+
+def _against(test: Near | Above, figure: Estimate) -> Verdict:
     if isinstance(test, Near):
-        is_near = abs(figure.value - test.published) <= test.tolerance
-        return (Verdict.HOLDS if is_near else Verdict.DOES_NOT_HOLD), found
+        return Verdict.HOLDS if abs(figure.value - test.published) <= test.tolerance else Verdict.DOES_NOT_HOLD
     if not has_interval(figure) or figure.low <= test.published <= figure.high:
-        return Verdict.NOT_SHOWN, found
-    return (Verdict.HOLDS if figure.low > test.published else Verdict.DOES_NOT_HOLD), found
+        return Verdict.NOT_SHOWN
+    return Verdict.HOLDS if figure.low > test.published else Verdict.DOES_NOT_HOLD
 
 
 def _ranked(test: Ranked, record: Record) -> tuple[Verdict, str]:
@@ -146,8 +152,9 @@ def _ranked(test: Ranked, record: Record) -> tuple[Verdict, str]:
                 return Verdict.NOT_TESTED, f"{test.metric.upper()} is not defined on {test.group} in the ranking study"
             gap = gap_of(row)
             if row.figure is None:
-                return _sign(gap), f"gain in {test.metric.upper()}, {test.group}: {difference(gap)}"
-            without = number(row.figure - row.difference)
-            found = f"{test.metric.upper()} {without} -> {number(row.figure)}: {difference(gap)}"
-            return _sign(gap), found
+                found = f"gain in {test.metric.upper()}, {test.group}: {difference(gap)}"
+            else:
+                without = number(row.figure - row.difference)
+                found = f"{test.metric.upper()} {without} -> {number(row.figure)}: {difference(gap)}"
+            return _by_seeds(_sign(gap), found, row.n_seeds)
     return Verdict.NOT_TESTED, f"the ranking study has no arm `{test.arm}` on {test.group}"
