@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,48 @@ class Encoder:
                 raise ValueError(f"the encoder gave a vector that is not finite, for prompt {bad}")
             yield rows, vectors
 
+    def opened(self) -> Encoder:
+        """Itself; see `Source.opened`."""
+        return self
+
+
+@dataclass(frozen=True)
+class Source:
+    """A frozen model that need not be in memory: vectors that are on disk already are found by its files alone."""
+
+    folder: Path
+    max_tokens: int
+    config: LoadConfig = field(default_factory=LoadConfig)
+
+    @property
+    def weights(self) -> tuple[Path, ...]:
+        """As in `Encoder`."""
+        return checkpoint.weight_files(self.folder)
+
+    @property
+    def config_path(self) -> Path | None:
+        """As in `Encoder`."""
+        return checkpoint.config_file(self.folder)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """As in `Encoder`."""
+        return checkpoint.tokenizer_file(self.folder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As in `Encoder`."""
+        return checkpoint.DTYPES[self.config.dtype]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 in hex of all that its vectors depend on but the prompts."""
+        return content_store.seeded(self).hexdigest()
+
+    def opened(self) -> Encoder:
+        """The model in memory."""
+        return load(self.folder, self.max_tokens, self.config)
+
 
 def pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ragged ids -> input_ids [b,s] and attention_mask [b,s], padded on the right."""
@@ -126,12 +169,7 @@ def load(folder: Path, max_tokens: int, config: LoadConfig | None = None) -> Enc
     """An encoder from a folder; `checkpoint` lists what such a folder may hold beside its tokenizer.json."""
     config = config or LoadConfig()
     read = checkpoint.read(folder, config.dtype)
-    tokenizer = folder / checkpoint.TOKENIZER
-    if not tokenizer.is_file():
-        raise FileNotFoundError(
-            f"{tokenizer} is missing; `make setup` fetches that of the default encoder, and "
-            "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) makes one from older files"
-        )
+    tokenizer = checkpoint.tokenizer_file(folder)
     encoder = wrap(read.name, read.model, tokenizer, max_tokens, read.pad_id, read.weights)
     device = config.resolved_device()
     encoder.graph.to(device)
@@ -139,7 +177,7 @@ def load(folder: Path, max_tokens: int, config: LoadConfig | None = None) -> Enc
     return replace(encoder, config_path=read.config, batching=batching)
 
 
-def cache_key(encoder: Encoder, prompts: Iterable[str]) -> str:
+def cache_key(encoder: Encoder | Source, prompts: Iterable[str]) -> str:
     """A digest over everything that the embeddings depend on."""
     digest = content_store.seeded(encoder)
     for prompt in prompts:
@@ -148,9 +186,11 @@ def cache_key(encoder: Encoder, prompts: Iterable[str]) -> str:
 
 
 def encode_cached(
-    encoder: Encoder, prompts: Iterable[str], cache: Path, config: StoreConfig | None = None
+    encoder: Encoder | Source, prompts: Iterable[str], cache: Path, config: StoreConfig | None = None
 ) -> np.ndarray:
     """[n,C] in the order of `prompts`, memory-mapped from a file in `cache`; encodes what no earlier run has done.
+
+    Of a `Source` the weights are read into memory only if there is anything to encode.
 
     `prompts` is read twice, so it must be something that can be: a list, or an object whose `__iter__` begins anew. Of
     it only two shards are ever in memory. The array may be written to without changing the file.
@@ -159,6 +199,8 @@ def encode_cached(
     return np.load(encode_to_file(encoder, prompts, cache, config), mmap_mode="c")
 
 
-def encode_to_file(encoder: Encoder, prompts: Iterable[str], cache: Path, config: StoreConfig | None = None) -> Path:
+def encode_to_file(
+    encoder: Encoder | Source, prompts: Iterable[str], cache: Path, config: StoreConfig | None = None
+) -> Path:
     """The same as the path of the file, whose name is a digest of all that the embeddings depend on."""
     return content_store.stored(encoder, prompts, cache, config or StoreConfig())

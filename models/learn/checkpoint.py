@@ -47,10 +47,10 @@ def read(folder: Path, dtype: str) -> Checkpoint:
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
     files = weight_files(folder)
-    config = folder / CONFIG
-    if not config.is_file() and files[0].suffix != ".gguf":
+    config = config_file(folder)
+    if config is None and files[0].suffix != ".gguf":
         return Checkpoint(minilm.NAME, _minilm(files[0], DTYPES[dtype]), minilm.PAD_ID, files, None)
-    raw = _config(config) if config.is_file() else {}
+    raw = {} if config is None else _config(config)
     load = baichuan.load if baichuan.is_baichuan(raw) else _auto
     try:
         model = load(folder, files, DTYPES[dtype])
@@ -59,8 +59,7 @@ def read(folder: Path, dtype: str) -> Checkpoint:
     except Exception as error:  # Each format's reader has errors of its own, and no two share a parent.
         raise ValueError(f"{folder}: its weights cannot be read: {error}") from error
     pad_id = getattr(model.config, "pad_token_id", None)
-    known = config if config.is_file() else None
-    return Checkpoint(folder.resolve().name, model, pad_id if pad_id is not None else 0, files, known)
+    return Checkpoint(folder.resolve().name, model, pad_id if pad_id is not None else 0, files, config)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -81,6 +80,23 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         f"{folder} holds no model.safetensors (or shards with their index, or a .gguf file); "
         "`make setup` fetches the default encoder"
     )
+
+
+def config_file(folder: Path) -> Path | None:
+    """The model's config.json, or None in a folder that has none."""
+    path = folder / CONFIG
+    return path if path.is_file() else None
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """Raises FileNotFoundError with what to do about it."""
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing; `make setup` fetches that of the default encoder, and "
+            "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) makes one from older files"
+        )
+    return path
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -197,13 +197,16 @@ def _export(arguments: Arguments) -> None:
 
 
 def _all(arguments: Arguments) -> None:
-    for step in (_prepare, _check_labels, _encode, _train, _cvr, _evaluate, _export):
+    for step in (_prepare, _check, _encode, _train, _cvr, _evaluate, _export):
         step(arguments)
 
 
-def _check_labels(arguments: Arguments) -> None:
-    # Said before hours of training and not after.
-    _run(arguments).check_labels()
+def _check(arguments: Arguments) -> None:
+    # Said before hours of encoding and training and not after.
+    run = _run(arguments)
+    run.check_labels()
+    if arguments.start is not None:
+        run.beginning(arguments.start)
 
 
 def _study(arguments: Arguments) -> None:

@@ -25,7 +25,7 @@ import torch
 from learn.progress import Rate
 
 if TYPE_CHECKING:
-    from learn.ceg import Encoder
+    from learn.ceg import Encoder, Source
 
 DTYPES = {"float32": ("", np.float32), "float16": ("f16-", np.float16)}
 
@@ -49,7 +49,7 @@ class StoreConfig:
             raise ValueError(f"dtype is {self.dtype!r}, it must be one of {', '.join(DTYPES)}")
 
 
-def seeded(encoder: Encoder) -> hashlib._Hash:
+def seeded(encoder: Encoder | Source) -> hashlib._Hash:
     """A SHA-256 of all that vectors depend on but the prompts. The device is left out: it changes last digits alone."""
     if not encoder.weights:
         raise ValueError("an encoder without a weights file has no cache key")
@@ -80,11 +80,11 @@ class _Shard:
     ids: list[list[int]] | None
 
 
-def stored(encoder: Encoder, prompts: Iterable[str], cache: Path, config: StoreConfig) -> Path:
+def stored(source: Encoder | Source, prompts: Iterable[str], cache: Path, config: StoreConfig) -> Path:
     """See `ceg.encode_to_file`."""
     if isinstance(prompts, Iterator):
         raise ValueError("prompts can be read only once, and are needed twice: give a list or a re-iterable object")
-    seed = seeded(encoder)
+    seed = seeded(source)
     whole, n_items = seed.copy(), 0
     for prompt in prompts:
         add_prompt(whole, prompt)
@@ -94,6 +94,7 @@ def stored(encoder: Encoder, prompts: Iterable[str], cache: Path, config: StoreC
     prefix, dtype = DTYPES[config.dtype]
     path = cache / f"content-{prefix}{whole.hexdigest()[:32]}.npy"
     if not path.is_file():
+        encoder = source.opened()
         (cache / "shards").mkdir(parents=True, exist_ok=True)
         with Rate(config.title, n_items) as rate:
             shards = [

@@ -20,6 +20,7 @@ import json
 import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,15 @@ class Run:
         """What is held out."""
         return data.split(dataset.sequences, self.settings.held_out())
 
-    def load_encoder(self) -> ceg.Encoder:
-        """The frozen language model."""
+    @cached_property
+    def source(self) -> ceg.Source:
+        """The frozen language model, not in memory yet."""
         wanted = self.settings.encoder
-        return ceg.load(self.encoder, wanted.max_tokens, ceg.LoadConfig(device=wanted.device, dtype=wanted.dtype))
+        return ceg.Source(self.encoder, wanted.max_tokens, ceg.LoadConfig(device=wanted.device, dtype=wanted.dtype))
 
     def content(self, dataset: data.Dataset) -> Tensor:
         """[I,C], from the cache as far as it is there."""
-        return content_of(self.load_encoder(), dataset, self.folder / "cache", self.settings.encoder.storage)
+        return content_of(self.source, dataset, self.folder / "cache", self.settings.encoder.storage)
 
     def train(self, start: Path | None = None) -> None:
         """Trains and keeps the towers; `pch.content_dim` is whatever the encoder gives.
@@ -88,22 +90,23 @@ class Run:
         settings = self.settings
         if settings.pch.item_tower == "content":
             raise ValueError('pch.item_tower = "content" has no item tower to serve; `learn study` can compare it')
+        began = None if start is None else self.beginning(start)
         parallel.start()
         dataset, device = self.dataset(), parallel.device()
         content = parallel.first_then_others(lambda: self.content(dataset))
         sizes = replace(settings.pch, content_dim=content.shape[1])
         torch.manual_seed(settings.train.seed)
         model = Learn(Pch(sizes), content, settings.standardise)
-        if start is not None:
-            model.begin_with(self._towers_of(start, sizes))
+        if began is not None:
+            model.begin_with(began["weights"])
         model = model.to(device)
         train(settings.train, model, dataset, self.split(dataset), self.folder)
         model.cpu().finish()
         if parallel.is_first():
             # What was made from other towers.
             self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
-            started_from = None if start is None else start.resolve().name
-            _save(self.folder / "towers.pt", model.pch, sizes, self._origin(), started_from)
+            lineage = [*(began["lineage"] if began else []), self._generation()]
+            _save(self.folder / "towers.pt", model.pch, sizes, self._origin(), lineage)
             self._remove("checkpoint.pt")
         parallel.stop()
 
@@ -114,23 +117,33 @@ class Run:
         pch.load_state_dict(saved["weights"])
         return pch.eval()
 
-    def _towers_of(self, other: Path, sizes: PchConfig) -> dict[str, Tensor]:
-        """The weights that another run left; ValueError unless they fit this one and cannot know what it holds out."""
+    def beginning(self, other: Path) -> dict[str, Any]:
+        """What another run left of its towers; ValueError unless they fit and cannot know what this run holds out."""
         path = _trained_towers(other)
-        saved = _read(path, "train")
-        events = [data.read_meta(folder / "data").files["items.npy"] for folder in (self.folder, other)]
-        if events[0] == events[1] and saved["origin"]["split"] != self._origin()["split"]:
-            raise ValueError(
-                f"{path}: its towers were trained on the same events with {saved['origin']['split']} held out, and "
-                f"this run holds out {self._origin()['split']}: they may have seen what this one is measured on"
-            )
-        encoder = self.encoder.resolve().name
+        saved, own = _read(path, "train"), self._generation()
+        if not saved.get("lineage"):
+            raise ValueError(f"{path} was written by an earlier version and does not say what it was trained on")
+        for past in saved["lineage"]:
+            if past["events"] == own["events"] and past["split"] != own["split"]:
+                raise ValueError(
+                    f"{path}: its towers were trained, in the run {past['run']}, on the same events with "
+                    f"{past['split']} held out, and this run holds out {own['split']}: they may have seen what this "
+                    "one is measured on"
+                )
         found = {"encoder": saved["origin"]["encoder"], **saved["sizes"]}
-        for name, wanted in {"encoder": encoder, **asdict(sizes)}.items():
-            # Dropout has no weights.
-            if found[name] != wanted and name != "dropout":
+        for name, wanted in {"encoder": self._origin()["encoder"], **asdict(self.settings.pch)}.items():
+            # Of the same encoder, content is as wide; the rest has no weights and may change.
+            is_free = name in ("content_dim", "dropout", "item_tower") or (
+                name == "max_history" and self.settings.pch.positions == "none"
+            )
+            if found[name] != wanted and not is_free:
                 raise ValueError(f"{path}: its towers have {name} = {found[name]!r}, this run wants {wanted!r}")
-        return saved["weights"]
+        return saved
+
+    def _generation(self) -> dict[str, Any]:
+        """What this run's towers have learned from: `lineage` in towers.pt has one a run, the oldest first."""
+        events = data.read_meta(self.folder / "data").files["items.npy"]
+        return {"run": self.folder.resolve().name, "events": events, "split": asdict(self.settings.held_out())}
 
     def check_labels(self) -> None:
         """ValueError if the log has no conversions, or nothing else: then there is nothing that a head could learn."""
@@ -153,7 +166,8 @@ class Run:
         content = self.content(dataset)
         head, figures = train_head(self.settings.cvr, sizes, pch, content, dataset, self.split(dataset))
         if self.settings.cvr.tune_towers:
-            _save(self.folder / "tuned.pt", pch, pch.config, self._origin())
+            lineage = self._load(self.folder / "towers.pt", "train")["lineage"]
+            _save(self.folder / "tuned.pt", pch, pch.config, self._origin(), lineage)
         _save(self.folder / "cvr.pt", head, sizes, self._origin())
         _report(self.folder / "cvr.json", figures)
 
@@ -180,7 +194,7 @@ class Run:
         Histories are up to twice as long as the tower reads, which shows where the server cuts them.
         """
         dataset, longest = self.dataset(), 2 * self.settings.pch.max_history
-        towers = verify.Towers(self.load_encoder(), self.towers(), self.head())
+        towers = verify.Towers(self.source.opened(), self.towers(), self.head())
         users = np.linspace(0, len(dataset.sequences) - 1, n_users).astype(int).tolist()
         shown = sorted({int(dataset.sequences[user].items[-1]) for user in users})
         pages = [(dataset.sequences[user].items[-longest:].tolist(), shown) for user in users]
@@ -199,7 +213,8 @@ class Run:
 
     def _origin(self) -> dict[str, Any]:
         """What towers, head and figures of one run have to agree on."""
-        return {"split": asdict(self.settings.held_out()), "encoder": self.encoder.resolve().name}
+        encoder = f"{self.encoder.resolve().name} {self.source.digest[:12]}"
+        return {"split": asdict(self.settings.held_out()), "encoder": encoder}
 
     def _load(self, path: Path, step: str) -> dict[str, Any]:
         saved = _read(path, step)
@@ -224,10 +239,10 @@ class Run:
             config = json.loads(file.readline())["config"]
         figures |= {"seed": config["seed"], "steps": config["steps"]}
         facts = facts | {"held_out": {name: value for name, value in asdict(held_out).items() if value is not None}}
-        if started_from := self._load(self.folder / "towers.pt", "train").get("started_from"):
-            facts = facts | {"started_from": started_from}
+        if started_from := self._load(self.folder / "towers.pt", "train")["lineage"][:-1]:
+            facts = facts | {"started_from": [past["run"] for past in started_from]}
         facts = facts | {"metrics": {name: _rounded(value) for name, value in figures.items()}}
-        default.write_default(self.load_encoder(), self.towers(), self.head(), facts, out, label)
+        default.write_default(self.source.opened(), self.towers(), self.head(), facts, out, label)
 
 
 def prepare_config(wanted: PrepareSettings, split: data.SplitConfig | data.TimeSplitConfig) -> data.PrepareConfig:
@@ -243,7 +258,7 @@ def prepare_config(wanted: PrepareSettings, split: data.SplitConfig | data.TimeS
     )
 
 
-def content_of(encoder: ceg.Encoder, dataset: data.Dataset, cache: Path, storage: str) -> Tensor:
+def content_of(encoder: ceg.Encoder | ceg.Source, dataset: data.Dataset, cache: Path, storage: str) -> Tensor:
     """[I,C] fp32 of a catalogue, encoded as far as `cache` lacks it."""
     found = ceg.encode_cached(encoder, Prompts(dataset.texts), cache, ceg.StoreConfig(dtype=storage))
     return torch.from_numpy(np.asarray(found, dtype=np.float32))
@@ -268,9 +283,9 @@ def _there(path: Path, step: str) -> Path:
 
 
 def _save(
-    path: Path, module: torch.nn.Module, sizes: Any, origin: dict[str, Any], started_from: str | None = None
+    path: Path, module: torch.nn.Module, sizes: Any, origin: dict[str, Any], lineage: list[dict[str, Any]] | None = None
 ) -> None:
-    saved = {"sizes": asdict(sizes), "origin": origin, "started_from": started_from, "weights": module.state_dict()}
+    saved = {"sizes": asdict(sizes), "origin": origin, "lineage": lineage, "weights": module.state_dict()}
     partial = path.with_suffix(".partial")
     torch.save(saved, partial)
     partial.rename(path)

@@ -156,7 +156,7 @@ def inputs_of(study: Study, source: Path, run: Path, encoders: Path) -> Inputs:
         entry = study.contents[name]
         folder = run / ("data-keywords" if entry.keywords else "data")
         data.prepare(source, folder, replace(plain, max_keywords=N_KEYWORDS) if entry.keywords else plain)
-        encoder = ceg.load(encoders / entry.encoder, EncoderSettings.max_tokens)
+        encoder = ceg.Source(encoders / entry.encoder, EncoderSettings.max_tokens)
         content[name] = ceg.encode_to_file(encoder, Prompts(data.read_prepared(folder).texts), run / "cache")
     data.prepare(source, run / "data", plain)
     folders = {name: encoders / entry.encoder for name, entry in study.contents.items()}

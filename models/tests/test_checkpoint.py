@@ -130,6 +130,23 @@ def test_a_gguf_file(tmp_path):
         ceg.load(folder, 24)
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("sharded", "bfloat16"), ("encoder", "float32"), ("gguf", "float16")])
+def test_what_is_on_disk_is_found_without_the_model(tmp_path, monkeypatch, kind, dtype):
+    folder = with_tokenizer(tmp_path / kind)
+    if kind == "gguf":
+        write_gguf(folder / "tiny.gguf", LlamaModel(LLAMA).eval())
+    else:
+        model = LlamaModel(LLAMA) if kind == "sharded" else BertModel(BERT)
+        model.save_pretrained(folder, max_shard_size=60_000)
+    how = ceg.LoadConfig(device="cpu", dtype=dtype)
+    source = ceg.Source(folder, 24, how)
+    assert ceg.cache_key(source, PROMPTS) == ceg.cache_key(ceg.load(folder, 24, how), PROMPTS)
+    assert source.digest != ceg.Source(folder, 25, how).digest
+    first = ceg.encode_cached(source, PROMPTS, tmp_path / "cache", StoreConfig(title=None))
+    monkeypatch.setattr(checkpoint, "read", lambda *_: pytest.fail("the weights were read"))
+    np.testing.assert_array_equal(ceg.encode_cached(source, PROMPTS, tmp_path / "cache"), first)
+
+
 def test_a_tensor_that_is_missing_is_never_made_up(tmp_path):
     BertModel(BERT).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

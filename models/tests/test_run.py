@@ -52,13 +52,19 @@ def test_every_step_in_one_go_with_an_encoder_of_ones_own(tmp_path, capsys):
     (tmp_path / "other.toml").write_text("[split]\nn_test = 2\n")
     assert main(["evaluate", *map(str, where[2:]), "--config", str(tmp_path / "other.toml")]) == 1
     assert "its towers were trained with {'split': {'n_test': 1" in capsys.readouterr().err
-    _begin_with_other_towers(tmp_path, where, capsys)
+    _begin_with_other_towers(tmp_path, where, made, capsys)
     # New towers: what was tuned, and the head, belong to the old ones.
     assert main(["train", *map(str, where[2:]), *config]) == 0
     assert not (tmp_path / "run" / "tuned.pt").exists() and not (tmp_path / "run" / "cvr.pt").exists()
 
 
-def _begin_with_other_towers(tmp_path, where, capsys):
+def _another_encoder(folder):
+    torch.manual_seed(1)
+    fixture.encoder_model().save_pretrained(folder)
+    fixture.byte_tokenizer().save(str(folder / "tokenizer.json"))
+
+
+def _begin_with_other_towers(tmp_path, where, made, capsys):
     """`--from`: other items, towers of the first run; a step too small to move them shows where they began."""
     films = [(i, f"Another film {i}", "Horror") for i in range(1, 16)]
     ratings = [(u, (u * 5 + i) % 15 + 1, 5.0 if (u + i) % 2 else 2.0, i) for u in range(1, 9) for i in range(6)]
@@ -68,7 +74,7 @@ def _begin_with_other_towers(tmp_path, where, capsys):
     own += ["--config", str(tmp_path / "still.toml")]
     assert main(["prepare", "--data", str(tmp_path / "other"), *own]) == 0
     assert main(["train", *own, "--from", str(tmp_path / "run")]) == 0
-    assert torch.load(tmp_path / "next" / "towers.pt")["started_from"] == "run"
+    assert [past["run"] for past in torch.load(tmp_path / "next" / "towers.pt")["lineage"]] == ["run", "next"]
     before, after = (torch.load(tmp_path / name)["weights"] for name in ("run/tuned.pt", "next/towers.pt"))
     assert before.keys() == after.keys()
     for name, value in before.items():
@@ -81,8 +87,20 @@ def _begin_with_other_towers(tmp_path, where, capsys):
     leaky = ["--run", str(tmp_path / "leaky"), "--encoder", str(tmp_path / "encoder")]
     leaky += ["--config", str(tmp_path / "other.toml")]
     assert main(["prepare", *map(str, where[:2]), *leaky]) == 0
-    assert main(["train", *leaky, "--from", str(tmp_path / "run")]) == 1
-    assert "they may have seen what this one is measured on" in capsys.readouterr().err
+    # Told before anything is encoded, and also of a run that lies further back.
+    for start in ("run", "next"):
+        assert main(["train", *leaky, "--from", str(tmp_path / start)]) == 1
+        error = capsys.readouterr().err
+        assert "trained, in the run run, on the same events" in error and "what this one is measured on" in error
+    assert not (tmp_path / "leaky" / "cache").exists()
+    (tmp_path / "encoder" / "again").mkdir()
+    _another_encoder(tmp_path / "encoder" / "again")
+    assert main(["train", *own, "--encoder", str(tmp_path / "encoder" / "again"), "--from", str(tmp_path / "run")]) == 1
+    assert "its towers have encoder = 'encoder " in capsys.readouterr().err
+    # A bundle of towers that began elsewhere says so.
+    for step, more in (("cvr", []), ("evaluate", []), ("export", made[:1] + [tmp_path / "second"])):
+        assert main([step, *own, *map(str, more)]) == 0
+    assert tomllib.loads((tmp_path / "second" / "manifest.toml").read_text())["provenance"]["started_from"] == ["run"]
     assert main(["train", *own, "--from", str(tmp_path / "nowhere")]) == 1
     assert "nowhere/towers.pt is missing; `learn train` writes it" in capsys.readouterr().err
 
