@@ -192,7 +192,7 @@ def _export(arguments: Arguments) -> None:
     if arguments.figures is not None:
         from learn.figures import figures_of
 
-        facts["study"] = figures_of(arguments.figures, arguments.model, run.settings)
+        facts["study"] = figures_of(arguments.figures, arguments.model, run.subject())
     run.export(arguments.out, Label(arguments.name, arguments.bundle_version), facts)
 
 

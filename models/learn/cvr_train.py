@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from learn.cvr import CvrConfig, CvrHead
 from learn.data import Dataset, Event, Sequence, Split
+from learn.dataset import Sequences
 from learn.pch import Pch
 from learn.standardise import fit
 
@@ -175,6 +176,23 @@ def training_spans(split: Split) -> list[tuple[int, int, int]]:
 def event_spans(events: list[Event]) -> list[tuple[int, int, int]]:
     """Held-out events, one span each."""
     return [(event.user, event.position, event.position + 1) for event in events]
+
+
+def check_labels(sequences: Sequences, split: Split, parts: tuple[str, ...], liked_from: float) -> None:
+    """ValueError if one of these parts, "training", "validation" or "test", has not events of both labels."""
+    events = {"validation": split.validation, "test": split.test}
+    for part in parts:
+        spans = training_spans(split) if part == "training" else event_spans(events[part])
+        n_events = n_liked = 0
+        for user, begin, end in spans:
+            n_events += end - begin
+            n_liked += int(label(np.asarray(sequences[user].values[begin:end]), liked_from).sum())
+        if n_liked in (0, n_events):
+            raise ValueError(
+                f"{part} has {n_events:,} events, {n_liked:,} of them with a value of cvr.liked_from = {liked_from:g} "
+                "or more, and a CVR head is trained, chosen and measured on both kinds: hold out other events, or set "
+                "another value"
+            )
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,36 @@ from learn.settings import Settings
 METRICS = ("hr_at_10", "ndcg_at_10", "hr_at_50", "mrr")
 
 
-def figures_of(folder: Path, model: str, settings: Settings) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Subject:
+    """The run that is to carry the figures."""
+
+    settings: Settings
+    # `results.digest` of its data and split; the key of its content embeddings (`ceg.cache_key`).
+    data: str
+    content: str
+    # Runs whose towers its own began with.
+    started_from: tuple[str, ...] = ()
+
+
+def figures_of(folder: Path, model: str, subject: Subject) -> dict[str, Any]:
     """Means over seeds with 95 % intervals, from the JSONs in `folder`.
 
-    ValueError if the study has no such model, or has it with other settings than the run that is to carry its figures.
+    ValueError if the study has no such model, or has it of other data, another encoder or other settings than the run
+    that is to carry its figures, or if that run's towers are not what a study trains.
     """
     study = read_study(folder)
     if model not in study.runs:
         raise ValueError(f"{folder} has no runs of {model!r}, only of {', '.join(study.runs)}")
-    theirs, ours = _flat(study.one(model).config), _flat(_as_config(settings))
+    if subject.started_from or subject.settings.cvr.tune_towers:
+        how = "tuned with the head" if subject.settings.cvr.tune_towers else f"begun with {subject.started_from[-1]}'s"
+        raise ValueError(f"{folder}: its figures are of towers trained from random weights; this run's were {how}")
+    if study.study.data.digest != subject.data:
+        raise ValueError(f"{folder}: its figures are of other data, or of another split, than this run")
+    content = study.one(model).config.get("content") or ""
+    if content.rpartition("-")[2] != subject.content[:32]:
+        raise ValueError(f"{folder}: {model} was run with {content!r}, so with another encoder or other texts")
+    theirs, ours = _flat(study.one(model).config), _flat(_as_config(subject.settings))
     for key in sorted(ours.keys() & theirs.keys()):
         if ours[key] != theirs[key]:
             raise ValueError(f"{folder}: {model} was run with {key} = {theirs[key]!r}, this run with {ours[key]!r}")

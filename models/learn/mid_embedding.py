@@ -13,7 +13,7 @@ from torch import Tensor
 
 from learn import rank_split
 from learn.cvr import CvrConfig, CvrHead
-from learn.cvr_train import CvrTrainConfig, examples, fit_head, kept, windows
+from learn.cvr_train import CvrTrainConfig, check_labels, examples, fit_head, kept, windows
 from learn.data import Dataset, Event, Sequence, Split
 from learn.evaluate import metrics, tower_ranks
 from learn.pch import Pch, PchConfig
@@ -75,6 +75,7 @@ def learn(
 ) -> Learned:
     """Towers, then the head, on part A alone."""
     split = rank_split.tower_split(dataset, events)
+    check_labels(dataset.sequences, split, ("training", "validation"), config.cvr.liked_from)
     shown, shown_split = histories(dataset, split, config)
     begin = time.monotonic()
     pch = train_towers(config, seed, content, shown, shown_split, log)

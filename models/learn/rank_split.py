@@ -121,9 +121,13 @@ def cut(dataset: Dataset, config: RankSplitConfig) -> Events:
 
 
 def tower_split(dataset: Dataset, events: Events) -> Split:
-    """Part A as a `Split`: the newest tenth of each user's A (at least one of five) is the head's validation."""
+    """Part A as a `Split`: the newest tenth of each user's A is the head's validation, at least one event of five.
+
+    Where no user has five, one of two is.
+    """
     n_towers = np.bincount(events.user[events.part == A], minlength=len(dataset.sequences))
-    held_out = np.where(n_towers >= 5, np.maximum(1, n_towers // 10), 0)
+    fewest = 5 if n_towers.max() >= 5 else 2
+    held_out = np.where(n_towers >= fewest, np.maximum(1, n_towers // 10), 0)
     n_train = n_towers - held_out
     validation = [
         Event(user, position)

@@ -213,6 +213,8 @@ def extra_features(table: Table, found: Features, blocks: tuple[str, ...]) -> Te
     known = {"mid_emb": found.mid_emb, "user": found.user, "item": found.item}
     known["categories"] = table.categories[torch.from_numpy(table.events.item[later])]
     columns = torch.cat([known[name] for name in blocks], dim=1)
+    if not columns.shape[1]:  # No item has a category.
+        return columns
     in_b = columns[torch.from_numpy(table.events.part[later] == B)]
     spread = in_b.std(dim=0)
     return (columns - in_b.mean(dim=0)) / torch.where(spread > 1e-6, spread, torch.inf)

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learn import ceg, data, default, evaluate, parallel, verify
+from learn import ceg, data, default, evaluate, parallel, results, verify
 from learn.cvr import CvrConfig, CvrHead
-from learn.cvr_train import train_head
+from learn.cvr_train import check_labels, train_head
+from learn.figures import Subject
 from learn.item_text import ItemText, render
 from learn.mid_embedding import MidEmbeddingConfig
 from learn.pch import Pch, PchConfig
@@ -140,6 +141,16 @@ class Run:
                 raise ValueError(f"{path}: its towers have {name} = {found[name]!r}, this run wants {wanted!r}")
         return saved
 
+    def subject(self) -> Subject:
+        """What the figures of a study are held against before a bundle of this run carries them."""
+        dataset = self.dataset()
+        digest, key = results.digest(dataset, self.split(dataset)), ceg.cache_key(self.source, Prompts(dataset.texts))
+        return Subject(self.settings, digest, key, self._started_from())
+
+    def _started_from(self) -> tuple[str, ...]:
+        lineage = self._load(self.folder / "towers.pt", "train")["lineage"]
+        return tuple(past["run"] for past in lineage[:-1])
+
     def _generation(self) -> dict[str, Any]:
         """What this run's towers have learned from: `lineage` in towers.pt has one a run, the oldest first."""
         events = data.read_meta(self.folder / "data").files["items.npy"]
@@ -147,8 +158,8 @@ class Run:
 
     def check_labels(self) -> None:
         """ValueError if the log has no conversions, or nothing else: then there is nothing that a head could learn."""
-        liked_from = self.settings.cvr.liked_from
-        values = np.concatenate([sequence.values for sequence in self.dataset().sequences])
+        liked_from, dataset = self.settings.cvr.liked_from, self.dataset()
+        values = np.concatenate([sequence.values for sequence in dataset.sequences])
         n_liked = int((values >= liked_from).sum())
         if n_liked in (0, len(values)):
             raise ValueError(
@@ -156,6 +167,7 @@ class Run:
                 "CVR head learns from both kinds: give the log a `value`, or say in --config from which value on it is "
                 "one; `learn train` and `learn evaluate` need neither"
             )
+        check_labels(dataset.sequences, self.split(dataset), ("training", "validation", "test"), liked_from)
 
     def train_cvr(self) -> None:
         """Trains and keeps the head, and with `cvr.tune_towers` the towers that were tuned with it."""
@@ -239,8 +251,8 @@ class Run:
             config = json.loads(file.readline())["config"]
         figures |= {"seed": config["seed"], "steps": config["steps"]}
         facts = facts | {"held_out": {name: value for name, value in asdict(held_out).items() if value is not None}}
-        if started_from := self._load(self.folder / "towers.pt", "train")["lineage"][:-1]:
-            facts = facts | {"started_from": [past["run"] for past in started_from]}
+        if started_from := self._started_from():
+            facts = facts | {"started_from": list(started_from)}
         facts = facts | {"metrics": {name: _rounded(value) for name, value in figures.items()}}
         default.write_default(self.source.opened(), self.towers(), self.head(), facts, out, label)
 

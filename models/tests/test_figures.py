@@ -7,35 +7,55 @@ import pytest
 from made_results import made_run, made_study, write_made
 
 from learn import results
-from learn.figures import figures_of
+from learn.figures import Subject, figures_of
 from learn.settings import Settings
+
+CONTENT = "c" * 32
+
+
+def subject(settings=None, **changes):
+    """A run that the made-up study is of."""
+    return replace(Subject(settings or Settings(), "ab" * 32, CONTENT + "d" * 32), **changes)
+
+
+def run_config(**more):
+    return {"config": {"width": 64, "content": f"content-{CONTENT}", "seed": 1} | more}
 
 
 def test_the_manifest_gets_means_over_seeds_with_intervals(tmp_path):
-    write_made(tmp_path, {"learn-text": 4.0, "sasrec": 2.0})
-    facts = figures_of(tmp_path / "ml-small", "learn-text", Settings())
+    study = write_made(tmp_path, {"sasrec": 2.0})
+    for seed in (1, 2, 3):
+        results.write_run(tmp_path, made_run(study, "learn-text", seed, 4.0, **run_config(seed=seed)))
+    facts = figures_of(tmp_path / "ml-small", "learn-text", subject())
     runs = results.read_study(tmp_path / "ml-small").runs["learn-text"]
     mean = np.mean([run.metrics["all"]["ndcg_at_10"] for run in runs.values()])
     value, low, high = facts["mean_low_high"]["ndcg_at_10"]
     assert value == pytest.approx(mean, abs=1e-5) and low < value < high
     assert facts["seeds"] == [1, 2, 3] and facts["model"] == "learn-text"
     with pytest.raises(ValueError, match="no runs of 'bert', only of learn-text, sasrec"):
-        figures_of(tmp_path / "ml-small", "bert", Settings())
+        figures_of(tmp_path / "ml-small", "bert", subject())
 
 
 def test_a_bundle_cannot_carry_the_figures_of_another_model(tmp_path):
     settings = Settings()
     training = {name: value for name, value in asdict(settings.train).items() if name != "seed"}
     sizes = asdict(settings.pch) | {"content_dim": 576}
-    config = {"arm": {"standardise": "scale", "ids": "none", "sizes": sizes}, "train": training, "seed": 1}
+    config = run_config(arm={"standardise": "scale", "ids": "none", "sizes": sizes}, train=training)
     study = made_study()
     results.write_study(tmp_path, study)
-    results.write_run(tmp_path, made_run(study, "learn-text", 1, 3.0, config=config))
-    assert figures_of(tmp_path / "ml-small", "learn-text", settings)["seeds"] == [1]
+    results.write_run(tmp_path, made_run(study, "learn-text", 1, 3.0, **config))
+    assert figures_of(tmp_path / "ml-small", "learn-text", subject(settings))["seeds"] == [1]
     for other, message in (
-        (replace(settings, pch=replace(settings.pch, width=32)), "arm.sizes.width = "),
-        (replace(settings, train=replace(settings.train, steps=7)), "train.steps = "),
-        (replace(settings, standardise="whiten"), "arm.standardise = 'scale', this run with 'whiten'"),
+        (subject(replace(settings, pch=replace(settings.pch, width=32))), "arm.sizes.width = "),
+        (subject(replace(settings, train=replace(settings.train, steps=7))), "train.steps = "),
+        (subject(replace(settings, standardise="whiten")), "arm.standardise = 'scale', this run with 'whiten'"),
+        (subject(data="ba" * 32), "other data, or of another split"),
+        (subject(content="e" * 64), "another encoder or other texts"),
+        (subject(started_from=("pretrained",)), "this run's were begun with pretrained's"),
+        (
+            subject(replace(settings, cvr=replace(settings.cvr, tune_towers=True))),
+            "this run's were tuned with the head",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             figures_of(tmp_path / "ml-small", "learn-text", other)

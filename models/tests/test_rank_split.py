@@ -84,6 +84,17 @@ def test_the_towers_get_part_a_and_nothing_else():
     assert [(event.user, event.position) for event in split.validation] == [(0, 18)] and split.test == []
 
 
+def test_where_all_users_are_short_the_head_still_gets_validation():
+    # 14 events: 5 for the test, 2 for validation, 60 % of the 7 others are A.
+    data = dataset(14, 14, 3)
+    split = tower_split(data, cut(data, RankSplitConfig()))
+    assert split.n_train == [3, 3, 1] and [(event.user, event.position) for event in split.validation] == [
+        (0, 3),
+        (1, 3),
+        (2, 1),
+    ]
+
+
 @pytest.mark.parametrize(
     "change", [{"kind": "random"}, {"towers": 1.0}, {"test": 0.0}, {"test": 0.6, "validation": 0.4}]
 )

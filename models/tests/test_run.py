@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 
 import torch
@@ -105,6 +106,67 @@ def _begin_with_other_towers(tmp_path, where, made, capsys):
     assert "nowhere/towers.pt is missing; `learn train` writes it" in capsys.readouterr().err
 
 
+SHOP_STUDY = """
+study = "shop"
+seeds = [1, 2]
+[train]
+steps = 2
+users = 4
+warmup = 1
+n_uniform = 8
+[contents.minilm]
+encoder = "encoder"
+[models.popularity]
+kind = "popularity"
+label = "Popularity"
+[models.sasrec]
+kind = "sasrec"
+label = "SASRec"
+sizes = { width = 8, max_history = 6 }
+[models.learn-text]
+kind = "learn"
+label = "LEARN"
+family = "learn"
+sizes = { width = 8, layers = 1, heads = 2, ffn = 8, out_dim = 8, max_history = 6, adaptor_hidden = 8 }
+"""
+
+
+def test_a_shop_of_ones_own_from_its_csv_to_bundle_ranking_model_and_report(tmp_path, capsys):
+    """What README promises a newcomer, and the study and report after it."""
+    lines = ["user,item,timestamp,value"]
+    for user in range(24):
+        lines += [f"u{user},i{(user * 7 + at * 3) % 30},{user * 50 + at * 10},{(user + at) % 2}" for at in range(14)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "interactions.csv").write_text("\n".join(lines) + "\n")
+    items = [f'{{"id": "i{number}", "title": "Thing number {number}"}}' for number in range(30)]
+    (tmp_path / "in" / "items.jsonl").write_text("\n".join(items) + "\n")
+    (tmp_path / "encoder").mkdir()
+    _another_encoder(tmp_path / "encoder")
+    where = ["--run", str(tmp_path / "run"), "--encoder", str(tmp_path / "encoder"), "--threads", "1", "--steps", "3"]
+    (tmp_path / "shop.toml").write_text("[cvr]\nliked_from = 1\nepochs = 1\n")
+    config = ["--config", str(tmp_path / "shop.toml")]
+    made = ["--out", str(tmp_path / "bundle"), "--name", "shop"]
+    assert main(["all", "--data", str(tmp_path / "in"), *where, *made, *config]) == 0
+    bundle.verify(tmp_path / "bundle")
+    # Labels are 0 and 1: without the setting nothing is a conversion, and the message says which setting.
+    assert main(["rank", *where, "--seed", "1"]) == 1
+    assert "with a value of cvr.liked_from = 4 or more" in capsys.readouterr().err
+    for name, cut in (("run", ""), ("by-time", "[time_split]\nfractions = [0.6, 0.8]\n")):
+        (tmp_path / "rank.toml").write_text((tmp_path / "shop.toml").read_text() + cut)
+        own = ["--run", str(tmp_path / name), *where[2:], "--config", str(tmp_path / "rank.toml")]
+        assert main(["prepare", "--data", str(tmp_path / "in"), *own]) == 0
+        assert main(["rank", *own, "--seed", "1"]) == 0
+        assert "uauc" in capsys.readouterr().out
+        shared = json.loads((tmp_path / name / "ranking" / "test_events.json").read_text())
+        assert shared["split"]["kind"] == ("global_time" if cut else "per_user") and len(set(shared["label"])) == 2
+    (tmp_path / "study.toml").write_text(SHOP_STUDY)
+    study = ["--config", str(tmp_path / "study.toml"), "--encoders", str(tmp_path), "--run", str(tmp_path / "studied")]
+    study += ["--out", str(tmp_path / "results"), "--workers", "1"]
+    assert main(["study", "--data", str(tmp_path / "in"), *study]) == 0
+    assert main(["report", "--results", str(tmp_path / "results"), "--out", str(tmp_path)]) == 0
+    assert "Study `shop`: 24 users, 30 items, 336 events" in (tmp_path / "REPORT.md").read_text()
+
+
 def test_what_a_user_can_mend_is_one_line(tmp_path, capsys):
     assert main(["prepare", "--data", str(tmp_path / "nowhere"), "--run", str(tmp_path)]) == 1
     error = capsys.readouterr().err
@@ -124,3 +186,11 @@ def test_a_log_without_conversions_is_refused_before_anything_is_trained(tmp_pat
     (tmp_path / "low.toml").write_text("[cvr]\nliked_from = 1\n")
     assert main(["all", *where, "--config", str(tmp_path / "low.toml")]) == 1
     assert "36 of 36 events have a value of cvr.liked_from = 1 or more" in capsys.readouterr().err
+    # Both kinds are there, but the last event of every user is of one: the head could not be measured.
+    rows = [f"u{user},i{(user + at) % 9},{at},{at % 2}" for user in range(6) for at in range(6)]
+    (tmp_path / "in" / "interactions.csv").write_text("\n".join(["user,item,timestamp,value", *rows]) + "\n")
+    assert main(["all", *where, "--config", str(tmp_path / "low.toml")]) == 1
+    assert "validation has 6 events, 0 of them with a value of cvr.liked_from = 1" in capsys.readouterr().err
+    (tmp_path / "low.toml").write_text("[cvr]\nliked_from = 1\n[split]\nn_test = 0\nn_validation = 2\n")
+    assert main(["all", *where, "--config", str(tmp_path / "low.toml")]) == 1
+    assert "test has 0 events, 0 of them" in capsys.readouterr().err

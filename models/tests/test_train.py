@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -96,6 +97,40 @@ def test_towers_train_in_bf16_with_losses_in_fp32(world, tmp_path):
     for loss in ("loss_next", "loss_align"):
         assert curve[-1][loss] == pytest.approx(exact[-1][loss], rel=0.1) and curve[-1][loss] != exact[-1][loss]
     assert hits(model, world[1], split) > 0.2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_towers_train_as_others_do(world, tmp_path):
+    # Compiled dropout draws other numbers.
+    MODELS["still"] = lambda content: Learn(Pch(replace(SIZES, dropout=0.0)), content)
+    changes = {"steps": 4, "check_every": 4}
+    _, _, compiled = fit(world, tmp_path / "compiled", "still", compile=True, **changes)
+    _, _, plain = fit(world, tmp_path / "plain", "still", **changes)
+    assert compiled[-1]["loss_next"] == pytest.approx(plain[-1]["loss_next"], rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["next", "align"])
+def test_without_logq_candidates_are_scored_as_they_are(world, loss):
+    """Every item's frequency is 1 by itself: with the correction off, what is popular gets no handicap."""
+    content, dataset = world
+    split = data.split(dataset.sequences, data.SplitConfig())
+    weights = {"next_weight": float(loss == "next"), "align_weight": float(loss == "align")}
+    found = []
+    for log_q in (True, False):
+        for spread in (1.0, 50.0):
+            config = train.TrainConfig(users=16, n_uniform=8, candidates="batch", log_q=log_q, **weights)
+            torch.manual_seed(0)
+            trainer = Trainer(config, Learn(Pch(replace(SIZES, dropout=0.0)), content), dataset, split)
+            # As if some films were met far more often than others.
+            factor = torch.linspace(1.0, spread, N_ITEMS)
+            trainer.next_frequency, trainer.align_frequency = (
+                frequency * factor / (frequency * factor).sum()
+                for frequency in (trainer.next_frequency, trainer.align_frequency)
+            )
+            found.append(trainer.step(0)[loss])
+    with_even, with_skewed, without_even, without_skewed = found
+    assert with_even != pytest.approx(with_skewed, rel=1e-4)
+    assert without_even == without_skewed
 
 
 @pytest.mark.parametrize("candidates", ["full", "sampled"])
