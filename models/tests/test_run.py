@@ -7,6 +7,7 @@ import tomllib
 
 import torch
 from conftest import write_movielens
+from live_server import serving
 
 from learn import bundle, fixture
 from learn.cli import main
@@ -148,6 +149,11 @@ def test_a_shop_of_ones_own_from_its_csv_to_bundle_ranking_model_and_report(tmp_
     made = ["--out", str(tmp_path / "bundle"), "--name", "shop"]
     assert main(["all", "--data", str(tmp_path / "in"), *where, *made, *config]) == 0
     bundle.verify(tmp_path / "bundle")
+    # The server gives the vectors that PyTorch gives for this run's own users.
+    with serving(tmp_path / "bundle", tmp_path) as server:
+        verify = ["verify", "--server", server.grpc, "--admin", server.admin, "--users", "5", *where, *config]
+        assert main(verify) == 0
+        assert "mid_emb" in capsys.readouterr().out
     # Labels are 0 and 1: without the setting nothing is a conversion, and the message says which setting.
     assert main(["rank", *where, "--seed", "1"]) == 1
     assert "with a value of cvr.liked_from = 4 or more" in capsys.readouterr().err
