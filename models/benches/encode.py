@@ -1,6 +1,6 @@
 """How much of the bare encoder's rate `learn.ceg.encode_cached` reaches, in one run, round by round.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m benches.encode --data RUN/data --items 1000 --rounds 3
+    OMP_NUM_THREADS=1 .venv/bin/python -m benches.encode --data /path/to/ml-latest-small --items 1000 --rounds 5
 
 Bare is the same model in a plain loop over the same batches, tokenized and padded before the clock starts. Ours is all
 of the work: hashing, tokenizing, batching, shards on disk, joining them. Both are taken in CPU seconds of the process,
@@ -81,7 +81,7 @@ def main() -> None:
     """Parses, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", type=Path, default=HERE / "default")
-    parser.add_argument("--data", type=Path, help="data/ of a prepared run; without it, made-up titles")
+    parser.add_argument("--data", type=Path, help="a data set in its original files; without it, made-up titles")
     parser.add_argument("--items", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
