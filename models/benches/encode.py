@@ -68,7 +68,7 @@ def prepare(encoder: ceg.Encoder, prompts: list[str], shard_items: int) -> list[
 
 
 def load_prompts(data: Path | None, n_items: int) -> list[str]:
-    """Of a prepared run, or made up with as many words as film titles have."""
+    """Of a data set, or made up with as many words as film titles have."""
     if data is not None:
         from learn.data import read_neutral
 

@@ -7,6 +7,7 @@ which embeddings are kept between runs (`content_store`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -96,6 +97,11 @@ class Encoder:
                 raise ValueError(f"the encoder gave a vector that is not finite, for prompt {bad}")
             yield rows, vectors
 
+    @property
+    def identity(self) -> hashlib._Hash:
+        """See `content_store.identified`."""
+        return content_store.identified(self)
+
     def opened(self) -> Encoder:
         """Itself; see `Source.opened`."""
         return self
@@ -130,9 +136,9 @@ class Source:
         return checkpoint.DTYPES[self.config.dtype]
 
     @cached_property
-    def digest(self) -> str:
-        """SHA-256 in hex of all that its vectors depend on but the prompts."""
-        return content_store.seeded(self).hexdigest()
+    def identity(self) -> hashlib._Hash:
+        """See `content_store.identified`; the files are read once."""
+        return content_store.identified(self)
 
     def opened(self) -> Encoder:
         """The model in memory."""

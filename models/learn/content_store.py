@@ -49,8 +49,8 @@ class StoreConfig:
             raise ValueError(f"dtype is {self.dtype!r}, it must be one of {', '.join(DTYPES)}")
 
 
-def seeded(encoder: Encoder | Source) -> hashlib._Hash:
-    """A SHA-256 of all that vectors depend on but the prompts. The device is left out: it changes last digits alone."""
+def identified(encoder: Encoder | Source) -> hashlib._Hash:
+    """A SHA-256 of which model it is, in whatever dtype it runs: weights, config, tokenizer and `max_tokens`."""
     if not encoder.weights:
         raise ValueError("an encoder without a weights file has no cache key")
     digest = hashlib.sha256()
@@ -59,6 +59,12 @@ def seeded(encoder: Encoder | Source) -> hashlib._Hash:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     digest.update(encoder.max_tokens.to_bytes(8, "little"))
+    return digest
+
+
+def seeded(encoder: Encoder | Source) -> hashlib._Hash:
+    """A SHA-256 of all that vectors depend on but the prompts. The device is left out: it changes last digits alone."""
+    digest = encoder.identity.copy()
     if encoder.dtype != torch.float32:
         digest.update(str(encoder.dtype).encode())
     return digest

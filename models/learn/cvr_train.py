@@ -178,8 +178,8 @@ def event_spans(events: list[Event]) -> list[tuple[int, int, int]]:
     return [(event.user, event.position, event.position + 1) for event in events]
 
 
-def check_labels(sequences: Sequences, split: Split, parts: tuple[str, ...], liked_from: float) -> None:
-    """ValueError if one of these parts, "training", "validation" or "test", has not events of both labels."""
+def check_labels(sequences: Sequences, split: Split, parts: tuple[str, ...], liked_from: float, advice: str) -> None:
+    """ValueError, ending in `advice`, if "training", "validation" or "test", as far as asked for, lacks a label."""
     events = {"validation": split.validation, "test": split.test}
     for part in parts:
         spans = training_spans(split) if part == "training" else event_spans(events[part])
@@ -190,8 +190,7 @@ def check_labels(sequences: Sequences, split: Split, parts: tuple[str, ...], lik
         if n_liked in (0, n_events):
             raise ValueError(
                 f"{part} has {n_events:,} events, {n_liked:,} of them with a value of cvr.liked_from = {liked_from:g} "
-                "or more, and a CVR head is trained, chosen and measured on both kinds: hold out other events, or set "
-                "another value"
+                f"or more, and a CVR head is trained, chosen and measured on both kinds: {advice}"
             )
 
 

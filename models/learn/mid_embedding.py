@@ -75,7 +75,8 @@ def learn(
 ) -> Learned:
     """Towers, then the head, on part A alone."""
     split = rank_split.tower_split(dataset, events)
-    check_labels(dataset.sequences, split, ("training", "validation"), config.cvr.liked_from)
+    advice = "the users have too few events for a ranking study, or its cuts are too early"
+    check_labels(dataset.sequences, split, ("training", "validation"), config.cvr.liked_from, advice)
     shown, shown_split = histories(dataset, split, config)
     begin = time.monotonic()
     pch = train_towers(config, seed, content, shown, shown_split, log)

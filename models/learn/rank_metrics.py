@@ -160,12 +160,9 @@ def contrast(
         label, whose = events.label[mask], user[mask]
         auc = [np.stack([user_aucs(run[mask], label, whose, n_users)[0] for run in arm]) for arm in (treated, control)]
         gap = auc[0] - auc[1]  # [seeds,users]
-        known = ~np.isnan(gap[0])
-        if not known.any():
+        if np.isnan(gap[0]).all():
             return None
-        mass = users[:, known].sum(axis=1)
-        total = ((users[:, known] @ gap[:, known].T) * seeds).sum(axis=1)
-        gains.append(np.where(mass > 0, total / np.maximum(mass, 1), np.nan))
+        gains.append(_over_users(gap, np.ones(n_users), users, seeds))
     return _interval(gains[0] - gains[1])
 
 
@@ -177,33 +174,44 @@ def _weights(n_users: int, n_seeds: int, draws: tuple[int, int]) -> tuple[np.nda
     """
     n_draws, seed = draws
     rng = np.random.default_rng(seed)
-    users = np.vstack([np.ones(n_users), rng.multinomial(n_users, np.full(n_users, 1 / n_users), size=n_draws)])
+    users = np.ones((n_draws + 1, n_users), dtype=np.uint16)
+    for begin in range(1, n_draws + 1, CHUNK):
+        rows = users[begin : begin + CHUNK]
+        rows[:] = rng.multinomial(n_users, np.full(n_users, 1 / n_users), size=len(rows))
     seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_draws) / n_seeds
     stretched = 1 / n_seeds + np.sqrt(n_seeds / max(n_seeds - 1, 1)) * (seeds - 1 / n_seeds)
     return users, np.vstack([np.full(n_seeds, 1 / n_seeds), stretched])
 
 
 def _replicates(arms, label, user, users, seeds) -> dict[str, np.ndarray]:
-    """Differences [draws + 1] of each metric, the plain sample first."""
+    """Differences [draws + 1] of each metric, the plain sample first; of the pooled AUC no more than `POOLED_DRAWS`."""
     n_users = users.shape[1]
-    gap = np.zeros((len(seeds), n_users))  # difference of a user's AUC, weighted over seeds, for each draw
+    gaps = []
     pooled = np.zeros(min(len(seeds), POOLED_DRAWS + 1))
     for place, (treated, control) in enumerate(zip(*arms, strict=True)):
         with_it, n_events = user_aucs(treated, label, user, n_users)
         without, _ = user_aucs(control, label, user, n_users)
-        gap += seeds[:, place : place + 1] * (with_it - without)[None]
+        gaps.append(with_it - without)
         drawn = users[: len(pooled)]
         change = _pooled(treated, label, user, drawn) - _pooled(control, label, user, drawn)
         # A draw of users may leave this undefined, and then no other seed is defined either.
         pooled += seeds[: len(pooled), place] * change
+    gap = np.stack(gaps)  # [seeds,users]
+    weights = {"uauc": np.ones(n_users), "wuauc": n_events}
+    return {"auc": pooled} | {name: _over_users(gap, weight, users, seeds) for name, weight in weights.items()}
+
+
+def _over_users(gap: np.ndarray, weight: np.ndarray, users: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """[draws + 1] weighted means over users of a difference [seeds,users]; users without one (NaN) are left out."""
     known = ~np.isnan(gap[0])
-    gap, users = gap[:, known], users[:, known]
-    result = {"auc": pooled}
-    for name, weight in (("uauc", np.ones(known.sum())), ("wuauc", n_events[known])):
-        mass = (users * weight).sum(axis=1)
-        total = (users * weight * gap).sum(axis=1)
-        result[name] = np.where(mass > 0, total / np.maximum(mass, 1e-300), np.nan)
-    return result
+    found = []
+    for begin in range(0, len(users), CHUNK):
+        rows = slice(begin, begin + CHUNK)
+        drawn = users[rows, known] * weight[known]
+        mass = drawn.sum(axis=1)
+        total = ((drawn @ gap[:, known].T) * seeds[rows]).sum(axis=1)
+        found.append(np.where(mass > 0, total / np.maximum(mass, 1e-300), np.nan))
+    return np.concatenate(found)
 
 
 def _pooled(scores: np.ndarray, label: np.ndarray, user: np.ndarray, users: np.ndarray) -> np.ndarray:

@@ -26,6 +26,8 @@ from learn.prepared import KeywordBoundary
 from learn.splits import check_keywords, time_cuts
 
 A, B, VALIDATION, TEST = range(4)
+# Of each label, in what the head is chosen by; with fewer, its AUC says nothing.
+FEWEST_OF_A_LABEL = 10
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,15 @@ def cut(dataset: Dataset, config: RankSplitConfig) -> Events:
 def tower_split(dataset: Dataset, events: Events) -> Split:
     """Part A as a `Split`: the newest tenth of each user's A is the head's validation, at least one event of five.
 
-    Where no user has five, one of two is.
+    Where that leaves the head too little to be chosen by, one event of two is held out.
     """
-    n_towers = np.bincount(events.user[events.part == A], minlength=len(dataset.sequences))
-    fewest = 5 if n_towers.max() >= 5 else 2
-    held_out = np.where(n_towers >= fewest, np.maximum(1, n_towers // 10), 0)
-    n_train = n_towers - held_out
+    in_a = events.part == A
+    n_towers = np.bincount(events.user[in_a], minlength=len(dataset.sequences))
+    for fewest in (5, 2):
+        n_train = n_towers - np.where(n_towers >= fewest, np.maximum(1, n_towers // 10), 0)
+        liked = events.label[in_a & (events.position >= n_train[events.user])]
+        if min(liked.sum(), len(liked) - liked.sum()) >= FEWEST_OF_A_LABEL:
+            break
     validation = [
         Event(user, position)
         for user in range(len(n_towers))

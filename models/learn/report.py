@@ -268,7 +268,7 @@ def _ranking(report: Report) -> str:
     parts = [
         "The label is a proxy made from ratings: there are no impressions, no conversions and no revenue in this data."
     ]
-    for name, rows in record.ranking.items():
+    for name, rows in sorted(record.ranking.items(), key=lambda pair: (pair[0] != record.main, pair[0])):
         if name != record.main:
             parts.append(f"### Study `{name}`")
         parts += _ranking_of(report, rows, "ranking" if name == record.main else f"ranking-{name}")

@@ -14,8 +14,14 @@ METRICS = ("auc", "uauc", "wuauc")
 
 
 def read_all(folders: Iterable[Path], n_draws: int) -> dict[str, list[Row]]:
-    """The rows of every ranking study, by its name."""
-    return {rank_study.name_of(folder): rank_study.summarise(folder, n_draws) for folder in folders}
+    """The rows of every ranking study, by its name. ValueError if two folders hold a study of one name."""
+    found: dict[str, list[Row]] = {}
+    for folder in folders:
+        name = rank_study.name_of(folder)
+        if name in found:
+            raise ValueError(f"{folder}: another folder holds a ranking study called {name!r}, after its run's folder")
+        found[name] = rank_study.summarise(folder, n_draws)
+    return found
 
 
 def gap(row: Row) -> Estimate | None:

@@ -11,7 +11,7 @@
     metrics.json     the towers' figures                   (evaluate)
     ranking/         a JSON an arm and seed                (rank)
 
-Nothing is read from anywhere else but the encoder's folder.
+Nothing is read from anywhere else but the encoder's folder and, with `--from`, the towers of another run.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ class Run:
         settings = self.settings
         if settings.pch.item_tower == "content":
             raise ValueError('pch.item_tower = "content" has no item tower to serve; `learn study` can compare it')
+        # Of encoder and data as they are now, not as they may be when training ends.
+        origin, own = self._origin(), self._generation()
         began = None if start is None else self.beginning(start)
         parallel.start()
         dataset, device = self.dataset(), parallel.device()
@@ -106,8 +108,8 @@ class Run:
         if parallel.is_first():
             # What was made from other towers.
             self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
-            lineage = [*(began["lineage"] if began else []), self._generation()]
-            _save(self.folder / "towers.pt", model.pch, sizes, self._origin(), lineage)
+            lineage = [*(began["lineage"] if began else []), own]
+            _save(self.folder / "towers.pt", model.pch, sizes, origin, lineage)
             self._remove("checkpoint.pt")
         parallel.stop()
 
@@ -153,7 +155,9 @@ class Run:
 
     def _generation(self) -> dict[str, Any]:
         """What this run's towers have learned from: `lineage` in towers.pt has one a run, the oldest first."""
-        events = data.read_meta(self.folder / "data").files["items.npy"]
+        # Who did something when: the same log whatever the order of the catalogue.
+        files = data.read_meta(self.folder / "data").files
+        events = " ".join(files[name] for name in ("users.txt", "offsets.npy", "timestamps.npy"))
         return {"run": self.folder.resolve().name, "events": events, "split": asdict(self.settings.held_out())}
 
     def check_labels(self) -> None:
@@ -167,7 +171,8 @@ class Run:
                 "CVR head learns from both kinds: give the log a `value`, or say in --config from which value on it is "
                 "one; `learn train` and `learn evaluate` need neither"
             )
-        check_labels(dataset.sequences, self.split(dataset), ("training", "validation", "test"), liked_from)
+        parts, advice = ("training", "validation", "test"), "hold out other events, or set another value"
+        check_labels(dataset.sequences, self.split(dataset), parts, liked_from, advice)
 
     def train_cvr(self) -> None:
         """Trains and keeps the head, and with `cvr.tune_towers` the towers that were tuned with it."""
@@ -225,7 +230,7 @@ class Run:
 
     def _origin(self) -> dict[str, Any]:
         """What towers, head and figures of one run have to agree on."""
-        encoder = f"{self.encoder.resolve().name} {self.source.digest[:12]}"
+        encoder = f"{self.encoder.resolve().name} {self.source.identity.hexdigest()[:12]}"
         return {"split": asdict(self.settings.held_out()), "encoder": encoder}
 
     def _load(self, path: Path, step: str) -> dict[str, Any]:

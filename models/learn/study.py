@@ -8,6 +8,7 @@ A run that has its JSON already, from the same config, is not repeated; so a stu
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import platform
 import shutil
@@ -240,7 +241,8 @@ def run_config(study: Study, arm: Arm) -> dict[str, Any]:
     wanted["sizes"] = asdict(strict(_SIZES[arm.kind], arm.sizes, "sizes")) if arm.kind in _SIZES else {}
     training = asdict(study.train) | arm.train
     del training["seed"]
-    return {"arm": wanted, "train": training, "split": asdict(study.held_out())}
+    # As JSON has it: what is read from a run has lists where a config has tuples.
+    return json.loads(json.dumps({"arm": wanted, "train": training, "split": asdict(study.held_out())}))
 
 
 Costs = dict[str, Any]

@@ -7,6 +7,7 @@ import pytest
 from made_results import made_run, made_study, write_made
 
 from learn import results
+from learn.data import TimeSplitConfig
 from learn.figures import Subject, figures_of
 from learn.settings import Settings
 
@@ -41,6 +42,8 @@ def test_a_bundle_cannot_carry_the_figures_of_another_model(tmp_path):
     training = {name: value for name, value in asdict(settings.train).items() if name != "seed"}
     sizes = asdict(settings.pch) | {"content_dim": 576}
     config = run_config(arm={"standardise": "scale", "ids": "none", "sizes": sizes}, train=training)
+    config["config"]["split"] = {"fractions": [0.6, 0.8], "timestamps": None}
+    settings = replace(settings, time_split=TimeSplitConfig(fractions=(0.6, 0.8)))
     study = made_study()
     results.write_study(tmp_path, study)
     results.write_run(tmp_path, made_run(study, "learn-text", 1, 3.0, **config))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from learn import rank_metrics
 from learn.rank_metrics import (
     GroupConfig,
     HeldOut,
@@ -144,14 +145,21 @@ def test_no_difference_is_not_called_one():
     assert (same.difference, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
 
 
-def test_the_interval_of_uauc_is_as_wide_as_theory_says():
+def test_the_interval_of_uauc_is_as_wide_as_theory_says(monkeypatch):
     # One seed: UAUC's difference is a mean over users, whose standard error is known.
     events, control, treated = noisy_arms(300, 0.5, n_seeds=1)
     gap = (
         user_aucs(treated[0], events.label, events.user, 300)[0]
         - user_aucs(control[0], events.label, events.user, 300)[0]
     )
-    found = paired(treated, control, events, everything(events), (2000, 0))["uauc"]
+    every = paired(treated, control, events, everything(events), (2000, 0))
+    found = every["uauc"]
+    # The pooled AUC stops at its own number of draws; nothing else does.
+    monkeypatch.setattr(rank_metrics, "POOLED_DRAWS", 300)
+    cut = paired(treated, control, events, everything(events), (2000, 0))
+    assert cut["uauc"] == found and cut["auc"] != every["auc"]
+    assert cut["auc"].difference == every["auc"].difference
+    assert cut["auc"].low == pytest.approx(every["auc"].low, rel=0.2)
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * gap.std() / np.sqrt(300), rel=0.1)
 
 

@@ -80,8 +80,13 @@ def test_the_towers_get_part_a_and_nothing_else():
     events = cut(data, RankSplitConfig())
     split = tower_split(data, events)
     n_a = np.bincount(events.user[events.part == A], minlength=3)
-    assert n_a.tolist() == [19, 4, 1] and split.n_train == [18, 4, 1]
-    assert [(event.user, event.position) for event in split.validation] == [(0, 18)] and split.test == []
+    # One event would be no validation, so one of two is held out as well.
+    assert n_a.tolist() == [19, 4, 1] and split.n_train == [18, 3, 1]
+    assert [(event.user, event.position) for event in split.validation] == [(0, 18), (1, 3)] and split.test == []
+    # Twelve users with two events each are: the short one keeps all of its own.
+    data = dataset(*[42] * 12, 6)
+    split = tower_split(data, cut(data, RankSplitConfig()))
+    assert split.n_train == [18] * 12 + [4] and len(split.validation) == 24
 
 
 def test_where_all_users_are_short_the_head_still_gets_validation():

@@ -195,6 +195,18 @@ def test_a_group_with_too_few_users_or_no_events_shows_nothing(tmp_path):
     assert verdict(Ahead("learn-text", "sasrec", "hr_at_100", "item 1-4"), evidence) is Verdict.NOT_TESTED
 
 
+def test_two_ranking_studies_of_one_name_are_an_error(tmp_path):
+    for folder in ("ranking-a", "ranking-b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test_events.json").write_text('{"study": "default"}')
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        pytest.raises(ValueError, match="ranking-b: another folder holds a ranking study called 'default'"),
+    ):
+        patched.setattr(report_ranking.rank_study, "summarise", lambda *_: rank_rows(1))
+        report_ranking.read_all([tmp_path / "ranking-a", tmp_path / "ranking-b"], 10)
+
+
 def test_a_study_by_time_stands_beside_the_main_one(tmp_path):
     write_made(tmp_path / "results", SKILLS, "ml-small-by-time")
     write_made(tmp_path / "results", SKILLS | {"learn-text": 4.0})

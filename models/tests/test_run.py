@@ -54,7 +54,7 @@ def test_every_step_in_one_go_with_an_encoder_of_ones_own(tmp_path, capsys):
     (tmp_path / "other.toml").write_text("[split]\nn_test = 2\n")
     assert main(["evaluate", *map(str, where[2:]), "--config", str(tmp_path / "other.toml")]) == 1
     assert "its towers were trained with {'split': {'n_test': 1" in capsys.readouterr().err
-    _begin_with_other_towers(tmp_path, where, made, capsys)
+    _begin_with_other_towers(tmp_path, where, capsys)
     # New towers: what was tuned, and the head, belong to the old ones.
     assert main(["train", *map(str, where[2:]), *config]) == 0
     assert not (tmp_path / "run" / "tuned.pt").exists() and not (tmp_path / "run" / "cvr.pt").exists()
@@ -66,7 +66,7 @@ def _another_encoder(folder):
     fixture.byte_tokenizer().save(str(folder / "tokenizer.json"))
 
 
-def _begin_with_other_towers(tmp_path, where, made, capsys):
+def _begin_with_other_towers(tmp_path, where, capsys):
     """`--from`: other items, towers of the first run; a step too small to move them shows where they began."""
     films = [(i, f"Another film {i}", "Horror") for i in range(1, 16)]
     ratings = [(u, (u * 5 + i) % 15 + 1, 5.0 if (u + i) % 2 else 2.0, i) for u in range(1, 9) for i in range(6)]
@@ -100,7 +100,10 @@ def _begin_with_other_towers(tmp_path, where, made, capsys):
     assert main(["train", *own, "--encoder", str(tmp_path / "encoder" / "again"), "--from", str(tmp_path / "run")]) == 1
     assert "its towers have encoder = 'encoder " in capsys.readouterr().err
     # A bundle of towers that began elsewhere says so.
-    for step, more in (("cvr", []), ("evaluate", []), ("export", made[:1] + [tmp_path / "second"])):
+    # And its dtype need not be the one that all the steps before it had.
+    half = ["--dtype", "bfloat16"]
+    start, out = ["--from", tmp_path / "run"], ["--out", tmp_path / "second"]
+    for step, more in (("train", half + start), ("cvr", half), ("evaluate", half), ("export", out)):
         assert main([step, *own, *map(str, more)]) == 0
     assert tomllib.loads((tmp_path / "second" / "manifest.toml").read_text())["provenance"]["started_from"] == ["run"]
     assert main(["train", *own, "--from", str(tmp_path / "nowhere")]) == 1

@@ -116,6 +116,16 @@ def test_a_study_writes_a_json_a_run_and_does_not_repeat_itself(tmp_path, inputs
     assert again == {"sasrec-seed1.json", "sasrec-seed2.json"}
 
 
+def test_a_study_cut_by_time_goes_on_where_it_was(tmp_path, inputs):
+    text = TOML.replace("[split]\nn_test = 2\nn_validation = 1", "[time_split]\nfractions = [0.6, 0.8]")
+    study = only(written(tmp_path, text), ["popularity", "sasrec"])
+    run_study(study, inputs, tmp_path / "results", n_workers=1)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "tiny").glob("*-seed*.json")}
+    assert len(before) == 3
+    run_study(study, inputs, tmp_path / "results", n_workers=1)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
 def test_an_ablation_runs_without_what_it_is_compared_with(tmp_path, inputs):
     study = only(written(tmp_path), ["learn-text/variant-3"])
     run_study(study, inputs, tmp_path / "results", n_workers=1)

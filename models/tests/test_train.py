@@ -100,11 +100,14 @@ def test_towers_train_in_bf16_with_losses_in_fp32(world, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_towers_train_as_others_do(world, tmp_path):
+def test_compiled_towers_train_as_others_do(world, tmp_path, monkeypatch):
     # Compiled dropout draws other numbers.
     MODELS["still"] = lambda content: Learn(Pch(replace(SIZES, dropout=0.0)), content)
     changes = {"steps": 4, "check_every": 4}
+    n_compiled, compile_it = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *given, **how: n_compiled.append(given) or compile_it(*given, **how))
     _, _, compiled = fit(world, tmp_path / "compiled", "still", compile=True, **changes)
+    assert len(n_compiled) == 1
     _, _, plain = fit(world, tmp_path / "plain", "still", **changes)
     assert compiled[-1]["loss_next"] == pytest.approx(plain[-1]["loss_next"], rel=1e-4)
 
