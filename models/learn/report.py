@@ -254,7 +254,7 @@ def _forest(report: Report, evidence: Evidence) -> str:
     found = dict(sorted(found.items(), key=lambda pair: (-pair[1].value, pair[0])))
     if not found:
         return ""
-    xlabel = "NDCG@10 less that of the reference, 95 % interval; full: p < .05"
+    xlabel = "NDCG@10 less that of the reference\n95 % interval; full: p < .05"
     return report.plot("ablations", "Ablations", lambda path: report_plots.forest(path, found, xlabel))
 
 
@@ -284,7 +284,7 @@ def _ranking_of(report: Report, rows: Sequence[Row], plot: str) -> list[str]:
     }
     shown = ""
     if gaps:
-        xlabel = f"UAUC with the mid-emb less that of `{base}`, 95 % interval; full: p < .05"
+        xlabel = f"UAUC with the mid-emb less that of `{base}`\n95 % interval; full: p < .05"
         shown = report.plot(plot, "UAUC by group", lambda path: report_plots.forest(path, gaps, xlabel))
     return [
         report_ranking.figures_table(rows),
