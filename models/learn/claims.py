@@ -184,6 +184,12 @@ AMAZON = Section(
     ),
 )
 
+# What claims on retrieval are made of: (model, its name in the text), with a part of the key where that differs.
+_RIVALS = (("sasrec", "SASRec"), ("hstu", "HSTU (without time)"))
+_OURS = (("text", "learn-text", "LEARN, text only,"), ("id", "learn-id", "LEARN+ID"))
+# Metric and what the key ends in.
+_METRICS = (("ndcg_at_10", ""), ("hr_at_100", "-h100"))
+
 MOVIELENS = Section(
     "MovieLens",
     (
@@ -194,8 +200,8 @@ MOVIELENS = Section(
                 "said so of LEARN, no figures published" if key == "text" else "not in the paper: our aim",
                 Ahead(model, other, "ndcg_at_10"),
             )
-            for key, model, label in (("text", "learn-text", "LEARN, text only,"), ("id", "learn-id", "LEARN+ID"))
-            for other, shown in (("sasrec", "SASRec"), ("hstu", "HSTU (without time)"))
+            for key, model, label in _OURS
+            for other, shown in _RIVALS
         ),
         Claim(
             "ml-1m-sasrec",
@@ -249,8 +255,8 @@ COLD = Section(
             ("few", "item 0-4", "items with fewer than five ratings"),
             ("new", "item 0", "new items"),
         )
-        for metric, suffix in (("ndcg_at_10", ""), ("hr_at_100", "-h100"))
-        for other, shown in (("sasrec", "SASRec"), ("hstu", "HSTU (without time)"))
+        for metric, suffix in _METRICS
+        for other, shown in _RIVALS
     ),
 )
 
@@ -265,8 +271,8 @@ CLOCK = Section(
                 _NO_FIGURES,
                 Ahead("learn-text", other, metric, "item 0", BY_TIME),
             )
-            for metric, suffix in (("ndcg_at_10", ""), ("hr_at_100", "-h100"))
-            for other, shown in (("sasrec", "SASRec"), ("hstu", "HSTU (without time)"))
+            for metric, suffix in _METRICS
+            for other, shown in _RIVALS
         ),
         *(
             Claim(
@@ -275,8 +281,8 @@ CLOCK = Section(
                 _NO_FIGURES,
                 Ahead(model, other, "ndcg_at_10", study=BY_TIME),
             )
-            for key, model, label in (("text", "learn-text", "LEARN, text only,"), ("id", "learn-id", "LEARN+ID"))
-            for other, shown in (("sasrec", "SASRec"), ("hstu", "HSTU (without time)"))
+            for key, model, label in _OURS
+            for other, shown in _RIVALS
         ),
         *(
             Claim(

@@ -1,8 +1,12 @@
-"""TOML tables -> dataclasses, with every mistake named: unknown keys, wrong types, values that are not allowed."""
+"""TOML tables -> dataclasses, with every mistake named: unknown keys, wrong types, values that are not allowed.
+
+And the way back, for configs that stand in JSON files and are compared with what was read from one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -19,6 +23,11 @@ def strict(kind: type[T], raw: Mapping[str, Any], where: str) -> T:
     except pydantic.ValidationError as error:
         lines = [_line(where, entry) for entry in error.errors()]
         raise ValueError("; ".join(lines)) from error
+
+
+def as_read(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table as it will come out of a JSON file again, which has lists where a dataclass has tuples."""
+    return json.loads(json.dumps(table))
 
 
 def _forbidding(kind: type[T]) -> type[T]:

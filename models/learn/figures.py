@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from learn.config import as_read
 from learn.evidence import Evidence
 from learn.results import read_study
 from learn.settings import Settings
@@ -61,7 +61,7 @@ def _as_config(settings: Settings) -> dict[str, Any]:
     sizes, training = asdict(settings.pch), asdict(settings.train)
     del sizes["content_dim"], training["seed"]
     arm = {"standardise": settings.standardise, "ids": "none", "sizes": sizes}
-    return json.loads(json.dumps({"arm": arm, "train": training, "split": asdict(settings.held_out())}))
+    return as_read({"arm": arm, "train": training, "split": asdict(settings.held_out())})
 
 
 def _flat(table: dict[str, Any], above: str = "") -> dict[str, Any]:

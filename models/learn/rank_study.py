@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from learn import mid_embedding, rank_features, rank_metrics, rank_split, ranker
+from learn.config import as_read
 from learn.data import Dataset
 from learn.mid_embedding import Features, MidEmbeddingConfig
 from learn.rank_metrics import GroupConfig, HeldOut
@@ -360,9 +361,8 @@ def _digest(events: Events, content: Tensor) -> str:
 def _head(config: RankConfig, arm: str, seed: int, table: Table) -> dict[str, Any]:
     # What does not change this record is left out, so that more seeds or arms can be added to a study.
     settings = {name: value for name, value in asdict(config).items() if name not in ("study", "seeds", "arms")}
-    settings = json.loads(json.dumps(settings))
     head = {"format": FORMAT, "kind": "ranking", "study": config.study, "arm": arm, "label": label_of(config)}
-    return head | {"seed": seed, "data": table.digest, "config": settings}
+    return head | {"seed": seed, "data": table.digest, "config": as_read(settings)}
 
 
 def _is_done(path: Path, config: RankConfig, arm: str, table: Table) -> bool:

@@ -6,22 +6,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from learn import rank_study
+from learn.rank_metrics import METRICS
 from learn.rank_study import Row
 from learn.report_format import NONE, difference, multiplicity, number, table
 from learn.significance import Estimate
 
-METRICS = ("auc", "uauc", "wuauc")
-
 
 def read_all(folders: Iterable[Path], n_draws: int) -> dict[str, list[Row]]:
     """The rows of every ranking study, by its name. ValueError if two folders hold a study of one name."""
-    found: dict[str, list[Row]] = {}
+    by_name: dict[str, Path] = {}
     for folder in folders:
         name = rank_study.name_of(folder)
-        if name in found:
+        if name in by_name:
             raise ValueError(f"{folder}: another folder holds a ranking study called {name!r}, after its run's folder")
-        found[name] = rank_study.summarise(folder, n_draws)
-    return found
+        by_name[name] = folder
+    return {name: rank_study.summarise(folder, n_draws) for name, folder in by_name.items()}
 
 
 def gap(row: Row) -> Estimate | None:

@@ -4,7 +4,8 @@
     cache/           content embeddings, by digest         (encode)
     train.jsonl      a line a check                        (train)
     checkpoint.pt    where a stopped training goes on      (train)
-    towers.pt        sizes and weights of the towers       (train)
+    towers.pt        sizes and weights of the towers, and  (train)
+                     what they have learned from
     cvr.pt           sizes and weights of the head         (cvr)
     tuned.pt         the towers again, if it tunes them    (cvr)
     cvr.json         its figures                           (cvr)
@@ -79,8 +80,10 @@ class Run:
         return ceg.Source(self.encoder, wanted.max_tokens, ceg.LoadConfig(device=wanted.device, dtype=wanted.dtype))
 
     def content(self, dataset: data.Dataset) -> Tensor:
-        """[I,C], from the cache as far as it is there."""
-        return content_of(self.source, dataset, self.folder / "cache", self.settings.encoder.storage)
+        """[I,C] fp32 of the catalogue, encoded as far as the cache lacks it."""
+        storage = ceg.StoreConfig(dtype=self.settings.encoder.storage)
+        found = ceg.encode_cached(self.source, Prompts(dataset.texts), self.folder / "cache", storage)
+        return torch.from_numpy(np.asarray(found, dtype=np.float32))
 
     def train(self, start: Path | None = None) -> None:
         """Trains and keeps the towers; `pch.content_dim` is whatever the encoder gives.
@@ -273,12 +276,6 @@ def prepare_config(wanted: PrepareSettings, split: data.SplitConfig | data.TimeS
         text_fields=fields,
         memory_mb=wanted.memory_mb,
     )
-
-
-def content_of(encoder: ceg.Encoder | ceg.Source, dataset: data.Dataset, cache: Path, storage: str) -> Tensor:
-    """[I,C] fp32 of a catalogue, encoded as far as `cache` lacks it."""
-    found = ceg.encode_cached(encoder, Prompts(dataset.texts), cache, ceg.StoreConfig(dtype=storage))
-    return torch.from_numpy(np.asarray(found, dtype=np.float32))
 
 
 def _trained_towers(run: Path) -> Path:

@@ -8,7 +8,6 @@ A run that has its JSON already, from the same config, is not repeated; so a stu
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import platform
 import shutil
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from learn import ceg, data, parallel, results
-from learn.config import strict
+from learn.config import as_read, strict
 from learn.evaluate import array_ranking, popularity
 from learn.hstu import Hstu, HstuConfig
 from learn.lora import LoraEncoder, LoraSizes
@@ -241,8 +240,7 @@ def run_config(study: Study, arm: Arm) -> dict[str, Any]:
     wanted["sizes"] = asdict(strict(_SIZES[arm.kind], arm.sizes, "sizes")) if arm.kind in _SIZES else {}
     training = asdict(study.train) | arm.train
     del training["seed"]
-    # As JSON has it: what is read from a run has lists where a config has tuples.
-    return json.loads(json.dumps({"arm": wanted, "train": training, "split": asdict(study.held_out())}))
+    return as_read({"arm": wanted, "train": training, "split": asdict(study.held_out())})
 
 
 Costs = dict[str, Any]

@@ -199,11 +199,7 @@ def test_two_ranking_studies_of_one_name_are_an_error(tmp_path):
     for folder in ("ranking-a", "ranking-b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "test_events.json").write_text('{"study": "default"}')
-    with (
-        pytest.MonkeyPatch.context() as patched,
-        pytest.raises(ValueError, match="ranking-b: another folder holds a ranking study called 'default'"),
-    ):
-        patched.setattr(report_ranking.rank_study, "summarise", lambda *_: rank_rows(1))
+    with pytest.raises(ValueError, match="ranking-b: another folder holds a ranking study called 'default'"):
         report_ranking.read_all([tmp_path / "ranking-a", tmp_path / "ranking-b"], 10)
 
 
