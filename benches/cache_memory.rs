@@ -7,12 +7,8 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a program that measures and prints")]
 
 use midemb::{
-    content::{ContentKey, EncoderDigest, batcher::Priority},
-    domain::{Item, ItemText, Vector},
-    item_text::TextDigest,
-    known_items::KnownItems,
-    towers::{ItemKey, TowerDigest, UserCache, UserKey},
-    vector_cache::VectorCache,
+    cache::{CacheName, known_items::KnownItems, users::UserCache, vectors::VectorCache},
+    domain::{ContentKey, EncoderDigest, Item, ItemKey, ItemText, Priority, TextDigest, TowerDigest, UserKey, Vector},
 };
 use std::{hint::black_box, process::Command};
 
@@ -40,22 +36,22 @@ fn fill(name: &str, n: u64) -> (Box<dyn std::any::Any>, u64, u64) {
     let digests = (0..n).map(|i| TextDigest::of(&ItemText { title: i.to_string(), ..ItemText::default() }));
     match name {
         "item, 64 dims" => {
-            let cache = VectorCache::new("item", UNBOUNDED);
-            let key = |text| ItemKey { tower: TowerDigest([7; 16]), text };
+            let cache = VectorCache::new(CacheName::Item, UNBOUNDED);
+            let key = |text| ItemKey { part: TowerDigest::from_bytes([7; 16]), text };
             digests.zip(0..).for_each(|(text, i)| cache.insert(key(text), vector(i, 64)));
             let counted = cache.measure().n_bytes;
             (Box::new(cache), 256, counted)
         }
         "content, 384 dims" => {
-            let cache = VectorCache::new("content", UNBOUNDED);
-            let key = |text| ContentKey { encoder: EncoderDigest([7; 16]), text };
+            let cache = VectorCache::new(CacheName::Content, UNBOUNDED);
+            let key = |text| ContentKey { part: EncoderDigest::from_bytes([7; 16]), text };
             digests.zip(0..).for_each(|(text, i)| cache.insert(key(text), vector(i, 384)));
             let counted = cache.measure().n_bytes;
             (Box::new(cache), 1536, counted)
         }
         "user, 64 dims" => {
             let cache = UserCache::new(UNBOUNDED);
-            let key = |text| UserKey::of(TowerDigest([7; 16]), std::iter::once(&text));
+            let key = |text| UserKey::of(TowerDigest::from_bytes([7; 16]), std::iter::once(&text));
             digests.zip(0..).for_each(|(text, i)| cache.insert(key(text), vector(i, 64)));
             let counted = cache.measure().n_bytes;
             (Box::new(cache), 256, counted)

@@ -9,7 +9,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a program that measures and prints")]
 
 use fastrand::Rng;
-use midemb::bounded_cache::BoundedCache;
+use midemb::cache::{CacheName, bounded::BoundedCache};
 use moka::{policy::EvictionPolicy, sync::Cache};
 
 const N_KEYS: usize = 100_000;
@@ -60,7 +60,7 @@ fn compare(name: &str, keys: &[u64], n_different: usize) {
     for part in PARTS {
         let n_entries = (n_different / part).max(1) as u64;
         let mut policies: [(&str, Box<dyn Policy>); 3] = [
-            ("S3-FIFO (ours)", Box::new(Ours(BoundedCache::new("bench", n_entries, |_, ()| 1)))),
+            ("S3-FIFO (ours)", Box::new(Ours(BoundedCache::new(CacheName::Item, n_entries, |_, ()| 1)))),
             ("LRU", Box::new(Moka::new(n_entries, EvictionPolicy::lru()))),
             ("TinyLFU", Box::new(Moka::new(n_entries, EvictionPolicy::tiny_lfu()))),
         ];

@@ -8,13 +8,12 @@
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use midemb::{
+    cache::{CacheName, known_items::KnownItems, vectors::VectorCache},
     config::settings::Limits,
-    content::batcher::Priority,
-    domain::{DType, Item, ItemText, Matrix, MidEmbResponse, ModelRef, RowStatus, Vector, all_finite},
-    item_text::TextDigest,
-    known_items::KnownItems,
-    towers::{ItemKey, TowerDigest, UserKey},
-    vector_cache::VectorCache,
+    domain::{
+        DType, Item, ItemKey, ItemText, Matrix, MidEmbResponse, ModelRef, Priority, RowStatus, TextDigest, TowerDigest,
+        UserKey, Vector, all_finite,
+    },
     wire::{decode, encode, proto},
 };
 use prost::Message;
@@ -88,12 +87,12 @@ fn wire(c: &mut Criterion) {
 
 fn look_ups(c: &mut Criterion) {
     let known = KnownItems::new(1 << 40, 8192);
-    let items = VectorCache::new("item", 1 << 40);
-    let tower = TowerDigest([7; 16]);
+    let items = VectorCache::new(CacheName::Item, 1 << 40);
+    let tower = TowerDigest::from_bytes([7; 16]);
     for i in 0..N_CATALOGUE {
         let resolved = known.resolve(vec![Item { id: id(i), text: Some(text(i)) }], Priority::Request);
         let text = resolved[0].as_ref().unwrap().digest;
-        items.insert(ItemKey { tower, text }, Vector::from(vec![i as f32; DIM]));
+        items.insert(ItemKey { part: tower, text }, Vector::from(vec![i as f32; DIM]));
     }
     let page =
         || draw(N_HISTORY + N_CANDIDATES).into_iter().map(|i| Item { id: id(i), text: None }).collect::<Vec<_>>();
@@ -102,7 +101,7 @@ fn look_ups(c: &mut Criterion) {
     });
     let keys = || {
         let texts = draw(N_CANDIDATES).into_iter().map(|i| TextDigest::of(&text(i)));
-        texts.map(|text| ItemKey { tower, text }).collect::<Vec<_>>()
+        texts.map(|text| ItemKey { part: tower, text }).collect::<Vec<_>>()
     };
     c.bench_function("item cache, gathered", |b| {
         let gather = |keys: Vec<ItemKey>| {
@@ -130,7 +129,7 @@ fn digests(c: &mut Criterion) {
         b.iter(|| texts.iter().map(TextDigest::of).for_each(|digest| _ = black_box(digest)));
     });
     let history: Vec<TextDigest> = texts[..N_HISTORY].iter().map(TextDigest::of).collect();
-    c.bench_function("user key", |b| b.iter(|| UserKey::of(TowerDigest([7; 16]), history.iter())));
+    c.bench_function("user key", |b| b.iter(|| UserKey::of(TowerDigest::from_bytes([7; 16]), history.iter())));
 }
 
 fn checks(c: &mut Criterion) {

@@ -7,34 +7,30 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a program that measures and prints")]
 
 use midemb::{
-    cache_snapshot::{self, Caches, Served},
-    content::{ContentKey, EncoderDigest, batcher::Priority},
-    domain::{Item, ItemText},
-    known_items::KnownItems,
-    towers::{ItemKey, TowerDigest},
-    vector_cache::VectorCache,
+    cache::{
+        CacheLimits, Caches,
+        snapshot::{self, Served},
+    },
+    domain::{ContentKey, EncoderDigest, Item, ItemKey, ItemText, Priority, TowerDigest},
 };
 use std::time::Instant;
 
 const UNBOUNDED: u64 = 1 << 40;
-const SERVED: Served =
-    Served { encoder: EncoderDigest([1; 16]), content_dim: 384, tower: TowerDigest([2; 16]), item_dim: 64 };
+const SERVED: Served = Served {
+    encoder: EncoderDigest::from_bytes([1; 16]),
+    content_dim: 384,
+    tower: TowerDigest::from_bytes([2; 16]),
+    item_dim: 64,
+};
 
-struct Owned {
-    contents: VectorCache<ContentKey>,
-    items: VectorCache<ItemKey>,
-    known_items: KnownItems,
-}
-
-impl Owned {
-    fn empty() -> Self {
-        let (contents, items) = (VectorCache::new("content", UNBOUNDED), VectorCache::new("item", UNBOUNDED));
-        Owned { contents, items, known_items: KnownItems::new(UNBOUNDED, 8192) }
-    }
-
-    fn caches(&self) -> Caches<'_> {
-        Caches { contents: &self.contents, items: &self.items, known_items: &self.known_items }
-    }
+fn empty_caches() -> Caches {
+    Caches::new(CacheLimits {
+        content_bytes: UNBOUNDED,
+        item_bytes: UNBOUNDED,
+        user_bytes: UNBOUNDED,
+        known_items_bytes: UNBOUNDED,
+        max_text_bytes: 8192,
+    })
 }
 
 fn text(i: u64) -> ItemText {
@@ -48,27 +44,27 @@ fn text(i: u64) -> ItemText {
     }
 }
 
-fn fill(caches: &Caches<'_>, n: u64) {
+fn fill(caches: &Caches, n: u64) {
     for i in 0..n {
         let items = vec![Item { id: format!("item-{i:>9}"), text: Some(text(i)) }];
         let text = caches.known_items.resolve(items, Priority::WarmUp).remove(0).unwrap().digest;
         let vector = |dim| (0..dim).map(|j| (i + j) as f32).collect();
-        caches.contents.insert(ContentKey { encoder: SERVED.encoder, text }, vector(384));
-        caches.items.insert(ItemKey { tower: SERVED.tower, text }, vector(64));
+        caches.contents.insert(ContentKey { part: SERVED.encoder, text }, vector(384));
+        caches.items.insert(ItemKey { part: SERVED.tower, text }, vector(64));
     }
 }
 
 fn main() {
     let n = std::env::args().find_map(|argument| argument.parse::<u64>().ok()).unwrap_or(100_000);
     let folder = tempfile::tempdir().unwrap();
-    let (old, new) = (Owned::empty(), Owned::empty());
-    fill(&old.caches(), n);
+    let (old, new) = (empty_caches(), empty_caches());
+    fill(&old, n);
 
     let start = Instant::now();
-    let written = cache_snapshot::write(folder.path(), &old.caches(), &[SERVED]).unwrap();
+    let written = snapshot::write(folder.path(), &old, &[SERVED]).unwrap();
     let write_seconds = start.elapsed().as_secs_f64();
     let start = Instant::now();
-    let restored = cache_snapshot::restore(folder.path(), &new.caches(), &[SERVED]);
+    let restored = snapshot::restore(folder.path(), &new, &[SERVED]);
     let restore_seconds = start.elapsed().as_secs_f64();
 
     assert!(restored.refused.is_empty() && restored.counts == written.counts, "{restored:?}");

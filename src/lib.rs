@@ -3,45 +3,30 @@
 //!
 //! The modules in reading order; each uses only those below it (`tests/integration/architecture.rs` holds that):
 //!
-//! - [`cli`]: the commands, one file each.
+//! - [`cli`]: the operator's commands, one file each.
 //! - [`server`]: listeners, health, shutdown.
-//! - [`wire`]: the only place that knows tonic, and our messages.
-//! - [`lifecycle`]: configs into force, rollback, snapshots of the caches.
+//! - [`wire`]: the only place that knows tonic's server and our messages.
+//! - [`lifecycle`]: how a config comes into force, and how it is rolled back.
 //! - [`config`]: file and environment to validated settings.
-//! - [`pipeline`]: the request, one line a stage. **Start here.**
-//! - [`admission`]: permits and deadlines.
+//! - [`pipeline`]: the request, one line per stage. **Start here.**
 //! - [`bundle`]: from a folder of graphs to a checked model that serves.
-//! - [`item_trace`]: which items requests ask for, written to a file.
-//! - [`cache_snapshot`]: the caches in files, for a restart without a cold start.
-//! - [`known_items`]: text by item id.
-//! - [`fusion`]: the CVR MLP, mid-emb.
-//! - [`towers`]: PCH, user and item embeddings.
-//! - [`content`]: CEG, content embeddings: cache, single flight, batches.
+//! - [`content`]: CEG, content embeddings: single flight, batches, the encoder's threads.
+//! - [`towers`]: PCH and the CVR head: user and item embeddings, mid-embs.
+//! - [`cache`]: what is kept between requests, and its snapshots on disk.
 //! - [`inference`]: the only place that knows ort.
-//! - [`item_text`]: six fields to digest and prompt.
-//! - [`vector_cache`]: embeddings by digest.
-//! - [`bounded_cache`]: a cache bounded in bytes.
 //! - [`telemetry`]: the only place that knows the metrics macros.
-//! - [`error`] and [`domain`]: the closed set of errors, the plain types.
+//! - [`domain`]: the plain types: requests, item text, digests, errors.
 
-pub mod admission;
-pub mod bounded_cache;
 pub mod bundle;
-pub mod cache_snapshot;
+pub mod cache;
 pub mod cli;
 pub mod config;
 pub mod content;
 pub mod domain;
-pub mod error;
-pub mod fusion;
 pub mod inference;
-pub mod item_text;
-pub mod item_trace;
-pub mod known_items;
 pub mod lifecycle;
 pub mod pipeline;
 pub mod server;
 pub mod telemetry;
 pub mod towers;
-pub mod vector_cache;
 pub mod wire;

@@ -4,28 +4,14 @@ use super::{
     BundleError,
     manifest::{FileSpec, Manifest, Part},
 };
-use crate::{content::EncoderDigest, towers::TowerDigest};
+use crate::domain::{EncoderDigest, TowerDigest, digest::sha256_hex_of};
 use sha2::{Digest, Sha256};
-use std::{fmt::Write, fs::File, io, io::Read, path::Path};
-
-/// Bytes in lower-case hex, as `sha256sum` prints them.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-/// The SHA-256 of `bytes`, in hex.
-pub fn sha256(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
+use std::{fs::File, io, path::Path};
 
 /// Holds one file to its size and digest.
 pub fn check(folder: &Path, file: &FileSpec) -> Result<(), BundleError> {
     let path = folder.join(&file.path);
-    let (n_bytes, found) = match sha256_file(&path) {
+    let (n_bytes, found) = match File::open(&path).and_then(sha256_hex_of) {
         Ok(read) => read,
         Err(source) if source.kind() == io::ErrorKind::NotFound => {
             return Err(BundleError::FileMissing { path, fetched: file.pypi.clone() });
@@ -39,23 +25,6 @@ pub fn check(folder: &Path, file: &FileSpec) -> Result<(), BundleError> {
     Ok(())
 }
 
-/// The size and SHA-256 of a file, read in pieces.
-fn sha256_file(path: &Path) -> io::Result<(u64, String)> {
-    let mut file = File::open(path)?;
-    let mut hasher = Sha256::new();
-    let mut piece = vec![0; 1 << 20];
-    let mut n_bytes = 0;
-    loop {
-        match file.read(&mut piece)? {
-            0 => return Ok((n_bytes, hex(&hasher.finalize()))),
-            n => {
-                hasher.update(&piece[..n]);
-                n_bytes += n as u64;
-            }
-        }
-    }
-}
-
 /// Everything that a content embedding depends on beside the text.
 pub fn encoder_digest(manifest: &Manifest) -> EncoderDigest {
     let mut hasher = part_hasher(manifest, Part::Encoder);
@@ -63,7 +32,7 @@ pub fn encoder_digest(manifest: &Manifest) -> EncoderDigest {
     hasher.update((manifest.item_text.max_tokens as u64).to_le_bytes());
     hasher.update(manifest.encoder.pad_id.to_le_bytes());
     hash_ports(&mut hasher, &manifest.encoder.inputs, &manifest.encoder.outputs);
-    EncoderDigest(first_16(hasher))
+    EncoderDigest::of_sha256(hasher)
 }
 
 /// Everything that a user embedding depends on beside the texts.
@@ -80,9 +49,9 @@ pub fn tower_digest(manifest: &Manifest) -> TowerDigest {
 
 fn digest_of_tower(manifest: &Manifest, part: Part, inputs: &[String], outputs: &[String]) -> TowerDigest {
     let mut hasher = part_hasher(manifest, part);
-    hasher.update(encoder_digest(manifest).0);
+    hasher.update(encoder_digest(manifest).as_bytes());
     hash_ports(&mut hasher, inputs, outputs);
-    TowerDigest(first_16(hasher))
+    TowerDigest::of_sha256(hasher)
 }
 
 fn part_hasher(manifest: &Manifest, part: Part) -> Sha256 {
@@ -104,10 +73,4 @@ fn hash_ports(hasher: &mut Sha256, inputs: &[String], outputs: &[String]) {
 fn hash_str(hasher: &mut Sha256, text: &str) {
     hasher.update((text.len() as u64).to_le_bytes());
     hasher.update(text.as_bytes());
-}
-
-fn first_16(hasher: Sha256) -> [u8; 16] {
-    let mut bytes = [0; 16];
-    bytes.copy_from_slice(&hasher.finalize()[..16]);
-    bytes
 }

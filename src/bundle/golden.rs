@@ -7,9 +7,8 @@ use super::{BundleError, Manifest};
 use crate::{
     content::EncoderModel,
     domain::{ItemText, Vector, cosine},
-    fusion,
     inference::{Graph, GraphError},
-    towers::{TowerGraphs, item_tower, user_tower, user_tower::UserDims},
+    towers::{TowerGraphs, fusion, item_tower, user_tower, user_tower::UserDims},
 };
 use serde::Deserialize;
 use std::{fmt, path::Path};

@@ -12,12 +12,17 @@ use super::{
 };
 use crate::{
     content::{EncodeError, Encoder, EncoderModel, Tokenizer, TokenizerError},
-    domain::{ModelRef, Vector},
-    fusion::{Score, ScoreDims, ScoreInput, scoring::score_all},
+    domain::{
+        ModelRef, TextDigest, TowerDigest, Vector,
+        digest::sha256_hex,
+        item_text::{Template, TemplateError},
+    },
     inference::{Batches, Graph, GraphError, Pool, Provider, Runtime, SharedWeights, batches},
-    item_text::{Template, TemplateError, TextDigest},
     telemetry::events,
-    towers::{self, TowerDigest, TowerGraphs, TowerPool},
+    towers::{
+        self, TowerGraphs, TowerPool,
+        scoring::{Score, ScoreDims, ScoreInput, score_all},
+    },
 };
 use std::{
     fs, io,
@@ -200,7 +205,7 @@ pub fn read_manifest(folder: &Path) -> Result<CheckedFiles, BundleError> {
     let path = folder.join(manifest::FILE);
     let text = fs::read_to_string(&path).map_err(|source| BundleError::Read { path: path.clone(), source })?;
     let manifest = Manifest::parse(&text).map_err(|reason| BundleError::Manifest { path, reason })?;
-    Ok(CheckedFiles { folder: folder.to_path_buf(), manifest, digest: digest::sha256(text.as_bytes()) })
+    Ok(CheckedFiles { folder: folder.to_path_buf(), manifest, digest: sha256_hex(text.as_bytes()) })
 }
 
 /// Reads the manifest of the bundle in `folder` and holds every file to it, and it to the digest that is `pinned`.

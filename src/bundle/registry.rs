@@ -8,7 +8,7 @@
 //! who is in the next one's.
 
 use super::Model;
-use crate::error::Error;
+use crate::{cache::snapshot::Served, domain::error::Error};
 use arc_swap::ArcSwapOption;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
@@ -68,6 +68,17 @@ impl Snapshot {
         let of_model = |shadow: &&Shadow| shadow.of == model.reference.name;
         let is_drawn = move |shadow: &&Shadow| self.draw.shadow_percent(user_id) < u16::from(shadow.percent);
         self.shadows.iter().filter(of_model).filter(is_drawn)
+    }
+
+    /// The parts of its models whose vectors are cached. Models may share parts.
+    pub fn cached_parts(&self) -> Vec<Served> {
+        let parts = |model: &Arc<Model>| Served {
+            encoder: model.encoder.digest(),
+            content_dim: model.manifest.encoder.dim,
+            tower: model.tower_digest,
+            item_dim: model.manifest.item_tower.dim,
+        };
+        self.all().map(parts).collect()
     }
 
     /// Every model, those that answer first.

@@ -24,10 +24,8 @@ mod source;
 pub use cache::Pruned;
 pub use source::{BundleUrl, Source};
 
-use super::{
-    digest::sha256,
-    manifest::{self, FileSpec, Manifest},
-};
+use super::manifest::{self, FileSpec, Manifest};
+use crate::domain::digest::sha256_hex;
 use cache::{Cache, NewBundle, is_digest};
 use remote::Remote;
 use std::{
@@ -206,7 +204,7 @@ impl Store {
     ) -> Result<PathBuf, StoreError> {
         let remote = Remote::open(url, &self.options.0)?;
         let text = remote.manifest().await?;
-        let digest = sha256(text.as_bytes());
+        let digest = sha256_hex(text.as_bytes());
         if let Some(expected) = pinned.filter(|expected| *expected != digest) {
             return Err(StoreError::NotPinned { url: url.to_string(), found: digest, expected: expected.to_owned() });
         }

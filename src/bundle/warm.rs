@@ -5,9 +5,8 @@ use super::{BundleError, Manifest, golden::Golden};
 use crate::{
     content::EncoderModel,
     domain::{Vector, all_finite},
-    fusion,
     inference::Graph,
-    towers::{TowerGraphs, item_tower, user_tower, user_tower::UserDims},
+    towers::{TowerGraphs, fusion, item_tower, user_tower, user_tower::UserDims},
 };
 
 /// Candidates of one run.

@@ -2,8 +2,8 @@
 
 use crate::{
     config::Settings,
-    item_trace,
     lifecycle::desired,
+    pipeline::item_trace,
     server::{self, Listeners, Start},
     telemetry::{logs, recorder::Recorder},
 };
@@ -49,7 +49,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     });
     // What is left has outlived its grace period, or is a load that nobody waits for any more.
     runtime.shutdown_background();
-    trace.into_iter().for_each(|trace| trace.finish());
+    if let Some(trace) = trace {
+        trace.finish();
+    }
     served
 }
 

@@ -7,7 +7,7 @@ use super::{
     raw::Raw,
 };
 use crate::{
-    bundle::digest::sha256,
+    domain::digest::sha256_hex,
     inference::ProviderChoice,
     telemetry::logs::{self, LogFormat},
 };
@@ -157,7 +157,7 @@ impl Settings {
             return Err(ConfigError::Invalid(reader.faults));
         }
         settings.written = reader.written;
-        settings.digest = sha256(settings.to_toml().as_bytes());
+        settings.digest = sha256_hex(settings.to_toml().as_bytes());
         Ok(settings)
     }
 

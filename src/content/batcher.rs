@@ -12,21 +12,12 @@
 //!
 //! The queue's bound is not here: a job holds a place of `encoder`'s semaphore for as long as it lives.
 
-use crate::inference::Pace;
+use crate::{domain::Priority, inference::Pace};
 use std::{
     collections::VecDeque,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-
-/// Who waits for a job.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Priority {
-    /// A request with a deadline.
-    Request,
-    /// Traffic to come.
-    WarmUp,
-}
 
 /// What the batcher has to know of a job.
 pub trait Queued {

@@ -1,14 +1,16 @@
 //! The encoder: its model (template, tokenizer, graph) and the threads that run it.
 
 use super::{
-    EncoderDigest, Tokenizer, TokenizerError,
-    batcher::{BatchLimits, Batcher, Priority, Queued, Work},
+    Tokenizer, TokenizerError,
+    batcher::{BatchLimits, Batcher, Queued, Work},
     flight::Flight,
 };
 use crate::{
-    domain::{ItemText, all_finite},
-    inference::{Graph, GraphError, Input, Provider, pool::run_guarded, priority::step_back},
-    item_text::{Template, TemplateError},
+    domain::{
+        EncoderDigest, ItemText, Priority, all_finite,
+        item_text::{Template, TemplateError},
+    },
+    inference::{Graph, GraphError, Input, Provider, background::give_way, job::run_guarded},
     telemetry::events::{self, QueueStay},
 };
 use std::{
@@ -102,7 +104,7 @@ impl EncodeJob {
 impl Queued for EncodeJob {
     /// A job is a request's for as long as a request waits for it, whoever queued it.
     fn priority(&self) -> Priority {
-        if self.flight.is_wanted() { Priority::Request } else { Priority::WarmUp }
+        if self.flight.has_waiting_request() { Priority::Request } else { Priority::WarmUp }
     }
 
     fn n_tokens(&self) -> usize {
@@ -158,7 +160,7 @@ impl Encoder {
         for (i, graph) in graphs.into_iter().enumerate() {
             let (model, batcher) = (Arc::clone(&model), Arc::clone(&batcher));
             let run = move || {
-                step_back();
+                give_way();
                 work(&model, graph, &batcher);
             };
             thread::Builder::new().name(format!("{QUEUE}-{i}")).spawn(run)?;
@@ -207,7 +209,9 @@ impl Encoder {
 
     pub(super) fn submit(&self, mut jobs: Vec<EncodeJob>) {
         if !jobs.is_empty() {
-            jobs.iter_mut().for_each(|job| job.stay = Some(QueueStay::begin(QUEUE)));
+            for job in &mut jobs {
+                job.stay = Some(QueueStay::begin(QUEUE));
+            }
             self.batcher.push(jobs);
         }
     }

@@ -4,8 +4,11 @@
 //! then wakes everybody. Dropping it, by a failed batch, a panic or a shutdown, closes it and tells everybody that it
 //! failed; the next caller starts a new one.
 
-use super::{Content, ContentKey};
-use crate::{domain::Vector, vector_cache::VectorCache};
+use super::Content;
+use crate::{
+    cache::vectors::VectorCache,
+    domain::{ContentKey, Vector},
+};
 use dashmap::{DashMap, Entry};
 use std::{
     sync::{
@@ -22,22 +25,22 @@ type Table = DashMap<ContentKey, Pending>;
 #[derive(Debug)]
 struct Pending {
     landing: watch::Receiver<Option<Vector>>,
-    wanted: Arc<Wanted>,
+    deadline: Arc<LatestDeadline>,
 }
 
-/// Until when somebody waits for a flight. Raised by every request that joins it, so that a warm-up that a request has
-/// come to wait for goes first, and work whose requests are all out of time goes last.
+/// Until when a request waits for a flight. Every request that joins raises it, so that a warm-up which a request has come to
+/// wait for goes first, and work whose requests are all out of time goes last.
 #[derive(Debug, Default)]
-struct Wanted(AtomicU64);
+struct LatestDeadline(AtomicU64);
 
-impl Wanted {
+impl LatestDeadline {
     fn raise(&self, until: Option<Instant>) {
         let until = until.map_or(0, |until| until.saturating_duration_since(*EPOCH).as_millis() as u64);
         self.0.fetch_max(until, Ordering::Relaxed);
     }
 
     /// Whether a request ever joined, in time or not.
-    fn by_a_request(&self) -> bool {
+    fn has_request(&self) -> bool {
         self.0.load(Ordering::Relaxed) > 0
     }
 
@@ -81,9 +84,9 @@ impl Flights {
                     return Boarding::Cached(vector);
                 }
                 let (result, landing) = watch::channel(None);
-                let wanted = Arc::new(Wanted::default());
-                let landing = entry.insert(Pending { landing, wanted: Arc::clone(&wanted) }).follow(until);
-                let flight = Flight { key, result, wanted, table: Arc::clone(&self.table), cache: cache.clone() };
+                let deadline = Arc::new(LatestDeadline::default());
+                let landing = entry.insert(Pending { landing, deadline: Arc::clone(&deadline) }).follow(until);
+                let flight = Flight { key, result, deadline, table: Arc::clone(&self.table), cache: cache.clone() };
                 Boarding::Led(flight, landing)
             }
         }
@@ -92,7 +95,7 @@ impl Flights {
 
 impl Pending {
     fn follow(&self, until: Option<Instant>) -> Landing {
-        self.wanted.raise(until);
+        self.deadline.raise(until);
         Landing(self.landing.clone())
     }
 }
@@ -102,26 +105,26 @@ impl Pending {
 pub(super) struct Flight {
     key: ContentKey,
     result: watch::Sender<Option<Vector>>,
-    wanted: Arc<Wanted>,
+    deadline: Arc<LatestDeadline>,
     table: Arc<Table>,
     cache: VectorCache<ContentKey>,
 }
 
 impl Flight {
     /// Whether a request waits for it now.
-    pub(super) fn is_wanted(&self) -> bool {
+    pub(super) fn has_waiting_request(&self) -> bool {
         !self.time_left().is_zero()
     }
 
     /// How long a request will still wait for it; zero where none does.
     pub(super) fn time_left(&self) -> Duration {
-        self.wanted.time_left()
+        self.deadline.time_left()
     }
 
     /// Caches `vector` and hands it to everybody who waits.
     pub(super) fn land(self, vector: Vector) {
         // Cached first: who finds the table empty afterwards must find the cache full.
-        match self.wanted.by_a_request() {
+        match self.deadline.has_request() {
             true => self.cache.insert(self.key, Arc::clone(&vector)),
             false => self.cache.insert_ahead(self.key, Arc::clone(&vector)),
         }
@@ -133,7 +136,7 @@ impl Flight {
 impl Drop for Flight {
     fn drop(&mut self) {
         // A flight that landed may have been followed by a new one (after an eviction): that one is not ours to close.
-        let ours = |_: &ContentKey, pending: &Pending| Arc::ptr_eq(&pending.wanted, &self.wanted);
+        let ours = |_: &ContentKey, pending: &Pending| Arc::ptr_eq(&pending.deadline, &self.deadline);
         self.table.remove_if(&self.key, ours);
     }
 }

@@ -22,64 +22,15 @@ pub use encoder::{EncodeError, Encoder, EncoderModel};
 pub use tokenizer::{Tokenizer, TokenizerError};
 
 use crate::{
-    domain::{ItemText, Vector},
-    error::ShedReason,
-    item_text::TextDigest,
+    cache::Caches,
+    domain::{ContentKey, KnownItem, Priority, Vector, error::ShedReason},
     telemetry::events::{self, Lookups},
-    vector_cache::VectorCache,
 };
-use batcher::Priority;
 use encoder::EncodeJob;
 use flight::{Boarding, Flights, Landing};
-use std::{fmt, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
-/// Everything that a content embedding depends on beside the text: graph, weights, tokenizer, template, token limit.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct EncoderDigest(pub [u8; 16]);
-
-impl fmt::Display for EncoderDigest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-impl fmt::Debug for EncoderDigest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-/// What a content embedding is cached under.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct ContentKey {
-    /// The encoder.
-    pub encoder: EncoderDigest,
-    /// The text.
-    pub text: TextDigest,
-}
-
-/// What an id is looked up by: 128 bits of a keyed hash.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct IdKey(pub [u64; 2]);
-
-/// An item whose text is known. The text itself is fetched only where it has to be encoded.
-#[derive(Debug, Clone)]
-pub struct KnownItem {
-    /// Where its text is remembered.
-    pub id: IdKey,
-    /// The text's digest.
-    pub digest: TextDigest,
-    /// The text, where it came with this request and is new.
-    pub text: Option<Arc<ItemText>>,
-}
-
-/// Where the texts of known items are.
-pub trait Texts: fmt::Debug + Sync {
-    /// The text of `item`; none where it was forgotten, or replaced, since the item was resolved.
-    fn text(&self, item: &KnownItem) -> Option<Arc<ItemText>>;
-}
-
-/// How one content embedding was come by.
+/// How one content embedding was obtained, or why it was not.
 #[derive(Debug, Clone)]
 pub enum Content {
     /// It was cached.
@@ -108,16 +59,14 @@ impl Content {
     }
 }
 
-/// What one call asks for.
+/// The items whose content embeddings one call asks for.
 #[derive(Debug, Clone, Copy)]
-pub struct Wanted<'a> {
+pub struct EmbedRequest<'a> {
     /// The items.
     pub items: &'a [KnownItem],
-    /// Where their texts are.
-    pub texts: &'a dyn Texts,
-    /// Who asks.
+    /// Who waits for them.
     pub priority: Priority,
-    /// What is not there by then is left to the next caller.
+    /// The caller stops waiting then. Encoding that is under way goes on, and its result is cached.
     pub until: Instant,
 }
 
@@ -145,11 +94,11 @@ impl Slot {
     }
 
     fn count(&self, lookups: &mut Lookups) {
-        *match self {
-            Slot::Cached(_) => &mut lookups.n_hits,
-            Slot::Followed(_) => &mut lookups.n_coalesced,
-            Slot::Led(_) | Slot::Shed | Slot::NoText => &mut lookups.n_misses,
-        } += 1;
+        match self {
+            Slot::Cached(_) => lookups.n_hits += 1,
+            Slot::Followed(_) => lookups.n_coalesced += 1,
+            Slot::Led(_) | Slot::Shed | Slot::NoText => lookups.n_misses += 1,
+        }
     }
 }
 
@@ -161,46 +110,42 @@ async fn settle(slots: &mut [Slot]) {
     }
 }
 
-/// The content embeddings of the process: one cache and one table of flights for all encoders.
+/// Where content embeddings come from: one cache, one table of flights for all encoders, and the texts to encode.
 #[derive(Debug)]
 pub struct Contents {
-    cache: VectorCache<ContentKey>,
+    caches: Arc<Caches>,
     flights: Flights,
 }
 
 impl Contents {
-    /// Nothing cached, at most `max_bytes` ever.
-    pub fn new(max_bytes: u64) -> Self {
-        Contents { cache: VectorCache::new("content", max_bytes), flights: Flights::default() }
+    /// Reads and fills the content cache of `caches`, and takes texts from its known items.
+    pub fn new(caches: Arc<Caches>) -> Self {
+        Contents { caches, flights: Flights::default() }
     }
 
-    /// The cache, for operators.
-    pub fn cache(&self) -> &VectorCache<ContentKey> {
-        &self.cache
-    }
-
-    /// The content embeddings of what is wanted, in order, as far as they are to be had in time.
+    /// The content embedding of each item of `request`, in order, or why there is none.
     ///
-    /// A request is turned away (`Content::Shed`) by a full queue, warm-up waits for room. Cancel-safe: what was queued
-    /// goes on and is cached.
-    pub async fn embed(&self, encoder: &Encoder, wanted: Wanted<'_>) -> Vec<Content> {
-        let key = |item: &KnownItem| ContentKey { encoder: encoder.digest(), text: item.digest };
-        let cached = self.cache.get_many(&wanted.items.iter().map(key).collect::<Vec<_>>());
+    /// A full queue turns a request away ([`Content::Shed`]); warm-up waits for room. Cancel-safe: encoding that was queued
+    /// goes on, and its result is cached.
+    pub async fn embed(&self, encoder: &Encoder, request: EmbedRequest<'_>) -> Vec<Content> {
+        let cache = &self.caches.contents;
+        let key = |item: &KnownItem| ContentKey { part: encoder.digest(), text: item.digest };
+        let cached = cache.get_many(&request.items.iter().map(key).collect::<Vec<_>>());
         let mut lookups = Lookups::default();
         let mut slots = Vec::with_capacity(cached.len());
         let mut jobs = Vec::new();
-        for (item, cached) in wanted.items.iter().zip(cached) {
+        for (item, cached) in request.items.iter().zip(cached) {
             let slot = match cached {
                 Some(vector) => Slot::Cached(vector),
-                None => self.begin(encoder, (key(item), item), &wanted, &mut jobs).await,
+                None => self.begin(encoder, item, &request, &mut jobs).await,
             };
             slot.count(&mut lookups);
             slots.push(slot);
         }
         encoder.submit(jobs);
-        events::cache_looked_up(self.cache.name(), lookups);
+        events::cache_looked_up(cache.name().as_str(), lookups);
         // One timer for all: after it only what has arrived counts, and thousands of late rows cost nothing more.
-        let _ = tokio::time::timeout_at(wanted.until.into(), settle(&mut slots)).await;
+        let _ = tokio::time::timeout_at(request.until.into(), settle(&mut slots)).await;
         slots.into_iter().map(Slot::now).collect()
     }
 
@@ -208,17 +153,18 @@ impl Contents {
     async fn begin(
         &self,
         encoder: &Encoder,
-        (key, item): (ContentKey, &KnownItem),
-        wanted: &Wanted<'_>,
+        item: &KnownItem,
+        request: &EmbedRequest<'_>,
         jobs: &mut Vec<EncodeJob>,
     ) -> Slot {
-        let until = (wanted.priority == Priority::Request).then_some(wanted.until);
-        // Following takes no place: what is under way is waited for, however full the queue.
+        let key = ContentKey { part: encoder.digest(), text: item.digest };
+        let until = (request.priority == Priority::Request).then_some(request.until);
+        // Following needs no room in the queue: the text is in it already.
         if let Some(landing) = self.flights.follow(&key, until) {
             return Slot::Followed(landing);
         }
-        let Some(text) = wanted.texts.text(item) else { return Slot::NoText };
-        let place = match (encoder.try_reserve(&text, wanted.priority), wanted.priority) {
+        let Some(text) = self.caches.known_items.text(item) else { return Slot::NoText };
+        let place = match (encoder.try_reserve(&text, request.priority), request.priority) {
             (Some(place), _) => place,
             (None, Priority::Request) => {
                 events::shed(ShedReason::EncoderQueue, 1);
@@ -230,7 +176,7 @@ impl Contents {
                 encoder.reserve_warm_up(&text).await
             }
         };
-        match self.flights.board(key, until, &self.cache) {
+        match self.flights.board(key, until, &self.caches.contents) {
             Boarding::Cached(vector) => Slot::Cached(vector),
             Boarding::Followed(landing) => Slot::Followed(landing),
             Boarding::Led(flight, landing) => {

@@ -1,11 +1,26 @@
 //! Single flight: one leader, everybody served, nobody stranded.
 
 use super::*;
+use crate::{
+    cache::CacheLimits,
+    domain::{EncoderDigest, ItemText, TextDigest},
+};
 use std::time::Duration;
+
+fn contents() -> Contents {
+    let bytes = 1 << 20;
+    Contents::new(Arc::new(Caches::new(CacheLimits {
+        content_bytes: bytes,
+        item_bytes: bytes,
+        user_bytes: bytes,
+        known_items_bytes: bytes,
+        max_text_bytes: 100,
+    })))
+}
 
 fn key(n: u8) -> ContentKey {
     let text = TextDigest::of(&ItemText { title: format!("item {n}"), ..ItemText::default() });
-    ContentKey { encoder: EncoderDigest([7; 16]), text }
+    ContentKey { part: EncoderDigest::from_bytes([7; 16]), text }
 }
 
 fn led(boarding: Boarding) -> (flight::Flight, Landing) {
@@ -29,34 +44,34 @@ async fn arrived(mut landing: Landing) -> Content {
 
 #[tokio::test(start_paused = true)]
 async fn one_flight_serves_everybody_and_fills_the_cache() {
-    let contents = Contents::new(1 << 20);
-    let (flight, leader) = led(contents.flights.board(key(1), None, &contents.cache));
-    let follower = followed(contents.flights.board(key(1), None, &contents.cache));
-    led(contents.flights.board(key(2), None, &contents.cache));
+    let contents = contents();
+    let (flight, leader) = led(contents.flights.board(key(1), None, &contents.caches.contents));
+    let follower = followed(contents.flights.board(key(1), None, &contents.caches.contents));
+    led(contents.flights.board(key(2), None, &contents.caches.contents));
     // The request that led goes away: its flight is the job's, so the follower is still served.
     drop(leader);
     flight.land(vec![0.5; 4].into());
     assert!(matches!(arrived(follower).await, Content::Encoded(v) if v[..] == [0.5; 4]));
-    assert!(matches!(contents.flights.board(key(1), None, &contents.cache), Boarding::Cached(_)));
+    assert!(matches!(contents.flights.board(key(1), None, &contents.caches.contents), Boarding::Cached(_)));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_flight_that_is_dropped_fails_everybody_and_the_next_caller_leads() {
-    let contents = Contents::new(1 << 20);
-    let (flight, leader) = led(contents.flights.board(key(1), None, &contents.cache));
-    let follower = followed(contents.flights.board(key(1), None, &contents.cache));
+    let contents = contents();
+    let (flight, leader) = led(contents.flights.board(key(1), None, &contents.caches.contents));
+    let follower = followed(contents.flights.board(key(1), None, &contents.caches.contents));
     drop(flight);
     assert!(matches!(arrived(leader).await, Content::Failed));
     assert!(matches!(arrived(follower).await, Content::Failed));
-    assert!(!contents.cache.contains(&key(1)), "a failure was cached");
-    led(contents.flights.board(key(1), None, &contents.cache));
+    assert!(!contents.caches.contents.contains(&key(1)), "a failure was cached");
+    led(contents.flights.board(key(1), None, &contents.caches.contents));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_caller_waits_until_its_deadline_and_the_result_is_cached_for_the_next() {
-    let contents = Contents::new(1 << 20);
-    let (flight, landing) = led(contents.flights.board(key(1), None, &contents.cache));
-    let (other_flight, other) = led(contents.flights.board(key(2), None, &contents.cache));
+    let contents = contents();
+    let (flight, landing) = led(contents.flights.board(key(1), None, &contents.caches.contents));
+    let (other_flight, other) = led(contents.flights.board(key(2), None, &contents.caches.contents));
     other_flight.land(vec![0.25; 4].into());
     let before = tokio::time::Instant::now();
     let mut slots = [Slot::Led(landing), Slot::Followed(other), Slot::Shed];
@@ -68,18 +83,18 @@ async fn a_caller_waits_until_its_deadline_and_the_result_is_cached_for_the_next
     assert!(matches!(in_time, Content::Joined(_)), "what arrived behind a late one was lost: {in_time:?}");
     assert!(matches!(shed, Content::Shed));
     flight.land(vec![0.5; 4].into());
-    assert!(contents.cache.contains(&key(1)));
+    assert!(contents.caches.contents.contains(&key(1)));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_request_that_joins_raises_a_warm_up_until_it_leaves() {
-    let contents = Contents::new(1 << 20);
-    let (flight, _landing) = led(contents.flights.board(key(1), None, &contents.cache));
-    assert!(!flight.is_wanted());
+    let contents = contents();
+    let (flight, _landing) = led(contents.flights.board(key(1), None, &contents.caches.contents));
+    assert!(!flight.has_waiting_request());
     let in_an_hour = Some(Instant::now() + Duration::from_secs(3600));
     assert!(contents.flights.follow(&key(1), in_an_hour).is_some());
-    assert!(flight.is_wanted(), "a request waits behind warm-up");
-    let (abandoned, _landing) = led(contents.flights.board(key(2), Some(Instant::now()), &contents.cache));
-    assert!(!abandoned.is_wanted(), "work that everybody left keeps its place before those who wait");
+    assert!(flight.has_waiting_request(), "a request waits behind warm-up");
+    let (abandoned, _landing) = led(contents.flights.board(key(2), Some(Instant::now()), &contents.caches.contents));
+    assert!(!abandoned.has_waiting_request(), "work that everybody left keeps its place before those who wait");
     assert!(contents.flights.follow(&key(3), in_an_hour).is_none());
 }

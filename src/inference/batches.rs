@@ -7,7 +7,7 @@
 //! Invariants (tested): every job is answered exactly once; there are at least as many tasks in the queue as jobs that wait,
 //! so none is left behind; a job whose deadline passed, or whose caller left, is dropped before it joins a batch.
 
-use super::{JobError, pool::run_guarded};
+use super::{JobError, job::run_guarded};
 use crate::telemetry::events::QueueStay;
 use std::{
     collections::VecDeque,

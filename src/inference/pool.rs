@@ -9,35 +9,19 @@
 //! `content::batcher`.
 
 use super::{
-    Pace,
+    JobError, Pace,
     batches::{Batches, Waiting},
+    job::run_guarded,
     queue::Queue,
 };
-use crate::telemetry::events::{self, QueueStay};
+use crate::telemetry::events::QueueStay;
 use std::{
-    any::Any,
     fmt, io,
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     thread,
     time::{Duration, Instant},
 };
-use thiserror::Error;
 use tokio::sync::oneshot;
-
-/// Why a job has no result.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum JobError {
-    /// The queue is full.
-    #[error("the queue is full")]
-    QueueFull,
-    /// The deadline passed before the job was done.
-    #[error("the deadline passed")]
-    Expired,
-    /// The job panicked, or the pool is gone.
-    #[error("the job panicked: {0}")]
-    Panicked(String),
-}
 
 struct Task<S> {
     /// Says how many jobs it ran: what has expired, or whose caller left, takes no time.
@@ -133,7 +117,9 @@ impl<S> Drop for Pool<S> {
 }
 
 fn refused<S>(task: Task<S>) -> JobError {
-    task.stay.into_iter().for_each(QueueStay::refuse);
+    if let Some(stay) = task.stay {
+        stay.refuse();
+    }
     JobError::QueueFull
 }
 
@@ -154,20 +140,6 @@ fn work<S>(tasks: &Queue<Task<S>>, mut state: S, pace: &Pace) {
             pace.record(start.elapsed() / n_run);
         }
     }
-}
-
-/// Runs `job`; a panic becomes an error and one log line.
-pub fn run_guarded<T>(pool: &str, job: impl FnOnce() -> T) -> Result<T, JobError> {
-    catch_unwind(AssertUnwindSafe(job)).map_err(|panic| {
-        let message = panic_message(&*panic);
-        events::job_panicked(pool, &message);
-        JobError::Panicked(message)
-    })
-}
-
-fn panic_message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@
 //! means the file, and has it. So the newest wish wins, whichever way it came and whether or not the server was up.
 
 use crate::{
-    bundle::digest::sha256,
     config::{ConfigError, raw::read_file},
+    domain::digest::sha256_hex,
 };
 use std::{
     fs, io,
@@ -47,7 +47,7 @@ pub fn read(file: &Path) -> Result<Desired, ConfigError> {
         // Nobody would know why another config than the one that was pushed is in force.
         Err(source) => return Err(ConfigError::Read { path, source }),
     };
-    if base_of(&pushed) == Some(sha256(own.file_text.as_bytes()).as_str()) {
+    if base_of(&pushed) == Some(sha256_hex(own.file_text.as_bytes()).as_str()) {
         return Ok(Desired { text: body(&pushed).to_owned(), pushed_file: Some(path), ..own });
     }
     Ok(Desired { overruled: Some(path), ..own })
@@ -91,7 +91,7 @@ fn write(path: &Path, base: &str, file: &Path, text: &str, who: &str) -> io::Res
     let mut new = tempfile::NamedTempFile::new_in(folder)?;
     let name = file.file_name().unwrap_or_default().to_string_lossy();
     let who = who.replace(char::is_control, " ");
-    writeln!(new, "{HEADER}{name}{BASE}{} by {who}", sha256(base.as_bytes()))?;
+    writeln!(new, "{HEADER}{name}{BASE}{} by {who}", sha256_hex(base.as_bytes()))?;
     new.write_all(body(text).as_bytes())?;
     new.as_file().sync_all()?;
     new.persist(path)?;

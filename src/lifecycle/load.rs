@@ -15,14 +15,16 @@ use crate::{
     },
     config::{ModelSettings, Role, Settings},
     content::Encoder,
-    inference::{Runtime, pool::run_guarded, priority::step_back},
+    inference::{
+        Runtime,
+        background::{self, Urgency},
+    },
 };
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
-    thread,
 };
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::Semaphore;
 
 /// Requests that a shadow may have under way.
 const SHADOW_ROOM: usize = 2;
@@ -165,18 +167,9 @@ impl Lifecycle {
         &self,
         job: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, PushError> {
-        let (reply, answer) = oneshot::channel();
         let is_serving = self.pipeline.registry.current().is_ok();
-        let run = move || {
-            if is_serving {
-                step_back();
-            }
-            // Who asked may have left: a server that drains waits for no load.
-            let _ = reply.send(run_guarded("loader", job));
-        };
-        let failed = |error: &dyn std::fmt::Display| PushError::Failed(error.to_string());
-        thread::Builder::new().name("loader".to_owned()).spawn(run).map_err(|error| failed(&error))?;
-        answer.await.map_err(|error| failed(&error))?.map_err(|error| failed(&error))
+        let urgency = if is_serving { Urgency::GivesWay } else { Urgency::Normal };
+        background::run(urgency, job).await.map_err(|error| PushError::Failed(error.to_string()))
     }
 
     /// Notes what came from stores and serves from now on.

@@ -16,9 +16,8 @@
 //! - A start goes the same way, so that what was pushed starts from cold.
 //!
 //! `load` has the steps that concern bundles, `swap` those that put a config in force; the pipeline's `replay` fills caches;
-//! [`watch`] listens at the doors; [`caches`] writes snapshots of the caches.
+//! [`watch`] listens for new ones.
 
-pub mod caches;
 pub mod desired;
 pub mod error;
 pub mod journal;
@@ -35,6 +34,7 @@ use crate::{
         Model, Snapshot,
         store::{Fallback, Store},
     },
+    cache::snapshot::{Served, keeper::SnapshotKeeper},
     config::{Settings, raw::store_options},
     inference::Runtime,
     pipeline::Pipeline,
@@ -93,6 +93,8 @@ pub struct Applied {
 #[derive(Debug)]
 pub struct Lifecycle {
     pipeline: Arc<Pipeline>,
+    /// Fills the caches at a start; none where no snapshots are kept.
+    snapshots: Option<Arc<SnapshotKeeper>>,
     /// The config file.
     file: PathBuf,
     store: Store,
@@ -103,8 +105,6 @@ pub struct Lifecycle {
     turn: tokio::sync::Mutex<()>,
     /// Held by who changes what is in force and what a restart finds, so that the two agree.
     commit: Mutex<()>,
-    /// Held by who writes a snapshot of the caches.
-    snapshotting: tokio::sync::Mutex<()>,
     state: Mutex<State>,
     draining: watched::Receiver<bool>,
     /// What pushes did.
@@ -120,17 +120,23 @@ struct State {
 
 impl Lifecycle {
     /// Nothing is in force yet. `file` is the config file, `start` what was read from it.
-    pub fn new(pipeline: Arc<Pipeline>, file: PathBuf, start: Settings, draining: watched::Receiver<bool>) -> Self {
+    pub fn new(
+        pipeline: Arc<Pipeline>,
+        snapshots: Option<Arc<SnapshotKeeper>>,
+        file: PathBuf,
+        start: Settings,
+        draining: watched::Receiver<bool>,
+    ) -> Self {
         let store = Store::new(start.bundles_folder.clone(), store_options());
         Lifecycle {
             pipeline,
+            snapshots,
             file,
             store,
             start,
             runtime: OnceCell::new(),
             turn: tokio::sync::Mutex::new(()),
             commit: Mutex::new(()),
-            snapshotting: tokio::sync::Mutex::new(()),
             state: Mutex::default(),
             draining,
             journal: Journal::default(),
@@ -145,6 +151,11 @@ impl Lifecycle {
     /// What is in force.
     pub fn in_force(&self) -> Option<InForce> {
         self.state().current.clone()
+    }
+
+    /// The parts of the models in force whose vectors are cached.
+    pub fn cached_parts(&self) -> Vec<Served> {
+        self.in_force().map(|config| config.snapshot.cached_parts()).unwrap_or_default()
     }
 
     /// What a rollback would put in force.
@@ -262,6 +273,14 @@ impl Lifecycle {
         let state = self.state();
         let configs = state.current.iter().chain(&state.previous);
         configs.flat_map(|config| config.snapshot.all()).cloned().collect()
+    }
+
+    /// Fills the caches from their last snapshot, if snapshots are kept. Whatever is wrong with it, the server starts.
+    async fn restore(&self, candidate: &Candidate) {
+        if let Some(snapshots) = &self.snapshots {
+            self.journal.step(Step::Restore, "");
+            snapshots.restore(candidate.snapshot.cached_parts()).await;
+        }
     }
 
     async fn replay(&self, settings: &Settings, candidate: &Candidate) {

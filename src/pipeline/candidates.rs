@@ -1,17 +1,21 @@
 //! Candidates to item embeddings: the item cache, then content embeddings and the item tower for what is missing.
 
-use super::{Pipeline, Resolved, Rows, nothing_ready, vector_or_status};
-use crate::{
+use super::{
+    Pipeline, Resolved, Rows,
     admission::{Deadlines, shed},
+    nothing_ready, vector_or_status,
+};
+use crate::{
     bundle::Model,
-    content::{Content, KnownItem, Wanted, batcher::Priority},
-    domain::{Matrix, RowStatus, Vector, all_finite},
-    error::{Error, ShedReason},
+    cache::vectors::VectorCache,
+    content::{Content, EmbedRequest},
+    domain::{
+        ItemKey, KnownItem, Matrix, Priority, RowStatus, TextDigest, Vector, all_finite,
+        error::{Error, ShedReason},
+    },
     inference::{GraphError, JobError},
-    item_text::TextDigest,
     telemetry::events::{self, Lookups},
-    towers::{ItemKey, TowerGraphs, item_tower},
-    vector_cache::VectorCache,
+    towers::{TowerGraphs, item_tower},
 };
 use std::{collections::HashMap, time::Instant};
 
@@ -57,13 +61,13 @@ impl Pipeline {
         let (mut candidates, missing) = self.look_up(model, &resolved);
         let mut n_shed = 0;
         if !missing.is_empty() {
-            let (wanted, places) = unique(missing.iter().filter_map(|row| resolved[*row].as_ref().ok()));
-            let contents =
-                self.contents.embed(&model.encoder, self.wanted(&wanted, Priority::Request, deadlines.encode_by)).await;
+            let (items, places) = unique(missing.iter().filter_map(|row| resolved[*row].as_ref().ok()));
+            let request = EmbedRequest { items: &items, priority: Priority::Request, until: deadlines.encode_by };
+            let contents = self.contents.embed(&model.encoder, request).await;
             events::stage_finished("content", start);
             n_shed = contents.iter().filter(|content| matches!(content, Content::Shed)).count();
-            let wanted = self.wanted(&wanted, Priority::Request, deadlines.embed_by);
-            let embedded = self.run_item_tower(model, wanted, &contents).await?;
+            let request = EmbedRequest { until: deadlines.embed_by, ..request };
+            let embedded = self.run_item_tower(model, request, &contents).await?;
             for (row, place) in missing.into_iter().zip(places) {
                 match &embedded[place] {
                     Ok(item) => candidates.put(row, item),
@@ -86,7 +90,7 @@ impl Pipeline {
         for (row, known) in resolved.iter().enumerate() {
             match known {
                 Ok(known) => {
-                    keys.push(ItemKey { tower: model.tower_digest, text: known.digest });
+                    keys.push(ItemKey { part: model.tower_digest, text: known.digest });
                     rows.push(row);
                 }
                 Err(status) => statuses[row] = *status,
@@ -95,40 +99,42 @@ impl Pipeline {
         let mut candidates =
             Candidates { statuses, items: Matrix::zeros(resolved.len(), model.manifest.item_tower.dim) };
         let mut missing = Vec::new();
-        self.items.read_many(&keys, |i, item| match item {
+        self.caches.items.read_many(&keys, |i, item| match item {
             Some(item) => candidates.put(rows[i], item),
             None => missing.push(rows[i]),
         });
         let n_misses = missing.len() as u64;
         let lookups = Lookups { n_hits: keys.len() as u64 - n_misses, n_misses, n_coalesced: 0 };
-        events::cache_looked_up(self.items.name(), lookups);
+        events::cache_looked_up(self.caches.items.name().as_str(), lookups);
         (candidates, missing)
     }
 
-    /// The item embeddings of those of `wanted` that have a content embedding.
+    /// The item embeddings of the items of `request` that have a content embedding (`contents`, one per item).
     ///
-    /// They are cached where they are computed: a result that comes too late for its caller is there for the next.
+    /// The inference thread caches them, so that a result that comes too late for its caller is there for the next.
     pub(super) async fn run_item_tower(
         &self,
         model: &Model,
-        wanted: Wanted<'_>,
+        request: EmbedRequest<'_>,
         contents: &[Content],
     ) -> Result<Rows, Error> {
-        let Wanted { priority, until, .. } = wanted;
-        let with_content = wanted.items.iter().zip(contents).filter_map(|(known, content)| {
-            Some((ItemKey { tower: model.tower_digest, text: known.digest }, content.vector()?.clone()))
+        let EmbedRequest { items, priority, until } = request;
+        let with_content = items.iter().zip(contents).filter_map(|(known, content)| {
+            Some((ItemKey { part: model.tower_digest, text: known.digest }, content.vector()?.clone()))
         });
         let (keys, inputs): (Vec<ItemKey>, Vec<Vector>) = with_content.unzip();
         if inputs.is_empty() {
             return Ok(contents.iter().map(vector_or_status).collect());
         }
-        let (dim, items) = (model.manifest.item_tower.dim, self.items.clone());
+        let (dim, cache) = (model.manifest.item_tower.dim, self.caches.items.clone());
         let job = move |graphs: &mut TowerGraphs| {
             let start = Instant::now();
             let embedded = item_tower::embed(graphs, &inputs, dim)?;
             events::stage_finished("item_tower", start);
-            inputs.chunks(item_tower::BATCH).for_each(|batch| events::batch_ran("item_tower", batch.len()));
-            Ok(keys.into_iter().zip(embedded).map(|(key, item)| keep(&items, key, item, priority)).collect::<Rows>())
+            for batch in inputs.chunks(item_tower::BATCH) {
+                events::batch_ran("item_tower", batch.len());
+            }
+            Ok(keys.into_iter().zip(embedded).map(|(key, item)| keep(&cache, key, item, priority)).collect::<Rows>())
         };
         let embedded: Result<Rows, RowStatus> = match model.towers.run(until, job).await {
             Ok(Ok(rows)) => Ok(rows),
@@ -154,14 +160,14 @@ impl Pipeline {
     }
 }
 
-fn keep(items: &VectorCache<ItemKey>, key: ItemKey, item: Vector, priority: Priority) -> Result<Vector, RowStatus> {
+fn keep(cache: &VectorCache<ItemKey>, key: ItemKey, item: Vector, priority: Priority) -> Result<Vector, RowStatus> {
     if !all_finite(&item) {
         events::vector_not_finite("item_tower");
         return Err(RowStatus::Failed);
     }
     match priority {
-        Priority::Request => items.insert(key, item.clone()),
-        Priority::WarmUp => items.insert_ahead(key, item.clone()),
+        Priority::Request => cache.insert(key, item.clone()),
+        Priority::WarmUp => cache.insert_ahead(key, item.clone()),
     }
     Ok(item)
 }

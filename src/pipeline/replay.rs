@@ -6,17 +6,15 @@
 //! main queue, and it takes half of the cache's room at most: the models that serve now go on needing the rest, and a
 //! rollback finds what was hottest.
 
-use super::{Pipeline, Warmth};
+use super::{Pipeline, warm_up::Warmth};
 use crate::{
     bundle::{
         BundleError, Model,
         golden::{Golden, check_tokens},
     },
-    content::{Content, ContentKey, Encoder, EncoderDigest, IdKey, KnownItem, batcher::Priority},
-    domain::Vector,
-    item_text::TextDigest,
-    towers::ItemKey,
-    vector_cache::VectorCache,
+    cache::vectors::VectorCache,
+    content::{Content, EmbedRequest, Encoder},
+    domain::{ContentKey, EncoderDigest, IdKey, ItemKey, KnownItem, Priority, TextDigest, Vector},
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -28,6 +26,9 @@ use std::{
 const CHUNK: usize = 256;
 /// The golden texts of a bundle are few, but they wait behind whatever the encoder is at.
 const GOLDEN_PATIENCE: Duration = Duration::from_secs(60);
+
+/// The id of items whose text is at hand, so that it need not be looked up.
+const NO_ID: IdKey = IdKey::from_bytes([0; 16]);
 
 /// What a replay did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -67,25 +68,26 @@ impl Pipeline {
         let Ok(snapshot) = self.registry.current() else { return Vec::new() };
         let towers: HashSet<_> = snapshot.all().map(|served| served.tower_digest).collect();
         let encoders: HashSet<_> = snapshot.all().map(|served| served.encoder.digest()).collect();
-        let items = self.items.hottest_keys().into_iter().filter(|key| towers.contains(&key.tower));
+        let items = self.caches.items.hottest_keys().into_iter().filter(|key| towers.contains(&key.part));
         let items: Vec<TextDigest> = items.map(|key| key.text).collect();
         let texts = if encoders.contains(&model.encoder.digest()) {
             items
         } else {
             // Histories are read as content alone.
-            let contents = self.contents.cache().hottest_keys().into_iter();
-            let contents = contents.filter(|key| encoders.contains(&key.encoder)).map(|key| key.text);
+            let contents = self.caches.contents.hottest_keys().into_iter();
+            let contents = contents.filter(|key| encoders.contains(&key.part)).map(|key| key.text);
             alternate(items, contents.collect())
         };
-        let is_there = |text: &TextDigest| self.items.contains(&ItemKey { tower: model.tower_digest, text: *text });
+        let is_there =
+            |text: &TextDigest| self.caches.items.contains(&ItemKey { part: model.tower_digest, text: *text });
         let entry_bytes = VectorCache::<ItemKey>::entry_bytes(model.manifest.item_tower.dim);
-        let room = self.items.measure().max_bytes / 2 / n_models.max(1) / entry_bytes;
+        let room = self.caches.items.measure().max_bytes / 2 / n_models.max(1) / entry_bytes;
         let mut seen = HashSet::new();
         let wanted = texts.into_iter().filter(|text| seen.insert(*text) && !is_there(text)).take(room as usize);
-        let known = self.known_items.hottest().into_iter();
+        let known = self.caches.known_items.hottest().into_iter();
         let known: HashMap<TextDigest, KnownItem> = known.map(|item| (item.digest, item)).collect();
         // The text is needed where its content embedding is not cached; the id is not.
-        let item = |digest| known.get(&digest).cloned().unwrap_or(KnownItem { id: IdKey([0; 2]), digest, text: None });
+        let item = |digest| known.get(&digest).cloned().unwrap_or(KnownItem { id: NO_ID, digest, text: None });
         wanted.map(item).collect()
     }
 
@@ -95,11 +97,11 @@ impl Pipeline {
         check_tokens(golden, encoder.model())?;
         let item = |text| {
             let digest = TextDigest::of(text);
-            KnownItem { id: IdKey([0; 2]), digest, text: Some(Arc::new(text.clone())) }
+            KnownItem { id: NO_ID, digest, text: Some(Arc::new(text.clone())) }
         };
         let items: Vec<KnownItem> = golden.texts().map(item).collect();
         let until = Instant::now() + GOLDEN_PATIENCE;
-        let embed = self.contents.embed(encoder, self.wanted(&items, Priority::WarmUp, until));
+        let embed = self.contents.embed(encoder, EmbedRequest { items: &items, priority: Priority::WarmUp, until });
         // The encoder's queue may have no room for that long.
         let contents = tokio::time::timeout_at(until.into(), embed).await.unwrap_or_default();
         let found: Vec<&Vector> = contents.iter().filter_map(Content::vector).collect();
@@ -112,7 +114,7 @@ impl Pipeline {
     /// Caches what a new encoder gave for the golden texts.
     pub fn keep_golden(&self, encoder: EncoderDigest, contents: Vec<(TextDigest, Vector)>) {
         for (text, content) in contents {
-            self.contents.cache().insert_ahead(ContentKey { encoder, text }, content);
+            self.caches.contents.insert_ahead(ContentKey { part: encoder, text }, content);
         }
     }
 }

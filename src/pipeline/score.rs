@@ -1,18 +1,23 @@
 //! Scoring: user tower and CVR MLP in one crossing to an inference thread.
 
 use super::{
+    admission::shed,
     candidates::Candidates,
     user::{HistoryUse, UserSource},
 };
 use crate::{
-    admission::shed,
     bundle::Model,
-    domain::{Matrix, MidEmbResponse, Outputs, RowStatus, Vector, all_finite},
-    error::{Error, ShedReason},
-    fusion::{Fused, Score, ScoreInput, UserInput},
+    cache::users::UserCache,
+    domain::{
+        Matrix, MidEmbResponse, Outputs, RowStatus, Vector, all_finite,
+        error::{Error, ShedReason},
+    },
     inference::JobError,
     telemetry::events,
-    towers::UserCache,
+    towers::{
+        fusion::Fused,
+        scoring::{Score, ScoreInput, UserInput},
+    },
 };
 use std::{sync::Arc, time::Instant};
 
@@ -59,7 +64,9 @@ impl ScoreJob {
                 if !all_finite(&user) {
                     return Err(Error::internal("scoring", "the user embedding is not finite"));
                 }
-                key.into_iter().for_each(|key| users.insert(key, Arc::clone(&user)));
+                if let Some(key) = key {
+                    users.insert(key, Arc::clone(&user));
+                }
                 Ok(Scores { outputs, user: Some(user), fused })
             }
             Ok(Err(error)) => Err(Error::internal("scoring", error)),

@@ -4,9 +4,8 @@
 //! on its way. It has room for a few requests at once; what comes while it is busy is left out and counted, so that it costs
 //! the machine a bounded part however much traffic there is. Its results go into two histograms and nowhere else.
 
-use super::{Page, Pipeline};
+use super::{Page, Pipeline, admission::Deadlines};
 use crate::{
-    admission::Deadlines,
     bundle::{Model, Shadow},
     domain::{Matrix, MidEmbResponse, Outputs, RowStatus, cosine},
     telemetry::events,

@@ -1,13 +1,11 @@
 //! The user's side of a request: a user embedding that is cached, or the content embeddings that the user tower reads.
 
-use super::{Pipeline, Resolved, candidates::unique, vector_or_status};
+use super::{Pipeline, Resolved, admission::Deadlines, candidates::unique, vector_or_status};
 use crate::{
-    admission::Deadlines,
     bundle::Model,
-    content::{KnownItem, batcher::Priority},
-    domain::{RowStatus, Vector},
+    content::EmbedRequest,
+    domain::{KnownItem, Priority, RowStatus, UserKey, Vector},
     telemetry::events,
-    towers::UserKey,
 };
 use std::time::Instant;
 
@@ -45,7 +43,7 @@ impl Pipeline {
     pub(super) async fn embed_history(&self, model: &Model, history: Resolved, deadlines: Deadlines) -> User {
         let start = Instant::now();
         let key = UserKey::of(model.user_tower_digest, history.iter().flatten().map(|known| &known.digest));
-        let user = match self.users.get(&key) {
+        let user = match self.caches.users.get(&key) {
             Some(user) => User {
                 history: HistoryUse::of(history.iter().map(|row| row.as_ref().err())),
                 source: UserSource::Cached(user),
@@ -57,9 +55,9 @@ impl Pipeline {
     }
 
     async fn gather_history(&self, model: &Model, history: Resolved, key: UserKey, deadlines: Deadlines) -> User {
-        let (wanted, places) = unique(history.iter().flatten());
-        let wanted = self.wanted(&wanted, Priority::Request, deadlines.encode_by);
-        let embedded = self.contents.embed(&model.encoder, wanted).await;
+        let (items, places) = unique(history.iter().flatten());
+        let request = EmbedRequest { items: &items, priority: Priority::Request, until: deadlines.encode_by };
+        let embedded = self.contents.embed(&model.encoder, request).await;
         let mut places = places.into_iter();
         let mut contents = Vec::with_capacity(history.len() * model.manifest.encoder.dim);
         let mut row = |known: &Result<KnownItem, RowStatus>| {

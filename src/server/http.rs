@@ -1,6 +1,6 @@
 //! `/metrics` for Prometheus, `/livez` and `/readyz` for an orchestrator that speaks HTTP.
 
-use crate::{pipeline::Pipeline, telemetry::recorder::Recorder};
+use crate::{cache::Caches, pipeline::Pipeline, telemetry::recorder::Recorder};
 use axum::{
     Router,
     extract::State as Extract,
@@ -15,6 +15,7 @@ use tokio::{net::TcpListener, sync::watch};
 #[derive(Debug, Clone)]
 pub(super) struct State {
     pub(super) recorder: Recorder,
+    pub(super) caches: Arc<Caches>,
     pub(super) pipeline: Arc<Pipeline>,
     pub(super) draining: watch::Receiver<bool>,
 }
@@ -32,7 +33,7 @@ pub(super) async fn serve(listener: TcpListener, state: State) {
 }
 
 async fn metrics(Extract(state): Extract<State>) -> impl IntoResponse {
-    state.pipeline.measure();
+    state.caches.measure();
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], state.recorder.render())
 }
 

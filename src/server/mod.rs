@@ -7,13 +7,13 @@
 mod http;
 
 use crate::{
+    cache::{CacheLimits, Caches, snapshot::keeper::SnapshotKeeper},
     config::{Settings, settings::AdminGuard},
-    item_trace,
     lifecycle::{
         Desired, Lifecycle, PushError,
         watch::{Doors, run as watch_doors},
     },
-    pipeline::{Pipeline, PipelineConfig},
+    pipeline::{Pipeline, item_trace},
     telemetry::recorder::Recorder,
     wire::{
         admin::Admin,
@@ -125,14 +125,23 @@ pub async fn run(
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServerError> {
     let Start { file, desired, settings, trace } = start;
-    let pipeline = Arc::new(Pipeline::new(pipeline_config(&settings)).with_trace(trace));
+    let caches = Arc::new(Caches::new(cache_limits(&settings)));
+    let pipeline = Arc::new(Pipeline::new(Arc::clone(&caches), settings.limits.max_in_flight).with_trace(trace));
+    let keeper = |folder: &PathBuf| Arc::new(SnapshotKeeper::new(Arc::clone(&caches), folder.clone()));
+    let snapshots = settings.snapshot_folder.as_ref().map(keeper);
     let file_text = desired.file_text.clone();
     let doors = Doors::open(&file).map_err(ServerError::Signal)?;
     let (draining, drained) = watch::channel(false);
-    let lifecycle = Arc::new(Lifecycle::new(Arc::clone(&pipeline), file, settings.clone(), drained.clone()));
+    let lifecycle =
+        Arc::new(Lifecycle::new(Arc::clone(&pipeline), snapshots.clone(), file, settings.clone(), drained.clone()));
     let addresses = addresses(&listeners);
     tokio::spawn(recorder.clone().keep_up());
-    let state = http::State { recorder, pipeline: Arc::clone(&pipeline), draining: drained.clone() };
+    let state = http::State {
+        recorder,
+        caches: Arc::clone(&caches),
+        pipeline: Arc::clone(&pipeline),
+        draining: drained.clone(),
+    };
     tokio::spawn(http::serve(listeners.metrics, state));
     let (health, health_service) = tonic_health::server::health_reporter();
     set_health(&health, ServingStatus::NotServing).await;
@@ -144,7 +153,7 @@ pub async fn run(
         .add_service(reflection_v1())
         .add_service(reflection_v1alpha())
         .serve_with_incoming_shutdown(incoming(listeners.grpc), until(drained.clone()));
-    let admin = Admin::new(Arc::clone(&pipeline), Arc::clone(&lifecycle));
+    let admin = Admin::new(caches, Arc::clone(&pipeline), Arc::clone(&lifecycle));
     let admin = admin_builder(&settings.admin_guard)?
         .layer(CountLayer)
         .add_service(AdminServiceServer::with_interceptor(admin, Guard::new(settings.admin_guard.token_file.clone())))
@@ -162,7 +171,10 @@ pub async fn run(
     let [grpc, admin, metrics] = addresses;
     tracing::info!(grpc, admin, metrics, "serving");
     tokio::spawn(watch_doors(Arc::clone(&lifecycle), doors, file_text));
-    tokio::spawn(Arc::clone(&lifecycle).snapshot_regularly());
+    if let (Some(snapshots), Some(every)) = (snapshots.clone(), settings.snapshot_every) {
+        let lifecycle = Arc::clone(&lifecycle);
+        tokio::spawn(async move { snapshots.write_regularly(every, || lifecycle.cached_parts()).await });
+    }
 
     tokio::select! {
         () = &mut shutdown => {}
@@ -174,7 +186,9 @@ pub async fn run(
     end_health_watches(health).await;
     tracing::info!(drain_seconds = settings.drain.as_secs(), "draining");
     let drained = tokio::time::timeout(settings.drain, serving).await;
-    lifecycle.snapshot().await;
+    if let Some(snapshots) = snapshots {
+        snapshots.write(lifecycle.cached_parts()).await;
+    }
     match drained {
         Ok(served) => {
             served??;
@@ -214,14 +228,13 @@ fn admin_builder(guard: &AdminGuard) -> Result<Server, ServerError> {
         .map_err(|source| ServerError::Tls { key: "admin.tls_cert", source: source.into() })
 }
 
-fn pipeline_config(settings: &Settings) -> PipelineConfig {
-    PipelineConfig {
-        content_cache_bytes: settings.content_cache_bytes,
-        item_cache_bytes: settings.item_cache_bytes,
-        user_cache_bytes: settings.user_cache_bytes,
+fn cache_limits(settings: &Settings) -> CacheLimits {
+    CacheLimits {
+        content_bytes: settings.content_cache_bytes,
+        item_bytes: settings.item_cache_bytes,
+        user_bytes: settings.user_cache_bytes,
         known_items_bytes: settings.known_items_bytes,
         max_text_bytes: settings.limits.max_text_bytes,
-        max_in_flight: settings.limits.max_in_flight,
     }
 }
 

@@ -2,8 +2,8 @@
 
 use super::names;
 use crate::{
+    domain::error::{Error, ShedReason},
     domain::{ModelRef, RowStatus},
-    error::{Error, ShedReason},
 };
 use metrics::{Label, counter, gauge, histogram};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};

@@ -1,17 +1,13 @@
-//! PCH, preference comprehension: content embeddings in, user and item embeddings out.
+//! PCH, preference comprehension, and the CVR head: content embeddings in, user and item embeddings and mid-embs out.
 //!
-//! [`user_tower`] and [`item_tower`] run their graphs on a pool thread; [`item_cache`] keeps what the item tower gave,
-//! by everything it depends on, and
-//! [`user_cache`] does the same for the users of sessions under way. [`TowerGraphs`] is what each pool thread owns: all three small graphs, so that a hot
-//! request crosses threads once.
+//! [`user_tower`], [`item_tower`] and [`fusion`] each run one graph on a pool thread. [`scoring`] is the job of a hot request: user
+//! tower, then CVR graph. [`TowerGraphs`] is what each pool thread owns: all three small graphs, so that a hot request crosses
+//! threads once.
 
-pub mod item_cache;
+pub mod fusion;
 pub mod item_tower;
-pub mod user_cache;
+pub mod scoring;
 pub mod user_tower;
-
-pub use item_cache::{ItemKey, TowerDigest};
-pub use user_cache::{UserCache, UserKey};
 
 use crate::inference::{Graph, Pool};
 

@@ -9,7 +9,12 @@ use super::{
 };
 use crate::{
     bundle::Model,
-    error::{Error, FieldViolation},
+    cache::{
+        CacheName, Caches,
+        snapshot::{self, Exported},
+    },
+    domain::error::{Error, FieldViolation},
+    inference::background::{self, Urgency},
     lifecycle::{Applied, InForce, Lifecycle, Push, PushError, Report, Trigger, journal::StepReport},
     pipeline::Pipeline,
 };
@@ -25,6 +30,7 @@ use tonic::{Request, Response, Status, Streaming};
 /// The handlers of `AdminService`.
 #[derive(Debug, Clone)]
 pub struct Admin {
+    caches: Arc<Caches>,
     pipeline: Arc<Pipeline>,
     lifecycle: Arc<Lifecycle>,
     started: Instant,
@@ -34,9 +40,9 @@ pub struct Admin {
 const CHUNKS_AHEAD: usize = 4;
 
 impl Admin {
-    /// Handlers over what serves and what changes it.
-    pub fn new(pipeline: Arc<Pipeline>, lifecycle: Arc<Lifecycle>) -> Self {
-        Admin { pipeline, lifecycle, started: Instant::now() }
+    /// Handlers over the caches, what serves, and what changes it.
+    pub fn new(caches: Arc<Caches>, pipeline: Arc<Pipeline>, lifecycle: Arc<Lifecycle>) -> Self {
+        Admin { caches, pipeline, lifecycle, started: Instant::now() }
     }
 
     fn config(&self, config: &InForce) -> proto::ConfigInfo {
@@ -63,11 +69,11 @@ impl AdminService for Admin {
         _request: Request<proto::GetStatusRequest>,
     ) -> Result<Response<proto::GetStatusResponse>, Status> {
         let snapshot = self.pipeline.registry.current().ok();
-        let caches = self.pipeline.measure().map(|contents| proto::CacheStatus {
-            cache: contents.cache.to_owned(),
-            entries: contents.n_entries,
-            bytes: contents.n_bytes,
-            max_bytes: contents.max_bytes,
+        let caches = self.caches.measure().map(|usage| proto::CacheStatus {
+            cache: usage.cache.to_owned(),
+            entries: usage.n_entries,
+            bytes: usage.n_bytes,
+            max_bytes: usage.max_bytes,
         });
         let served = snapshot.iter().flat_map(|snapshot| &snapshot.models).map(model_info);
         let shadows = snapshot.iter().flat_map(|snapshot| &snapshot.shadows).map(shadow_info);
@@ -134,12 +140,15 @@ impl AdminService for Admin {
     ) -> Result<Response<proto::FlushCacheResponse>, Status> {
         let who = Operator::of(&request);
         let name = request.into_inner().cache;
-        let unknown = || {
-            let description = format!("{name:?} is no cache, content, item, user and known_items are");
-            invalid("FlushCache", "cache", description)
+        let entries_removed = match (name.as_str(), CacheName::parse(&name)) {
+            ("", _) => self.caches.flush_all(),
+            (_, Some(cache)) => self.caches.flush(cache),
+            (_, None) => {
+                let names = CacheName::ALL.map(CacheName::as_str).join(", ");
+                let description = format!("{name:?} is not the name of a cache: these are {names}");
+                return Err(invalid("FlushCache", "cache", description));
+            }
         };
-        let entries_removed =
-            self.pipeline.flush(Some(name.as_str()).filter(|name| !name.is_empty())).ok_or_else(unknown)?;
         tracing::info!(who, cache = name, entries_removed, "cache flushed");
         Ok(Response::new(proto::FlushCacheResponse { entries_removed }))
     }
@@ -152,29 +161,24 @@ impl AdminService for Admin {
     ) -> Result<Response<Self::ExportCacheStream>, Status> {
         let who = Operator::of(&request);
         let proto::ExportCacheRequest { cache, model } = request.into_inner();
-        let of_contents = match cache.as_str() {
-            "content" => true,
-            "item" => false,
-            other => return Err(invalid("ExportCache", "cache", format!("{other:?} is neither content nor item"))),
+        let kind = match CacheName::parse(&cache) {
+            Some(CacheName::Content) => VectorKind::Content,
+            Some(CacheName::Item) => VectorKind::Item,
+            _ => return Err(invalid("ExportCache", "cache", format!("{cache:?} is neither content nor item"))),
         };
         let model = self.model(&model).map_err(refuse("ExportCache"))?;
         let (chunks, stream) = mpsc::channel(CHUNKS_AHEAD);
-        let lifecycle = Arc::clone(&self.lifecycle);
+        let caches = Arc::clone(&self.caches);
         tokio::spawn(async move {
-            let exported = lifecycle.export(model, of_contents, ChunkWriter(chunks.clone())).await;
-            match exported.map(|written| written.map_err(|error| error.to_string())) {
-                Ok(Ok(exported)) => {
-                    tracing::info!(
-                        who,
-                        cache,
-                        n_entries = exported.n_entries,
-                        n_bytes = exported.n_bytes,
-                        "cache exported"
-                    );
+            let mut out = ChunkWriter(chunks.clone());
+            let export = move || export(&caches, &model, kind, &mut out);
+            match background::run(Urgency::GivesWay, export).await {
+                Ok(Ok(Exported { n_entries, n_bytes })) => {
+                    tracing::info!(who, cache, n_entries, n_bytes, "cache exported");
                 }
-                Ok(Err(error)) => tracing::warn!(who, cache, error, "the export of a cache was broken off"),
-                // The stream must not look whole. Who receives it may have left.
-                Err(error) => drop(chunks.send(Err(status::from_push_error(&error))).await),
+                Ok(Err(error)) => tracing::warn!(who, cache, %error, "the export of a cache was broken off"),
+                // The stream must not look complete. The receiver may have left.
+                Err(error) => drop(chunks.send(Err(failed("ExportCache", error))).await),
             }
         });
         Ok(Response::new(ReceiverStream::new(stream)))
@@ -187,8 +191,8 @@ impl AdminService for Admin {
         let who = Operator::of(&request);
         let mut chunks = request.into_inner();
         // What is more than the caches hold would push itself out again.
-        let caches = self.pipeline.measure();
-        let max_bytes = caches.iter().map(|contents| contents.max_bytes).max().unwrap_or_default().saturating_mul(2);
+        let usages = self.caches.measure();
+        let max_bytes = usages.iter().map(|usage| usage.max_bytes).max().unwrap_or_default().saturating_mul(2);
         let mut file = Vec::new();
         while let Some(chunk) = chunks.message().await? {
             if (file.len() + chunk.data.len()) as u64 > max_bytes {
@@ -198,12 +202,35 @@ impl AdminService for Admin {
             }
             file.extend_from_slice(&chunk.data);
         }
-        let imported = self.lifecycle.import(file).await.map_err(|error| status::from_push_error(&error))?;
+        let (caches, served) = (Arc::clone(&self.caches), self.lifecycle.cached_parts());
+        let import = move || snapshot::import(&file, &caches, &served);
+        let imported =
+            background::run(Urgency::GivesWay, import).await.map_err(|error| failed("ImportCache", error))?;
         let imported = imported.map_err(|reason| invalid("ImportCache", "data", reason.to_string()))?;
         let (cache, entries, skipped) = (imported.kind.as_str(), imported.n_entries, imported.n_skipped);
         tracing::info!(who, cache, entries, skipped, "cache imported");
         Ok(Response::new(proto::ImportCacheResponse { cache: cache.to_owned(), entries, skipped }))
     }
+}
+
+/// The vectors that can be exported.
+#[derive(Debug, Clone, Copy)]
+enum VectorKind {
+    Content,
+    Item,
+}
+
+/// Writes all vectors of one kind that `model` uses. Blocks.
+fn export(caches: &Caches, model: &Model, kind: VectorKind, out: &mut ChunkWriter) -> io::Result<Exported> {
+    let manifest = &model.manifest;
+    match kind {
+        VectorKind::Content => snapshot::export(out, &caches.contents, model.encoder.digest(), manifest.encoder.dim),
+        VectorKind::Item => snapshot::export(out, &caches.items, model.tower_digest, manifest.item_tower.dim),
+    }
+}
+
+fn failed(method: &'static str, error: background::BackgroundError) -> Status {
+    refuse(method)(Error::internal("cache", error))
 }
 
 fn invalid(method: &'static str, field: &str, description: String) -> Status {

@@ -7,7 +7,7 @@ use super::{
     services::refuse,
     status,
 };
-use crate::{error::Error, pipeline::Pipeline, telemetry::events};
+use crate::{domain::error::Error, pipeline::Pipeline, telemetry::events};
 use http::{Request, Response};
 use std::{
     future::Future,

@@ -3,8 +3,8 @@
 use super::proto;
 use crate::{
     config::settings::Limits,
+    domain::error::{Error, FieldViolation},
     domain::{DType, Item, ItemText, MidEmbRequest, Outputs},
-    error::{Error, FieldViolation},
 };
 use http::HeaderMap;
 use std::time::{Duration, Instant};

@@ -4,7 +4,7 @@
 //! without a restart. Client certificates are checked by the listener's TLS, before any call. Whoever it is, what they change
 //! is logged under their name: the token's, the certificate's fingerprint, or at least their address.
 
-use crate::bundle::digest::sha256;
+use crate::domain::digest::sha256_hex;
 use std::{fs, io, path::PathBuf};
 use tonic::{Request, Status, service::Interceptor};
 
@@ -72,7 +72,7 @@ impl Interceptor for Guard {
 
 /// As much of a certificate's SHA-256 as a person compares.
 fn fingerprint(certificate: impl AsRef<[u8]>) -> String {
-    sha256(certificate.as_ref())[..16].to_owned()
+    sha256_hex(certificate.as_ref())[..16].to_owned()
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use crate::{
     bundle::{Model, ServedModel, Shadow},
     config::settings::Limits,
     domain::WarmSummary,
-    error::Error,
+    domain::error::Error,
     pipeline::Pipeline,
     telemetry::events,
 };

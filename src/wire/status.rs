@@ -1,6 +1,6 @@
 //! From the closed set of errors to gRPC statuses, with the details that `google.rpc` defines.
 
-use crate::{config::ConfigError, error::Error, lifecycle::PushError};
+use crate::{config::ConfigError, domain::error::Error, lifecycle::PushError};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
@@ -73,7 +73,7 @@ pub fn code_name(code: Code) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::{FieldViolation as Violation, ShedReason};
+    use crate::domain::error::{FieldViolation as Violation, ShedReason};
     use std::time::Duration;
 
     #[test]

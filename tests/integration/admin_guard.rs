@@ -1,7 +1,7 @@
 //! The admin listener lets in who has a token or a certificate, nobody else, and says who changed what.
 
 use crate::harness::{Server, config, fixture, midemb, retrained};
-use midemb::bundle::digest::sha256;
+use midemb::domain::digest::sha256_hex;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
     KeyUsagePurpose,
@@ -143,7 +143,7 @@ fn a_certificate_of_the_right_authority_lets_in_and_nothing_else_does() {
     let config = crate::lifecycle::with_bundle(&server, &retrained());
     let pushed = let_in(&as_client(&["push", "--json", &files.write("next.toml", &config)]));
     assert_eq!(serde_json::from_str::<Value>(&pushed).unwrap()["result"], "applied");
-    let who = format!("certificate {} from 127.0.0.1", &sha256(&der)[..16]);
+    let who = format!("certificate {} from 127.0.0.1", &sha256_hex(&der)[..16]);
     assert_eq!(server.wait_for_log("push ended")["who"], who.as_str());
 }
 

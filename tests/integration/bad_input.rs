@@ -273,7 +273,7 @@ async fn what_is_served_can_be_asked_for() {
     assert_eq!((model.encoder_digest.len(), model.tower_digest.len()), (32, 32));
     assert_ne!(model.encoder_digest, model.tower_digest);
     let manifest = std::fs::read(crate::harness::fixture().join("manifest.toml")).unwrap();
-    assert_eq!(model.model.as_ref().unwrap().digest, midemb::bundle::digest::sha256(&manifest));
+    assert_eq!(model.model.as_ref().unwrap().digest, midemb::domain::digest::sha256_hex(&manifest));
     assert_eq!(info.limits.unwrap().max_candidates, 10_000);
     assert_eq!(info.server_version, env!("CARGO_PKG_VERSION"));
 }

@@ -5,8 +5,8 @@ use midemb::{
     bundle,
     bundle::LoadOptions,
     domain::ItemText,
-    fusion::{Score, ScoreDims, ScoreInput, UserInput, scoring::score_all},
     inference::{ProviderChoice, Runtime},
+    towers::scoring::{Score, ScoreDims, ScoreInput, UserInput, score_all},
     wire::proto::{self, FlushCacheRequest, Item},
 };
 use serde::Deserialize;

@@ -326,7 +326,7 @@ impl BrokenBundle {
     /// Overwrites a file and makes the manifest agree with it: what is wrong is found behind the digests.
     pub(crate) fn replace(&self, file: &str, bytes: &[u8]) {
         std::fs::File::create(self.path(file)).unwrap().write_all(bytes).unwrap();
-        let digest = midemb::bundle::digest::sha256(bytes);
+        let digest = midemb::domain::digest::sha256_hex(bytes);
         self.edit("manifest.toml", |manifest| {
             let mut manifest: toml::Table = manifest.parse().unwrap();
             for entry in manifest["files"].as_array_mut().unwrap() {

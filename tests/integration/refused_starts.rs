@@ -101,7 +101,7 @@ fn a_graph_that_is_none() {
 #[test]
 fn a_wrong_digest() {
     let bundle = BrokenBundle::new();
-    let digest = midemb::bundle::digest::sha256(&std::fs::read(bundle.path("user_tower.onnx")).unwrap());
+    let digest = midemb::domain::digest::sha256_hex(&std::fs::read(bundle.path("user_tower.onnx")).unwrap());
     bundle.edit("manifest.toml", |manifest| manifest.replace(&digest, &"0".repeat(64)));
     assert_refused(
         &bundle,

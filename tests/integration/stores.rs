@@ -4,7 +4,7 @@ use crate::{
     harness::{PATIENCE, Server, config, films, fixture, midemb, page, retrained, root, statuses},
     lifecycle::{model, push, status, with_bundle, with_models},
 };
-use midemb::bundle::digest::sha256;
+use midemb::domain::digest::sha256_hex;
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
@@ -188,7 +188,7 @@ fn with_url(server: &Server, url: &str) -> String {
 }
 
 fn digest_of(bundle: &Path) -> String {
-    sha256(&std::fs::read(bundle.join("manifest.toml")).unwrap())
+    sha256_hex(&std::fs::read(bundle.join("manifest.toml")).unwrap())
 }
 
 /// Pushes what must be refused; gives the reason, which is one line.
@@ -213,14 +213,14 @@ fn whole_bundles(server: &Server) -> Vec<String> {
             |file: &str| std::fs::read(folder.join(bundle).join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
         let manifest: toml::Table = String::from_utf8(bytes("manifest.toml")).unwrap().parse().unwrap();
         let files = manifest["files"].as_array().unwrap();
-        assert_eq!((sha256(&bytes("manifest.toml")), files.len()), (bundle.clone(), 6));
+        assert_eq!((sha256_hex(&bytes("manifest.toml")), files.len()), (bundle.clone(), 6));
         for file in files {
-            assert_eq!(sha256(&bytes(file["path"].as_str().unwrap())), file["sha256"].as_str().unwrap());
+            assert_eq!(sha256_hex(&bytes(file["path"].as_str().unwrap())), file["sha256"].as_str().unwrap());
         }
     }
     // A file that was being written when its transfer broke has a longer name, until its writer is done.
     for file in names(&folder.join("files")).iter().filter(|name| name.len() == 64) {
-        assert_eq!(sha256(&std::fs::read(folder.join("files").join(file)).unwrap()), *file);
+        assert_eq!(sha256_hex(&std::fs::read(folder.join("files").join(file)).unwrap()), *file);
     }
     bundles.sort();
     bundles

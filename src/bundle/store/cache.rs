@@ -11,9 +11,12 @@
 //! the same thing the later finds it done. What has a name of another form is never touched. Nothing here knows a store.
 
 use super::StoreError;
-use crate::bundle::{
-    digest::{self, hex, sha256},
-    manifest::{self, FileSpec, Manifest},
+use crate::{
+    bundle::{
+        digest,
+        manifest::{self, FileSpec, Manifest},
+    },
+    domain::digest::{hex, sha256_hex},
 };
 use sha2::{Digest, Sha256};
 use std::{
@@ -74,7 +77,7 @@ impl Cache {
     /// The manifest of a bundle that this module made.
     fn manifest(&self, digest: &str) -> Option<Manifest> {
         let text = fs::read_to_string(self.folder.join(digest).join(manifest::FILE)).ok()?;
-        (sha256(text.as_bytes()) == digest).then(|| Manifest::parse(&text).ok()).flatten()
+        (sha256_hex(text.as_bytes()) == digest).then(|| Manifest::parse(&text).ok()).flatten()
     }
 
     /// Is the file here, as far as its size tells?
@@ -143,7 +146,7 @@ impl Cache {
 
     /// Notes what serves from a URL.
     pub(super) fn remember(&self, url: &str, digest: &str) -> Result<(), StoreError> {
-        let path = self.folder.join(LATEST).join(sha256(url.as_bytes()));
+        let path = self.folder.join(LATEST).join(sha256_hex(url.as_bytes()));
         let part = Doomed(with_suffix(&path));
         let written = fs::create_dir_all(self.folder.join(LATEST))
             .and_then(|()| File::create_new(&part.0))
@@ -153,7 +156,7 @@ impl Cache {
 
     /// The bundle of the URL that served last, if it is still here.
     pub(super) fn last(&self, url: &str) -> Option<(String, PathBuf)> {
-        let digest = fs::read_to_string(self.folder.join(LATEST).join(sha256(url.as_bytes()))).ok()?;
+        let digest = fs::read_to_string(self.folder.join(LATEST).join(sha256_hex(url.as_bytes()))).ok()?;
         let folder = is_digest(&digest).then(|| self.find(&digest)).flatten()?;
         Some((digest, folder))
     }

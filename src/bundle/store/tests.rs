@@ -1,7 +1,6 @@
 //! Real sockets, the real client: a small http server gives out the fixture bundle, and fails where it is told to.
 
 use super::*;
-use crate::bundle::digest;
 use std::{
     collections::HashMap,
     fs,
@@ -81,7 +80,7 @@ impl Server {
     }
 
     fn digest(&self) -> String {
-        digest::sha256(&fs::read(self.folder.path().join("manifest.toml")).unwrap())
+        sha256_hex(&fs::read(self.folder.path().join("manifest.toml")).unwrap())
     }
 
     fn edit(&self, change: impl FnOnce(&mut toml::Table)) {
@@ -96,7 +95,7 @@ impl Server {
         fs::write(self.folder.path().join(file), bytes).unwrap();
         self.edit(|manifest| {
             let listed = entry(manifest, file);
-            listed["sha256"] = digest::sha256(bytes).into();
+            listed["sha256"] = sha256_hex(bytes).into();
             listed["bytes"] = (bytes.len() as i64).into();
         });
     }
@@ -311,7 +310,7 @@ async fn a_file_that_is_not_what_the_manifest_lists_is_refused() {
     bytes[100] ^= 1;
     fs::write(&path, &bytes).unwrap();
     let error = store.push(&server.url).await.unwrap_err();
-    assert_line(&error, &["golden.json is not what the manifest lists: it has sha256 ", &digest::sha256(&bytes)]);
+    assert_line(&error, &["golden.json is not what the manifest lists: it has sha256 ", &sha256_hex(&bytes)]);
     fs::write(&path, &bytes[..100]).unwrap();
     assert_line(&store.push(&server.url).await.unwrap_err(), &["it has 100 bytes, the manifest says 21855 bytes"]);
     assert_eq!(bundles(&store), [""; 0]);
@@ -505,7 +504,7 @@ async fn pruning_keeps_what_is_used_and_the_newest_five() {
     fs::create_dir(folder.join("f".repeat(64))).unwrap();
     fs::write(folder.join("files/README"), "hands off").unwrap();
     names(&folder.join("files")).iter().for_each(|name| age(&folder.join("files").join(name)));
-    let young = digest::sha256(b"head 1");
+    let young = sha256_hex(b"head 1");
     fs::File::open(folder.join("files").join(&young)).unwrap().set_modified(SystemTime::now()).unwrap();
 
     assert_eq!(store.prune(&digests[..1]).unwrap(), Pruned { n_bundles: 2, n_files: 1 });
@@ -516,7 +515,7 @@ async fn pruning_keeps_what_is_used_and_the_newest_five() {
     assert_eq!(bundles(&store), left);
     let files = names(&folder.join("files"));
     assert!(files.contains(&"README".to_owned()) && files.contains(&young));
-    assert!(!files.contains(&digest::sha256(b"head 2")) && files.contains(&digest::sha256(b"head 0")));
+    assert!(!files.contains(&sha256_hex(b"head 2")) && files.contains(&sha256_hex(b"head 0")));
     assert_eq!(store.prune(&digests[..1]).unwrap(), Pruned::default());
 }
 

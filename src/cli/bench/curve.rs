@@ -8,13 +8,10 @@
 
 use super::{Args, draws::Draws};
 use crate::{
+    cache::{CacheName, vectors::VectorCache},
     cli::client::table,
-    content::{ContentKey, EncoderDigest},
-    domain::{ItemText, Vector},
-    item_text::TextDigest,
-    item_trace::TracedItem,
-    towers::{ItemKey, TowerDigest},
-    vector_cache::VectorCache,
+    domain::{ContentKey, EncoderDigest, ItemKey, ItemText, TextDigest, TowerDigest, Vector},
+    pipeline::item_trace::TracedItem,
 };
 use serde_json::json;
 use std::{
@@ -139,10 +136,10 @@ fn to_json(args: &Args, point: &Point) -> serde_json::Value {
 
 /// Vectors of one number stand for all: what is asked is who is there.
 fn point(texts: &Texts, n_entries: usize) -> Point {
-    let contents = VectorCache::new("content", n_entries as u64 * VectorCache::<ContentKey>::entry_bytes(1));
-    let items = VectorCache::new("item", n_entries as u64 * VectorCache::<ItemKey>::entry_bytes(1));
-    let content_key = |text: &TextDigest| ContentKey { encoder: EncoderDigest([0; 16]), text: *text };
-    let item_key = |text: &TextDigest| ItemKey { tower: TowerDigest([0; 16]), text: *text };
+    let contents = VectorCache::new(CacheName::Content, n_entries as u64 * VectorCache::<ContentKey>::entry_bytes(1));
+    let items = VectorCache::new(CacheName::Item, n_entries as u64 * VectorCache::<ItemKey>::entry_bytes(1));
+    let content_key = |text: &TextDigest| ContentKey { part: EncoderDigest::from_bytes([0; 16]), text: *text };
+    let item_key = |text: &TextDigest| ItemKey { part: TowerDigest::from_bytes([0; 16]), text: *text };
     let vector: Vector = Arc::from([0.0]);
     let (mut content_hits, mut item_hits) = (Hits::default(), Hits::default());
     let n_warm_up = texts.requests.len() / 2;

@@ -2,7 +2,7 @@
 
 use super::traffic::made_up_text;
 use crate::{
-    item_trace::{self, TracedItem, TracedRequest},
+    pipeline::item_trace::{self, TracedItem, TracedRequest},
     wire::proto::{GetMidEmbRequest, Item},
 };
 use anyhow::ensure;

@@ -4,7 +4,7 @@
 //! a whole file where this copies nothing, and add up sizes from the header before they compare them with the file's.
 //! Headers are tiny here, so a large one is refused before it is parsed.
 
-use super::{Exported, Kind, read::ReadError};
+use super::{Exported, Kind, error::ReadError};
 use safetensors::{
     Dtype,
     tensor::{Metadata, TensorInfo},

@@ -2,49 +2,53 @@
 
 use super::{write::Parts, *};
 use crate::{
-    content::batcher::Priority,
-    domain::{Item, ItemText, Vector},
+    cache::{CacheLimits, vectors::VectorCache},
+    domain::{ContentKey, Item, ItemKey, ItemText, Priority, TextDigest, Vector},
 };
 use proptest::prelude::*;
 use safetensors::{Dtype, tensor::TensorView};
 use std::{collections::HashMap, fs, os::unix::fs::PermissionsExt, sync::LazyLock};
 
-const SERVED: Served =
-    Served { encoder: EncoderDigest([0xe1; 16]), content_dim: 6, tower: TowerDigest([0x70; 16]), item_dim: 3 };
-const OLD_ENCODER: EncoderDigest = EncoderDigest([0xe0; 16]);
+const SERVED: Served = Served {
+    encoder: EncoderDigest::from_bytes([0xe1; 16]),
+    content_dim: 6,
+    tower: TowerDigest::from_bytes([0x70; 16]),
+    item_dim: 3,
+};
+const OLD_ENCODER: EncoderDigest = EncoderDigest::from_bytes([0xe0; 16]);
 
-struct Owned {
-    contents: VectorCache<ContentKey>,
-    items: VectorCache<ItemKey>,
-    known_items: KnownItems,
+fn limits() -> CacheLimits {
+    let bytes = 1 << 20;
+    CacheLimits {
+        content_bytes: bytes,
+        item_bytes: bytes,
+        user_bytes: bytes,
+        known_items_bytes: bytes,
+        max_text_bytes: 100,
+    }
 }
 
-impl Owned {
+impl Caches {
     fn empty() -> Self {
-        let (contents, items) = (VectorCache::new("content", 1 << 20), VectorCache::new("item", 1 << 20));
-        Owned { contents, items, known_items: KnownItems::new(1 << 20, 100) }
+        Caches::new(limits())
     }
 
     /// Entry `i` was read `i % 3` times, and there is one of a model that does not serve.
     fn filled(n: usize) -> Self {
-        let owned = Owned::empty();
-        owned.contents.insert(ContentKey { encoder: OLD_ENCODER, text: digest(0) }, vec![7.0; 6].into());
+        let caches = Caches::empty();
+        caches.contents.insert(ContentKey { part: OLD_ENCODER, text: digest(0) }, vec![7.0; 6].into());
         for i in 0..n {
             let (content, item) = (content_key(i), item_key(i));
-            owned.contents.insert_ahead(content, vector(i, 6));
-            owned.items.insert_ahead(item, vector(i, 3));
+            caches.contents.insert_ahead(content, vector(i, 6));
+            caches.items.insert_ahead(item, vector(i, 3));
             let known = Item { id: format!("id-{i}"), text: Some(text(i)) };
-            assert!(owned.known_items.resolve(vec![known], Priority::WarmUp)[0].is_ok());
+            assert!(caches.known_items.resolve(vec![known], Priority::WarmUp)[0].is_ok());
             for _ in 0..i % 3 {
-                assert!(owned.contents.get(&content).is_some() && owned.items.get(&item).is_some());
-                assert!(owned.title(i).is_some());
+                assert!(caches.contents.get(&content).is_some() && caches.items.get(&item).is_some());
+                assert!(caches.title(i).is_some());
             }
         }
-        owned
-    }
-
-    fn caches(&self) -> Caches<'_> {
-        Caches { contents: &self.contents, items: &self.items, known_items: &self.known_items }
+        caches
     }
 
     /// What is known under the id of entry `i`.
@@ -54,7 +58,7 @@ impl Owned {
     }
 
     fn n_entries(&self) -> [u64; 3] {
-        [self.contents.measure(), self.items.measure(), self.known_items.measure()].map(|contents| contents.n_entries)
+        [self.contents.measure(), self.items.measure(), self.known_items.measure()].map(|usage| usage.n_entries)
     }
 
     fn export(&self) -> Vec<u8> {
@@ -65,7 +69,7 @@ impl Owned {
     }
 
     fn import(&self, file: &[u8]) -> Result<Imported, ReadError> {
-        import(file, &self.caches(), &[SERVED])
+        import(file, self, &[SERVED])
     }
 }
 
@@ -80,11 +84,11 @@ fn digest(i: usize) -> TextDigest {
 }
 
 fn content_key(i: usize) -> ContentKey {
-    ContentKey { encoder: SERVED.encoder, text: digest(i) }
+    ContentKey { part: SERVED.encoder, text: digest(i) }
 }
 
 fn item_key(i: usize) -> ItemKey {
-    ItemKey { tower: SERVED.tower, text: digest(i) }
+    ItemKey { part: SERVED.tower, text: digest(i) }
 }
 
 /// With values that a careless conversion would change.
@@ -97,10 +101,10 @@ fn bits(vectors: &[Option<Vector>]) -> Vec<Vec<u32>> {
     vectors.iter().map(|vector| vector.iter().flat_map(|v| v.iter()).map(|value| value.to_bits()).collect()).collect()
 }
 
-/// The parts of a snapshot of `owned`, by name.
-fn parts_of(owned: &Owned, max_bytes: usize) -> Vec<(String, Vec<u8>)> {
+/// The parts of a snapshot of `caches`, by name.
+fn parts_of(caches: &Caches, max_bytes: usize) -> Vec<(String, Vec<u8>)> {
     let folder = tempfile::tempdir().unwrap();
-    Parts::new(folder.path(), max_bytes).write(&owned.caches(), &[SERVED]).unwrap();
+    Parts::new(folder.path(), max_bytes).write(&caches, &[SERVED]).unwrap();
     let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_owned();
     folder::parts(folder.path()).unwrap().iter().map(|path| (name(path), fs::read(path).unwrap())).collect()
 }
@@ -154,17 +158,17 @@ impl Foreign {
         let view = |(name, dtype, shape, data): &'_ (&'static str, _, Vec<usize>, Vec<u8>)| {
             (*name, TensorView::new(*dtype, shape.clone(), data).unwrap().data().to_vec(), *dtype, shape.clone())
         };
-        let owned: Vec<_> = self.tensors.iter().map(view).collect();
-        let views = owned
+        let caches: Vec<_> = self.tensors.iter().map(view).collect();
+        let views = caches
             .iter()
             .map(|(name, data, dtype, shape)| (*name, TensorView::new(*dtype, shape.clone(), data).unwrap()));
         safetensors::serialize(views, Some(self.entries.clone())).unwrap()
     }
 
     fn refusal(&self) -> String {
-        let owned = Owned::empty();
-        let reason = owned.import(&self.bytes()).unwrap_err().to_string();
-        assert_eq!(owned.n_entries(), [0; 3], "a part that was refused was taken: {reason}");
+        let caches = Caches::empty();
+        let reason = caches.import(&self.bytes()).unwrap_err().to_string();
+        assert_eq!(caches.n_entries(), [0; 3], "a part that was refused was taken: {reason}");
         assert!(!reason.contains('\n') && reason.len() < 400, "{reason}");
         reason
     }
@@ -172,20 +176,20 @@ impl Foreign {
 
 #[test]
 fn all_that_was_hot_comes_back_as_hot_as_it_was() {
-    let (old, new) = (Owned::filled(50), Owned::empty());
+    let (old, new) = (Caches::filled(50), Caches::empty());
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path().join("made/if/need/be");
     // Two models share their parts: nothing is written twice.
-    let written = write(&folder, &old.caches(), &[SERVED, SERVED]).unwrap();
-    let restored = restore(&folder, &new.caches(), &[SERVED]);
+    let written = write(&folder, &old, &[SERVED, SERVED]).unwrap();
+    let restored = restore(&folder, &new, &[SERVED]);
     assert!(restored.refused.is_empty(), "{restored:?}");
     let counts = Counts { n_contents: 50, n_items: 50, n_known_items: 50, n_bytes: written.counts.n_bytes };
     assert_eq!((written.counts, restored.counts), (counts, counts));
     assert_eq!(restored.snapshot.as_ref(), Some(&written.snapshot));
     assert_eq!((restored.n_skipped, written.not_removed.len()), (0, 0));
 
-    let hottest = |owned: &Owned| -> Vec<ContentKey> {
-        owned.contents.hottest_keys().into_iter().filter(|key| key.encoder == SERVED.encoder).collect()
+    let hottest = |caches: &Caches| -> Vec<ContentKey> {
+        caches.contents.hottest_keys().into_iter().filter(|key| key.part == SERVED.encoder).collect()
     };
     assert_eq!(hottest(&new), hottest(&old));
     assert_eq!(hottest(&new)[0], content_key(47), "not the latest of those that were read twice");
@@ -193,7 +197,7 @@ fn all_that_was_hot_comes_back_as_hot_as_it_was() {
     assert_eq!(bits(&new.contents.peek_many(&hottest(&old))), bits(&old.contents.peek_many(&hottest(&old))));
     let keys = old.items.hottest_keys();
     assert_eq!(bits(&new.items.peek_many(&keys)), bits(&old.items.peek_many(&keys)));
-    let known = |owned: &Owned| owned.known_items.hottest().into_iter().map(|k| (k.id, k.text)).collect::<Vec<_>>();
+    let known = |caches: &Caches| caches.known_items.hottest().into_iter().map(|k| (k.id, k.text)).collect::<Vec<_>>();
     assert_eq!(known(&new), known(&old));
     for i in 0..50 {
         assert_eq!(new.title(i), Some(digest(i)), "id-{i} is unknown after a restart");
@@ -204,8 +208,8 @@ fn all_that_was_hot_comes_back_as_hot_as_it_was() {
 #[test]
 fn files_are_their_owners_and_the_key_of_the_ids_stands_in_one_kind_only() {
     let folder = tempfile::tempdir().unwrap();
-    let owned = Owned::filled(3);
-    let snapshot = write(folder.path(), &owned.caches(), &[SERVED]).unwrap().snapshot;
+    let caches = Caches::filled(3);
+    let snapshot = write(folder.path(), &caches, &[SERVED]).unwrap().snapshot;
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&snapshot), 0o700);
     let files = folder::parts(&snapshot).unwrap();
@@ -220,17 +224,17 @@ fn files_are_their_owners_and_the_key_of_the_ids_stands_in_one_kind_only() {
 #[test]
 fn a_smaller_cache_keeps_the_hottest() {
     let folder = tempfile::tempdir().unwrap();
-    let old = Owned::filled(90);
-    write(folder.path(), &old.caches(), &[SERVED]).unwrap();
+    let old = Caches::filled(90);
+    write(folder.path(), &old, &[SERVED]).unwrap();
     let room = 10 * VectorCache::<ItemKey>::entry_bytes(3);
-    let new = Owned { items: VectorCache::new("item", room), ..Owned::empty() };
-    restore(folder.path(), &new.caches(), &[SERVED]);
+    let new = Caches::new(CacheLimits { item_bytes: room, ..limits() });
+    restore(folder.path(), &new, &[SERVED]);
     assert_eq!(new.items.hottest_keys(), old.items.hottest_keys()[..10]);
 }
 
 #[test]
 fn parts_are_split_at_their_bound_and_restored_in_order() {
-    let old = Owned::filled(50);
+    let old = Caches::filled(50);
     // A content embedding with its digest has 40 bytes: 12 of them fit.
     let parts = parts_of(&old, 480);
     let n_parts = |kind: &str| parts.iter().filter(|(name, _)| name.starts_with(kind)).count();
@@ -240,7 +244,7 @@ fn parts_are_split_at_their_bound_and_restored_in_order() {
         let (header, tensors) = safetensors::SafeTensors::read_metadata(file).unwrap();
         assert!(tensors.data_len() <= 480 && header < 1000, "{name}");
     }
-    let new = Owned::empty();
+    let new = Caches::empty();
     parts.iter().rev().for_each(|(_name, file)| assert!(new.import(file).is_ok()));
     assert_eq!(new.items.hottest_keys(), old.items.hottest_keys());
     assert_eq!(new.n_entries(), [50; 3]);
@@ -258,20 +262,20 @@ fn an_older_snapshot_goes_once_the_new_one_is_there_and_what_is_not_ours_stays()
         fs::create_dir(path.join(name)).unwrap();
     }
     fs::write(path.join("notes.txt"), "").unwrap();
-    let (old, new) = (Owned::filled(2), Owned::empty());
-    let written = write(path, &old.caches(), &[SERVED]).unwrap();
+    let (old, new) = (Caches::filled(2), Caches::empty());
+    let written = write(path, &old, &[SERVED]).unwrap();
     assert_eq!(names(path), [".new-x", "notes.txt", "snapshot-1", "snapshot-900000000000001"]);
     assert_eq!(written.snapshot, path.join("snapshot-900000000000001"));
-    assert_eq!(restore(path, &new.caches(), &[SERVED]).counts, written.counts);
+    assert_eq!(restore(path, &new, &[SERVED]).counts, written.counts);
 }
 
 #[test]
 fn the_older_snapshot_stays_where_a_new_one_fails() {
     let folder = tempfile::tempdir().unwrap();
-    let old = Owned::filled(2);
-    let before = write(folder.path(), &old.caches(), &[SERVED]).unwrap();
+    let old = Caches::filled(2);
+    let before = write(folder.path(), &old, &[SERVED]).unwrap();
     let full = folder::replace(folder.path(), |new| -> Result<(), SnapshotError> {
-        let parts = Parts::new(new, PART_BYTES).write(&old.caches(), &[SERVED]).unwrap();
+        let parts = Parts::new(new, PART_BYTES).write(&old, &[SERVED]).unwrap();
         assert_eq!(parts, before.counts);
         Err(SnapshotError { path: new.join("item"), source: io::ErrorKind::StorageFull.into() })
     });
@@ -281,9 +285,9 @@ fn the_older_snapshot_stays_where_a_new_one_fails() {
 
     let file = folder.path().join("file");
     fs::write(&file, "").unwrap();
-    let error = write(&file, &old.caches(), &[SERVED]).unwrap_err().to_string();
+    let error = write(&file, &old, &[SERVED]).unwrap_err().to_string();
     assert!(error.starts_with(&format!("cache snapshot {}", file.display())), "{error}");
-    assert!(Parts::new(&file, PART_BYTES).write(&old.caches(), &[SERVED]).unwrap_err().path.starts_with(&file));
+    assert!(Parts::new(&file, PART_BYTES).write(&old, &[SERVED]).unwrap_err().path.starts_with(&file));
     let mut full = fs::File::options().write(true).open("/dev/full").unwrap();
     let error = export(&mut full, &old.contents, SERVED.encoder, SERVED.content_dim).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::StorageFull);
@@ -292,15 +296,15 @@ fn the_older_snapshot_stays_where_a_new_one_fails() {
 #[test]
 fn a_part_that_is_refused_costs_itself_only() {
     let folder = tempfile::tempdir().unwrap();
-    let (old, new) = (Owned::filled(5), Owned::empty());
-    let snapshot = write(folder.path(), &old.caches(), &[SERVED]).unwrap().snapshot;
+    let (old, new) = (Caches::filled(5), Caches::empty());
+    let snapshot = write(folder.path(), &old, &[SERVED]).unwrap().snapshot;
     let part =
         folder::parts(&snapshot).unwrap().into_iter().find(|path| path.to_str().unwrap().contains("item-")).unwrap();
     let mut file = fs::read(&part).unwrap();
     *file.last_mut().unwrap() ^= 1;
     fs::write(&part, file).unwrap();
     fs::write(snapshot.join("made-elsewhere.safetensors"), Foreign::new().bytes()).unwrap();
-    let restored = restore(folder.path(), &new.caches(), &[SERVED]);
+    let restored = restore(folder.path(), &new, &[SERVED]);
     let refused: Vec<_> = restored.refused.iter().map(|r| (r.file.clone(), r.reason.to_string())).collect();
     let no_checksum = "its metadata has no \"checksum\"".to_owned();
     let damaged = "it was damaged: its checksum is not that of its content".to_owned();
@@ -311,61 +315,61 @@ fn a_part_that_is_refused_costs_itself_only() {
 #[test]
 fn where_there_is_no_snapshot_nothing_is_restored_and_nothing_is_wrong() {
     let folder = tempfile::tempdir().unwrap();
-    let owned = Owned::empty();
+    let caches = Caches::empty();
     for path in [folder.path().to_path_buf(), folder.path().join("none")] {
-        let restored = restore(&path, &owned.caches(), &[SERVED]);
+        let restored = restore(&path, &caches, &[SERVED]);
         assert!(restored.snapshot.is_none() && restored.refused.is_empty(), "{restored:?}");
     }
     fs::write(folder.path().join("file"), "").unwrap();
-    let restored = restore(&folder.path().join("file"), &owned.caches(), &[SERVED]);
+    let restored = restore(&folder.path().join("file"), &caches, &[SERVED]);
     assert!(matches!(restored.refused.as_slice(), [Refused { reason: ReadError::File(_), .. }]), "{restored:?}");
 }
 
 #[test]
 fn vectors_of_another_model_or_size_are_refused() {
-    let file = Owned::filled(3).export();
-    let other = |served: Served| import(&file, &Owned::empty().caches(), &[served]).unwrap_err().to_string();
+    let file = Caches::filled(3).export();
+    let other = |served: Served| import(&file, &Caches::empty(), &[served]).unwrap_err().to_string();
     let foreign = other(Served { encoder: OLD_ENCODER, ..SERVED });
     assert_eq!(foreign, format!("no model that serves uses its content vectors, of {}", SERVED.encoder));
     let larger = other(Served { content_dim: 8, ..SERVED });
     assert_eq!(larger, "its metadata says dim \"6\", this must be 8");
-    assert!(import(&file, &Owned::empty().caches(), &[]).is_err());
+    assert!(import(&file, &Caches::empty(), &[]).is_err());
     let zero = Served { content_dim: 0, ..SERVED };
-    assert!(import(&Foreign::new().entry("dim", "0").bytes(), &Owned::empty().caches(), &[zero]).is_err());
+    assert!(import(&Foreign::new().entry("dim", "0").bytes(), &Caches::empty(), &[zero]).is_err());
 }
 
 #[test]
 fn known_items_are_not_mixed_with_those_under_another_key() {
-    let parts = parts_of(&Owned::filled(3), PART_BYTES);
+    let parts = parts_of(&Caches::filled(3), PART_BYTES);
     let (_name, file) = parts.iter().find(|(name, _)| name.starts_with("known_items")).unwrap();
-    let busy = Owned::filled(1);
+    let busy = Caches::filled(1);
     assert!(matches!(busy.import(file), Err(ReadError::HashKey(_))));
     assert_eq!((busy.n_entries()[2], busy.title(0)), (1, Some(digest(0))));
     busy.known_items.flush();
     let imported = Imported { kind: Kind::KnownItems, n_entries: 3, n_skipped: 0 };
     assert_eq!((busy.import(file).unwrap(), busy.title(2)), (imported, Some(digest(2))));
 
-    let strict = Owned { known_items: KnownItems::new(1 << 20, 10), ..Owned::empty() };
+    let strict = Caches::new(CacheLimits { max_text_bytes: 10, ..limits() });
     assert_eq!(strict.import(file).unwrap(), Imported { n_entries: 0, n_skipped: 3, ..imported });
 }
 
 #[test]
 fn a_file_made_elsewhere_may_have_texts_and_half_the_precision() {
-    let owned = Owned::empty();
+    let caches = Caches::empty();
     let imported = Imported { kind: Kind::Content, n_entries: 2, n_skipped: 0 };
-    assert_eq!(owned.import(&Foreign::new().bytes()).unwrap(), imported);
+    assert_eq!(caches.import(&Foreign::new().bytes()).unwrap(), imported);
     let keys = [content_key(0), content_key(1)];
-    assert_eq!(owned.contents.hottest_keys(), keys);
-    assert_eq!(bits(&owned.contents.peek_many(&keys)), bits(&[Some(vector(0, 6)), Some(vector(1, 6))]));
+    assert_eq!(caches.contents.hottest_keys(), keys);
+    assert_eq!(bits(&caches.contents.peek_many(&keys)), bits(&[Some(vector(0, 6)), Some(vector(1, 6))]));
 
     // 1.5 in both: the halves of a float's bits differ in where they are cut.
     for (dtype, value) in [(Dtype::F16, 0x3e00_u16), (Dtype::BF16, 0x3fc0)] {
         let file = Foreign::new().with(|file| {
             file.tensors[0] = ("vectors", dtype, vec![2, 6], value.to_le_bytes().repeat(12));
         });
-        let owned = Owned::empty();
-        assert_eq!(owned.import(&file.bytes()).unwrap(), imported);
-        assert_eq!(owned.contents.get(&keys[1]).as_deref(), Some([1.5; 6].as_slice()));
+        let caches = Caches::empty();
+        assert_eq!(caches.import(&file.bytes()).unwrap(), imported);
+        assert_eq!(caches.contents.get(&keys[1]).as_deref(), Some([1.5; 6].as_slice()));
     }
 }
 
@@ -451,12 +455,12 @@ fn a_header_that_lies_about_sizes_is_refused_without_room_being_made_for_them() 
         b"\x93NUMPY\x01\x00".to_vec(),
     ];
     for file in files {
-        let reason = Owned::empty().import(&file).unwrap_err().to_string();
+        let reason = Caches::empty().import(&file).unwrap_err().to_string();
         assert!(!reason.contains("metadata has no"), "{reason}");
     }
 }
 
-static GOOD: LazyLock<Vec<(String, Vec<u8>)>> = LazyLock::new(|| parts_of(&Owned::filled(4), PART_BYTES));
+static GOOD: LazyLock<Vec<(String, Vec<u8>)>> = LazyLock::new(|| parts_of(&Caches::filled(4), PART_BYTES));
 
 /// Where the blanks behind a header are: they say nothing, and other white space in their place says as little.
 fn padding(file: &[u8]) -> std::ops::Range<usize> {
@@ -468,27 +472,27 @@ fn padding(file: &[u8]) -> std::ops::Range<usize> {
 /// Each byte of each kind of part, with each of its bits flipped.
 #[test]
 fn one_flipped_bit_anywhere_is_refused() {
-    let owned = Owned::empty();
+    let caches = Caches::empty();
     for (name, file) in GOOD.iter() {
         let (mut flipped, padding) = (file.clone(), padding(file));
         for i in (0..file.len()).filter(|i| !padding.contains(i)) {
             for bit in 0..8 {
                 flipped[i] ^= 1 << bit;
-                let taken = owned.import(&flipped);
+                let taken = caches.import(&flipped);
                 assert!(taken.is_err(), "{name}: bit {bit} of byte {i} was flipped, and it was taken");
                 flipped[i] = file[i];
             }
         }
     }
-    assert_eq!(owned.n_entries(), [0; 3]);
+    assert_eq!(caches.n_entries(), [0; 3]);
 }
 
 proptest! {
     #[test]
     fn no_bytes_make_the_reader_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-        prop_assert!(Owned::empty().import(&bytes).is_err());
+        prop_assert!(Caches::empty().import(&bytes).is_err());
         let header = [(bytes.len() as u64).to_le_bytes().as_slice(), &bytes].concat();
-        prop_assert!(Owned::empty().import(&header).is_err());
+        prop_assert!(Caches::empty().import(&header).is_err());
     }
 
     /// Of a file without a checksum, too: there the rest of the checks stand alone.
@@ -505,9 +509,9 @@ proptest! {
             file[i] = *value;
         }
         let is_changed = (0..file.len()).any(|i| !padding.contains(&i) && file[i] != good[i]);
-        let taken = Owned::empty().import(&file);
+        let taken = Caches::empty().import(&file);
         prop_assert!(taken.is_err() || !is_changed || which == GOOD.len(), "{taken:?}");
         let cut = length.index(file.len());
-        prop_assert!(Owned::empty().import(&file[..cut]).is_err(), "cut off at {cut}");
+        prop_assert!(Caches::empty().import(&file[..cut]).is_err(), "cut off at {cut}");
     }
 }

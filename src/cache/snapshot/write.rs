@@ -1,14 +1,16 @@
 //! Caches in, parts out. No vector is copied on its way into a file.
 
 use super::{
-    Caches, Counts, Exported, Kind, Served, SnapshotError, VectorKey,
+    Counts, Exported, Kind, Served, SnapshotError, VectorSource,
     format::{self, DIGEST, DIM, ID_HASH_KEY, ID_KEYS, TEXT_DIGESTS, TEXT_ENDS, TEXTS, Tensor, VECTORS},
 };
 use crate::{
-    content::{IdKey, KnownItem},
-    domain::Vector,
-    known_items::{HashKey, KnownItems},
-    vector_cache::VectorCache,
+    cache::{
+        Caches,
+        known_items::{HashKey, KnownItems},
+        vectors::VectorCache,
+    },
+    domain::{Digest, EmbeddingKey, IdKey, KnownItem, TextDigest, Vector},
 };
 use safetensors::Dtype;
 use std::{
@@ -19,7 +21,7 @@ use std::{
     path::Path,
 };
 
-const DIGEST_BYTES: usize = 16;
+const DIGEST_BYTES: usize = TextDigest::N_BYTES;
 const BUFFER_BYTES: usize = 256 << 10;
 
 /// Writes parts into a folder and counts what is in them.
@@ -35,36 +37,36 @@ impl<'a> Parts<'a> {
         Parts { folder, max_bytes, counts: Counts::default() }
     }
 
-    pub(super) fn write(mut self, caches: &Caches<'_>, served: &[Served]) -> Result<Counts, SnapshotError> {
-        self.vectors(caches.contents, served.iter().map(|served| (served.encoder, served.content_dim)))?;
-        self.vectors(caches.items, served.iter().map(|served| (served.tower, served.item_dim)))?;
-        self.known_items(caches.known_items)?;
+    pub(super) fn write(mut self, caches: &Caches, served: &[Served]) -> Result<Counts, SnapshotError> {
+        self.vectors(&caches.contents, served.iter().map(|served| (served.encoder, served.content_dim)))?;
+        self.vectors(&caches.items, served.iter().map(|served| (served.tower, served.item_dim)))?;
+        self.known_items(&caches.known_items)?;
         Ok(self.counts)
     }
 
     /// Models may share a digest.
-    fn vectors<K: VectorKey>(
+    fn vectors<P: VectorSource>(
         &mut self,
-        cache: &VectorCache<K>,
-        served: impl Iterator<Item = (K::Digest, usize)>,
+        cache: &VectorCache<EmbeddingKey<P>>,
+        served: impl Iterator<Item = (Digest<P>, usize)>,
     ) -> Result<(), SnapshotError> {
         let keys = cache.hottest_keys();
-        let mut done: Vec<K::Digest> = Vec::new();
+        let mut done: Vec<Digest<P>> = Vec::new();
         for (digest, dim) in served {
             if done.contains(&digest) {
                 continue;
             }
             done.push(digest);
             let n_rows = (self.max_bytes / (dim * size_of::<f32>() + DIGEST_BYTES)).max(1);
-            let mut keys = keys.iter().filter(|key| key.digest() == digest).copied();
+            let mut keys = keys.iter().filter(|key| key.part == digest).copied();
             for number in 0.. {
-                let some: Vec<K> = keys.by_ref().take(n_rows).collect();
+                let some: Vec<EmbeddingKey<P>> = keys.by_ref().take(n_rows).collect();
                 if some.is_empty() {
                     break;
                 }
                 let rows = rows(cache, some, dim);
-                let name = format!("{}-{digest}-{number:06}", K::KIND.as_str());
-                self.part(&name, K::KIND, |out| write_rows(out, digest, dim, &rows))?;
+                let name = format!("{}-{digest}-{number:06}", P::KIND.as_str());
+                self.part(&name, P::KIND, |out| write_rows(out, digest, dim, &rows))?;
             }
         }
         Ok(())
@@ -128,13 +130,13 @@ fn hottest(known: &KnownItems) -> (HashKey, Vec<KnownItem>) {
 /// Writes the vectors of one digest into one file, whatever its size, the hottest first.
 ///
 /// They cannot leave memory before it is written: until then the vectors that a busy cache drops cost their room twice.
-pub fn export<K: VectorKey>(
+pub fn export<P: VectorSource>(
     out: &mut dyn Write,
-    cache: &VectorCache<K>,
-    digest: K::Digest,
+    cache: &VectorCache<EmbeddingKey<P>>,
+    digest: Digest<P>,
     dim: usize,
 ) -> io::Result<Exported> {
-    let keys = cache.hottest_keys().into_iter().filter(|key| key.digest() == digest).collect();
+    let keys = cache.hottest_keys().into_iter().filter(|key| key.part == digest).collect();
     let mut out = BufWriter::with_capacity(BUFFER_BYTES, out);
     let exported = write_rows(&mut out, digest, dim, &rows(cache, keys, dim))?;
     out.flush()?;
@@ -142,26 +144,30 @@ pub fn export<K: VectorKey>(
 }
 
 /// The vectors under `keys` that are still there.
-fn rows<K: VectorKey>(cache: &VectorCache<K>, keys: Vec<K>, dim: usize) -> Vec<(K, Vector)> {
+fn rows<P: VectorSource>(
+    cache: &VectorCache<EmbeddingKey<P>>,
+    keys: Vec<EmbeddingKey<P>>,
+    dim: usize,
+) -> Vec<(EmbeddingKey<P>, Vector)> {
     let vectors = cache.peek_many(&keys);
     let found = keys.into_iter().zip(vectors).filter_map(|(key, vector)| Some((key, vector?)));
     found.filter(|(_key, vector)| vector.len() == dim).collect()
 }
 
-fn write_rows<K: VectorKey>(
+fn write_rows<P: VectorSource>(
     out: &mut dyn Write,
-    digest: K::Digest,
+    digest: Digest<P>,
     dim: usize,
-    rows: &[(K, Vector)],
+    rows: &[(EmbeddingKey<P>, Vector)],
 ) -> io::Result<Exported> {
     let vectors = rows.iter().map(|(_key, vector)| bytemuck::cast_slice(vector)).collect();
-    let text_digests = rows.iter().map(|(key, _vector)| key.text().as_bytes()).collect();
+    let text_digests = rows.iter().map(|(key, _vector)| key.text.as_bytes().as_slice()).collect();
     let tensors = [
         Tensor { name: VECTORS, dtype: Dtype::F32, shape: vec![rows.len(), dim], pieces: vectors },
         Tensor { name: TEXT_DIGESTS, dtype: Dtype::U8, shape: vec![rows.len(), DIGEST_BYTES], pieces: text_digests },
     ];
     let own_entries = vec![(DIGEST, digest.to_string()), (DIM, dim.to_string())];
-    format::write(out, (K::KIND, rows.len()), own_entries, &tensors)
+    format::write(out, (P::KIND, rows.len()), own_entries, &tensors)
 }
 
 /// Known items on their way into a part.
@@ -174,7 +180,7 @@ struct TextColumns {
 
 impl TextColumns {
     fn push(&mut self, id: IdKey, text: &[u8]) {
-        id.0.iter().for_each(|half| self.id_keys.extend(half.to_le_bytes()));
+        self.id_keys.extend(id.as_bytes());
         self.texts.extend(text);
         self.text_ends.extend((self.texts.len() as u64).to_le_bytes());
     }

@@ -3,10 +3,8 @@
 //! Keys are digests of everything a vector depends on, so an entry is never stale: it is only ever dropped for want of
 //! room.
 
-use crate::{
-    bounded_cache::{BoundedCache, Contents},
-    domain::{Vector, all_finite},
-};
+use super::{CacheName, Usage, bounded::BoundedCache};
+use crate::domain::{Vector, all_finite};
 use std::{hash::Hash, mem::size_of, sync::Arc};
 
 /// What one entry costs beside its payload and key: the vector's counts and length, its place in the cache's tables, the
@@ -20,7 +18,7 @@ pub struct VectorCache<K>(BoundedCache<K, Vector>);
 
 impl<K: Copy + Eq + Hash> VectorCache<K> {
     /// An empty cache of at most `max_bytes`, which metrics call `name`.
-    pub fn new(name: &'static str, max_bytes: u64) -> Self {
+    pub fn new(name: CacheName, max_bytes: u64) -> Self {
         VectorCache(BoundedCache::new(name, max_bytes, |_key, vector| Self::entry_bytes(vector.len())))
     }
 
@@ -30,7 +28,7 @@ impl<K: Copy + Eq + Hash> VectorCache<K> {
     }
 
     /// The name that metrics use.
-    pub fn name(&self) -> &'static str {
+    pub fn name(&self) -> CacheName {
         self.0.name()
     }
 
@@ -82,7 +80,7 @@ impl<K: Copy + Eq + Hash> VectorCache<K> {
     }
 
     /// Entries, bytes and the bound.
-    pub fn measure(&self) -> Contents {
+    pub fn measure(&self) -> Usage {
         self.0.measure()
     }
 
@@ -98,7 +96,7 @@ mod tests {
 
     #[test]
     fn the_bound_is_held_in_bytes_and_vectors_are_read_in_order() {
-        let cache = VectorCache::new("test", 100 * VectorCache::<u64>::entry_bytes(64));
+        let cache = VectorCache::new(CacheName::Item, 100 * VectorCache::<u64>::entry_bytes(64));
         for key in 0..1000_u64 {
             cache.insert(key, vec![key as f32; 64].into());
         }
@@ -115,7 +113,7 @@ mod tests {
 
     #[test]
     fn the_hottest_are_read_first_and_stay_as_hot_as_they_were() {
-        let cache = VectorCache::new("test", 1 << 20);
+        let cache = VectorCache::new(CacheName::Item, 1 << 20);
         (0..4_u64).for_each(|key| cache.insert_ahead(key, vec![key as f32].into()));
         assert!(cache.get(&2).is_some());
         for _ in 0..5 {

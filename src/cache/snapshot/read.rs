@@ -3,131 +3,24 @@
 //! Entries go in coldest first and ahead of their readers, so the hottest end where eviction comes last.
 
 use super::{
-    Caches, Imported, Kind, PART_BYTES, Served, VectorKey,
+    Imported, Kind, PART_BYTES, Served, VectorSource,
+    error::ReadError,
     format::{DIGEST, DIM, Found, ID_HASH_KEY, ID_KEYS, Origin, Part, TEXT_DIGESTS, TEXT_ENDS, TEXTS, VECTORS, short},
 };
 use crate::{
-    content::IdKey,
-    domain::{ItemText, Vector, all_finite},
-    item_text::TextDigest,
-    known_items::{HashKey, KnownItems, OtherHashKey},
-    vector_cache::VectorCache,
+    cache::{
+        Caches,
+        known_items::{HashKey, KnownItems},
+        vectors::VectorCache,
+    },
+    domain::{Digest, EmbeddingKey, IdKey, ItemText, TextDigest, Vector, all_finite},
 };
 use half::{bf16, f16};
 use safetensors::Dtype;
-use std::{
-    fs::File,
-    io::{self, Read},
-    path::Path,
-};
-use thiserror::Error;
+use std::{fs::File, io::Read, path::Path};
 
 /// A file of ours with one text in it may be larger than others.
 const MAX_FILE_BYTES: u64 = 2 * PART_BYTES as u64;
-
-/// Why a part is not taken.
-#[derive(Debug, Error)]
-pub enum ReadError {
-    /// The file or its folder cannot be read.
-    #[error("it cannot be read: {0}")]
-    File(#[from] io::Error),
-    /// The file is larger than any part.
-    #[error("it is larger than {max} bytes, which no part of a snapshot is")]
-    FileTooLarge {
-        /// The bound.
-        max: u64,
-    },
-    /// It ends within its header.
-    #[error("it is no safetensors file, or was cut off: it ends within its header")]
-    CutOff,
-    /// The header is longer than any part's.
-    #[error(
-        "it is no safetensors file of this format: its header is said to have {n_bytes} bytes, at most {max} are taken"
-    )]
-    HeaderTooLong {
-        /// As the file says.
-        n_bytes: u64,
-        /// The bound.
-        max: usize,
-    },
-    /// The header is no safetensors header.
-    #[error("its safetensors header cannot be read: {0}")]
-    Header(String),
-    /// The header and the file's size do not agree.
-    #[error("its header describes {said} bytes of tensors, and {found} follow it")]
-    DataLength {
-        /// As the header says.
-        said: usize,
-        /// In the file.
-        found: usize,
-    },
-    /// An entry of the metadata is missing.
-    #[error("its metadata has no {0:?}")]
-    NoEntry(&'static str),
-    /// An entry of the metadata has a name that means nothing here.
-    #[error("its metadata has an unknown entry {0:?}")]
-    UnknownEntry(String),
-    /// An entry of the metadata is not what it must be: another format, version or kind, or a count that is wrong.
-    #[error("its metadata says {key} {found:?}, this must be {expected}")]
-    Entry {
-        /// The entry.
-        key: &'static str,
-        /// Its value.
-        found: String,
-        /// What it may be.
-        expected: String,
-    },
-    /// Not the bytes that were written.
-    #[error("it was damaged: its checksum is not that of its content")]
-    Checksum,
-    /// Vectors of an encoder or tower that no model uses.
-    #[error("no model that serves uses its {} vectors, of {digest}", kind.as_str())]
-    Foreign {
-        /// Content or item embeddings.
-        kind: Kind,
-        /// The digest it has.
-        digest: String,
-    },
-    /// A tensor is missing.
-    #[error("it has no tensor {0:?}")]
-    NoTensor(&'static str),
-    /// There is a tensor that means nothing here.
-    #[error("it has an unknown tensor {0:?}")]
-    UnknownTensor(String),
-    /// A tensor has another type or shape.
-    #[error("its tensor {name:?} is {found}, it must be {expected}")]
-    Tensor {
-        /// The tensor.
-        name: &'static str,
-        /// Its type and shape.
-        found: String,
-        /// What these may be.
-        expected: String,
-    },
-    /// A vector is not finite.
-    #[error("vector {row} has a value that is not finite")]
-    NotFinite {
-        /// Counted from 0.
-        row: usize,
-    },
-    /// The ends of the texts do not lie in order within the texts.
-    #[error("text {row} does not end after the one before it and within the texts")]
-    TextEnd {
-        /// Counted from 0.
-        row: usize,
-    },
-    /// A text is not the JSON of one.
-    #[error("text {row} is no item text: {error}")]
-    Text {
-        /// Counted from 0.
-        row: usize,
-        /// Why.
-        error: String,
-    },
-    /// Items are known already, under another key.
-    #[error(transparent)]
-    HashKey(#[from] OtherHashKey),
-}
 
 /// Reads a part's file into `buffer`, in place of what is there.
 pub(super) fn load(path: &Path, buffer: &mut Vec<u8>) -> Result<(), ReadError> {
@@ -146,31 +39,31 @@ pub(super) fn load(path: &Path, buffer: &mut Vec<u8>) -> Result<(), ReadError> {
 }
 
 /// Takes a part that we wrote.
-pub(super) fn take_own(bytes: &[u8], caches: &Caches<'_>, served: &[Served]) -> Result<Imported, ReadError> {
+pub(super) fn take_own(bytes: &[u8], caches: &Caches, served: &[Served]) -> Result<Imported, ReadError> {
     take_part(&Part::parse(bytes, Origin::Own)?, caches, served)
 }
 
 /// Takes a part that may be made elsewhere.
-pub(super) fn take(bytes: &[u8], caches: &Caches<'_>, served: &[Served]) -> Result<Imported, ReadError> {
+pub(super) fn take(bytes: &[u8], caches: &Caches, served: &[Served]) -> Result<Imported, ReadError> {
     take_part(&Part::parse(bytes, Origin::Elsewhere)?, caches, served)
 }
 
-fn take_part(part: &Part<'_>, caches: &Caches<'_>, served: &[Served]) -> Result<Imported, ReadError> {
+fn take_part(part: &Part<'_>, caches: &Caches, served: &[Served]) -> Result<Imported, ReadError> {
     match part.kind()? {
-        Kind::Content => take_vectors(part, caches.contents, served.iter().map(|s| (s.encoder, s.content_dim))),
-        Kind::Item => take_vectors(part, caches.items, served.iter().map(|s| (s.tower, s.item_dim))),
-        Kind::KnownItems => take_known_items(part, caches.known_items),
+        Kind::Content => take_vectors(part, &caches.contents, served.iter().map(|s| (s.encoder, s.content_dim))),
+        Kind::Item => take_vectors(part, &caches.items, served.iter().map(|s| (s.tower, s.item_dim))),
+        Kind::KnownItems => take_known_items(part, &caches.known_items),
     }
 }
 
-fn take_vectors<K: VectorKey>(
+fn take_vectors<P: VectorSource>(
     part: &Part<'_>,
-    cache: &VectorCache<K>,
-    mut served: impl Iterator<Item = (K::Digest, usize)>,
+    cache: &VectorCache<EmbeddingKey<P>>,
+    mut served: impl Iterator<Item = (Digest<P>, usize)>,
 ) -> Result<Imported, ReadError> {
     let said = part.entry(DIGEST)?;
     let served = served.find(|(digest, _dim)| digest.to_string() == said);
-    let (digest, dim) = served.ok_or_else(|| ReadError::Foreign { kind: K::KIND, digest: short(said) })?;
+    let (digest, dim) = served.ok_or_else(|| ReadError::Foreign { kind: P::KIND, digest: short(said) })?;
     part.expect(DIM, &dim.to_string())?;
     let found = part.tensor(VECTORS)?;
     let vectors = widen(&found, dim)?;
@@ -181,9 +74,9 @@ fn take_vectors<K: VectorKey>(
     }
     let n_entries = vectors.len() as u64;
     for (text, vector) in texts.into_iter().zip(vectors).rev() {
-        cache.insert_ahead(K::new(digest, text), vector);
+        cache.insert_ahead(EmbeddingKey { part: digest, text }, vector);
     }
-    Ok(Imported { kind: K::KIND, n_entries, n_skipped: 0 })
+    Ok(Imported { kind: P::KIND, n_entries, n_skipped: 0 })
 }
 
 /// The rows of `vectors`, which has to be `[n, dim]`.
@@ -245,7 +138,7 @@ fn take_known_items(part: &Part<'_>, known: &KnownItems) -> Result<Imported, Rea
     known.adopt_hash_key(hash_key(part)?)?;
     let mut imported = Imported { kind: Kind::KnownItems, n_entries: 0, n_skipped: 0 };
     for (id, text) in ids.iter().zip(texts).rev() {
-        match known.restore(id_key(*id), text) {
+        match known.restore(IdKey::from_bytes(*id), text) {
             Ok(()) => imported.n_entries += 1,
             Err(_fault) => imported.n_skipped += 1,
         }
@@ -261,9 +154,4 @@ fn hash_key(part: &Part<'_>) -> Result<HashKey, ReadError> {
         // The key is a secret, and errors go into logs.
         _ => Err(ReadError::Entry { key: ID_HASH_KEY, found: String::new(), expected: "32 hex digits".to_owned() }),
     }
-}
-
-fn id_key(bytes: [u8; 16]) -> IdKey {
-    let number = u128::from_le_bytes(bytes);
-    IdKey([number as u64, (number >> 64) as u64])
 }

@@ -4,12 +4,15 @@
 //! input whose each of them is. A batch of one copies and pads nothing. Requests are independent: where a run over several
 //! fails, each is run by itself, and only those that fail alone have failed.
 
-use super::{Fused, fuse};
+use super::{
+    TowerGraphs,
+    fusion::{Fused, fuse},
+    user_tower,
+};
 use crate::{
     domain::{Matrix, Vector},
     inference::GraphError,
     telemetry::events,
-    towers::{TowerGraphs, user_tower},
 };
 use std::{sync::Arc, time::Instant};
 

@@ -21,13 +21,16 @@
 //!
 //! Which entries matter most, for who saves or refreshes them, is [`BoundedCache::hottest_keys`], in a file of its own.
 
+mod ghosts;
 mod heat;
 
+use super::{CacheName, Usage};
 use crate::telemetry::events;
 use foldhash::fast::RandomState;
+use ghosts::GhostQueue;
 use hashbrown::HashTable;
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::VecDeque,
     fmt,
     hash::{BuildHasher, Hash},
     sync::{
@@ -36,28 +39,15 @@ use std::{
     },
 };
 
-/// What a cache holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Contents {
-    /// The cache's name.
-    pub cache: &'static str,
-    /// How many entries.
-    pub n_entries: u64,
-    /// As the bound counts them.
-    pub n_bytes: u64,
-    /// The bound.
-    pub max_bytes: u64,
-}
-
 /// Values by key. Cheap to clone: clones share their entries.
 pub struct BoundedCache<K, V> {
     shared: Arc<Shared<K, V>>,
 }
 
 struct Shared<K, V> {
-    name: &'static str,
+    name: CacheName,
     weigh: fn(&K, &V) -> u64,
-    /// Of each shard.
+    /// The bound of each shard.
     max_bytes: u64,
     hasher: RandomState,
     /// Counts what joins a queue, in all shards together: that tells which of two entries joined later.
@@ -77,16 +67,32 @@ struct Shard<K, V> {
     /// Places of entries that proved themselves, the next to be looked at first.
     main: VecDeque<u32>,
     n_bytes: u64,
-    gone: Gone,
+    ghosts: GhostQueue,
 }
 
 struct Slot<K, V> {
     /// Reads that still count, at most [`MAX_USES`].
     uses: AtomicU8,
-    is_new: bool,
-    /// When it joined the queue that it is in.
+    /// The queue that it is in.
+    queue: Queue,
+    /// When it joined that queue.
     turn: u32,
     entry: Option<(K, V)>,
+}
+
+/// The queues of a shard.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Queue {
+    /// Entries on probation.
+    New,
+    /// Entries that were read while on probation, or that did not have to pass it.
+    Main,
+}
+
+/// What became of an entry that stood in the way of a new one.
+enum Verdict {
+    Evicted,
+    Spared,
 }
 
 /// A frequent entry outlives so many rounds of the main queue without being read.
@@ -104,8 +110,8 @@ const MAX_SHARDS: u64 = 8;
 const MIN_SHARD_BYTES: u64 = 1 << 20;
 
 impl<K: Copy + Eq + Hash, V> BoundedCache<K, V> {
-    /// An empty cache of at most `max_bytes`, as `weigh` counts them, which metrics call `name`.
-    pub fn new(name: &'static str, max_bytes: u64, weigh: fn(&K, &V) -> u64) -> Self {
+    /// An empty cache of at most `max_bytes`, as `weigh` counts them, for metrics to count under `name`.
+    pub fn new(name: CacheName, max_bytes: u64, weigh: fn(&K, &V) -> u64) -> Self {
         let n_shards = (max_bytes / MIN_SHARD_BYTES).clamp(1, MAX_SHARDS);
         let shards = (0..n_shards).map(|_| RwLock::new(Shard::default())).collect();
         let (max_bytes, hasher, turns) = (max_bytes / n_shards, RandomState::default(), AtomicU32::new(0));
@@ -113,7 +119,7 @@ impl<K: Copy + Eq + Hash, V> BoundedCache<K, V> {
     }
 
     /// The name that metrics use.
-    pub fn name(&self) -> &'static str {
+    pub fn name(&self) -> CacheName {
         self.shared.name
     }
 
@@ -146,33 +152,33 @@ impl<K: Copy + Eq + Hash, V> BoundedCache<K, V> {
 
     /// Puts a value in; one that is there under the same key is replaced. Others make room for it.
     pub fn insert(&self, key: K, value: V) {
-        self.put(key, value, true);
+        self.put(key, value, Queue::New);
     }
 
     /// Like [`BoundedCache::insert`], for what nobody has asked for yet: it has a whole round to be read in.
     pub fn insert_ahead(&self, key: K, value: V) {
-        self.put(key, value, false);
+        self.put(key, value, Queue::Main);
     }
 
-    fn put(&self, key: K, value: V, on_probation: bool) {
+    fn put(&self, key: K, value: V, first: Queue) {
         let shared = &*self.shared;
         let hash = shared.hasher.hash_one(key);
-        let n_evicted = write_lock(shared.shard(hash)).insert((key, value), hash, on_probation, shared);
+        let n_evicted = write_lock(shared.shard(hash)).insert((key, value), hash, first, shared);
         if n_evicted > 0 {
-            events::cache_evicted(shared.name, n_evicted);
+            events::cache_evicted(shared.name.as_str(), n_evicted);
         }
     }
 
     /// Entries, bytes and the bound.
-    pub fn measure(&self) -> Contents {
+    pub fn measure(&self) -> Usage {
         let shared = &*self.shared;
         let max_bytes = shared.max_bytes * shared.shards.len() as u64;
-        let mut contents = Contents { cache: shared.name, n_entries: 0, n_bytes: 0, max_bytes };
+        let mut usage = Usage { cache: shared.name.as_str(), n_entries: 0, n_bytes: 0, max_bytes };
         for shard in shared.shards.iter().map(read_lock) {
-            contents.n_entries += shard.table.len() as u64;
-            contents.n_bytes += shard.n_bytes;
+            usage.n_entries += shard.table.len() as u64;
+            usage.n_bytes += shard.n_bytes;
         }
-        contents
+        usage
     }
 
     /// Drops everything; returns how many entries there were.
@@ -217,40 +223,8 @@ impl<K, V> Default for Shard<K, V> {
             n_new_bytes: 0,
             main: VecDeque::new(),
             n_bytes: 0,
-            gone: Gone::default(),
+            ghosts: GhostQueue::default(),
         }
-    }
-}
-
-/// Hashes of entries that were evicted before they had proved themselves, as many as there are that have.
-#[derive(Default)]
-struct Gone {
-    hashes: HashSet<u32, RandomState>,
-    /// Oldest first; with some that came back since.
-    order: VecDeque<u32>,
-}
-
-impl Gone {
-    /// Half of the hash will do: where two entries share it, one stays for longer than it should.
-    fn short(hash: u64) -> u32 {
-        (hash >> 8) as u32
-    }
-
-    fn add(&mut self, hash: u64, max: usize) {
-        let short = Self::short(hash);
-        if self.hashes.insert(short) {
-            self.order.push_back(short);
-        }
-        while self.order.len() > max {
-            if let Some(oldest) = self.order.pop_front() {
-                self.hashes.remove(&oldest);
-            }
-        }
-    }
-
-    /// Whether it was there; it is not any longer.
-    fn take(&mut self, hash: u64) -> bool {
-        self.hashes.remove(&Self::short(hash))
     }
 }
 
@@ -274,20 +248,21 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
     }
 
     /// Returns how many entries had to go.
-    fn insert(&mut self, entry: (K, V), hash: u64, on_probation: bool, shared: &Shared<K, V>) -> u64 {
+    fn insert(&mut self, entry: (K, V), hash: u64, first: Queue, shared: &Shared<K, V>) -> u64 {
         let n_bytes = (shared.weigh)(&entry.0, &entry.1);
         if let Some(place) = self.find(&entry.0, hash) {
             let slot = &mut self.slots[place as usize];
             let n_old_bytes = slot.entry.replace(entry).map_or(0, |(key, value)| (shared.weigh)(&key, &value));
-            if slot.is_new {
+            if slot.queue == Queue::New {
                 self.n_new_bytes = self.n_new_bytes + n_bytes - n_old_bytes;
             }
             self.n_bytes = self.n_bytes + n_bytes - n_old_bytes;
             return self.make_room(0, Some(place), shared);
         }
         let n_evicted = self.make_room(n_bytes, None, shared);
-        let is_new = !self.gone.take(hash) && on_probation;
-        let slot = Slot { uses: AtomicU8::new(0), is_new, turn: shared.next_turn(), entry: Some(entry) };
+        // An entry that returns soon after its eviction is asked for more often than probation could see.
+        let queue = if self.ghosts.take(hash) { Queue::Main } else { first };
+        let slot = Slot { uses: AtomicU8::new(0), queue, turn: shared.next_turn(), entry: Some(entry) };
         let place = match self.vacant.pop() {
             Some(place) => {
                 self.slots[place as usize] = slot;
@@ -299,11 +274,12 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
             }
         };
         self.n_bytes += n_bytes;
-        if is_new {
-            self.n_new_bytes += n_bytes;
-            self.new.push_back(place);
-        } else {
-            self.main.push_back(place);
+        match queue {
+            Queue::New => {
+                self.n_new_bytes += n_bytes;
+                self.new.push_back(place);
+            }
+            Queue::Main => self.main.push_back(place),
         }
         let slots = &self.slots;
         let rehash =
@@ -319,47 +295,55 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
             let may_spare = n_spared < MAX_SPARED;
             let new_has_its_part = self.n_new_bytes > shared.max_bytes / NEW_PART;
             let nothing_in_main = self.main.iter().all(|place| keep == Some(*place));
-            let evicted = match new_has_its_part || nothing_in_main {
-                true => self.judge_new(keep, may_spare, shared),
-                false => self.judge_main(keep, may_spare, shared),
+            let verdict = if new_has_its_part || nothing_in_main {
+                self.review_oldest_new(keep, may_spare, shared)
+            } else {
+                self.review_next_of_main(keep, may_spare, shared)
             };
-            *if evicted { &mut n_evicted } else { &mut n_spared } += 1;
+            match verdict {
+                Verdict::Evicted => n_evicted += 1,
+                Verdict::Spared => n_spared += 1,
+            }
         }
         n_evicted
     }
 
-    /// Moves the oldest new entry to the main queue if it was read, else evicts it; true where it was evicted.
-    fn judge_new(&mut self, keep: Option<u32>, may_spare: bool, shared: &Shared<K, V>) -> bool {
-        let Some(place) = self.new.pop_front() else { return false };
+    /// Moves the oldest new entry to the main queue if it was read; evicts it otherwise.
+    fn review_oldest_new(&mut self, keep: Option<u32>, may_spare: bool, shared: &Shared<K, V>) -> Verdict {
+        let Some(place) = self.new.pop_front() else { return Verdict::Spared };
         let slot = &mut self.slots[place as usize];
         self.n_new_bytes -= slot.entry.as_ref().map_or(0, |(key, value)| (shared.weigh)(key, value));
-        if !(may_spare && *slot.uses.get_mut() >= USES_TO_STAY) && keep != Some(place) {
-            if let Some(hash) = self.remove(place, shared) {
-                self.gone.add(hash, self.main.len());
-            }
-            return true;
+        let was_read = *slot.uses.get_mut() >= USES_TO_STAY;
+        if keep == Some(place) || (may_spare && was_read) {
+            slot.queue = Queue::Main;
+            self.requeue(place, shared);
+            return Verdict::Spared;
         }
-        slot.is_new = false;
-        slot.turn = shared.next_turn();
-        let uses = slot.uses.get_mut();
-        *uses = uses.saturating_sub(1);
-        self.main.push_back(place);
-        false
+        if let Some(hash) = self.remove(place, shared) {
+            self.ghosts.add(hash, self.main.len());
+        }
+        Verdict::Evicted
     }
 
-    /// Gives the next entry of the main queue another round if it was read, else evicts it; true where it was evicted.
-    fn judge_main(&mut self, keep: Option<u32>, may_spare: bool, shared: &Shared<K, V>) -> bool {
-        let Some(place) = self.main.pop_front() else { return false };
-        let slot = &mut self.slots[place as usize];
-        let uses = slot.uses.get_mut();
-        if !(may_spare && *uses > 0) && keep != Some(place) {
-            self.remove(place, shared);
-            return true;
+    /// Gives the next entry of the main queue another round if it was read; evicts it otherwise.
+    fn review_next_of_main(&mut self, keep: Option<u32>, may_spare: bool, shared: &Shared<K, V>) -> Verdict {
+        let Some(place) = self.main.pop_front() else { return Verdict::Spared };
+        let was_read = *self.slots[place as usize].uses.get_mut() > 0;
+        if keep == Some(place) || (may_spare && was_read) {
+            self.requeue(place, shared);
+            return Verdict::Spared;
         }
+        self.remove(place, shared);
+        Verdict::Evicted
+    }
+
+    /// Puts an entry at the end of the main queue. That costs it one of its reads.
+    fn requeue(&mut self, place: u32, shared: &Shared<K, V>) {
+        let slot = &mut self.slots[place as usize];
         slot.turn = shared.next_turn();
+        let uses = slot.uses.get_mut();
         *uses = uses.saturating_sub(1);
         self.main.push_back(place);
-        false
     }
 
     /// Empties a slot that has left its queue; returns its entry's hash.

@@ -3,6 +3,16 @@
 //! Nothing here knows protobuf, ONNX or a cache. Invariant: a [`MidEmbRequest`] was validated by
 //! `wire::decode`, so its ids are not empty and its sizes are within the configured limits.
 
+pub mod digest;
+pub mod error;
+pub mod ids;
+pub mod item_text;
+
+pub use digest::Digest;
+pub use ids::{
+    ContentKey, EmbeddingKey, EncoderDigest, IdKey, ItemKey, KnownItem, Priority, TextDigest, TowerDigest, UserKey,
+};
+
 use serde::{Deserialize, Serialize};
 use std::{fmt, sync::Arc, time::Instant};
 

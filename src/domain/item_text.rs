@@ -4,14 +4,9 @@
 //! template runs. The template belongs to the encoder's digest, so a new template still is a new cache key. Fields
 //! are hashed with their lengths, so that no two different texts share the bytes that are hashed.
 
-use crate::domain::ItemText;
+use super::{Digest, ItemText, TextDigest};
 use minijinja::{Environment, UndefinedBehavior, value::Serde};
-use std::fmt;
 use thiserror::Error;
-
-/// 128 bits of BLAKE3 over the six fields: what every cache of an item's vectors is keyed by.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct TextDigest([u8; 16]);
 
 impl TextDigest {
     /// The digest of `text`.
@@ -22,33 +17,17 @@ impl TextDigest {
         }
         for list in [&text.keywords, &text.attributes] {
             hasher.update(&(list.len() as u64).to_le_bytes());
-            list.iter().for_each(|entry| hash_str(&mut hasher, entry));
+            for entry in list {
+                hash_str(&mut hasher, entry);
+            }
         }
-        let mut bytes = [0; 16];
-        hasher.finalize_xof().fill(&mut bytes);
-        TextDigest(bytes)
-    }
-
-    /// The digest that has these bytes, as they were written down once.
-    pub fn from_bytes(bytes: [u8; 16]) -> Self {
-        TextDigest(bytes)
-    }
-
-    /// Its 16 bytes.
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.0
+        Digest::of_blake3(&hasher)
     }
 }
 
 fn hash_str(hasher: &mut blake3::Hasher, field: &str) {
     hasher.update(&(field.len() as u64).to_le_bytes());
     hasher.update(field.as_bytes());
-}
-
-impl fmt::Debug for TextDigest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
 }
 
 /// Why a text cannot be used. Costs its own row: `RowStatus::InvalidItem`.

@@ -1,16 +1,9 @@
-//! Fusion: the user tower and the CVR MLP, from histories and items to mid-embs.
-//!
-//! [`fuse`] runs the CVR graph; [`scoring`] is the job of an inference thread: the users' embeddings and everything that is
-//! fused with them, for one request or for several together.
+//! Fusion: the CVR MLP, from user and item embeddings to mid-embs and conversion probabilities.
 
-pub mod scoring;
-
-pub use scoring::{Score, ScoreDims, ScoreInput, UserInput};
-
+use super::TowerGraphs;
 use crate::{
     domain::Matrix,
     inference::{GraphError, Input},
-    towers::TowerGraphs,
 };
 
 /// What the CVR graph gives.

@@ -9,7 +9,7 @@
 //! comes, goes, or goes and comes back meanwhile may be missed or be met twice. All keys are gathered before they are
 //! sorted: that takes a key and eight bytes for each entry, off the request path.
 
-use super::{BoundedCache, Slot, read_lock};
+use super::{BoundedCache, Queue, Slot, read_lock};
 use std::{cmp::Reverse, hash::BuildHasher, hash::Hash, sync::atomic::Ordering};
 
 /// Slots that are looked at under one lock: they lie side by side, so this takes some microseconds.
@@ -51,9 +51,9 @@ impl<K, V> Slot<K, V> {
     /// Higher is hotter. Turns are counted modulo 2^32: what joined before or after `now` is told apart up to half of that.
     fn heat(&self, now: u32) -> u64 {
         let uses = u64::from(self.uses.load(Ordering::Relaxed));
-        let tier = match self.is_new {
-            true => uses.min(1),
-            false => 2 + uses,
+        let tier = match self.queue {
+            Queue::New => uses.min(1),
+            Queue::Main => 2 + uses,
         };
         let joined = self.turn.wrapping_sub(now).wrapping_add(1 << 31);
         (tier << 32) | u64::from(joined)

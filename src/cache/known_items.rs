@@ -8,11 +8,12 @@
 //! items are restored here; it changes only while nothing is known. A request reads it once, so what it asks for while the
 //! key changes is unknown, or is remembered where nobody will look for it, but is never taken for another item.
 
+use super::{CacheName, Usage, bounded::BoundedCache};
 use crate::{
-    bounded_cache::{BoundedCache, Contents},
-    content::{IdKey, KnownItem, Texts, batcher::Priority},
-    domain::{Item, ItemText, RowStatus},
-    item_text::{self, TextDigest, TextFault},
+    domain::{
+        IdKey, Item, ItemText, KnownItem, Priority, RowStatus, TextDigest,
+        item_text::{self, TextFault},
+    },
     telemetry::events::{self, Lookups},
 };
 use siphasher::sip128::SipHasher13;
@@ -24,8 +25,6 @@ use std::{
 };
 use thiserror::Error;
 
-/// What metrics call it.
-pub const NAME: &str = "known_items";
 /// What an entry costs beside its letters: its place in the cache, and the text's own six fields on the heap. Measured by
 /// `cargo bench --bench cache_memory`.
 const ENTRY_OVERHEAD: usize = 330;
@@ -50,7 +49,10 @@ impl HashKey {
 
     fn hash(self, id: &str) -> IdKey {
         let hash = SipHasher13::new_with_keys(self.0[0], self.0[1]).hash(id.as_bytes());
-        IdKey([hash.h1, hash.h2])
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&hash.h1.to_le_bytes());
+        bytes[8..].copy_from_slice(&hash.h2.to_le_bytes());
+        IdKey::from_bytes(bytes)
     }
 }
 
@@ -74,7 +76,7 @@ struct Known {
 impl KnownItems {
     /// Nothing known. Texts of more than `max_text_bytes` are refused.
     pub fn new(max_bytes: u64, max_text_bytes: usize) -> Self {
-        let cache = BoundedCache::new(NAME, max_bytes, |_id, known: &Known| entry_bytes(&known.text));
+        let cache = BoundedCache::new(CacheName::KnownItems, max_bytes, |_id, known: &Known| entry_bytes(&known.text));
         KnownItems { cache, hash_key: RwLock::new(HashKey::random()), max_text_bytes }
     }
 
@@ -96,7 +98,7 @@ impl KnownItems {
             }
         }
         self.resolve_ids(&mut ids, &mut resolved, &mut lookups);
-        events::cache_looked_up(NAME, lookups);
+        events::cache_looked_up(self.cache.name().as_str(), lookups);
         resolved
     }
 
@@ -106,9 +108,13 @@ impl KnownItems {
             return;
         }
         self.cache.read_many(ids, |i, known| {
-            *if known.is_some() { &mut lookups.n_hits } else { &mut lookups.n_misses } += 1;
-            let found = known.map(|known| KnownItem { id: ids[i], digest: known.digest, text: None });
-            rows.push(found.ok_or(RowStatus::UnknownItem));
+            if let Some(known) = known {
+                lookups.n_hits += 1;
+                rows.push(Ok(KnownItem { id: ids[i], digest: known.digest, text: None }));
+            } else {
+                lookups.n_misses += 1;
+                rows.push(Err(RowStatus::UnknownItem));
+            }
         });
         ids.clear();
     }
@@ -163,23 +169,23 @@ impl KnownItems {
         Ok(())
     }
 
+    /// The text of `item`; `None` if it was forgotten or replaced since the item was resolved.
+    pub fn text(&self, item: &KnownItem) -> Option<Arc<ItemText>> {
+        if let Some(text) = &item.text {
+            return Some(Arc::clone(text));
+        }
+        let same = |known: &Known| (known.digest == item.digest).then(|| Arc::clone(&known.text));
+        self.cache.read(&item.id, same).flatten()
+    }
+
     /// Entries, bytes and the bound.
-    pub fn measure(&self) -> Contents {
+    pub fn measure(&self) -> Usage {
         self.cache.measure()
     }
 
     /// Forgets everything; returns how many items were known.
     pub fn flush(&self) -> u64 {
         self.cache.flush()
-    }
-}
-
-impl Texts for KnownItems {
-    fn text(&self, item: &KnownItem) -> Option<Arc<ItemText>> {
-        item.text.clone().or_else(|| {
-            let same = |known: &Known| (known.digest == item.digest).then(|| Arc::clone(&known.text));
-            self.cache.read(&item.id, same).flatten()
-        })
     }
 }
 

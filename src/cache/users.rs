@@ -5,40 +5,31 @@
 //! would answer. It is only worth keeping for as long as a session lasts: entries go after ten minutes without a reader.
 //! One request looks up one user, so moka's strict recency and its expiry cost nothing here.
 
-use super::TowerDigest;
+use super::{CacheName, Usage};
 use crate::{
-    bounded_cache::Contents,
-    domain::{Vector, all_finite},
-    item_text::TextDigest,
+    domain::{TextDigest, TowerDigest, UserKey, Vector, all_finite},
     telemetry::events::{self, Lookups},
 };
 use moka::{notification::RemovalCause, policy::EvictionPolicy, sync::Cache};
 use std::{mem::size_of, time::Duration};
 
-/// What metrics call it.
-pub const NAME: &str = "user";
+const NAME: &str = CacheName::User.as_str();
 /// A session that was silent for so long is over.
 const TIME_TO_IDLE: Duration = Duration::from_secs(600);
 /// What one entry costs beside its payload and key: moka's nodes, with its expiry on, the vector's counts and length, and
 /// the allocator's rounding. Measured by `cargo bench --bench cache_memory`.
 const ENTRY_OVERHEAD: usize = 340;
 
-/// Everything that a user embedding depends on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct UserKey([u8; 16]);
-
 impl UserKey {
     /// The key of a history, oldest first, under the user tower `tower` (whose digest covers the encoder).
     pub fn of<'a>(tower: TowerDigest, history: impl Iterator<Item = &'a TextDigest>) -> Self {
         let mut hasher = blake3::Hasher::new();
-        hasher.update(&tower.0);
+        hasher.update(tower.as_bytes());
         // Digests have one width, so no two histories share the bytes that are hashed.
-        history.for_each(|text| {
+        for text in history {
             hasher.update(text.as_bytes());
-        });
-        let mut bytes = [0; 16];
-        hasher.finalize_xof().fill(&mut bytes);
-        UserKey(bytes)
+        }
+        UserKey::of_blake3(&hasher)
     }
 }
 
@@ -79,9 +70,9 @@ impl UserCache {
     }
 
     /// Entries, bytes and the bound, after pending work was done.
-    pub fn measure(&self) -> Contents {
+    pub fn measure(&self) -> Usage {
         self.0.run_pending_tasks();
-        Contents {
+        Usage {
             cache: NAME,
             n_entries: self.0.entry_count(),
             n_bytes: self.0.weighted_size(),
@@ -115,7 +106,7 @@ mod tests {
     fn a_key_depends_on_tower_items_and_order() {
         let key = |tower, titles: &[&str]| {
             let history: Vec<TextDigest> = titles.iter().map(|title| text(title)).collect();
-            UserKey::of(TowerDigest([tower; 16]), history.iter())
+            UserKey::of(TowerDigest::from_bytes([tower; 16]), history.iter())
         };
         let known = key(1, &["a", "b"]);
         assert_eq!(known, key(1, &["a", "b"]));
@@ -127,7 +118,7 @@ mod tests {
     #[test]
     fn the_bound_is_held_in_bytes() {
         let cache = UserCache::new(100 * u64::from(entry_bytes(64)));
-        let key = |i: u8| UserKey([i; 16]);
+        let key = |i: u8| UserKey::from_bytes([i; 16]);
         (0..=255).for_each(|i| cache.insert(key(i), vec![1.0; 64].into()));
         let contents = cache.measure();
         assert!(contents.n_entries == 100 && contents.n_bytes <= contents.max_bytes, "{contents:?}");

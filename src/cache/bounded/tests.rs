@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 /// Values are their own weight.
 fn cache(max_bytes: u64) -> BoundedCache<u64, u64> {
-    BoundedCache::new("test", max_bytes, |_, bytes| *bytes)
+    BoundedCache::new(CacheName::Item, max_bytes, |_, bytes| *bytes)
 }
 
 fn get(cache: &BoundedCache<u64, u64>, key: u64) -> Option<u64> {
@@ -172,11 +172,12 @@ fn keys_are_gathered_while_others_come_and_go() {
     let cache = cache(64 << 10);
     (0..1000).for_each(|key| cache.insert_ahead(key, 1));
     std::thread::scope(|scope| {
-        scope.spawn(|| (0..200_000_u64).for_each(|i| cache.insert(1000 + i % 5000, 16)));
+        // No key comes twice: one that is remembered as evicted would join the main queue, and in time push out what stays.
+        scope.spawn(|| (0..200_000_u64).for_each(|i| cache.insert(1000 + i, 16)));
         for _ in 0..50 {
             let mut keys = cache.hottest_keys();
             keys.sort_unstable();
-            assert!(keys.iter().all(|key| *key < 6000));
+            assert!(keys.iter().all(|key| *key < 201_000));
             assert!(keys.iter().take_while(|key| **key < 1000).copied().eq(0..1000), "what stayed was missed");
         }
     });
@@ -184,7 +185,7 @@ fn keys_are_gathered_while_others_come_and_go() {
 
 #[test]
 fn readers_and_writers_of_many_threads_see_whole_entries() {
-    let cache: BoundedCache<u64, [u64; 4]> = BoundedCache::new("test", 8 << 20, |_, _| 100);
+    let cache: BoundedCache<u64, [u64; 4]> = BoundedCache::new(CacheName::Item, 8 << 20, |_, _| 100);
     std::thread::scope(|scope| {
         for t in 0..4_u64 {
             let cache = &cache;

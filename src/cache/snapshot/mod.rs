@@ -30,39 +30,24 @@
 //! folder at a time, and the disk has room for two snapshots. Not here: when a snapshot is taken, logs, metrics, and the
 //! users' embeddings, which expire.
 
+mod error;
 mod folder;
 mod format;
+pub mod keeper;
 mod read;
 mod write;
 
-pub use read::ReadError;
+pub use error::ReadError;
 pub use write::export;
 
-use crate::{
-    content::{ContentKey, EncoderDigest},
-    item_text::TextDigest,
-    known_items::KnownItems,
-    towers::{ItemKey, TowerDigest},
-    vector_cache::VectorCache,
-};
+use super::Caches;
+use crate::domain::{EncoderDigest, TowerDigest, ids};
 use std::{
-    fmt,
     hash::Hash,
     io,
     path::{Path, PathBuf},
 };
 use thiserror::Error;
-
-/// The caches that a snapshot is of.
-#[derive(Debug, Clone, Copy)]
-pub struct Caches<'a> {
-    /// Content embeddings.
-    pub contents: &'a VectorCache<ContentKey>,
-    /// Item embeddings.
-    pub items: &'a VectorCache<ItemKey>,
-    /// Texts by item id.
-    pub known_items: &'a KnownItems,
-}
 
 /// What a model that serves has vectors of: those of others are neither written nor taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,52 +86,18 @@ impl Kind {
     }
 }
 
-/// A cache's key that is a text's digest under the digest of a model's part.
-pub trait VectorKey: Copy + Eq + Hash {
-    /// The digest of the encoder or tower. Displayed as hex.
-    type Digest: Copy + Eq + fmt::Display;
+/// A part of a model whose vectors are written to files.
+pub trait VectorSource: Copy + Eq + Hash {
     /// What its vectors are.
     const KIND: Kind;
-    /// The key of a text's vector.
-    fn new(digest: Self::Digest, text: TextDigest) -> Self;
-    /// The encoder or tower.
-    fn digest(&self) -> Self::Digest;
-    /// The text.
-    fn text(&self) -> &TextDigest;
 }
 
-impl VectorKey for ContentKey {
-    type Digest = EncoderDigest;
+impl VectorSource for ids::Encoder {
     const KIND: Kind = Kind::Content;
-
-    fn new(encoder: EncoderDigest, text: TextDigest) -> Self {
-        ContentKey { encoder, text }
-    }
-
-    fn digest(&self) -> EncoderDigest {
-        self.encoder
-    }
-
-    fn text(&self) -> &TextDigest {
-        &self.text
-    }
 }
 
-impl VectorKey for ItemKey {
-    type Digest = TowerDigest;
+impl VectorSource for ids::Tower {
     const KIND: Kind = Kind::Item;
-
-    fn new(tower: TowerDigest, text: TextDigest) -> Self {
-        ItemKey { tower, text }
-    }
-
-    fn digest(&self) -> TowerDigest {
-        self.tower
-    }
-
-    fn text(&self) -> &TextDigest {
-        &self.text
-    }
 }
 
 /// How many entries of each kind were written or restored, and their files' bytes.
@@ -164,11 +115,11 @@ pub struct Counts {
 
 impl Counts {
     fn add(&mut self, kind: Kind, n_entries: u64, n_bytes: u64) {
-        *match kind {
-            Kind::Content => &mut self.n_contents,
-            Kind::Item => &mut self.n_items,
-            Kind::KnownItems => &mut self.n_known_items,
-        } += n_entries;
+        match kind {
+            Kind::Content => self.n_contents += n_entries,
+            Kind::Item => self.n_items += n_entries,
+            Kind::KnownItems => self.n_known_items += n_entries,
+        }
         self.n_bytes += n_bytes;
     }
 }
@@ -246,7 +197,7 @@ pub struct Exported {
 const PART_BYTES: usize = 64 << 20;
 
 /// Writes a snapshot of what the served models use into `folder`, which is made if need be, and removes those before it.
-pub fn write(folder: &Path, caches: &Caches<'_>, served: &[Served]) -> Result<Written, SnapshotError> {
+pub fn write(folder: &Path, caches: &Caches, served: &[Served]) -> Result<Written, SnapshotError> {
     let fill = |new: &Path| write::Parts::new(new, PART_BYTES).write(caches, served);
     let (snapshot, counts) = folder::replace(folder, fill)?;
     let not_removed = folder::remove_all_but(folder, &snapshot);
@@ -256,7 +207,7 @@ pub fn write(folder: &Path, caches: &Caches<'_>, served: &[Served]) -> Result<Wr
 /// Puts the newest snapshot in `folder` into the caches: whatever of it is sound and of a model in `served`.
 ///
 /// Known items are restored where none are known yet.
-pub fn restore(folder: &Path, caches: &Caches<'_>, served: &[Served]) -> Restored {
+pub fn restore(folder: &Path, caches: &Caches, served: &[Served]) -> Restored {
     let mut restored = Restored::default();
     let files = folder::newest(folder).and_then(|newest| match &newest {
         Some(snapshot) => Ok((folder::parts(snapshot)?, newest)),
@@ -273,7 +224,7 @@ pub fn restore(folder: &Path, caches: &Caches<'_>, served: &[Served]) -> Restore
 }
 
 /// The last file holds the coldest entries.
-fn restore_parts(files: &[PathBuf], restored: &mut Restored, caches: &Caches<'_>, served: &[Served]) {
+fn restore_parts(files: &[PathBuf], restored: &mut Restored, caches: &Caches, served: &[Served]) {
     let mut buffer = Vec::new();
     for file in files.iter().rev() {
         let taken = read::load(file, &mut buffer).and_then(|()| read::take_own(&buffer, caches, served));
@@ -288,7 +239,7 @@ fn restore_parts(files: &[PathBuf], restored: &mut Restored, caches: &Caches<'_>
 }
 
 /// Puts one part, which is all of `bytes`, into the caches. It may come from elsewhere, and then need not have a checksum.
-pub fn import(bytes: &[u8], caches: &Caches<'_>, served: &[Served]) -> Result<Imported, ReadError> {
+pub fn import(bytes: &[u8], caches: &Caches, served: &[Served]) -> Result<Imported, ReadError> {
     read::take(bytes, caches, served)
 }
 

@@ -4,7 +4,7 @@
 //! the future. So the bound over all connections is here, and so is the deadline: we answer shortly before it.
 
 use crate::{
-    error::{Error, ShedReason},
+    domain::error::{Error, ShedReason},
     telemetry::events::{self, InFlight},
 };
 use std::{

@@ -11,9 +11,7 @@
 //! left out and counted, and it stops for good at the file's bound or at the first write that fails.
 
 use crate::{
-    content::KnownItem,
-    domain::{Item, RowStatus},
-    item_text::TextDigest,
+    domain::{Item, KnownItem, RowStatus, TextDigest},
     telemetry::events,
 };
 use serde::{Deserialize, Serialize};
@@ -134,7 +132,9 @@ impl Recorder {
         // An error says that the writer has ended already.
         let _ = self.queue.send(Message::End);
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
-        writer.into_iter().for_each(|writer| drop(writer.join()));
+        if let Some(writer) = writer {
+            drop(writer.join());
+        }
     }
 }
 
@@ -157,8 +157,7 @@ impl Traced {
     }
 
     fn written(self) -> Vec<TracedItem> {
-        let hex = |digest| format!("{digest:?}");
-        self.0.into_iter().map(|(id, digest)| TracedItem(id, digest.map(hex))).collect()
+        self.0.into_iter().map(|(id, digest)| TracedItem(id, digest.map(|digest| digest.to_string()))).collect()
     }
 }
 
@@ -218,7 +217,10 @@ pub fn read(path: &Path, max_requests: usize) -> Result<Vec<TracedRequest>, Trac
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{content::batcher::Priority, domain::ItemText, known_items::KnownItems};
+    use crate::{
+        cache::known_items::KnownItems,
+        domain::{ItemText, Priority},
+    };
 
     fn traced(known: &KnownItems, items: Vec<Item>) -> Traced {
         let traced = Traced::ids(&items);
