@@ -82,13 +82,13 @@ keys! {
         "auto",
         &["auto", "cpu", "cuda"],
         provider,
-        "What runs the models. `auto` uses CUDA if ONNX Runtime and the machine have it, and the CPU otherwise; `cuda` refuses to start without it.",
+        "What runs the models. `auto` uses CUDA if ONNX Runtime and the machine have it, and the CPU otherwise; with `cuda`, the server does not start without it.",
     );
     INFERENCE_THREADS: Key<usize> = count(
         "inference.threads",
         "0",
         0..=1024,
-        "The number of threads that score, and of those that encode; 0 means one per core. Lower it if other processes share the machine.",
+        "The number of threads that score; as many again encode. 0 means one of each per core. Lower it if other processes share the machine.",
     );
     INFERENCE_BATCH_REQUESTS: Key<usize> = count(
         "inference.batch_requests",
@@ -128,7 +128,7 @@ keys! {
 
     SNAPSHOT_FOLDER: Key<Option<PathBuf>> = path(
         "snapshot.folder",
-        "The folder that the caches are written to, on drain and every `snapshot.interval_seconds`, and read from at a start. If empty, they are not saved. Choose a disk that outlives the process.",
+        "The folder that the caches are written to, on drain and every `snapshot.interval_seconds`, and read from at start-up. If empty, they are not saved. Choose a disk that outlives the process.",
     );
     SNAPSHOT_INTERVAL_SECONDS: Key<Duration> = seconds(
         "snapshot.interval_seconds",
@@ -189,7 +189,7 @@ keys! {
         "limits.default_deadline_ms",
         "1000",
         1..=3_600_000,
-        "The deadline of calls that send no `grpc-timeout`.",
+        "The deadline of calls that send no `grpc-timeout`, in milliseconds.",
     );
 }
 
@@ -216,7 +216,7 @@ keys! {
     ).live();
     MODEL_SHADOW_OF: Key<String> = non_empty_text(
         "models.shadow_of",
-        "Makes this model the shadow of the one named here: it scores that model's requests, too, and the results are compared but never answered. So you see drift before the model serves.",
+        "Makes this model the shadow of the one named here: it scores that model's requests, too, and the results are compared but never sent to a caller. Use it to see drift before a model serves.",
     ).live();
     MODEL_SHADOW_PERCENT: Key<u8> = percent(
         "models.shadow_percent",

@@ -28,7 +28,7 @@ pub enum Role {
         /// Its percentage of the requests that name no model.
         share: u8,
     },
-    /// It scores requests of a live model; the results are compared and never answered.
+    /// It scores requests of a live model; the results are compared and never sent to a caller.
     Shadow {
         /// The name of the live model.
         of: String,
