@@ -1,8 +1,8 @@
 //! What a configuration key is: its name, default, bound and help, and the type that its text becomes.
 //!
-//! A [`Key<T>`] is read as a `T` and as nothing else, so a key that is read under a wrong name or as a wrong type does not
-//! compile. The part that does not depend on `T`, the [`Description`], is what the documentation, `midemb config print` and
-//! error messages are made of.
+//! A `Key<T>` can only be read as a `T`: a misspelt key, or one read as another type, does not compile. The part
+//! that does not depend on `T` is the [`Description`]: documentation, `midemb config print` and error messages are
+//! made from it.
 
 use crate::telemetry::logs;
 use std::{fmt, net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};

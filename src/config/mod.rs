@@ -1,8 +1,9 @@
 //! Configuration: a TOML file and the environment go in, validated and typed settings come out.
 //!
-//! [`keys`] describes every key once: its name, default, bound, help, and the type that its text becomes. [`raw`] holds
-//! what was written. `reader` and `models` check it against the keys, and [`settings`] is what the rest of the server sees.
-//! A config is refused with all its errors at once ([`fault`]), each with its key, value and bound.
+//! [`keys`] describes every key once: its name, default, bound, help, and the type that its text becomes. [`raw`]
+//! holds what was written. `reader` and `models` check it against the keys, and [`settings`] is what the rest of
+//! the server sees. A config is refused with all its errors at once ([`fault`]), each with its key, value and
+//! bound.
 //!
 //! This is the only room that reads environment variables.
 
