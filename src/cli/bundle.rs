@@ -3,7 +3,7 @@
 use crate::{
     bundle::{self, digest, golden::StageReport, load::read_manifest},
     cli::client::table,
-    config::settings::library_from_environment,
+    config::library_from_environment,
     inference::{ProviderChoice, Runtime},
 };
 use std::path::{Path, PathBuf};

@@ -24,7 +24,7 @@ pub(super) fn run(command: Command) -> anyhow::Result<()> {
             let settings = Settings::load(Some(&config))?;
             println!("{} is valid: {} model(s), digest {}", config.display(), settings.models.len(), settings.digest);
         }
-        Command::Print(File { config }) => print!("{}", Settings::print(Some(&config))?),
+        Command::Print(File { config }) => print!("{}", Settings::load(Some(&config))?.to_toml()),
     }
     Ok(())
 }

@@ -27,7 +27,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     // Before the log is there: how it looks stands in the config.
     let desired = desired::read(&args.config)?;
-    let settings = Settings::of_text(&desired.text, &args.config)?;
+    let settings = Settings::from_text(&desired.text, &args.config)?;
     logs::install(settings.log_format, &settings.log_filter)?;
     desired.announce();
     let recorder = Recorder::install()?;

@@ -1,5 +1,6 @@
-//! What is wrong with a config, all of it at once.
+//! Why a config is refused.
 
+use super::key::Bound;
 use std::{fmt, io, path::PathBuf};
 use thiserror::Error;
 
@@ -8,32 +9,38 @@ use thiserror::Error;
 pub enum ConfigError {
     /// The file cannot be read.
     #[error("config {} cannot be read: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The file is no TOML.
+    #[expect(missing_docs, reason = "the message says what the fields are")]
+    Read { path: PathBuf, source: io::Error },
+    /// The file is not valid TOML.
     #[error("config {}: {reason}", path.display())]
     Syntax {
-        /// The file.
+        #[expect(missing_docs, reason = "the name says what it is")]
         path: PathBuf,
-        /// Where and why.
+        /// Where the error is and what it is, on one line.
         reason: String,
     },
-    /// Keys or values that cannot be.
+    /// Keys are unknown, or values are outside their bounds: all of them, not the first alone.
     #[error("config: {}", join(.0))]
     Invalid(Vec<Fault>),
 }
 
-/// One key that cannot be as it is.
+/// What is wrong with one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
-    /// The key.
+    /// The dotted name; `models[0].share` for a key of a model.
     pub key: String,
-    /// What it is and what it may be.
+    /// Where it can be told, the value and what it must be.
     pub reason: String,
+}
+
+impl Fault {
+    pub(super) fn new(key: impl Into<String>, reason: impl Into<String>) -> Self {
+        Fault { key: key.into(), reason: reason.into() }
+    }
+
+    pub(super) fn out_of_bound(key: impl Into<String>, value: &str, bound: &Bound) -> Self {
+        Fault::new(key, format!("{value:?} is not {bound}"))
+    }
 }
 
 impl fmt::Display for Fault {

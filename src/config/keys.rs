@@ -1,238 +1,244 @@
-//! Every configuration key.
+//! Every configuration key, once.
+//!
+//! A new key is one entry here and one line in [`Settings`](super::Settings) that reads it. Everything else follows from
+//! the entry: the documentation's table, `midemb config print`, the hints for unknown keys, and the check that a pushed
+//! config changes no key that needs a restart.
 
-/// What a key's value may be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bound {
-    /// An IP address and a port.
-    Address,
-    /// A whole number within these bounds, both included.
-    Integer(u64, u64),
-    /// One of these words.
-    OneOf(&'static [&'static str]),
-    /// A path; empty where the default applies.
-    Path,
-    /// A tracing filter.
-    Filter,
-    /// Any text.
-    Text,
+use super::key::{
+    Bound, Description, Key, address, choice, count, filter, megabytes, milliseconds, non_empty_text, path, percent,
+    seconds, sha256, text,
+};
+use crate::{inference::ProviderChoice, telemetry::logs::LogFormat};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+/// Declares each key as a static, and lists the descriptions of all of them, in their order, under `$list`.
+macro_rules! keys {
+    ($(#[$doc:meta])* $list:ident: $($key:ident: $type:ty = $value:expr;)*) => {
+        $(pub(super) static $key: $type = $value;)*
+
+        $(#[$doc])*
+        pub static $list: &[&Description] = &[$(&$key.description),*];
+    };
 }
 
-/// One key.
-#[derive(Debug, Clone, Copy)]
-pub struct Key {
-    /// Its dotted name.
-    pub name: &'static str,
-    /// As it would stand in the file.
-    pub default: &'static str,
-    /// What it may be.
-    pub bound: Bound,
-    /// What it does and when an operator would change it.
-    pub help: &'static str,
-    /// Whether a push may change it, as it may `[[models]]`; what is not live needs a restart.
-    pub is_live: bool,
-}
+keys! {
+    /// Every key outside `[[models]]`, table by table.
+    KEYS:
 
-const fn key(name: &'static str, default: &'static str, bound: Bound, help: &'static str) -> Key {
-    Key { name, default, bound, help, is_live: false }
-}
-
-const fn live_key(name: &'static str, default: &'static str, bound: Bound, help: &'static str) -> Key {
-    Key { name, default, bound, help, is_live: true }
-}
-
-const MB: Bound = Bound::Integer(1, 1 << 20);
-
-/// Every key but the list `[[models]]`.
-pub const KEYS: &[Key] = &[
-    key(
+    SERVER_LISTEN: Key<SocketAddr> = address(
         "server.listen",
         "127.0.0.1:50051",
-        Bound::Address,
-        "Where `MidEmbService` listens. Open it to your network; keep TLS and authentication to your mesh.",
-    ),
-    key(
+        "The address that `MidEmbService` listens on. Open it to your network, and leave TLS and authentication to your service mesh.",
+    );
+    SERVER_DRAIN_SECONDS: Key<Duration> = seconds(
         "server.drain_seconds",
         "30",
-        Bound::Integer(0, 3600),
-        "How long accepted requests may take after SIGTERM. Keep it under the orchestrator's grace period.",
-    ),
-    key(
+        0..=3600,
+        "How long accepted requests may take to finish after SIGTERM. Keep it below the orchestrator's grace period.",
+    );
+
+    ADMIN_LISTEN: Key<SocketAddr> = address(
         "admin.listen",
         "127.0.0.1:50052",
-        Bound::Address,
-        "Where `AdminService` listens. Anywhere but on loopback it needs `admin.token_file` or `admin.tls_client_ca`.",
-    ),
-    key(
+        "The address that `AdminService` listens on. Any address but a loopback one needs `admin.token_file` or `admin.tls_client_ca`.",
+    );
+    ADMIN_TOKEN_FILE: Key<Option<PathBuf>> = path(
         "admin.token_file",
-        "",
-        Bound::Path,
-        "A file of bearer tokens, a line each: a name (for the log), a space, the token. Set, every admin call needs one. Read anew at every call: tokens change without a restart.",
-    ),
-    key(
+        "A file of bearer tokens, one per line: a name (for the log), a space, the token. If set, every admin call must carry one of them. The file is read at every call, so tokens change without a restart.",
+    );
+    ADMIN_TLS_CERT: Key<Option<PathBuf>> = path(
         "admin.tls_cert",
-        "",
-        Bound::Path,
-        "The admin listener's certificate chain (PEM). Set, it speaks TLS alone; needs `admin.tls_key`.",
-    ),
-    key("admin.tls_key", "", Bound::Path, "The private key of `admin.tls_cert` (PEM)."),
-    key(
+        "The certificate chain of the admin listener (PEM). If set, the listener accepts only TLS; needs `admin.tls_key`.",
+    );
+    ADMIN_TLS_KEY: Key<Option<PathBuf>> = path(
+        "admin.tls_key",
+        "The private key of `admin.tls_cert` (PEM).",
+    );
+    ADMIN_TLS_CLIENT_CA: Key<Option<PathBuf>> = path(
         "admin.tls_client_ca",
-        "",
-        Bound::Path,
-        "Who signs operators' client certificates (PEM). Set, every admin call needs one (mTLS).",
-    ),
-    key(
+        "The authority that signs operators' client certificates (PEM). If set, every admin call must present such a certificate (mTLS); needs `admin.tls_cert`.",
+    );
+
+    TELEMETRY_METRICS_LISTEN: Key<SocketAddr> = address(
         "telemetry.metrics_listen",
         "127.0.0.1:9464",
-        Bound::Address,
-        "Where `/metrics`, `/livez` and `/readyz` listen, over HTTP.",
-    ),
-    key(
+        "The address that serves `/metrics`, `/livez` and `/readyz` over HTTP.",
+    );
+    TELEMETRY_LOG_FORMAT: Key<LogFormat> = choice(
         "telemetry.log_format",
         "auto",
-        Bound::OneOf(&["auto", "json", "human"]),
-        "`auto` is human on a terminal and JSON elsewhere.",
-    ),
-    key(
+        &["auto", "json", "human"],
+        log_format,
+        "The format of log lines. `auto` is `human` if standard error is a terminal, and `json` otherwise.",
+    );
+    TELEMETRY_LOG_FILTER: Key<String> = filter(
         "telemetry.log_filter",
         "info",
-        Bound::Filter,
-        "A tracing filter, for example `midemb=debug,info` while looking into a problem.",
-    ),
-    key(
+        "Which log lines are written, as a tracing filter. Set it to `midemb=debug,info`, for example, while you look into a problem.",
+    );
+
+    INFERENCE_PROVIDER: Key<ProviderChoice> = choice(
         "inference.provider",
         "auto",
-        Bound::OneOf(&["auto", "cpu", "cuda"]),
-        "`auto` takes CUDA where ONNX Runtime has it; `cuda` fails where it does not.",
-    ),
-    key(
+        &["auto", "cpu", "cuda"],
+        provider,
+        "What runs the models. `auto` uses CUDA if ONNX Runtime and the machine have it, and the CPU otherwise; with `cuda`, the server does not start without it.",
+    );
+    INFERENCE_THREADS: Key<usize> = count(
         "inference.threads",
         "0",
-        Bound::Integer(0, 1024),
-        "Threads that score, and as many that encode; 0 is one a core. Lower it where other processes share the machine.",
-    ),
-    key(
+        0..=1024,
+        "The number of threads that score; as many again encode. 0 means one of each per core. Lower it if other processes share the machine.",
+    );
+    INFERENCE_BATCH_REQUESTS: Key<usize> = count(
         "inference.batch_requests",
         "0",
-        Bound::Integer(0, 1024),
-        "Requests that one run of the towers scores together where they wait anyway; 0 is 1 on a CPU, where nothing is gained, and 32 on a GPU.",
-    ),
-    key(
+        0..=1024,
+        "How many waiting requests one run of the towers may score together. 0 means 1 on a CPU, where batching gains nothing, and 32 on a GPU.",
+    );
+    INFERENCE_ONNXRUNTIME: Key<Option<PathBuf>> = path(
         "inference.onnxruntime",
-        "",
-        Bound::Path,
-        "The path of `libonnxruntime.so`; empty takes `ORT_DYLIB_PATH`, else looks beside the executable and where `make setup` puts it.",
-    ),
-    key(
+        "The path of `libonnxruntime.so`. If empty, the path in `ORT_DYLIB_PATH` is used; if that is not set either, the server looks beside its executable and where `make setup` puts the library.",
+    );
+
+    CACHE_CONTENT_MB: Key<u64> = megabytes(
         "cache.content_mb",
         "1024",
-        MB,
-        "Memory for content embeddings (about 1.7 KB an item at 384 dimensions). The costliest to lose: raise it first.",
-    ),
-    key("cache.item_mb", "256", MB, "Memory for item embeddings (about 0.4 KB an item at 64 dimensions)."),
-    key(
+        1..=1 << 20,
+        "Memory for content embeddings (about 1.7 KB per item at 384 dimensions). They cost the most to compute again, so raise this first.",
+    );
+    CACHE_ITEM_MB: Key<u64> = megabytes(
+        "cache.item_mb",
+        "256",
+        1..=1 << 20,
+        "Memory for item embeddings (about 0.4 KB per item at 64 dimensions).",
+    );
+    CACHE_USER_MB: Key<u64> = megabytes(
         "cache.user_mb",
         "16",
-        MB,
-        "Memory for user embeddings of sessions under way (about 0.6 KB a history at 64 dimensions), so that their next pages skip the user tower.",
-    ),
-    key("cache.known_items_mb", "256", MB, "Memory for remembered text, so that requests may send ids alone."),
-    key(
+        1..=1 << 20,
+        "Memory for the user embeddings of sessions in progress (about 0.6 KB per history at 64 dimensions), so that the next pages of a session skip the user tower.",
+    );
+    CACHE_KNOWN_ITEMS_MB: Key<u64> = megabytes(
+        "cache.known_items_mb",
+        "256",
+        1..=1 << 20,
+        "Memory for the texts of items sent before, so that requests may send their ids alone.",
+    );
+
+    SNAPSHOT_FOLDER: Key<Option<PathBuf>> = path(
         "snapshot.folder",
-        "",
-        Bound::Path,
-        "Where the caches are written on drain and every `snapshot.interval_seconds`, and read at a start; empty is nowhere. On a disk that outlives the process.",
-    ),
-    key(
+        "The folder that the caches are written to, on drain and every `snapshot.interval_seconds`, and read from at start-up. If empty, they are not saved. Choose a disk that outlives the process.",
+    );
+    SNAPSHOT_INTERVAL_SECONDS: Key<Duration> = seconds(
         "snapshot.interval_seconds",
         "300",
-        Bound::Integer(0, 86_400),
-        "How much of the caches a crash may lose; 0 writes on drain alone.",
-    ),
-    key(
+        0..=86_400,
+        "The time between two snapshots: a crash loses what the caches gained since the last one. 0 means that a snapshot is written on drain only.",
+    );
+
+    BUNDLES_FOLDER: Key<Option<PathBuf>> = path(
         "bundles.folder",
-        "",
-        Bound::Path,
-        "Where bundles that come from an object store are kept; empty is `bundles` beside the config file. On a disk that outlives the process.",
-    ),
-    live_key(
+        "The folder for bundles that were fetched from an object store. If empty, it is `bundles` beside the config file. Choose a disk that outlives the process.",
+    );
+
+    RELOAD_WARM_SECONDS: Key<Duration> = seconds(
         "reload.warm_seconds",
         "30",
-        Bound::Integer(0, 3600),
-        "How long a push may fill a new model's caches, hottest items first, before it serves. A new tower needs seconds; raise it for a new encoder, which does some hundred items a second and core.",
-    ),
-    live_key(
+        0..=3600,
+        "How long a push may fill a new model's caches, hottest items first, before the model serves. A new tower needs seconds; raise it for a new encoder, which encodes about a hundred items per second and core.",
+    ).live();
+
+    ROUTING_SALT: Key<String> = text(
         "routing.salt",
         "",
-        Bound::Text,
-        "Who of the users falls into which share: another salt is another draw. Change it from experiment to experiment, never during one.",
-    ),
-    key("limits.max_candidates", "10000", Bound::Integer(1, 100_000), "Candidates of one request."),
-    key(
+        "Decides which users fall into which model's share: with another salt, the shares are drawn anew. Change it between experiments, never during one.",
+    ).live();
+
+    LIMITS_MAX_CANDIDATES: Key<usize> = count(
+        "limits.max_candidates",
+        "10000",
+        1..=100_000,
+        "The most candidates that one request may have.",
+    );
+    LIMITS_MAX_HISTORY: Key<usize> = count(
         "limits.max_history",
         "1000",
-        Bound::Integer(1, 100_000),
-        "History items of one request. The model reads the newest `max_history` of its own manifest.",
-    ),
-    key(
+        1..=100_000,
+        "The most history items that one request may have. The model reads only the newest of them, up to the `max_history` of its own manifest.",
+    );
+    LIMITS_MAX_TEXT_BYTES: Key<usize> = count(
         "limits.max_text_bytes",
         "8192",
-        Bound::Integer(1, 1 << 20),
-        "Bytes of one item's text, all fields together; more makes the row INVALID_ITEM.",
-    ),
-    key(
+        1..=1 << 20,
+        "The most bytes that the text of one item may have, all fields together. The row of a longer one is answered INVALID_ITEM.",
+    );
+    LIMITS_MAX_MESSAGE_MB: Key<u64> = megabytes(
         "limits.max_message_mb",
         "16",
-        Bound::Integer(1, 1024),
-        "Bytes of one request on the wire; more is answered OUT_OF_RANGE before it is read.",
-    ),
-    key(
+        1..=1024,
+        "The most megabytes that one request may have on the wire. A larger one is answered OUT_OF_RANGE before it is read.",
+    );
+    LIMITS_MAX_IN_FLIGHT: Key<usize> = count(
         "limits.max_in_flight",
         "256",
-        Bound::Integer(1, 100_000),
-        "Requests at once over all connections; more are shed with RESOURCE_EXHAUSTED.",
-    ),
-    key(
+        1..=100_000,
+        "The most requests in progress at once, over all connections. Further ones are shed with RESOURCE_EXHAUSTED.",
+    );
+    LIMITS_DEFAULT_DEADLINE_MS: Key<Duration> = milliseconds(
         "limits.default_deadline_ms",
         "1000",
-        Bound::Integer(1, 3_600_000),
-        "The deadline of calls that send no `grpc-timeout`.",
-    ),
-];
-
-/// The keys of one `[[models]]` entry, with what they do.
-pub const MODEL_KEYS: &[(&str, &str)] = &[
-    ("models.name", "The name it is served under: in requests, answers and metrics. Unique."),
-    (
-        "models.bundle",
-        "The bundle's folder (a relative one starts from the config file's folder), or the URL of one: `s3://bucket/path`, `gs://`, `az://`, `https://`.",
-    ),
-    ("models.digest", "The bundle's digest, as `midemb bundle inspect` prints it; any other is refused. Optional."),
-    (
-        "models.share",
-        "Percent of the requests that name no model. All shares add up to 100; a single model has 100; a shadow has none.",
-    ),
-    (
-        "models.shadow_of",
-        "The model whose requests this one scores, too, to be compared and never answered: drift before it serves.",
-    ),
-    ("models.shadow_percent", "Percent of that model's requests that the shadow scores; 100 where it is absent."),
-];
-
-/// The key called `name`.
-pub fn find(name: &str) -> Option<&'static Key> {
-    KEYS.iter().find(|key| key.name == name)
+        1..=3_600_000,
+        "The deadline of calls that send no `grpc-timeout`, in milliseconds.",
+    );
 }
 
-impl std::fmt::Display for Bound {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Bound::Address => f.write_str("an IP address and a port, for example 127.0.0.1:50051"),
-            Bound::Integer(low, high) => write!(f, "a whole number from {low} to {high}"),
-            Bound::OneOf(words) => write!(f, "one of {}", words.join(", ")),
-            Bound::Path => f.write_str("a path"),
-            Bound::Filter => f.write_str("a tracing filter, for example info or midemb=debug,info"),
-            Bound::Text => f.write_str("a text"),
-        }
+keys! {
+    /// The keys of one `[[models]]` entry. A push may change all of them.
+    MODEL_KEYS:
+
+    MODEL_NAME: Key<String> = non_empty_text(
+        "models.name",
+        "The name that the model is served under, in requests, answers and metrics. It must be unique.",
+    ).live();
+    MODEL_BUNDLE: Key<String> = non_empty_text(
+        "models.bundle",
+        "The folder of the bundle (a relative path starts at the config file's folder), or its URL: `s3://bucket/path`, `gs://`, `az://` or `https://`.",
+    ).live();
+    MODEL_DIGEST: Key<String> = sha256(
+        "models.digest",
+        "Optional: the digest of the bundle, as `midemb bundle inspect` prints it. A bundle with another digest is refused.",
+    ).live();
+    MODEL_SHARE: Key<u8> = percent(
+        "models.share",
+        0..=100,
+        "The percentage that this model answers of the requests that name no model. All shares must add up to 100. A single model has 100 by default; a shadow has no share.",
+    ).live();
+    MODEL_SHADOW_OF: Key<String> = non_empty_text(
+        "models.shadow_of",
+        "Makes this model the shadow of the one named here: it scores that model's requests, too, and the results are compared but never sent to a caller. Use it to see drift before a model serves.",
+    ).live();
+    MODEL_SHADOW_PERCENT: Key<u8> = percent(
+        "models.shadow_percent",
+        1..=100,
+        "The percentage of that model's requests that the shadow scores; 100 by default.",
+    ).live();
+}
+
+fn log_format(word: &str, _: &Bound) -> Option<LogFormat> {
+    match word {
+        "auto" => Some(LogFormat::Auto),
+        "json" => Some(LogFormat::Json),
+        "human" => Some(LogFormat::Human),
+        _ => None,
+    }
+}
+
+fn provider(word: &str, _: &Bound) -> Option<ProviderChoice> {
+    match word {
+        "auto" => Some(ProviderChoice::Auto),
+        "cpu" => Some(ProviderChoice::Cpu),
+        "cuda" => Some(ProviderChoice::Cuda),
+        _ => None,
     }
 }

@@ -1,15 +1,22 @@
-//! Configuration: a TOML file and the environment in, validated and typed settings out.
+//! Configuration: a TOML file and the environment go in, validated and typed settings come out.
 //!
-//! [`keys`] lists every key with its default, its bound and when an operator would change it; the README's table and
-//! `midemb config print` come from it. [`raw`] reads what was written, [`settings`] and [`models`] check it: all errors at once, each with
-//! its key, its value and its bound ([`fault`]). This is the only room that reads environment variables.
+//! [`keys`] describes every key once: its name, default, bound, help, and the type that its text becomes. [`raw`]
+//! holds what was written. `reader` and `models` check it against the keys, and [`settings`] is what the rest of
+//! the server sees. A config is refused with all its errors at once ([`fault`]), each with its key, value and
+//! bound.
+//!
+//! This is the only room that reads environment variables.
 
+mod environment;
 pub mod fault;
+pub mod key;
 pub mod keys;
 pub mod models;
 pub mod raw;
+mod reader;
 pub mod settings;
 
+pub use environment::{library_from_environment, store_options};
 pub use fault::ConfigError;
 pub use models::{ModelSettings, Role};
 pub use settings::Settings;

@@ -1,56 +1,60 @@
-//! The list `[[models]]`: what is served, from where, and to whom.
+//! The list `[[models]]`: which models are loaded, from where, and which requests each one gets.
 
-use super::{fault::Fault, keys::MODEL_KEYS, settings::scalar};
-use crate::bundle::store::Source;
-use config::Value;
-use std::{
-    collections::{BTreeMap, HashSet},
-    path::Path,
+use super::{
+    fault::Fault,
+    key::{Description, Key},
+    keys::{MODEL_BUNDLE, MODEL_DIGEST, MODEL_KEYS, MODEL_NAME, MODEL_SHADOW_OF, MODEL_SHADOW_PERCENT, MODEL_SHARE},
+    raw::{ModelEntry, scalar},
 };
+use crate::bundle::store::Source;
+use std::{collections::HashSet, path::Path};
 
-/// One model.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the name says what it is")]
 pub struct ModelSettings {
-    /// The name it is served under.
+    /// The name that requests, answers and metrics give the model.
     pub name: String,
-    /// Where its bundle is.
     pub bundle: Source,
     /// The digest that the bundle must have, in lower-case hex.
     pub digest: Option<String>,
-    /// What it does.
     pub role: Role,
 }
 
-/// What a model does.
+/// Which requests a model gets, and whether it answers them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
     /// It answers.
     Live {
-        /// Percent of the requests that name no model.
+        /// Its percentage of the requests that name no model.
         share: u8,
     },
-    /// It is computed and compared, and never answers.
+    /// It scores requests of a live model; the results are compared and never sent to a caller.
     Shadow {
-        /// The live model that it is compared with.
+        /// The name of the live model.
         of: String,
-        /// Percent of that model's requests.
+        /// The percentage of the live model's requests.
         percent: u8,
     },
 }
 
 impl ModelSettings {
-    /// The entry as it would stand in a file that lies anywhere.
+    /// The entry as TOML. It means the same in any file, because a relative path of a bundle becomes absolute.
     pub(super) fn to_toml(&self) -> String {
-        let value = |text: &str| toml::Value::from(text);
-        let mut text = format!("\n[[models]]\nname = {}\n", value(&self.name));
-        text += &format!("bundle = {}\n", value(&self.bundle.absolute().to_string()));
+        let line = |key: &Description, value: &str| key.toml_line(value);
+        let mut text = "\n[[models]]\n".to_owned();
+        text += &line(&MODEL_NAME.description, &self.name);
+        text += &line(&MODEL_BUNDLE.description, &self.bundle.absolute().to_string());
         if let Some(digest) = &self.digest {
-            text += &format!("digest = {}\n", value(digest));
+            text += &line(&MODEL_DIGEST.description, digest);
         }
-        text + &match &self.role {
-            Role::Live { share } => format!("share = {share}\n"),
-            Role::Shadow { of, percent } => format!("shadow_of = {}\nshadow_percent = {percent}\n", value(of)),
+        match &self.role {
+            Role::Live { share } => text += &line(&MODEL_SHARE.description, &share.to_string()),
+            Role::Shadow { of, percent } => {
+                text += &line(&MODEL_SHADOW_OF.description, of);
+                text += &line(&MODEL_SHADOW_PERCENT.description, &percent.to_string());
+            }
         }
+        text
     }
 
     fn share(&self) -> Option<u8> {
@@ -61,132 +65,157 @@ impl ModelSettings {
     }
 }
 
-type Entry = Result<BTreeMap<String, Value>, Value>;
-
 /// Reads and checks all entries. Relative bundle folders start from `folder`.
-pub(super) fn read(entries: &[Entry], folder: &Path, faults: &mut Vec<Fault>) -> Vec<ModelSettings> {
+pub(super) fn read(entries: &[ModelEntry], folder: &Path, faults: &mut Vec<Fault>) -> Vec<ModelSettings> {
     if entries.is_empty() {
-        let reason = "no model is configured, add at least one [[models]] with name and bundle".to_owned();
-        faults.push(Fault { key: "models".to_owned(), reason });
+        faults.push(Fault::new("models", "no model is configured, add at least one [[models]] with name and bundle"));
     }
-    let is_live = |entry: &&Entry| !entry.as_ref().is_ok_and(|entry| entry.contains_key("shadow_of"));
+    let is_live = |entry: &&ModelEntry| !entry.contains_key(MODEL_SHADOW_OF.description.last_part());
     let n_live = entries.iter().filter(is_live).count();
     let mut models = Vec::with_capacity(entries.len());
     for (i, entry) in entries.iter().enumerate() {
-        let mut reader = ModelReader { prefix: format!("models[{i}]"), entry: entry.as_ref().ok(), faults };
+        let mut reader = EntryReader { path: format!("models[{i}]"), entry, faults };
         models.push(reader.read(folder, n_live));
     }
-    check_together(&models, faults);
+    check_names(&models, faults);
+    check_shadows(&models, faults);
+    // After another fault, a share may be a stand-in that does not count.
+    if faults.is_empty() {
+        check_shares(&models, faults);
+    }
     models
 }
 
-fn check_together(models: &[ModelSettings], faults: &mut Vec<Fault>) {
+fn check_names(models: &[ModelSettings], faults: &mut Vec<Fault>) {
     let mut names = HashSet::new();
-    for (i, model) in models.iter().enumerate().filter(|(_, model)| !model.name.is_empty()) {
-        if !names.insert(&model.name) {
+    for (i, model) in models.iter().enumerate() {
+        // A missing name was reported already.
+        if !model.name.is_empty() && !names.insert(&model.name) {
             let reason = format!("{:?} is taken by another model", model.name);
-            faults.push(Fault { key: format!("models[{i}].name"), reason });
+            faults.push(Fault::new(format!("models[{i}].name"), reason));
         }
     }
-    let answers = |name: &String| models.iter().any(|model| model.name == *name && model.share().is_some());
+}
+
+fn check_shadows(models: &[ModelSettings], faults: &mut Vec<Fault>) {
+    let is_live = |name: &str| models.iter().any(|model| model.name == name && model.share().is_some());
     for (i, model) in models.iter().enumerate() {
         if let Role::Shadow { of, .. } = &model.role
-            && !answers(of)
+            && !of.is_empty()
+            && !is_live(of)
         {
-            let reason = format!("{of:?} is no model that answers");
-            faults.push(Fault { key: format!("models[{i}].shadow_of"), reason });
+            let reason = format!("{of:?} is not the name of a model that answers");
+            faults.push(Fault::new(format!("models[{i}].shadow_of"), reason));
         }
     }
+}
+
+fn check_shares(models: &[ModelSettings], faults: &mut Vec<Fault>) {
     let total: u32 = models.iter().filter_map(ModelSettings::share).map(u32::from).sum();
-    if faults.is_empty() && total != 100 {
-        faults.push(Fault {
-            key: "models.share".to_owned(),
-            reason: format!("the shares add up to {total}, not to 100"),
-        });
+    if total != 100 {
+        faults.push(Fault::new(MODEL_SHARE.description.name, format!("the shares add up to {total}, not to 100")));
     }
 }
 
 /// Reads one entry.
-struct ModelReader<'a> {
-    prefix: String,
-    entry: Option<&'a BTreeMap<String, Value>>,
+struct EntryReader<'a> {
+    /// What stands before the key in a fault: `models[0]`.
+    path: String,
+    entry: &'a ModelEntry,
     faults: &'a mut Vec<Fault>,
 }
 
-impl ModelReader<'_> {
+impl EntryReader<'_> {
     fn read(&mut self, folder: &Path, n_live: usize) -> ModelSettings {
-        let is_unknown =
-            |name: &&String| !MODEL_KEYS.iter().any(|(known, _)| known.strip_prefix("models.") == Some(name));
-        let names = self.entry.into_iter().flat_map(BTreeMap::keys);
-        names.filter(is_unknown).for_each(|name| self.fault(name, "unknown key"));
-        let name = self.required("name");
-        let bundle = self.required("bundle");
-        let bundle = Source::parse(&bundle, folder).unwrap_or_else(|reason| {
-            self.fault("bundle", &reason);
-            Source::Folder(folder.to_path_buf())
-        });
-        ModelSettings { name, bundle, digest: self.digest(), role: self.role(n_live) }
+        self.check_keys();
+        ModelSettings {
+            name: self.required(&MODEL_NAME).unwrap_or_default(),
+            bundle: self.bundle(folder),
+            digest: self.optional(&MODEL_DIGEST),
+            role: self.role(n_live),
+        }
     }
 
-    fn fault(&mut self, name: &str, reason: &str) {
-        self.faults.push(Fault { key: format!("{}.{name}", self.prefix), reason: reason.to_owned() });
-    }
-
-    fn text(&self, name: &str) -> Option<Result<String, String>> {
-        self.entry?.get(name).map(scalar)
-    }
-
-    fn required(&mut self, name: &str) -> String {
-        match self.text(name) {
-            Some(Ok(text)) if !text.is_empty() => text,
-            _ => {
-                self.fault(name, "is missing, it must be a text that is not empty");
-                String::new()
+    fn check_keys(&mut self) {
+        for name in self.entry.keys() {
+            if !MODEL_KEYS.iter().any(|key| key.last_part() == name) {
+                self.faults.push(Fault::new(format!("{}.{name}", self.path), "unknown key"));
             }
         }
     }
 
-    fn digest(&mut self) -> Option<String> {
-        let text = match self.text("digest")? {
-            Ok(text) | Err(text) => text.to_lowercase(),
-        };
-        if text.len() != 64 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-            self.fault("digest", &format!("{text:?} is not a SHA-256 of 64 hex digits"));
+    fn bundle(&mut self, folder: &Path) -> Source {
+        let unknown = Source::Folder(folder.to_path_buf());
+        let Some(text) = self.required(&MODEL_BUNDLE) else { return unknown };
+        match Source::parse(&text, folder) {
+            Ok(source) => source,
+            Err(reason) => {
+                self.fault(&MODEL_BUNDLE.description, reason.to_string());
+                unknown
+            }
         }
-        Some(text)
     }
 
     fn role(&mut self, n_live: usize) -> Role {
-        let Some(of) = self.text("shadow_of") else {
-            if self.text("shadow_percent").is_some() {
-                self.fault("shadow_percent", "needs shadow_of");
+        if !self.has(&MODEL_SHADOW_OF) {
+            if self.has(&MODEL_SHADOW_PERCENT) {
+                self.fault(&MODEL_SHADOW_PERCENT.description, "needs shadow_of");
             }
             return Role::Live { share: self.share(n_live) };
-        };
-        if self.text("share").is_some() {
-            self.fault("share", "a shadow answers nobody, so it has no share");
         }
-        let (Ok(of) | Err(of)) = of;
-        Role::Shadow { of, percent: self.percent("shadow_percent", 1).unwrap_or(100) }
+        if self.has(&MODEL_SHARE) {
+            self.fault(&MODEL_SHARE.description, "a shadow answers no request, so it has no share");
+        }
+        let percent = self.optional(&MODEL_SHADOW_PERCENT).unwrap_or(100);
+        Role::Shadow { of: self.optional(&MODEL_SHADOW_OF).unwrap_or_default(), percent }
     }
 
     fn share(&mut self, n_live: usize) -> u8 {
-        match self.percent("share", 0) {
-            Some(share) => share,
-            None if n_live == 1 => 100,
-            None => {
-                self.fault("share", "\"missing\" is not a whole number of percent from 0 to 100");
-                0
-            }
+        if self.has(&MODEL_SHARE) {
+            return self.optional(&MODEL_SHARE).unwrap_or_default();
         }
+        if n_live > 1 {
+            self.missing(&MODEL_SHARE.description);
+        }
+        100
     }
 
-    /// None where it is absent.
-    fn percent(&mut self, name: &str, low: u8) -> Option<u8> {
-        let (Ok(text) | Err(text)) = self.text(name)?;
-        Some(text.parse().ok().filter(|percent| (low..=100).contains(percent)).unwrap_or_else(|| {
-            self.fault(name, &format!("{text:?} is not a whole number of percent from {low} to 100"));
-            0
-        }))
+    fn has<T>(&self, key: &Key<T>) -> bool {
+        self.entry.contains_key(key.description.last_part())
+    }
+
+    /// None where the key is absent, or where its value is outside the bound, which is a fault.
+    fn optional<T>(&mut self, key: &Key<T>) -> Option<T> {
+        let written = self.entry.get(key.description.last_part())?;
+        let value = scalar(written).and_then(|text| key.parse(&text));
+        if value.is_none() {
+            let name = self.full_name(&key.description);
+            self.faults.push(Fault::out_of_bound(name, &written.to_string(), &key.description.bound));
+        }
+        value
+    }
+
+    /// None where the key is absent or its value is outside the bound, both of which are faults. These do not repeat the
+    /// value: the URL of a bundle may hold a password.
+    fn required(&mut self, key: &Key<String>) -> Option<String> {
+        let written = self.entry.get(key.description.last_part());
+        let value = written.and_then(scalar).and_then(|text| key.parse(&text));
+        if value.is_none() {
+            self.missing(&key.description);
+        }
+        value
+    }
+
+    fn missing(&mut self, key: &Description) {
+        self.fault(key, format!("is missing, it must be {}", key.bound));
+    }
+
+    fn fault(&mut self, key: &Description, reason: impl Into<String>) {
+        self.faults.push(Fault::new(self.full_name(key), reason));
+    }
+
+    /// `models[0].share` for `models.share`.
+    fn full_name(&self, key: &Description) -> String {
+        format!("{}.{}", self.path, key.last_part())
     }
 }

@@ -1,20 +1,26 @@
-//! What was written, before anything is checked: file first, environment over it.
+//! A config as it was written, before any check: the file, and the environment over it.
 
 use super::fault::ConfigError;
-use config::{Config, Environment, File, FileFormat, Value};
-use std::{collections::BTreeMap, ffi::OsString, path::Path};
+use config::{Config, Environment, File, FileFormat, Value, ValueKind};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+};
 
-/// The environment's prefix: `MIDEMB__SERVER__LISTEN` is `server.listen`.
+/// `MIDEMB__SERVER__LISTEN` is `server.listen`.
 const PREFIX: &str = "MIDEMB";
 const SEPARATOR: &str = "__";
 
-/// Every leaf that was written, by its dotted key; and the models' entries, in order.
+/// One `[[models]]` entry: its values by their key, without `models.`.
+pub(super) type ModelEntry = BTreeMap<String, Value>;
+
+/// All values that were written.
 #[derive(Debug, Default)]
 pub struct Raw {
-    /// Leaves outside `[[models]]`.
-    pub leaves: BTreeMap<String, Value>,
-    /// One table a model; `Err` where the entry is no table.
-    pub models: Vec<Result<BTreeMap<String, Value>, Value>>,
+    /// The values outside `[[models]]`, by their dotted key.
+    pub(super) values: BTreeMap<String, Value>,
+    /// The entries of `[[models]]` in their order. One that is not a table is empty here, and lacks every required key.
+    pub(super) models: Vec<ModelEntry>,
 }
 
 impl Raw {
@@ -24,22 +30,22 @@ impl Raw {
         Self::build(text.as_deref(), file, None)
     }
 
-    /// Takes `text` as what stands in `file`, and reads the environment.
-    pub fn of_text(text: &str, file: &Path) -> Result<Self, ConfigError> {
+    /// Reads `text` in place of what `file` holds, and the environment.
+    pub fn from_text(text: &str, file: &Path) -> Result<Self, ConfigError> {
         Self::build(Some(text), Some(file), None)
     }
 
-    /// Reads the file and these variables in place of the environment's.
+    /// Reads the file, if there is one, and `variables` in place of the environment.
     pub fn read_with(file: Option<&Path>, variables: &[(&str, &str)]) -> Result<Self, ConfigError> {
         let text = file.map(read_file).transpose()?;
-        let variables = variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         Self::build(text.as_deref(), file, Some(variables))
     }
 
     fn build(
         text: Option<&str>,
         file: Option<&Path>,
-        variables: Option<std::collections::HashMap<String, String>>,
+        variables: Option<HashMap<String, String>>,
     ) -> Result<Self, ConfigError> {
         let mut builder = Config::builder();
         if let Some(text) = text {
@@ -56,39 +62,40 @@ impl Raw {
         let mut raw = Raw::default();
         for (key, value) in root {
             match (key.as_str(), value.clone().into_array()) {
-                ("models", Ok(entries)) => raw.models = entries.into_iter().map(table).collect(),
-                _ => raw.flatten(key, value),
+                ("models", Ok(entries)) => {
+                    raw.models = entries.iter().map(|entry| table(entry).unwrap_or_default()).collect();
+                }
+                _ => raw.insert(key, value),
             }
         }
         Ok(raw)
     }
 
-    fn flatten(&mut self, key: String, value: Value) {
-        match table(value) {
-            Ok(entries) => entries.into_iter().for_each(|(name, value)| self.flatten(format!("{key}.{name}"), value)),
-            Err(value) => {
-                self.leaves.insert(key, value);
-            }
+    /// Adds a value; in place of a table, the values in it.
+    fn insert(&mut self, key: String, value: Value) {
+        let Some(entries) = table(&value) else {
+            self.values.insert(key, value);
+            return;
+        };
+        for (name, value) in entries {
+            self.insert(format!("{key}.{name}"), value);
         }
     }
 }
 
-fn table(value: Value) -> Result<BTreeMap<String, Value>, Value> {
-    match value.clone().into_table() {
-        Ok(entries) => Ok(entries.into_iter().collect()),
-        Err(_) => Err(value),
+fn table(value: &Value) -> Option<BTreeMap<String, Value>> {
+    Some(value.clone().into_table().ok()?.into_iter().collect())
+}
+
+/// The text of a text, number or truth value; none for anything else, which no key accepts.
+pub(super) fn scalar(value: &Value) -> Option<String> {
+    match &value.kind {
+        ValueKind::Table(_) | ValueKind::Array(_) | ValueKind::Nil => None,
+        _ => Some(value.to_string()),
     }
 }
 
 /// The text of a config file.
 pub fn read_file(path: &Path) -> Result<String, ConfigError> {
     std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })
-}
-
-/// The environment's settings of the object stores' clients, as their own tools read them.
-pub fn store_options() -> Vec<(String, String)> {
-    const PREFIXES: [&str; 4] = ["AWS_", "AZURE_", "GOOGLE_", "HTTP_AUTHORIZATION"];
-    let is_theirs = |name: &OsString| PREFIXES.iter().any(|prefix| name.to_string_lossy().starts_with(prefix));
-    let variables = std::env::vars_os().filter(|(name, _)| is_theirs(name));
-    variables.filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))).collect()
 }

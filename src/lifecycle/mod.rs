@@ -35,7 +35,7 @@ use crate::{
         store::{Fallback, Store},
     },
     cache::snapshot::{Served, keeper::SnapshotKeeper},
-    config::{Settings, raw::store_options},
+    config::{Settings, store_options},
     inference::Runtime,
     pipeline::Pipeline,
 };
@@ -251,7 +251,7 @@ impl Lifecycle {
     /// Everything that can fail, beside what serves.
     async fn make_ready(self: &Arc<Self>, push: &Push) -> Result<Ready, PushError> {
         self.journal.step(Step::Parse, "");
-        let settings = Settings::of_text(&push.text, &self.file)?;
+        let settings = Settings::from_text(&push.text, &self.file)?;
         self.journal.digest(&settings.digest);
         self.journal.step(Step::Validate, "");
         let frozen = self.start.frozen_differences(&settings);

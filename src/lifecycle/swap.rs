@@ -136,7 +136,7 @@ impl Lifecycle {
 
     /// The first model of `snapshot` in whose folder there is another bundle by now.
     fn moved(&self, text: &str, snapshot: &Snapshot) -> Option<PushError> {
-        let settings = Settings::of_text(text, &self.file).ok()?;
+        let settings = Settings::from_text(text, &self.file).ok()?;
         settings.models.into_iter().find_map(|ModelSettings { name, bundle, .. }| {
             let Source::Folder(folder) = bundle else { return None };
             let model = snapshot.all().find(|model| model.reference.name == name)?;

@@ -127,7 +127,7 @@ fn broken_configs(server: &Server) -> Vec<BrokenConfig> {
         ("no TOML", "[server\n".to_owned(), invalid, "parse", "midemb.toml: "),
         ("another port", port, refused, "validate", "from \"127.0.0.1:0\" to \"127.0.0.1:1\" without a restart"),
         ("another cache", above("cache.item_mb = 3"), refused, "validate", "cache.item_mb: cannot change"),
-        ("a shadow of nobody", shadow, invalid, "parse", "\"lear\" is no model that answers"),
+        ("a shadow of nobody", shadow, invalid, "parse", "\"lear\" is not the name of a model that answers"),
     ]
 }
 

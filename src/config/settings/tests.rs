@@ -1,7 +1,10 @@
-//! Defaults are valid, environment wins over file, and everything wrong is reported at once.
+//! Defaults are valid, the environment wins over the file, all errors are reported at once, and digests stay what they are.
 
 use super::*;
-use crate::{bundle::store::Source, config::Role};
+use crate::{
+    bundle::store::Source,
+    config::{Role, key::Bound, keys::MODEL_KEYS},
+};
 use std::io::Write;
 
 fn file(text: &str) -> tempfile::NamedTempFile {
@@ -36,6 +39,36 @@ fn every_default_is_within_its_bound() {
 }
 
 #[test]
+fn every_key_is_read_by_the_settings() {
+    let settings = check(MODEL, &[]).unwrap();
+    for key in KEYS {
+        assert!(settings.texts.contains_key(key.name), "{} has no field in Settings", key.name);
+    }
+}
+
+#[test]
+fn names_of_keys_are_unique() {
+    let mut names: Vec<&str> = KEYS.iter().chain(MODEL_KEYS).map(|key| key.name).collect();
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), KEYS.len() + MODEL_KEYS.len());
+}
+
+#[test]
+fn every_word_of_a_choice_is_accepted() {
+    let mut n_words = 0;
+    for key in KEYS {
+        let Bound::OneOf(words) = key.bound else { continue };
+        for word in words {
+            let settings = check(&format!("{} = {word:?}\n{MODEL}", key.name), &[]).unwrap();
+            assert_eq!(settings.texts[key.name], *word);
+            n_words += 1;
+        }
+    }
+    assert_eq!(n_words, 6);
+}
+
+#[test]
 fn the_environment_wins_over_the_file() {
     let text = format!("[server]\nlisten = \"127.0.0.1:1\"\n{MODEL}");
     let variables = [("MIDEMB__SERVER__LISTEN", "0.0.0.0:2"), ("MIDEMB__LIMITS__MAX_CANDIDATES", "7"), ("PATH", "x")];
@@ -45,7 +78,7 @@ fn the_environment_wins_over_the_file() {
 }
 
 #[test]
-fn everything_wrong_is_reported_at_once_with_key_value_and_bound() {
+fn all_errors_are_reported_at_once_with_key_value_and_bound() {
     let text = "[server]\nlisten = \"nowhere\"\nlissten = 1\n[limits]\nmax_history = 0\nmax_candidates = \"many\"\n\
                 [inference]\nprovider = \"tpu\"\n[telemetry]\nlog_filter = \"a=b=c\"\n[colour]\nred = 1\n\
                 [[models]]\nname = \"\"\nbundle = \"x\"\nshare = 101\nweight = 3\n";
@@ -60,14 +93,14 @@ fn everything_wrong_is_reported_at_once_with_key_value_and_bound() {
         "limits.max_candidates: \"many\" is not a whole number from 1 to 100000",
         "limits.max_history: \"0\" is not a whole number from 1 to 100000",
         "models[0].weight: unknown key",
-        "models[0].name: is missing, it must be a text that is not empty",
-        "models[0].share: \"101\" is not a whole number of percent from 0 to 100",
+        "models[0].name: is missing, it must be a non-empty string",
+        "models[0].share: \"101\" is not a whole percentage from 0 to 100",
     ];
     assert_eq!(found, expected);
 }
 
 #[test]
-fn an_unknown_key_names_the_one_that_was_meant() {
+fn the_error_of_an_unknown_key_suggests_a_similar_one() {
     assert_eq!(
         faults(&format!("[server]\nmax_history = 3\n{MODEL}"), &[]),
         ["server.max_history: unknown key, did you mean limits.max_history?"]
@@ -75,13 +108,21 @@ fn an_unknown_key_names_the_one_that_was_meant() {
 }
 
 #[test]
-fn models_need_different_names_and_shares_that_add_up() {
+fn models_need_different_names_and_shares_that_add_up_to_100() {
     let two = |a: u8, b: u8, name: &str| {
         format!("[[models]]\nname=\"a\"\nbundle=\"x\"\nshare={a}\n[[models]]\nname={name:?}\nbundle=\"y\"\nshare={b}\n")
     };
     assert_eq!(check(&two(1, 99, "b"), &[]).unwrap().models.len(), 2);
     assert_eq!(faults(&two(50, 49, "b"), &[]), ["models.share: the shares add up to 99, not to 100"]);
     assert_eq!(faults(&two(50, 50, "a"), &[]), ["models[1].name: \"a\" is taken by another model"]);
+    assert_eq!(
+        faults(&format!("{MODEL}[[models]]\nname = \"b\"\n"), &[]),
+        [
+            "models[0].share: is missing, it must be a whole percentage from 0 to 100",
+            "models[1].bundle: is missing, it must be a non-empty string",
+            "models[1].share: is missing, it must be a whole percentage from 0 to 100",
+        ]
+    );
     assert_eq!(faults("", &[]), ["models: no model is configured, add at least one [[models]] with name and bundle"]);
 }
 
@@ -93,24 +134,27 @@ fn a_shadow_needs_a_model_that_answers_and_has_no_share() {
     assert_eq!(settings.models[1].role, Role::Shadow { of: "a".to_owned(), percent: 10 });
     let again = check(&settings.to_toml(), &[]).unwrap();
     assert_eq!(again.models[1].role, settings.models[1].role);
-    assert_eq!(faults(&with("shadow_of = \"c\""), &[]), ["models[1].shadow_of: \"c\" is no model that answers"]);
+    assert_eq!(
+        faults(&with("shadow_of = \"c\""), &[]),
+        ["models[1].shadow_of: \"c\" is not the name of a model that answers"]
+    );
     assert_eq!(
         faults(&with("shadow_of = \"b\"\nshare = 1\nshadow_percent = 0\ndigest = \"abc\""), &[]),
         [
             "models[1].digest: \"abc\" is not a SHA-256 of 64 hex digits",
-            "models[1].share: a shadow answers nobody, so it has no share",
-            "models[1].shadow_percent: \"0\" is not a whole number of percent from 1 to 100",
-            "models[1].shadow_of: \"b\" is no model that answers",
+            "models[1].share: a shadow answers no request, so it has no share",
+            "models[1].shadow_percent: \"0\" is not a whole percentage from 1 to 100",
+            "models[1].shadow_of: \"b\" is not the name of a model that answers",
         ]
     );
 }
 
 #[test]
-fn an_admin_listener_that_others_reach_needs_a_guard() {
+fn an_admin_listener_beyond_loopback_needs_a_token_or_a_client_certificate() {
     let listen = "admin.listen = \"0.0.0.0:1\"\n";
     let found = faults(&format!("{listen}{MODEL}"), &[]);
     assert!(
-        found[0].starts_with("admin.listen: 0.0.0.0:1 can be reached from elsewhere: set admin.token_file"),
+        found[0].starts_with("admin.listen: 0.0.0.0:1 can be reached from other machines: set admin.token_file"),
         "{found:?}"
     );
     assert!(check(&format!("{listen}admin.token_file = \"t\"\n{MODEL}"), &[]).is_ok());
@@ -121,7 +165,7 @@ fn an_admin_listener_that_others_reach_needs_a_guard() {
 }
 
 #[test]
-fn what_a_restart_alone_can_change_is_named() {
+fn changes_that_need_a_restart_are_named() {
     let before = check(MODEL, &[]).unwrap();
     let live = check(&format!("routing.salt = \"x\"\nreload.warm_seconds = 1\n{MODEL}share = 100\n"), &[]).unwrap();
     assert_eq!(before.frozen_differences(&live), []);
@@ -136,20 +180,100 @@ fn what_a_restart_alone_can_change_is_named() {
     );
 }
 
+/// Digests of configs are stored and compared across versions: they must not change.
 #[test]
-fn what_is_printed_gives_the_same_settings_again() {
-    let settings =
-        check(&format!("[cache]\nitem_mb = 3\n[telemetry]\nlog_filter = \"a=debug\"\n{MODEL}"), &[]).unwrap();
-    let first = file(&format!("[cache]\nitem_mb = 3\n[telemetry]\nlog_filter = \"a=debug\"\n{MODEL}"));
-    let printed = Settings::print(Some(first.path())).unwrap();
-    let again = check(&printed, &[]).unwrap();
-    assert_eq!(again.item_cache_bytes, settings.item_cache_bytes);
-    assert_eq!(again.log_filter, "a=debug");
-    assert!(printed.contains("item_mb = 3"), "{printed}");
+fn the_printed_form_and_the_digest_of_a_config_never_change() {
+    let text = r#"
+server.listen = "0.0.0.0:9"
+admin.token_file = "tokens"
+inference.threads = 3
+cache.item_mb = 1
+routing.salt = "spring \"25\""
+[[models]]
+name = "a"
+bundle = "/bundles/a"
+digest = "ABCDEF0123456789abcdef0123456789abcdef0123456789abcdef0123456789"
+[[models]]
+name = "b"
+bundle = "s3://bucket/b"
+shadow_of = "a"
+"#;
+    let printed = r#"[server]
+listen = "0.0.0.0:9"
+drain_seconds = 30
+
+[admin]
+listen = "127.0.0.1:50052"
+token_file = "tokens"
+tls_cert = ""
+tls_key = ""
+tls_client_ca = ""
+
+[telemetry]
+metrics_listen = "127.0.0.1:9464"
+log_format = "auto"
+log_filter = "info"
+
+[inference]
+provider = "auto"
+threads = 3
+batch_requests = 0
+onnxruntime = ""
+
+[cache]
+content_mb = 1024
+item_mb = 12
+user_mb = 16
+known_items_mb = 256
+
+[snapshot]
+folder = ""
+interval_seconds = 300
+
+[bundles]
+folder = ""
+
+[reload]
+warm_seconds = 30
+
+[routing]
+salt = 'spring "25"'
+
+[limits]
+max_candidates = 10000
+max_history = 1000
+max_text_bytes = 8192
+max_message_mb = 16
+max_in_flight = 256
+default_deadline_ms = 1000
+
+[[models]]
+name = "a"
+bundle = "/bundles/a"
+digest = "abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789"
+share = 100
+
+[[models]]
+name = "b"
+bundle = "s3://bucket/b"
+shadow_of = "a"
+shadow_percent = 100
+"#;
+    let settings = check(text, &[("MIDEMB__CACHE__ITEM_MB", "12")]).unwrap();
+    assert_eq!(settings.to_toml(), printed);
+    assert_eq!(settings.digest, "66b50ba311ad0b449e02a1b8cbd02766f83581f8a74dd1b84413c9a2a6ecc9ea");
 }
 
 #[test]
-fn a_file_that_is_no_toml_says_where() {
+fn a_printed_config_gives_the_same_settings_again() {
+    let text = format!("[cache]\nitem_mb = 3\n[telemetry]\nlog_filter = \"a=debug\"\n{MODEL}");
+    let settings = check(&text, &[]).unwrap();
+    assert_eq!(settings.item_cache_bytes, 3 << 20);
+    assert_eq!(check(&settings.to_toml(), &[]).unwrap(), settings);
+}
+
+#[test]
+fn a_syntax_error_names_its_line() {
     let error = check("[server\n", &[]).unwrap_err().to_string();
     assert!(error.contains("line 1"), "{error}");
     assert!(!error.contains('\n'), "{error}");

@@ -1,0 +1,64 @@
+//! Reads keys from what was written, and collects what is wrong with them.
+
+use super::{
+    fault::Fault,
+    key::{Description, Key},
+    keys::KEYS,
+    raw::{Raw, scalar},
+};
+use std::collections::BTreeMap;
+
+/// From this Jaro similarity on, an unknown key is taken for a misspelt one.
+const MIN_SIMILARITY: f64 = 0.85;
+
+pub(super) struct Reader<'a> {
+    raw: &'a Raw,
+    /// All faults so far, those of unknown keys first.
+    pub(super) faults: Vec<Fault>,
+    /// The texts of the keys that were read without a fault, by the keys' names.
+    pub(super) texts: BTreeMap<&'static str, String>,
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(raw: &'a Raw) -> Self {
+        Reader { raw, faults: unknown_keys(raw), texts: BTreeMap::new() }
+    }
+
+    /// The value of `key`. Where none was written, or one outside the bound, which is a fault, it is the default.
+    pub(super) fn get<T>(&mut self, key: &Key<T>) -> T {
+        let Description { name, default, bound, .. } = &key.description;
+        let Some(written) = self.raw.values.get(*name) else {
+            self.texts.insert(name, (*default).to_owned());
+            return key.default_value();
+        };
+        let Some(value) = scalar(written).and_then(|text| key.parse(&text)) else {
+            self.faults.push(Fault::out_of_bound(*name, &written.to_string(), bound));
+            return key.default_value();
+        };
+        self.texts.insert(name, written.to_string());
+        value
+    }
+}
+
+fn unknown_keys(raw: &Raw) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    for name in raw.values.keys() {
+        if KEYS.iter().any(|key| key.name == name) {
+            continue;
+        }
+        let hint = most_similar(name).map_or_else(String::new, |key| format!(", did you mean {}?", key.name));
+        faults.push(Fault::new(name, format!("unknown key{hint}")));
+    }
+    faults
+}
+
+/// The key that was probably meant. The right key in the wrong table counts as similar.
+fn most_similar(name: &str) -> Option<&'static Description> {
+    let last_part = name.rsplit('.').next().unwrap_or(name);
+    let similarity = |key: &Description| {
+        let whole = strsim::jaro(key.name, name);
+        whole.max(strsim::jaro(key.last_part(), last_part))
+    };
+    let nearest = KEYS.iter().copied().max_by(|a, b| similarity(a).total_cmp(&similarity(b)))?;
+    (similarity(nearest) > MIN_SIMILARITY).then_some(nearest)
+}
