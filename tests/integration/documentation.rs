@@ -25,8 +25,8 @@ fn the_table_of_config_keys_matches_the_code() {
         let default = if key.default.is_empty() { "(empty)".to_owned() } else { format!("`{}`", key.default) };
         rows.push(vec![format!("`{}`", key.name), default, key.help.to_owned()]);
     }
-    for (name, help) in MODEL_KEYS {
-        rows.push(vec![format!("`{name}`"), "-".to_owned(), (*help).to_owned()]);
+    for key in MODEL_KEYS {
+        rows.push(vec![format!("`{}`", key.name), "-".to_owned(), key.help.to_owned()]);
     }
     check_table("docs/configuration.md", &["key", "default", "what it does, when to change it"], &rows);
 }
