@@ -1,44 +1,46 @@
-//! What the server says of itself.
+//! The server's own metrics.
 
 use anyhow::Context;
+use serde::Serialize;
 use std::time::Duration;
 
+/// One reading of `/metrics`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Scrape {
-    pub(super) cpu_seconds: f64,
-    pub(super) resident_bytes: f64,
-    /// Items that wait for the encoder; zero where a peer does not say.
-    pub(super) n_queued_to_encode: f64,
-    /// Items that went through the encoder since the server's start.
-    pub(super) n_encoded: f64,
-    pub(super) item: Lookups,
+pub(crate) struct Scrape {
+    pub(crate) cpu_seconds: f64,
+    pub(crate) resident_bytes: f64,
+    /// Items that wait for the encoder; zero for a peer that does not say.
+    pub(crate) n_queued_to_encode: f64,
+    /// Items encoded since the server's start.
+    pub(crate) n_encoded: f64,
+    pub(crate) item: Lookups,
     content: Lookups,
     user: Lookups,
 }
 
 /// Look-ups of one cache since the server's start.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Lookups {
-    pub(super) n_hits: f64,
-    pub(super) n: f64,
+pub(crate) struct Lookups {
+    pub(crate) n_hits: f64,
+    pub(crate) n: f64,
 }
 
-/// Hits among the look-ups of each cache; none where nothing was looked up.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct HitRates {
-    pub(super) item: Option<f64>,
-    pub(super) content: Option<f64>,
-    pub(super) user: Option<f64>,
+/// The part of each cache's look-ups that hit; none where nothing was looked up.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct HitRates {
+    pub(crate) item: Option<f64>,
+    pub(crate) content: Option<f64>,
+    pub(crate) user: Option<f64>,
 }
 
 impl Lookups {
-    fn of(text: &str, cache: &str) -> Self {
+    fn parse(text: &str, cache: &str) -> Self {
         let lookups = |result| series(text, "midemb_cache_lookups_total", &[("cache", cache), ("result", result)]);
         let n_hits = lookups("hit");
         Lookups { n_hits, n: n_hits + lookups("miss") + lookups("coalesced") }
     }
 
-    pub(super) fn since(self, before: Self) -> Self {
+    pub(crate) fn since(self, before: Self) -> Self {
         Lookups { n_hits: self.n_hits - before.n_hits, n: self.n - before.n }
     }
 
@@ -49,7 +51,7 @@ impl Lookups {
 }
 
 impl Scrape {
-    pub(super) async fn read(address: &str) -> anyhow::Result<Self> {
+    pub(crate) async fn read(address: &str) -> anyhow::Result<Self> {
         let url = format!("http://{address}/metrics");
         let fetch = move || -> anyhow::Result<String> {
             let agent: ureq::Agent =
@@ -62,20 +64,20 @@ impl Scrape {
     fn parse(text: &str) -> anyhow::Result<Self> {
         let process = |name: &str| {
             let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-            line.and_then(|value| value.trim().parse::<f64>().ok()).with_context(|| format!("{name} is not there"))
+            line.and_then(|value| value.trim().parse::<f64>().ok()).with_context(|| format!("{name} is missing"))
         };
         Ok(Scrape {
             cpu_seconds: process("process_cpu_seconds_total")?,
             resident_bytes: process("process_resident_memory_bytes")?,
             n_queued_to_encode: series(text, "midemb_queue_depth", &[("queue", "encoder")]),
             n_encoded: series(text, "midemb_batch_items_sum", &[("stage", "encode")]),
-            item: Lookups::of(text, "item"),
-            content: Lookups::of(text, "content"),
-            user: Lookups::of(text, "user"),
+            item: Lookups::parse(text, "item"),
+            content: Lookups::parse(text, "content"),
+            user: Lookups::parse(text, "user"),
         })
     }
 
-    pub(super) fn hit_rates_since(&self, before: &Scrape) -> HitRates {
+    pub(crate) fn hit_rates_since(&self, before: &Scrape) -> HitRates {
         HitRates {
             item: self.item.rate_since(before.item),
             content: self.content.rate_since(before.content),
@@ -84,11 +86,18 @@ impl Scrape {
     }
 }
 
-/// The value of the series of `name` with these labels; zero where there is none yet.
+/// The sum of all series of `name` with these labels; zero where there is none yet.
 fn series(text: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
-    let is_it = |rest: &str| labels.iter().all(|(label, value)| rest.contains(&format!("{label}=\"{value}\"")));
-    let lines = text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('{'));
-    lines.filter(|rest| is_it(rest)).filter_map(|rest| rest.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    let mut sum = 0.0;
+    for line in text.lines() {
+        let Some(rest) = line.strip_prefix(name).filter(|rest| rest.starts_with('{')) else { continue };
+        let has_labels = labels.iter().all(|(label, value)| rest.contains(&format!("{label}=\"{value}\"")));
+        let value = rest.rsplit(' ').next().and_then(|value| value.parse::<f64>().ok());
+        if let (true, Some(value)) = (has_labels, value) {
+            sum += value;
+        }
+    }
+    sum
 }
 
 #[cfg(test)]
@@ -98,7 +107,7 @@ mod tests {
     const BEFORE: &str = "process_cpu_seconds_total 1.5\nprocess_resident_memory_bytes 100\n";
 
     #[test]
-    fn hit_rates_are_those_of_the_time_between() {
+    fn hit_rates_are_those_between_two_scrapes() {
         let counts = |hits, misses| {
             format!(
                 "{BEFORE}midemb_cache_lookups_total{{cache=\"item\",result=\"hit\"}} {hits}\n\
@@ -114,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_only_has_process_metrics_will_do_and_one_without_will_not() {
+    fn process_metrics_are_enough_and_required() {
         assert_eq!(Scrape::parse(BEFORE).unwrap().n_queued_to_encode, 0.0);
         let error = Scrape::parse("process_cpu_seconds_total 1.5\n").unwrap_err().to_string();
         assert!(error.contains("process_resident_memory_bytes"), "{error}");

@@ -76,7 +76,8 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn failed(method: &'static str) -> impl FnOnce(Status) -> Error {
+    /// Makes an error of the status that a generated stub returned, as in `.map_err(Error::failed("GetMidEmb"))`.
+    pub fn failed(method: &'static str) -> impl FnOnce(Status) -> Error {
         move |status| Error::Failed { method, status: Box::new(status) }
     }
 

@@ -36,6 +36,11 @@ impl Matrix<'_> {
         self.values.chunks_exact(self.n_columns.max(1))
     }
 
+    /// A copy that outlives the message.
+    pub fn into_owned(self) -> Matrix<'static> {
+        Matrix { values: Cow::Owned(self.values.into_owned()), n_columns: self.n_columns }
+    }
+
     /// Row `i`; none beyond the last one.
     pub fn row(&self, i: usize) -> Option<&[f32]> {
         self.rows().nth(i)

@@ -1,16 +1,11 @@
-//! The load: all pages in turn, closed or open loop, every answer checked.
+//! The load: all pages in turn, in a closed or an open loop, with every answer checked.
 
 use super::pages::{Pages, Verdict};
 use crate::{
-    cli::{
-        bench::{
-            scenarios::Bench,
-            traffic::{self, Client},
-        },
-        client::AdminClient,
-    },
-    wire::proto::FlushCacheRequest,
+    scenarios::Bench,
+    traffic::{self, Service},
 };
+use midemb_client::{AdminClient, proto::FlushCacheRequest};
 use std::{
     fmt,
     sync::{
@@ -24,10 +19,10 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-/// No server takes that long to say that a deadline is over.
-const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+/// A server that is alive answers sooner, if only that a deadline has passed.
+const MAX_ANSWER_TIME: Duration = Duration::from_secs(30);
 
-/// From when something began (or a request was due) to its answer.
+/// The time of a call, from its start (or from when a request was due) to its answer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Span {
     pub(super) start: Instant,
@@ -44,14 +39,14 @@ impl Span {
     }
 }
 
-/// What became of the requests.
+/// How the requests ended.
 #[derive(Debug, Default)]
 pub(super) struct Outcome {
-    /// Those that were answered.
+    /// The times of those that were answered.
     pub(super) answered: Vec<Span>,
-    /// Those that were not, for whatever reason.
+    /// Requests without an answer.
     pub(super) n_failed: u64,
-    /// Answers that no config gives alone.
+    /// Answers that are those of no config.
     pub(super) n_mixed: u64,
     /// Rows that could not be checked.
     pub(super) n_rows_not_ok: u64,
@@ -63,29 +58,20 @@ impl Outcome {
         self.answered.len() as u64 + self.n_failed
     }
 
-    fn count(&mut self, span: Span, answer: Result<Verdict, String>) {
-        let fault = match answer {
-            Err(reason) => {
+    fn count(&mut self, span: Span, answer: Answer) {
+        match answer {
+            Answer::Failed(reason) => {
                 self.n_failed += 1;
-                Some(reason)
+                self.first_fault.get_or_insert(reason);
             }
-            Ok(verdict) => {
+            Answer::Checked(Verdict::Whole { n_rows_not_ok }) => {
                 self.answered.push(span);
-                self.judge(verdict)
-            }
-        };
-        self.first_fault = self.first_fault.take().or(fault);
-    }
-
-    fn judge(&mut self, verdict: Verdict) -> Option<String> {
-        match verdict {
-            Verdict::Whole { n_rows_not_ok } => {
                 self.n_rows_not_ok += n_rows_not_ok;
-                None
             }
-            Verdict::Mixed(reason) => {
+            Answer::Checked(Verdict::Mixed(reason)) => {
+                self.answered.push(span);
                 self.n_mixed += 1;
-                Some(reason)
+                self.first_fault.get_or_insert(reason);
             }
         }
     }
@@ -102,22 +88,33 @@ impl Outcome {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} of {} requests failed, {} answers were mixed", self.n_failed, self.n_sent(), self.n_mixed)?;
-        self.first_fault.iter().try_for_each(|fault| write!(f, "; the first one: {fault}"))
+        if let Some(fault) = &self.first_fault {
+            write!(f, "; the first of these: {fault}")?;
+        }
+        Ok(())
     }
+}
+
+/// How one request ended.
+enum Answer {
+    /// It was answered.
+    Checked(Verdict),
+    /// It was not, and why.
+    Failed(String),
 }
 
 /// How fast requests follow each other.
 #[derive(Debug, Clone, Copy)]
 enum Pace {
-    /// Closed loop: so many at once.
-    AtOnce(usize),
-    /// Open loop: so many a second.
-    ASecond(f64),
+    /// Closed loop, with so many requests under way.
+    Closed { n_under_way: usize },
+    /// Open loop.
+    Open { requests_per_second: f64 },
 }
 
 /// Sends pages.
 pub(super) struct Load {
-    server: Client,
+    server: Service,
     admin: AdminClient,
     pages: Arc<Pages>,
     pace: Pace,
@@ -126,29 +123,32 @@ pub(super) struct Load {
 
 impl Load {
     pub(super) fn new(bench: &Bench<'_>, admin: AdminClient, pages: Arc<Pages>) -> Self {
-        let pace = bench.args.rate.map_or(Pace::AtOnce(bench.args.concurrency), Pace::ASecond);
+        let pace = match bench.args.rate {
+            Some(requests_per_second) => Pace::Open { requests_per_second },
+            None => Pace::Closed { n_under_way: bench.args.concurrency },
+        };
         Load { server: bench.server.clone(), admin, pages, pace, deadline: bench.args.deadline() }
     }
 
-    /// Sends requests while there is `more`, which gets the number of the next one.
+    /// Sends requests until `more` is false for the number of the next one.
     pub(super) async fn send(
         self: &Arc<Self>,
         more: impl Fn(u64) -> bool + Send + Sync + 'static,
     ) -> anyhow::Result<Outcome> {
         match self.pace {
-            Pace::AtOnce(n) => self.closed_loop(n, Arc::new(more)).await,
-            Pace::ASecond(rate) => self.open_loop(rate, more).await,
+            Pace::Closed { n_under_way } => self.closed_loop(n_under_way, Arc::new(more)).await,
+            Pace::Open { requests_per_second } => self.open_loop(requests_per_second, more).await,
         }
     }
 
     async fn closed_loop(
         self: &Arc<Self>,
-        n_at_once: usize,
+        n_under_way: usize,
         more: Arc<impl Fn(u64) -> bool + Send + Sync + 'static>,
     ) -> anyhow::Result<Outcome> {
         let next = Arc::new(AtomicU64::new(0));
         let mut loops = JoinSet::new();
-        for _ in 0..n_at_once {
+        for _ in 0..n_under_way {
             let (load, next, more) = (Arc::clone(self), Arc::clone(&next), Arc::clone(&more));
             loops.spawn(async move {
                 let mut outcome = Outcome::default();
@@ -163,8 +163,8 @@ impl Load {
             });
         }
         let mut all = Outcome::default();
-        while let Some(one) = loops.join_next().await {
-            all.add(one?);
+        while let Some(outcome) = loops.join_next().await {
+            all.add(outcome?);
         }
         Ok(all)
     }
@@ -192,26 +192,27 @@ impl Load {
         Ok(all)
     }
 
-    /// Asks the next page and checks the answer after its time was taken.
-    async fn ask(&self, i: u64, due: Instant) -> (Span, Result<Verdict, String>) {
-        self.forget_users(i);
+    /// Asks the next page. The check of its answer is not part of its time.
+    async fn ask(&self, i: u64, due: Instant) -> (Span, Answer) {
+        self.flush_users(i);
         let page = (i % self.pages.requests.len() as u64) as usize;
         let request = traffic::with_deadline(self.pages.requests[page].clone(), self.deadline);
-        let answer = timeout(ANSWER_WITHIN, self.server.clone().get_mid_emb(request)).await;
+        let answer = timeout(MAX_ANSWER_TIME, self.server.clone().get_mid_emb(request)).await;
         let span = Span { start: due, end: Instant::now() };
-        let verdict = match answer {
-            Ok(Ok(answer)) => Ok(self.pages.check(page, answer.get_ref())),
-            Ok(Err(status)) => Err(format!("page {page}: {:?}: {}", status.code(), status.message())),
-            Err(_) => Err(format!("page {page}: no answer within {ANSWER_WITHIN:?}")),
+        let answer = match answer {
+            Ok(Ok(answer)) => Answer::Checked(self.pages.check(page, answer.get_ref())),
+            Ok(Err(status)) => Answer::Failed(format!("page {page}: {:?}: {}", status.code(), status.message())),
+            Err(_) => Answer::Failed(format!("page {page}: no answer within {MAX_ANSWER_TIME:?}")),
         };
-        (span, verdict)
+        (span, answer)
     }
 
-    /// Empties the user cache twice a round, beside the load. Where it fails, users are found: the report shows how many.
-    fn forget_users(&self, i: u64) {
+    /// Empties the user cache twice per round of all pages, without waiting for it. Where that fails, requests find their users,
+    /// and the report shows how many.
+    fn flush_users(&self, i: u64) {
         let n_pages = self.pages.requests.len() as u64;
         if i.is_multiple_of((n_pages / 2).max(1)) {
-            let mut admin = self.admin.clone();
+            let admin = self.admin.clone();
             let flush = async move { admin.flush_cache(FlushCacheRequest { cache: "user".to_owned() }).await };
             drop(tokio::spawn(flush));
         }

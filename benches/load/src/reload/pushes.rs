@@ -1,61 +1,63 @@
-//! Pushes: the configs in turn, every tenth one rolled back, with what the server says of each.
+//! Pushes: the configs in turn, with every tenth push rolled back, and the server's report of each.
 
 use super::{load::Span, pages::Pages};
-use crate::{
-    cli::{
-        bench::{
-            scenarios::Bench,
-            scrape::Scrape,
-            traffic::{self, Client},
-        },
-        client::{AdminClient, refused},
-    },
-    wire::proto::{ConfigInfo, GetMidEmbRequest, GetStatusRequest, PushConfigRequest, PushReport, RollbackRequest},
-};
+use crate::{scenarios::Bench, scrape::Scrape, terminal::progress, traffic::Service};
 use anyhow::{Context, ensure};
+use midemb_client::{
+    AdminClient, Error,
+    proto::{ConfigInfo, GetMidEmbRequest, PushConfigRequest, PushReport, RollbackRequest},
+};
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 
-/// After so many pushes memory is as it will be: what the first ones grow is not a leak.
-pub(super) const N_GROWING: u64 = 20;
-/// So many pushes, then a rollback.
-const N_BEFORE_ROLLBACK: u64 = 10;
-/// Longer than any push that warms caches within its bounds.
-const PUSHED_WITHIN: Duration = Duration::from_secs(300);
-const ROLLED_BACK_WITHIN: Duration = Duration::from_secs(30);
+/// Memory that the first pushes allocate is not a leak: it is compared with the memory after this many.
+pub(super) const N_FIRST_PUSHES: u64 = 20;
+/// A rollback comes after every so many pushes.
+const N_PUSHES_PER_ROLLBACK: u64 = 10;
+/// A push that warms caches within its bounds is over sooner.
+const MAX_PUSH_TIME: Duration = Duration::from_secs(300);
+const MAX_ROLLBACK_TIME: Duration = Duration::from_secs(30);
 
-/// What the pushes were.
+/// How the pushes went.
 #[derive(Debug, Default)]
 pub(super) struct Pushed {
-    /// While a push or a rollback was under way, for this client.
+    /// When a push or a rollback was under way, as this client saw it.
     pub(super) windows: Vec<Span>,
-    /// The server's own milliseconds of each push.
+    /// The server's own milliseconds per push.
     pub(super) push_ms: Vec<u64>,
-    /// Milliseconds of each step, of all its subjects together, a push; in the order of their first push.
-    pub(super) steps: Vec<(String, Vec<u64>)>,
+    /// In the order in which they first came.
+    pub(super) steps: Vec<Step>,
     /// From the call of each rollback to the first answer of the model before.
     pub(super) rollbacks: Vec<Duration>,
-    /// Bytes after push [`N_GROWING`]; none where there were not so many.
-    pub(super) resident_grown: Option<f64>,
-    /// Bytes after the last push.
-    pub(super) resident_end: f64,
+    /// The server's memory in bytes after push [`N_FIRST_PUSHES`]; none where there were fewer.
+    pub(super) resident_after_first: Option<f64>,
+    /// The server's memory in bytes after the last push.
+    pub(super) resident_at_end: f64,
+}
+
+/// One kind of step.
+#[derive(Debug)]
+pub(super) struct Step {
+    pub(super) name: String,
+    /// Milliseconds per push, over all subjects of the step.
+    pub(super) took_ms: Vec<u64>,
 }
 
 impl Pushed {
     fn note(&mut self, window: Span, report: &PushReport) {
         self.windows.push(window);
         self.push_ms.push(report.took_ms);
-        let mut steps: Vec<(&str, u64)> = Vec::new();
+        let mut took_ms: Vec<(&str, u64)> = Vec::new();
         for step in &report.steps {
-            match steps.iter_mut().find(|(name, _)| *name == step.step) {
-                Some((_, took_ms)) => *took_ms += step.took_ms,
-                None => steps.push((&step.step, step.took_ms)),
+            match took_ms.iter_mut().find(|(name, _)| *name == step.step) {
+                Some((_, sum)) => *sum += step.took_ms,
+                None => took_ms.push((&step.step, step.took_ms)),
             }
         }
-        for (name, took_ms) in steps {
-            match self.steps.iter_mut().find(|(known, _)| known == name) {
-                Some((_, all)) => all.push(took_ms),
-                None => self.steps.push((name.to_owned(), vec![took_ms])),
+        for (name, took_ms) in took_ms {
+            match self.steps.iter_mut().find(|step| step.name == name) {
+                Some(step) => step.took_ms.push(took_ms),
+                None => self.steps.push(Step { name: name.to_owned(), took_ms: vec![took_ms] }),
             }
         }
     }
@@ -64,65 +66,71 @@ impl Pushed {
 /// Puts one of the configs in force.
 pub(super) struct Pusher {
     admin: AdminClient,
-    server: Client,
+    server: Service,
     metrics: String,
     configs: Vec<String>,
-    /// A place in `configs`, once something was pushed.
+    /// A place in `configs`, once a config was pushed.
     in_force: usize,
-    /// What was in force before.
+    /// The config that was in force before.
     previous: usize,
     /// The digest of the config in force.
     digest: String,
-    /// A page that is quickly answered, and the model's digest of its answer under each config.
-    probe: (GetMidEmbRequest, Vec<String>),
+    probe: Probe,
+}
+
+/// A page that is answered fast and shows which config is in force.
+#[derive(Default)]
+struct Probe {
+    request: GetMidEmbRequest,
+    /// The digest of the model that answers, by config.
+    digests: Vec<String>,
 }
 
 impl Pusher {
-    pub(super) async fn new(mut admin: AdminClient, bench: &Bench<'_>, configs: Vec<String>) -> anyhow::Result<Self> {
-        let status = admin.get_status(GetStatusRequest {}).await.map_err(refused("GetStatus"))?.into_inner();
-        let digest = digest(status.config)?;
+    pub(super) async fn new(admin: AdminClient, bench: &Bench<'_>, configs: Vec<String>) -> anyhow::Result<Self> {
+        let digest = digest(admin.get_status().await?.config)?;
         let (server, metrics) = (bench.server.clone(), bench.args.metrics.clone());
-        Ok(Pusher { admin, server, metrics, configs, in_force: 0, previous: 0, digest, probe: Default::default() })
+        Ok(Pusher { admin, server, metrics, configs, in_force: 0, previous: 0, digest, probe: Probe::default() })
     }
 
-    /// Rollbacks are timed with a part of the first page.
-    pub(super) fn will_probe(&mut self, pages: &Pages) {
+    /// Takes a part of the first page as the probe, which times rollbacks.
+    pub(super) fn set_probe(&mut self, pages: &Pages) {
         let mut request = pages.requests[0].clone();
         request.history.clear();
         request.candidates.truncate(1);
         let digest = |config| pages.reference(config, 0).model.digest.clone();
-        self.probe = (request, (0..pages.n_configs()).map(digest).collect());
+        self.probe = Probe { request, digests: (0..pages.n_configs()).map(digest).collect() };
     }
 
-    /// Puts config 0 or 1 in force, which it may be already.
-    pub(super) async fn push(&mut self, which: usize) -> anyhow::Result<PushReport> {
+    /// Puts a config in force. It may be in force already.
+    pub(super) async fn push(&mut self, config: usize) -> anyhow::Result<PushReport> {
         let request = PushConfigRequest {
-            config: self.configs[which].clone(),
+            config: self.configs[config].clone(),
             expected_digest: self.digest.clone(),
             dry_run: false,
         };
-        let pushed = timeout(PUSHED_WITHIN, self.admin.push_config(request)).await;
-        let pushed = pushed.context("PushConfig takes too long")?.map_err(refused("PushConfig"))?.into_inner();
+        let pushed = timeout(MAX_PUSH_TIME, self.admin.push_config(request)).await;
+        let pushed = pushed.with_context(|| format!("PushConfig took longer than {MAX_PUSH_TIME:?}"))??;
         self.digest = digest(pushed.config)?;
-        (self.previous, self.in_force) = (self.in_force, which);
+        (self.previous, self.in_force) = (self.in_force, config);
         Ok(PushReport { result: pushed.result, ..pushed.report.unwrap_or_default() })
     }
 
     /// Pushes one config after the other.
     pub(super) async fn run(&mut self, n_reloads: u64, pause: Duration) -> anyhow::Result<Pushed> {
-        let bar = traffic::progress(n_reloads, "pushing");
+        let bar = progress(n_reloads, "pushing");
         let mut pushed = Pushed::default();
         sleep(pause).await;
         for i in 1..=n_reloads {
             self.reload(&mut pushed).await.with_context(|| format!("push {i} of {n_reloads}"))?;
             sleep(pause).await;
-            if i == N_GROWING {
-                pushed.resident_grown = Some(self.resident_bytes().await?);
+            if i == N_FIRST_PUSHES {
+                pushed.resident_after_first = Some(self.resident_bytes().await?);
             }
             if i == n_reloads {
-                pushed.resident_end = self.resident_bytes().await?;
+                pushed.resident_at_end = self.resident_bytes().await?;
             }
-            if i.is_multiple_of(N_BEFORE_ROLLBACK) {
+            if i.is_multiple_of(N_PUSHES_PER_ROLLBACK) {
                 self.roll_back(&mut pushed).await.with_context(|| format!("rollback of push {i}"))?;
                 sleep(pause).await;
             }
@@ -134,33 +142,33 @@ impl Pusher {
 
     async fn reload(&mut self, pushed: &mut Pushed) -> anyhow::Result<()> {
         let start = Instant::now();
-        let is_neither = |config: &usize| *config != self.in_force && *config != self.previous;
-        let next = (0..self.configs.len()).find(is_neither).unwrap_or(self.previous);
+        let is_idle = |config: &usize| *config != self.in_force && *config != self.previous;
+        let next = (0..self.configs.len()).find(is_idle).unwrap_or(self.previous);
         let report = self.push(next).await?;
         pushed.note(Span { start, end: Instant::now() }, &report);
-        ensure!(report.result == "applied", "the config is {:?}: nothing was reloaded", report.result);
+        ensure!(report.result == "applied", "the push of config {next} was {:?}: nothing was reloaded", report.result);
         Ok(())
     }
 
     async fn roll_back(&mut self, pushed: &mut Pushed) -> anyhow::Result<()> {
         let (start, previous) = (Instant::now(), self.previous);
-        let mut admin = self.admin.clone();
         let request = RollbackRequest { expected_digest: self.digest.clone() };
-        let rolled_back = async { admin.rollback(request).await.map_err(refused("Rollback")) };
-        let both = async { tokio::try_join!(rolled_back, self.until_answered_by(previous)) };
-        let (answer, served) = timeout(ROLLED_BACK_WITHIN, both).await.context("Rollback takes too long")??;
+        let rolled_back = async { Ok(self.admin.rollback(request).await?) };
+        let both = async { tokio::try_join!(rolled_back, self.first_answer_by(previous)) };
+        let both = timeout(MAX_ROLLBACK_TIME, both).await;
+        let (answer, served_at) = both.with_context(|| format!("Rollback took longer than {MAX_ROLLBACK_TIME:?}"))??;
         pushed.windows.push(Span { start, end: Instant::now() });
-        pushed.rollbacks.push(served - start);
-        self.digest = digest(answer.into_inner().config)?;
+        pushed.rollbacks.push(served_at - start);
+        self.digest = digest(answer.config)?;
         (self.previous, self.in_force) = (self.in_force, previous);
         Ok(())
     }
 
-    /// Asks one row after the other until it comes from that config's model; when that was.
-    async fn until_answered_by(&self, config: usize) -> anyhow::Result<Instant> {
-        let (request, digests) = &self.probe;
+    /// Sends the probe again and again until that config's model answers it, and gives the time of that answer.
+    async fn first_answer_by(&self, config: usize) -> anyhow::Result<Instant> {
+        let Probe { request, digests } = &self.probe;
         loop {
-            let answer = self.server.clone().get_mid_emb(request.clone()).await.map_err(refused("GetMidEmb"))?;
+            let answer = self.server.clone().get_mid_emb(request.clone()).await.map_err(Error::failed("GetMidEmb"))?;
             let model = answer.into_inner().model.unwrap_or_default();
             if model.digest == digests[config] {
                 return Ok(Instant::now());

@@ -1,14 +1,35 @@
-//! What came out, as tables for people or as JSON lines for machines.
+//! The figures, as tables for people or as JSON lines for machines.
 
 use super::{
-    Phase,
     load::Span,
-    pushes::{N_GROWING, Pushed},
+    phase::Phase,
+    pushes::{N_FIRST_PUSHES, Pushed},
 };
-use crate::cli::{bench::Args, client::table};
-use serde_json::{Value, json};
+use crate::{
+    args::Args,
+    scrape::Lookups,
+    terminal::{decimals, percent, table},
+};
+use serde::Serialize;
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Write},
+};
 
 const MB: f64 = 1e6;
+
+/// What is printed: two JSON lines with `--json`, tables otherwise.
+pub(super) fn text(args: &Args, before: &Phase, reload: &Phase, pushed: &Pushed) -> anyhow::Result<String> {
+    let summary = Summary::new(args, before, reload, pushed);
+    let mut text = String::new();
+    if args.json {
+        writeln!(text, "{}", serde_json::to_string(&summary.before_json())?)?;
+        writeln!(text, "{}", serde_json::to_string(&summary.reload_json())?)?;
+    } else {
+        summary.write(&mut text)?;
+    }
+    Ok(text)
+}
 
 /// Milliseconds of some requests.
 struct Latencies {
@@ -19,180 +40,217 @@ struct Latencies {
 }
 
 impl Latencies {
-    fn of<'a>(answered: impl Iterator<Item = &'a Span>) -> Self {
+    fn new<'a>(answered: impl Iterator<Item = &'a Span>) -> Self {
         let mut micros: Vec<u64> = answered.map(|span| span.took().as_micros() as u64).collect();
         micros.sort_unstable();
         let at = |quantile: f64| {
-            let place = (quantile * micros.len() as f64).ceil() as usize;
-            micros.get(place.saturating_sub(1)).map(|micros| *micros as f64 / 1e3)
+            let rank = (quantile * micros.len() as f64).ceil() as usize;
+            micros.get(rank.saturating_sub(1)).map(|micros| *micros as f64 / 1e3)
         };
         Latencies { n: micros.len(), p50: at(0.5), p99: at(0.99), max: at(1.0) }
     }
 }
 
 /// The median and the largest of some milliseconds.
+#[derive(Debug, Clone, Copy, Serialize)]
 struct Times {
     median: Option<f64>,
     max: Option<f64>,
 }
 
 impl Times {
-    fn of(ms: impl Iterator<Item = f64>) -> Self {
+    fn new(ms: impl Iterator<Item = f64>) -> Self {
         let mut ms: Vec<f64> = ms.collect();
         ms.sort_by(f64::total_cmp);
         Times { median: ms.get(ms.len() / 2).copied(), max: ms.last().copied() }
     }
 
-    fn to_json(&self) -> Value {
-        json!({"median": self.median, "max": self.max})
+    fn of_whole_ms(ms: &[u64]) -> Self {
+        Times::new(ms.iter().map(|ms| *ms as f64))
     }
 }
 
-/// The pushes beside the load, worked out.
+/// The pushes and the load beside them.
 struct Summary<'a> {
     args: &'a Args,
     before: &'a Phase,
     reload: &'a Phase,
     pushed: &'a Pushed,
+    /// Requests before the first push.
     alone: Latencies,
+    /// Requests that overlap a push or a rollback.
     during: Latencies,
+    /// Requests of the same phase that do not.
     between: Latencies,
     push: Times,
     rollback: Times,
-    steps: Vec<(&'a str, Times)>,
 }
 
-pub(super) fn print(args: &Args, before: &Phase, reload: &Phase, pushed: &Pushed) {
-    let is_during = |span: &&Span| pushed.windows.iter().any(|window| window.overlaps(**span));
-    let answered = &reload.outcome.answered;
-    let whole = |ms: &[u64]| Times::of(ms.iter().map(|ms| *ms as f64));
-    let summary = Summary {
-        args,
-        before,
-        reload,
-        pushed,
-        alone: Latencies::of(before.outcome.answered.iter()),
-        during: Latencies::of(answered.iter().filter(is_during)),
-        between: Latencies::of(answered.iter().filter(|span| !is_during(span))),
-        push: whole(&pushed.push_ms),
-        rollback: Times::of(pushed.rollbacks.iter().map(|took| took.as_secs_f64() * 1e3)),
-        steps: pushed.steps.iter().map(|(step, ms)| (step.as_str(), whole(ms))).collect(),
-    };
-    if args.json {
-        println!("{}", summary.before_json());
-        println!("{}", summary.reload_json());
-    } else {
-        summary.print();
-    }
-}
-
-impl Phase {
-    fn cpu_ms(&self) -> f64 {
-        let [first, last] = &self.scrapes;
-        (last.cpu_seconds - first.cpu_seconds) * 1e3 / self.outcome.n_sent().max(1) as f64
+impl<'a> Summary<'a> {
+    fn new(args: &'a Args, before: &'a Phase, reload: &'a Phase, pushed: &'a Pushed) -> Self {
+        let is_during = |span: &&Span| pushed.windows.iter().any(|window| window.overlaps(**span));
+        let answered = &reload.outcome.answered;
+        Summary {
+            args,
+            before,
+            reload,
+            pushed,
+            alone: Latencies::new(before.outcome.answered.iter()),
+            during: Latencies::new(answered.iter().filter(is_during)),
+            between: Latencies::new(answered.iter().filter(|span| !is_during(span))),
+            push: Times::of_whole_ms(&pushed.push_ms),
+            rollback: Times::new(pushed.rollbacks.iter().map(|took| took.as_secs_f64() * 1e3)),
+        }
     }
 
-    fn user_hit_rate(&self) -> Option<f64> {
-        self.scrapes[1].hit_rates_since(&self.scrapes[0]).user
-    }
-
-    /// What both lines of JSON start with.
-    fn json(&self, args: &Args, name: &str) -> Value {
-        json!({
-            "scenario": args.scenario.name(),
-            "phase": name,
-            "history": args.history,
-            "candidates": args.candidates,
-            "rate": args.rate,
-            "sent": self.outcome.n_sent(),
-            "seconds": self.took.as_secs_f64(),
-            "failed": self.outcome.n_failed,
-            "mixed": self.outcome.n_mixed,
-            "not_ok_rows": self.outcome.n_rows_not_ok,
-            "server_cpu_ms": self.cpu_ms(),
-            "user_hit_rate": self.user_hit_rate(),
-        })
-    }
-}
-
-impl Summary<'_> {
-    fn ratio_p99(&self) -> Option<f64> {
+    fn p99_ratio(&self) -> Option<f64> {
         Some(self.during.p99? / self.alone.p99?)
     }
 
     fn rss_ratio(&self) -> Option<f64> {
-        Some(self.pushed.resident_end / self.pushed.resident_grown?)
+        Some(self.pushed.resident_at_end / self.pushed.resident_after_first?)
     }
 
-    fn n_encoded(&self) -> f64 {
-        self.reload.scrapes[1].n_encoded - self.reload.scrapes[0].n_encoded
+    fn item_lookups(&self) -> Lookups {
+        self.reload.scrape_after.item.since(self.reload.scrape_before.item)
     }
 }
 
-/// `first` with the fields of `more`.
-fn joined(mut first: Value, more: Value) -> Value {
-    if let (Value::Object(first), Value::Object(more)) = (&mut first, more) {
-        first.extend(more);
-    }
-    first
+/// The part that both JSON lines have.
+#[derive(Serialize)]
+struct PhaseJson {
+    scenario: &'static str,
+    phase: &'static str,
+    history: usize,
+    candidates: usize,
+    rate: Option<f64>,
+    sent: u64,
+    seconds: f64,
+    failed: u64,
+    mixed: u64,
+    not_ok_rows: u64,
+    server_cpu_ms: f64,
+    user_hit_rate: Option<f64>,
 }
 
-impl Summary<'_> {
-    fn before_json(&self) -> Value {
-        let Latencies { p50, p99, max, .. } = self.alone;
-        joined(self.before.json(self.args, "before"), json!({"p50_ms": p50, "p99_ms": p99, "max_ms": max}))
+impl PhaseJson {
+    fn new(args: &Args, name: &'static str, phase: &Phase) -> Self {
+        PhaseJson {
+            scenario: args.scenario.name(),
+            phase: name,
+            history: args.history,
+            candidates: args.candidates,
+            rate: args.rate,
+            sent: phase.outcome.n_sent(),
+            seconds: phase.took.as_secs_f64(),
+            failed: phase.outcome.n_failed,
+            mixed: phase.outcome.n_mixed,
+            not_ok_rows: phase.outcome.n_rows_not_ok,
+            server_cpu_ms: phase.cpu_ms(),
+            user_hit_rate: phase.user_hit_rate(),
+        }
+    }
+}
+
+/// The JSON line of the requests before the first push.
+#[derive(Serialize)]
+struct BeforeJson {
+    #[serde(flatten)]
+    phase: PhaseJson,
+    p50_ms: Option<f64>,
+    p99_ms: Option<f64>,
+    max_ms: Option<f64>,
+}
+
+/// The JSON line of the pushes.
+#[derive(Serialize)]
+struct ReloadJson<'a> {
+    #[serde(flatten)]
+    phase: PhaseJson,
+    reloads: usize,
+    rollbacks: usize,
+    before_p50_ms: Option<f64>,
+    before_p99_ms: Option<f64>,
+    during_requests: usize,
+    during_p50_ms: Option<f64>,
+    during_p99_ms: Option<f64>,
+    during_max_ms: Option<f64>,
+    between_requests: usize,
+    between_p50_ms: Option<f64>,
+    between_p99_ms: Option<f64>,
+    between_max_ms: Option<f64>,
+    p99_ratio: Option<f64>,
+    rss_20_mb: Option<f64>,
+    rss_end_mb: f64,
+    rss_ratio: Option<f64>,
+    encoded: f64,
+    item_hits: f64,
+    item_misses: f64,
+    push_ms: Times,
+    rollback_ms: Times,
+    steps: BTreeMap<&'a str, Times>,
+}
+
+impl<'a> Summary<'a> {
+    fn before_json(&self) -> BeforeJson {
+        BeforeJson {
+            phase: PhaseJson::new(self.args, "before", self.before),
+            p50_ms: self.alone.p50,
+            p99_ms: self.alone.p99,
+            max_ms: self.alone.max,
+        }
     }
 
-    fn reload_json(&self) -> Value {
-        let item = self.reload.scrapes[1].item.since(self.reload.scrapes[0].item);
-        let steps: serde_json::Map<String, Value> =
-            self.steps.iter().map(|(step, times)| ((*step).to_owned(), times.to_json())).collect();
-        let more = json!({
-            "reloads": self.pushed.push_ms.len(),
-            "rollbacks": self.pushed.rollbacks.len(),
-            "before_p50_ms": self.alone.p50,
-            "before_p99_ms": self.alone.p99,
-            "during_requests": self.during.n,
-            "during_p50_ms": self.during.p50,
-            "during_p99_ms": self.during.p99,
-            "during_max_ms": self.during.max,
-            "between_requests": self.between.n,
-            "between_p50_ms": self.between.p50,
-            "between_p99_ms": self.between.p99,
-            "between_max_ms": self.between.max,
-            "p99_ratio": self.ratio_p99(),
-            "rss_20_mb": self.pushed.resident_grown.map(|bytes| bytes / MB),
-            "rss_end_mb": self.pushed.resident_end / MB,
-            "rss_ratio": self.rss_ratio(),
-            "encoded": self.n_encoded(),
-            "item_hits": item.n_hits,
-            "item_misses": item.n - item.n_hits,
-            "push_ms": self.push.to_json(),
-            "rollback_ms": self.rollback.to_json(),
-            "steps": steps,
-        });
-        joined(self.reload.json(self.args, "reload"), more)
+    fn reload_json(&self) -> ReloadJson<'a> {
+        let item = self.item_lookups();
+        let steps = self.pushed.steps.iter();
+        ReloadJson {
+            phase: PhaseJson::new(self.args, "reload", self.reload),
+            reloads: self.pushed.push_ms.len(),
+            rollbacks: self.pushed.rollbacks.len(),
+            before_p50_ms: self.alone.p50,
+            before_p99_ms: self.alone.p99,
+            during_requests: self.during.n,
+            during_p50_ms: self.during.p50,
+            during_p99_ms: self.during.p99,
+            during_max_ms: self.during.max,
+            between_requests: self.between.n,
+            between_p50_ms: self.between.p50,
+            between_p99_ms: self.between.p99,
+            between_max_ms: self.between.max,
+            p99_ratio: self.p99_ratio(),
+            rss_20_mb: self.pushed.resident_after_first.map(|bytes| bytes / MB),
+            rss_end_mb: self.pushed.resident_at_end / MB,
+            rss_ratio: self.rss_ratio(),
+            encoded: self.reload.n_encoded(),
+            item_hits: item.n_hits,
+            item_misses: item.n - item.n_hits,
+            push_ms: self.push,
+            rollback_ms: self.rollback,
+            steps: steps.map(|step| (step.name.as_str(), Times::of_whole_ms(&step.took_ms))).collect(),
+        }
     }
 
-    fn print(&self) {
+    fn write(&self, text: &mut String) -> fmt::Result {
         let Args { history, candidates, .. } = self.args;
         let pace = match self.args.rate {
-            Some(rate) => format!("{rate} a second"),
+            Some(rate) => format!("{rate} per second"),
             None => format!("{} at once", self.args.concurrency),
         };
-        println!(
+        writeln!(
+            text,
             "{}: {} pushes and {} rollbacks beside requests of {history} history items and {candidates} candidates, {pace}",
             self.args.scenario.name(),
             self.pushed.push_ms.len(),
             self.pushed.rollbacks.len(),
-        );
-        self.print_requests();
-        self.print_latencies();
-        self.print_pushes();
-        self.print_server();
+        )?;
+        self.write_requests(text)?;
+        self.write_latencies(text)?;
+        self.write_pushes(text)?;
+        self.write_server(text)
     }
 
-    fn print_requests(&self) {
+    fn write_requests(&self, text: &mut String) -> fmt::Result {
         let mut shown =
             table(&["phase", "sent", "failed", "mixed", "rows not OK", "server CPU ms/request", "user hits"]);
         for (name, phase) in [("before", self.before), ("while pushing", self.reload)] {
@@ -204,49 +262,51 @@ impl Summary<'_> {
                 outcome.n_mixed.to_string(),
                 outcome.n_rows_not_ok.to_string(),
                 format!("{:.3}", phase.cpu_ms()),
-                phase.user_hit_rate().map_or("-".to_owned(), |rate| format!("{:.1} %", rate * 1e2)),
+                percent(phase.user_hit_rate()),
             ]);
         }
-        println!("{shown}");
+        writeln!(text, "{shown}")
     }
 
-    fn print_latencies(&self) {
+    fn write_latencies(&self, text: &mut String) -> fmt::Result {
         let mut shown = table(&["requests", "answered", "p50 ms", "p99 ms", "max ms"]);
         let rows = [("before", &self.alone), ("during a push", &self.during), ("between pushes", &self.between)];
-        for (name, of) in rows {
-            shown.add_row([name.to_owned(), of.n.to_string(), decimals(of.p50), decimals(of.p99), decimals(of.max)]);
+        for (name, latencies) in rows {
+            let Latencies { n, p50, p99, max } = latencies;
+            shown.add_row([name.to_owned(), n.to_string(), decimals(*p50), decimals(*p99), decimals(*max)]);
         }
-        println!("{shown}\np99 during a push / before: {}", decimals(self.ratio_p99()));
+        writeln!(text, "{shown}\np99 during a push / before: {}", decimals(self.p99_ratio()))
     }
 
-    fn print_pushes(&self) {
+    fn write_pushes(&self, text: &mut String) -> fmt::Result {
         let mut shown = table(&["what", "median ms", "max ms"]);
-        let mut row = |name: &str, of: &Times| {
-            shown.add_row([name.to_owned(), decimals(of.median), decimals(of.max)]);
+        let mut add_row = |name: &str, times: Times| {
+            shown.add_row([name.to_owned(), decimals(times.median), decimals(times.max)]);
         };
-        row("push", &self.push);
-        self.steps.iter().for_each(|(step, times)| row(&format!("  {step}"), times));
-        row("rollback", &self.rollback);
-        println!("{shown}");
+        add_row("push", self.push);
+        for step in &self.pushed.steps {
+            add_row(&format!("  {}", step.name), Times::of_whole_ms(&step.took_ms));
+        }
+        add_row("rollback", self.rollback);
+        writeln!(text, "{shown}")
     }
 
-    fn print_server(&self) {
-        let item = self.reload.scrapes[1].item.since(self.reload.scrapes[0].item);
-        let grown = self.pushed.resident_grown.map_or("-".to_owned(), |bytes| format!("{:.0} MB", bytes / MB));
-        println!(
-            "server RSS after push {N_GROWING}: {grown}, after the last: {:.0} MB, ratio {}",
-            self.pushed.resident_end / MB,
+    fn write_server(&self, text: &mut String) -> fmt::Result {
+        let item = self.item_lookups();
+        let after_first =
+            self.pushed.resident_after_first.map_or("-".to_owned(), |bytes| format!("{:.0} MB", bytes / MB));
+        writeln!(
+            text,
+            "server RSS after push {N_FIRST_PUSHES}: {after_first}, after the last: {:.0} MB, ratio {}",
+            self.pushed.resident_at_end / MB,
             decimals(self.rss_ratio()),
-        );
-        println!(
+        )?;
+        writeln!(
+            text,
             "items encoded meanwhile: {}, item cache hits {}, misses {}",
-            self.n_encoded(),
+            self.reload.n_encoded(),
             item.n_hits,
             item.n - item.n_hits,
-        );
+        )
     }
-}
-
-fn decimals(number: Option<f64>) -> String {
-    number.map_or("-".to_owned(), |number| format!("{number:.2}"))
 }

@@ -1,17 +1,15 @@
-//! The scenario against a server that answers from two made-up bundles, honestly or not.
+//! The scenario against a server in this process that answers from two made-up bundles, correctly or with a fault.
 
-use crate::{
-    cli::bench::{self, Args},
-    wire::proto::{
-        CacheChunk, ConfigInfo, DType, ExportCacheRequest, FlushCacheRequest, FlushCacheResponse, GetMidEmbRequest,
-        GetMidEmbResponse, GetModelInfoRequest, GetModelInfoResponse, GetStatusRequest, GetStatusResponse,
-        ImportCacheResponse, ModelRef, PushConfigRequest, PushConfigResponse, PushReport, PushStep, RollbackRequest,
-        RollbackResponse, RowStatus, Tensor, WarmItemsRequest, WarmItemsResponse,
-        admin_service_server::{AdminService, AdminServiceServer},
-        mid_emb_service_server::{MidEmbService, MidEmbServiceServer},
-    },
-};
+use crate::args::Args;
 use clap::Parser;
+use midemb_client::proto::{
+    CacheChunk, ConfigInfo, DType, ExportCacheRequest, FlushCacheRequest, FlushCacheResponse, GetMidEmbRequest,
+    GetMidEmbResponse, GetModelInfoRequest, GetModelInfoResponse, GetStatusRequest, GetStatusResponse,
+    ImportCacheResponse, ModelRef, PushConfigRequest, PushConfigResponse, PushReport, PushStep, RollbackRequest,
+    RollbackResponse, RowStatus, Tensor, WarmItemsRequest, WarmItemsResponse,
+    admin_service_server::{AdminService, AdminServiceServer},
+    mid_emb_service_server::{MidEmbService, MidEmbServiceServer},
+};
 use std::{
     io::{BufRead, BufReader, Write},
     net::{SocketAddr, TcpListener},
@@ -22,29 +20,29 @@ use tonic::{
     transport::{Server, server::TcpIncoming},
 };
 
-/// How the server answers once a config was pushed that it served before.
+/// What is wrong with every seventh answer once the references are there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Manner {
-    Honest,
-    /// Now and then a row of the other bundle.
-    OneRowOfTheOther,
-    /// Now and then the whole answer of the other bundle.
-    NamesTheOther,
-    /// Now and then not at all.
-    Fails,
-    /// Both configs serve the same numbers.
+enum Fault {
+    None,
+    /// Its last row is the other bundle's.
+    MixedRow,
+    /// It names the other bundle.
+    WrongName,
+    /// It is an error.
+    Failure,
+    /// Every answer, from the start, is the same under both configs.
     Alike,
 }
 
 #[derive(Debug, Clone)]
 struct State {
-    manner: Manner,
+    fault: Fault,
     /// The config in force and the one before.
     configs: [String; 2],
     n_pushes: u64,
     n_rollbacks: u64,
     n_asked: u64,
-    /// Where a push said that another config was in force.
+    /// Pushes that expected another config to be in force.
     n_aborted: u64,
 }
 
@@ -76,19 +74,15 @@ impl MidEmbService for Fake {
         let (request, mut state) = (request.into_inner(), self.0.lock().unwrap());
         state.n_asked += 1;
         let is_now = state.n_pushes > 3 && state.n_asked % 7 == 0;
-        let manner = if is_now || state.manner == Manner::Alike { state.manner } else { Manner::Honest };
+        let fault = if is_now || state.fault == Fault::Alike { state.fault } else { Fault::None };
         let [in_force, other] = state.configs.clone();
-        let (named, mut bundles) = match manner {
-            Manner::Honest => (in_force.clone(), vec![in_force.as_str(); request.candidates.len()]),
-            Manner::OneRowOfTheOther => (in_force.clone(), vec![in_force.as_str(); request.candidates.len()]),
-            Manner::NamesTheOther => (other.clone(), vec![in_force.as_str(); request.candidates.len()]),
-            Manner::Alike => (in_force.clone(), vec!["one"; request.candidates.len()]),
-            Manner::Fails => return Err(Status::internal("no")),
-        };
-        if manner == Manner::OneRowOfTheOther
-            && let Some(last) = bundles.last_mut()
-        {
-            *last = other.as_str();
+        let named = if fault == Fault::WrongName { &other } else { &in_force };
+        let mut bundles = vec![in_force.as_str(); request.candidates.len()];
+        match fault {
+            Fault::Failure => return Err(Status::internal("no")),
+            Fault::MixedRow => *bundles.last_mut().unwrap() = other.as_str(),
+            Fault::Alike => bundles.fill("one"),
+            Fault::None | Fault::WrongName => {}
         }
         let rows: Vec<[f32; DIM]> = bundles.iter().enumerate().map(|(i, bundle)| row(bundle, &request, i)).collect();
         let cvr: Vec<f32> = rows.iter().map(|row| row[0]).collect();
@@ -187,16 +181,10 @@ fn serve_metrics() -> SocketAddr {
     address
 }
 
-#[derive(Debug, Parser)]
-struct Cli {
-    #[command(flatten)]
-    args: Args,
-}
-
-/// Runs the scenario; what it says and what the server saw.
-async fn run(manner: Manner, more: &[&str]) -> (Result<(), String>, State) {
+/// Runs the scenario, and gives its result and what the server saw.
+async fn run(fault: Fault, more: &[&str]) -> (Result<(), String>, State) {
     let start = ["start".to_owned(), String::new()];
-    let state = State { manner, configs: start, n_pushes: 0, n_rollbacks: 0, n_asked: 0, n_aborted: 0 };
+    let state = State { fault, configs: start, n_pushes: 0, n_rollbacks: 0, n_asked: 0, n_aborted: 0 };
     let fake = Fake(Arc::new(Mutex::new(state)));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -212,20 +200,20 @@ async fn run(manner: Manner, more: &[&str]) -> (Result<(), String>, State) {
         path.display().to_string()
     });
     let metrics = serve_metrics().to_string();
-    let command = ["bench", "w7-reload", "--server", &address, "--admin", &address, "--metrics", &metrics];
+    let command = ["midemb-bench", "w7-reload", "--server", &address, "--admin", &address, "--metrics", &metrics];
     let sizes = ["--items", "30", "--history", "5", "--candidates", "10", "--requests", "40", "--different-pages", "8"];
     let pushes = ["--configs", &a, &b, "--pause-ms", "10"];
-    let cli = Cli::parse_from([&command[..], &sizes, &pushes, more].concat());
-    let result = bench::run(cli.args).await.map_err(|error| format!("{error:#}"));
+    let args = Args::parse_from([&command[..], &sizes, &pushes, more].concat());
+    let result = crate::run(args).await.map_err(|error| format!("{error:#}"));
     serving.abort();
     let state = fake.0.lock().unwrap().clone();
     (result, state)
 }
 
 #[tokio::test]
-async fn an_honest_server_passes_closed_and_open_loop_and_is_left_with_the_first_config() {
+async fn a_correct_server_passes_in_both_loops_and_is_left_with_the_first_config() {
     for pace in [&["--reloads", "20", "--json"][..], &["--reloads", "20", "--rate", "300"]] {
-        let (result, state) = run(Manner::Honest, pace).await;
+        let (result, state) = run(Fault::None, pace).await;
         assert_eq!(result, Ok(()));
         // Two for the references and one at the end, unless the first config is in force anyway.
         assert!((22..=23).contains(&state.n_pushes), "{state:?}");
@@ -234,10 +222,10 @@ async fn an_honest_server_passes_closed_and_open_loop_and_is_left_with_the_first
 }
 
 #[tokio::test]
-async fn answers_of_halves_and_answers_under_a_wrong_name_are_found() {
-    for manner in [Manner::OneRowOfTheOther, Manner::NamesTheOther] {
-        // Rollbacks wait for a digest, which this server may not name: none within 9 pushes.
-        let error = run(manner, &["--reloads", "9"]).await.0.unwrap_err();
+async fn mixed_answers_and_answers_under_a_wrong_name_are_found() {
+    for fault in [Fault::MixedRow, Fault::WrongName] {
+        // A rollback waits for a digest that this server may not name. Within 9 pushes there is none.
+        let error = run(fault, &["--reloads", "9"]).await.0.unwrap_err();
         assert!(error.contains("while pushing, 0 of ") && error.contains("is not what that model"), "{error}");
         assert!(!error.contains(" 0 answers were mixed"), "{error}");
     }
@@ -245,13 +233,13 @@ async fn answers_of_halves_and_answers_under_a_wrong_name_are_found() {
 
 #[tokio::test]
 async fn failed_requests_are_found() {
-    let error = run(Manner::Fails, &["--reloads", "9"]).await.0.unwrap_err();
+    let error = run(Fault::Failure, &["--reloads", "9"]).await.0.unwrap_err();
     assert!(error.contains("requests failed, 0 answers were mixed") && error.contains("Internal: no"), "{error}");
     assert!(!error.contains(" 0 of "), "{error}");
 }
 
 #[tokio::test]
 async fn bundles_that_answer_alike_are_refused() {
-    let error = run(Manner::Alike, &[]).await.0.unwrap_err();
+    let error = run(Fault::Alike, &[]).await.0.unwrap_err();
     assert_eq!(error, "two bundles answer alike: 8 of 8 pages cannot tell them apart");
 }
