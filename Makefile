@@ -13,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo serve test lint bench bench-reload setup build test-setup lint-setup bench-setup train-setup train train-test
+.PHONY: demo serve test lint bench bench-reload setup build bench-build test-setup lint-setup bench-setup train-setup train train-test
 
 PYTHON ?= python3
 DATA ?= ../shared/data/ml-latest-small
@@ -25,21 +25,25 @@ demo: setup build
 serve: setup build
 	./target/release/midemb serve --config deploy/midemb.toml
 
-bench: setup build bench-setup
+bench: setup build bench-build bench-setup
 	@.venv/bin/python benches/run.py
 
-bench-reload: setup build .venv/.bench-installed
+bench-reload: setup build bench-build .venv/.bench-installed
 	@.venv/bin/python benches/reload.py
 
 test: setup test-setup
 	$(PYTHON) -m unittest discover -s tests/setup
-	cargo test --quiet --locked
+	cargo test --quiet --locked --workspace
+	cd benches && cargo test --quiet --locked -p midemb-bench
 	@command -v prometheus > /dev/null || echo "SKIPPED: the test against a real Prometheus, as there is no binary of that name (Debian: apt-get install prometheus)"
 
 lint: lint-setup
-	cargo fmt --check
-	cargo clippy --quiet --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items
+	cargo fmt --check --all
+	cargo clippy --quiet --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps --document-private-items
+	cd benches && cargo fmt --check --all
+	cd benches && cargo clippy --quiet --workspace --all-targets -- -D warnings
+	cd benches && RUSTDOCFLAGS="-D warnings" cargo doc --quiet -p midemb-bench --no-deps --document-private-items
 	.venv/bin/ruff check deploy tests models benches
 	.venv/bin/ruff format --check deploy tests models benches
 
@@ -49,6 +53,10 @@ setup:
 
 build:
 	@cargo build --release --quiet --locked
+
+# The load generator is in a workspace of its own, which the server does not need.
+bench-build:
+	@cd benches && cargo build --release --quiet --locked -p midemb-bench
 
 test-setup: .venv/.tests-installed
 lint-setup: .venv/.lint-installed

@@ -1,6 +1,6 @@
 //! What a cached entry costs in memory beside its payload, as resident memory of this process at a million entries.
 //!
-//!     cargo bench --bench cache_memory [-- ENTRIES]
+//!     cd benches && cargo bench --bench cache_memory [-- ENTRIES]
 //!
 //! Each cache is filled in a process of its own (this program calls itself), so that what one left behind is not counted
 //! for another. The goal is DESIGN section 9's: at most 1.25 x the payload + 100 bytes an entry.

@@ -1,6 +1,6 @@
 //! How often our caches find what is asked for, beside the policies that teams would take from a crate.
 //!
-//!     cargo bench --bench hit_rate [-- TRACE.csv]
+//!     cd benches && cargo bench --bench hit_rate [-- TRACE.csv]
 //!
 //! Every policy sees the same keys in the same order: a look-up, and an insertion where it missed. Caches are bounded in
 //! entries, at parts of the number of different keys. The workloads: Zipf draws; the same beside a flood of keys that

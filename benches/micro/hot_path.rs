@@ -1,6 +1,6 @@
 //! Micro-benchmarks of what a hot W1 request (history 80, candidates 500, ids alone) does beside its graphs.
 //!
-//!     cargo bench --bench hot_path [-- NAME]
+//!     cd benches && cargo bench --bench hot_path [-- NAME]
 //!
 //! Times are those of one whole request. The catalogue has a million items where that matters, so that look-ups miss the
 //! processor's caches as they do in production.

@@ -1,6 +1,6 @@
 //! What a snapshot of the caches costs to write and to restore: seconds and megabytes, for as many items as are asked for.
 //!
-//!     cargo bench --bench snapshot [-- ITEMS]
+//!     cd benches && cargo bench --bench snapshot [-- ITEMS]
 //!
 //! Each item has a content embedding of 384 numbers, an item embedding of 64, and a text that is known by its id. The folder
 //! is a temporary one: `TMPDIR` says on which disk. Reading finds the files in the system's memory, as a restart does.
