@@ -15,6 +15,7 @@ COPY models/default models/default
 RUN make setup
 COPY Cargo.toml Cargo.lock build.rs ./
 COPY proto proto
+COPY clients/rust clients/rust
 COPY src src
 RUN make build && strip --strip-debug target/release/midemb
 

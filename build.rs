@@ -1,4 +1,5 @@
-//! Compiles `proto/` with protox: messages, services and the descriptor set that reflection answers from.
+//! Compiles `proto/` with protox: messages, server traits and the descriptor set that reflection answers from. The client
+//! stubs are generated in `clients/rust`.
 
 use prost::Message;
 use std::{env, error::Error, fs, path::PathBuf};
@@ -9,9 +10,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out_dir = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out_dir.join("midemb_descriptor.bin"), descriptors.encode_to_vec())?;
     tonic_prost_build::configure()
+        .build_client(false)
         // Tensors go to the wire as shared bytes, never as a copied Vec.
         .bytes(".")
-        // Our codec answers bytes that are no valid message with INVALID_ARGUMENT.
+        // Our codec answers bytes that are not a valid message with INVALID_ARGUMENT.
         .codec_path("crate::wire::codec::Codec")
         .compile_fds(descriptors)?;
     Ok(())

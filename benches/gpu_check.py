@@ -9,7 +9,7 @@ Needs a built `target/release/midemb`, the bundle's files (`make setup`) and a l
 1. `midemb bundle verify`: every golden vector, one by one and in batches.
 2. The same page from a server on the CPU and from one on the provider, each cold and warm: statuses equal, vectors
    within 1e-4. Any difference ends the check with exit code 1.
-3. `midemb bench`: w1-hot with 8 and 64 requests at once, scored one by one and together, and w2-cold.
+3. `midemb-bench`: w1-hot with 8 and 64 requests at once, scored one by one and together, and w2-cold.
 """
 
 import argparse
@@ -23,13 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "deploy"))
 from demo import MIDEMB, Server, serving  # noqa: E402
 
+BENCH = ROOT / "target" / "release" / "midemb-bench"
+
 TOLERANCE = 1e-4
 CONCURRENCIES = (8, 64)
 BATCHES = (1, 32)
 
 
-def midemb(*arguments: str) -> str:
-    run = subprocess.run([str(MIDEMB), *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+def midemb(*arguments: str, program: Path = MIDEMB) -> str:
+    run = subprocess.run([str(program), *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     if run.returncode != 0:
         sys.exit(f"midemb {' '.join(arguments)}: exit code {run.returncode}\n{run.stderr}")
     return run.stdout
@@ -61,7 +63,8 @@ def largest_difference(page: dict, other: dict) -> float:
 
 
 def bench(server: Server, *arguments: str) -> dict:
-    return json.loads(midemb("bench", *arguments, "--json", "--server", server.grpc, "--metrics", server.metrics))
+    addresses = ["--server", server.grpc, "--metrics", server.metrics]
+    return json.loads(midemb(*arguments, "--json", *addresses, program=BENCH))
 
 
 def measure(provider: str, library: Path) -> list[str]:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "deploy"))
 import demo  # noqa: E402
 
+BENCH = ROOT / "target" / "release" / "midemb-bench"
 BUNDLE = ROOT / "models" / "default"
 FOLDER = ROOT / "target" / "reload"
 LISTENERS = ("server.listen", "admin.listen", "telemetry.metrics_listen")
@@ -54,7 +55,7 @@ def config(addresses: dict[str, str], bundle: Path) -> str:
 
 def scenario(addresses: dict[str, str], configs: list[Path], args: argparse.Namespace) -> int:
     where = [*zip(("--server", "--admin", "--metrics"), (addresses[key] for key in LISTENERS), strict=True)]
-    command = [str(demo.MIDEMB), "bench", "w7-reload", *(word for pair in where for word in pair)]
+    command = [str(BENCH), "w7-reload", *(word for pair in where for word in pair)]
     command += ["--configs", *map(str, configs), "--reloads", str(args.reloads), "--requests", str(args.requests)]
     if args.rate > 0:
         command += ["--rate", str(args.rate)]
@@ -73,8 +74,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000, help="before the first push")
     parser.add_argument("--json", action="store_true", help="the report as JSON lines")
     args = parser.parse_args()
-    if not demo.MIDEMB.exists():
-        sys.exit(f"{demo.MIDEMB} is missing: run `make build`")
+    for program, target in ((demo.MIDEMB, "build"), (BENCH, "bench-build")):
+        if not program.exists():
+            sys.exit(f"{program} is missing: run `make {target}`")
     FOLDER.mkdir(parents=True, exist_ok=True)
     bundles = [BUNDLE, *(variant(seed) for seed in range(1, args.bundles))]
     print("load average before:", *(f"{load:.2f}" for load in os.getloadavg()), file=sys.stderr)

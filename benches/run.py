@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Every scenario of `midemb bench` beside the floors and two peers, in one run: README's performance section.
+"""Every scenario of `midemb-bench` beside the floors and two peers, in one run: README's performance section.
 
     make bench                       (or: .venv/bin/python benches/run.py)  five rounds, some ten minutes
     .venv/bin/python benches/run.py --rounds 1 --write benches/results/2026-11-24-cpu.md
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "deploy"))
 from demo import MIDEMB, Server, serving  # noqa: E402
 
+BENCH = ROOT / "target" / "release" / "midemb-bench"
 BUNDLE = ROOT / "models" / "default"
 PEERS = ROOT / "benches" / "peers"
 # About half of what two cores take: the question is what cold work does to hot work, not overload.
@@ -51,7 +52,7 @@ def run_json(*command: str) -> list[dict]:
 
 def bench(server: Server, scenario: str, *more: str) -> list[dict]:
     addresses = ["--server", server.grpc, "--metrics", server.metrics]
-    return run_json(str(MIDEMB), "bench", scenario, "--json", *addresses, *more)
+    return run_json(str(BENCH), scenario, "--json", *addresses, *more)
 
 
 def floor(script: str) -> dict:
@@ -189,8 +190,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", type=Path, help="also write the report into this file")
     args = parser.parse_args()
-    if not MIDEMB.exists():
-        sys.exit(f"{MIDEMB} is missing: run `make build`")
+    for program, target in ((MIDEMB, "build"), (BENCH, "bench-build")):
+        if not program.exists():
+            sys.exit(f"{program} is missing: run `make {target}`")
     figures: Figures = defaultdict(list)
     python_peer = peer("python_server.py", "--proto", str(ROOT / "proto"))
     with serving() as ours, python_peer as python, peer("triton_server.py") as triton:

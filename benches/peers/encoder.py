@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 import tokenizers
 
-# As long as what `midemb bench w2-cold` makes up: seven such words, a prefix and two numbers.
+# As long as what `midemb-bench w2-cold` makes up: seven such words, a prefix and two numbers.
 WORDS = ["silver", "river", "night", "garden", "winter", "paper", "lantern", "ocean", "copper", "mountain", "glass"]
 
 

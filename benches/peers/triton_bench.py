@@ -1,10 +1,10 @@
-"""The W1 hot workload against the Triton peer, closed loop: what `midemb bench w1-hot` sends, in KServe's protocol.
+"""The W1 hot workload against the Triton peer, closed loop: what `midemb-bench w1-hot` sends, in KServe's protocol.
 
     python benches/peers/triton_bench.py --server GRPC --pid PID --bundle models/default [--requests 2000]
 
 Takes what `triton_server.py` printed. Warms made-up items with random unit vectors in place of the encoder's, holds one
 answer to what onnxruntime computes here, then sends histories and candidates that were never sent before. Prints one
-JSON object with the names of `midemb bench --json`; `server_*` are sums over Triton and the processes of its models
+JSON object with the names of `midemb-bench --json`; `server_*` are sums over Triton and the processes of its models
 (resident memory counts shared pages once in each).
 
 Requests are serialized before the clock starts and answers only measured, so that this client costs little.
@@ -28,7 +28,7 @@ import numpy as np
 import onnxruntime
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
-# What the first requests grow is not the steady state; `midemb bench` sends as many.
+# What the first requests grow is not the steady state; `midemb-bench` sends as many.
 UNCOUNTED = 40
 WARM_AT_ONCE = 250
 TOLERANCE = 1e-4

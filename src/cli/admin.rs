@@ -1,14 +1,14 @@
-//! `midemb admin status|push|rollback|flush`: what is asked and in which order. How answers look is in `show`.
+//! `midemb admin status|push|rollback|flush`: the calls and their order. [`show`] formats the answers.
 
 mod show;
 
-use super::client::{self, AdminClient, AdminServer, refused};
-use crate::wire::proto::{
-    FlushCacheRequest, GetStatusRequest, GetStatusResponse, PushConfigRequest, PushConfigResponse, PushReport,
-    RollbackRequest,
-};
+use super::terminal;
 use anyhow::Context;
 use indicatif::ProgressBar;
+use midemb_client::{
+    AdminAccess, AdminClient,
+    proto::{FlushCacheRequest, PushConfigRequest, PushConfigResponse, PushReport, RollbackRequest},
+};
 use std::{
     convert::Infallible,
     fs,
@@ -18,13 +18,13 @@ use std::{
 };
 use tokio::time;
 
-const POLLED_EVERY: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 const N_DIGEST_CHARS: usize = 64;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]
-    server: AdminServer,
+    access: AdminAccess,
     #[command(subcommand)]
     command: Command,
 }
@@ -37,20 +37,21 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Put a config in force: checked, loaded and warmed first, then all of it at once, or none of it.
+    /// Put a config in force. It is checked, loaded and warmed first, and then all of it serves at once, or none of it.
     ///
-    /// The push goes on when this command is stopped; `midemb admin status` shows it. A push that is refused changes nothing,
-    /// prints the reason and exits with 1.
+    /// The push goes on when this command is stopped; `midemb admin status` shows it. A refused push changes nothing; the
+    /// command prints the reason and exits with 1.
     Push(Push),
-    /// Put the config before the last push in force again, with the models that served then. A second one undoes the first.
+    /// Put the config before the last push in force again, with the models that served then. A second rollback undoes the
+    /// first.
     Rollback {
-        /// The digest of the config that has to be in force, or at least its first 12 characters. Absent: whatever is.
+        /// The digest of the config that must be in force, or at least its first 12 characters. Without it, any config may be.
         #[arg(long, value_name = "DIGEST")]
         expect: Option<String>,
     },
     /// Empty a cache.
     Flush {
-        /// content, item, user or known_items; all of them where this is absent.
+        /// content, item, user or known_items. Without it, all of them.
         cache: Option<String>,
     },
 }
@@ -61,12 +62,12 @@ struct Push {
     /// file, and the server's environment wins over it.
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// The digest of the config that has to be in force, or at least its first 12 characters; the push is refused where
-    /// another one is. Absent: the one in force just before, as the server's status says it, so that only a change between
-    /// the two calls is noticed.
+    /// The digest of the config that must be in force, or at least its first 12 characters; otherwise the push is refused.
+    /// Without it, the digest is taken from the server's status just before the push, so that only a change between these two
+    /// calls is noticed.
     #[arg(long, value_name = "DIGEST")]
     expect: Option<String>,
-    /// Do everything but put it in force.
+    /// Do everything except putting the config in force.
     #[arg(long)]
     dry_run: bool,
     /// Print one JSON object, digests in full, with the field names of `PushConfigResponse`.
@@ -75,35 +76,34 @@ struct Push {
 }
 
 pub(super) async fn run(args: Args) -> anyhow::Result<()> {
-    let mut admin = args.server.connect().await?;
+    let admin = AdminClient::connect(&args.access).await?;
     match args.command {
         Command::Status { json } => {
-            let status = status(&mut admin).await?;
+            let status = admin.get_status().await?;
             if json {
-                println!("{}", show::status_json(&status));
+                println!("{}", serde_json::to_string(&status)?);
             } else {
                 print!("{}", show::status(&status));
             }
         }
         Command::Push(push) => {
-            let answer = push.run(&mut admin).await?;
+            let answer = push.run(&admin).await?;
             if push.json {
-                println!("{}", show::pushed_json(&answer));
+                println!("{}", serde_json::to_string(&answer)?);
             } else {
                 print!("{}", show::pushed(&answer));
             }
         }
         Command::Rollback { expect } => {
             let expected_digest = match &expect {
-                Some(said) => full_digest(&mut admin, Some(said)).await?,
+                Some(digest) => full_digest(&admin, Some(digest)).await?,
                 None => String::new(),
             };
-            let answer = admin.rollback(RollbackRequest { expected_digest }).await.map_err(refused("Rollback"))?;
-            print!("{}", show::rolled_back(&answer.into_inner()));
+            let answer = admin.rollback(RollbackRequest { expected_digest }).await?;
+            print!("{}", show::rolled_back(&answer));
         }
         Command::Flush { cache } => {
-            let request = FlushCacheRequest { cache: cache.unwrap_or_default() };
-            let flushed = admin.flush_cache(request).await.map_err(refused("FlushCache"))?.into_inner();
+            let flushed = admin.flush_cache(FlushCacheRequest { cache: cache.unwrap_or_default() }).await?;
             println!("{} entries removed", flushed.entries_removed);
         }
     }
@@ -111,24 +111,20 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
 }
 
 impl Push {
-    async fn run(&self, admin: &mut AdminClient) -> anyhow::Result<PushConfigResponse> {
+    async fn run(&self, admin: &AdminClient) -> anyhow::Result<PushConfigResponse> {
         let config = read(&self.file)?;
         let expected_digest = full_digest(admin, self.expect.as_deref()).await?;
         let request = PushConfigRequest { config, expected_digest, dry_run: self.dry_run };
-        let bar = client::progress(STEP);
-        let watching = watch(admin.clone(), &bar);
-        // What is dropped when the push ends is one poll, whose answer nobody needs any more.
+        let bar = terminal::progress(STEP);
+        let watching = watch(admin, &bar);
+        // When the push ends, at most one poll is dropped, whose answer is not needed any more.
         let answer = tokio::select! {
             answer = admin.push_config(request) => answer,
             never = watching => match never {},
         };
         bar.finish_and_clear();
-        Ok(answer.map_err(refused("PushConfig"))?.into_inner())
+        Ok(answer?)
     }
-}
-
-async fn status(admin: &mut AdminClient) -> anyhow::Result<GetStatusResponse> {
-    Ok(admin.get_status(GetStatusRequest {}).await.map_err(refused("GetStatus"))?.into_inner())
 }
 
 fn read(file: &Path) -> anyhow::Result<String> {
@@ -140,15 +136,15 @@ fn read(file: &Path) -> anyhow::Result<String> {
     Ok(config)
 }
 
-/// The digest to expect: the one in force where nothing was said. What tables print is cut short, so a start will do, if it is
-/// the start of the one in force; the server compares it in full and refuses everything else.
-async fn full_digest(admin: &mut AdminClient, said: Option<&str>) -> anyhow::Result<String> {
-    if let Some(said) = said.filter(|said| said.len() >= N_DIGEST_CHARS) {
-        return Ok(said.to_owned());
+/// The digest to expect, in full: the one in force where `given` is none. Tables print the start of a digest, so a start is
+/// completed where it is that of the digest in force. Anything else is sent as it is, and the server refuses it.
+async fn full_digest(admin: &AdminClient, given: Option<&str>) -> anyhow::Result<String> {
+    if let Some(given) = given.filter(|given| given.len() >= N_DIGEST_CHARS) {
+        return Ok(given.to_owned());
     }
-    let in_force = status(admin).await?.config.unwrap_or_default().digest;
-    Ok(match said {
-        Some(said) if said.len() < show::N_SHORT_CHARS || !in_force.starts_with(said) => said.to_owned(),
+    let in_force = admin.get_status().await?.config.unwrap_or_default().digest;
+    Ok(match given {
+        Some(given) if given.len() < show::N_SHORT_CHARS || !in_force.starts_with(given) => given.to_owned(),
         _ => in_force,
     })
 }
@@ -156,16 +152,16 @@ async fn full_digest(admin: &mut AdminClient, said: Option<&str>) -> anyhow::Res
 const STEP: &str = "{spinner} {msg}";
 const COUNTED_STEP: &str = "{spinner} {msg} {wide_bar} {pos}/{len}";
 
-/// Shows how far the push is, until it is dropped. A poll that fails is none: what matters is what the push itself answers.
-async fn watch(mut admin: AdminClient, bar: &ProgressBar) -> Infallible {
+/// Shows the push's progress until it is dropped. A poll that fails is ignored: the push's own answer says what went wrong.
+async fn watch(admin: &AdminClient, bar: &ProgressBar) -> Infallible {
     if bar.is_hidden() {
         return std::future::pending().await;
     }
-    let mut polls = time::interval(POLLED_EVERY);
+    let mut polls = time::interval(POLL_INTERVAL);
     polls.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     loop {
         polls.tick().await;
-        let push = status(&mut admin).await.ok().and_then(|status| status.push);
+        let push = admin.get_status().await.ok().and_then(|status| status.push);
         draw(bar, push.as_ref());
     }
 }
@@ -175,7 +171,7 @@ fn draw(bar: &ProgressBar, push: Option<&PushReport>) {
         bar.set_message(show::step_under_way(push));
         bar.set_length(push.total);
         bar.set_position(push.done);
-        bar.set_style(client::style(if push.total == 0 { STEP } else { COUNTED_STEP }));
+        bar.set_style(terminal::progress_style(if push.total == 0 { STEP } else { COUNTED_STEP }));
     }
     bar.tick();
 }

@@ -1,8 +1,8 @@
-//! `midemb bundle inspect|verify`.
+//! `midemb bundle inspect|verify`: bundles without a server.
 
 use crate::{
     bundle::{self, digest, golden::StageReport, load::read_manifest},
-    cli::client::table,
+    cli::terminal::table,
     config::library_from_environment,
     inference::{ProviderChoice, Runtime},
 };
@@ -15,11 +15,11 @@ pub(super) enum Command {
         /// The bundle's folder.
         folder: PathBuf,
     },
-    /// Check a bundle as a start would: digests, graphs, golden vectors.
+    /// Check a bundle as a start of the server does: digests, graphs, golden vectors.
     Verify {
         /// The bundle's folder.
         folder: PathBuf,
-        /// The path of libonnxruntime.so; found as `serve` finds it where this is absent.
+        /// The path of libonnxruntime.so. Without it the library is searched for as `serve` does.
         #[arg(long, value_name = "FILE")]
         onnxruntime: Option<PathBuf>,
     },
@@ -41,14 +41,14 @@ fn inspect(folder: &Path) -> anyhow::Result<()> {
     println!("tower digest    {}", digest::tower_digest(manifest));
     println!("item text       at most {} tokens of: {}", manifest.item_text.max_tokens, manifest.item_text.template);
     let mut graphs = table(&["graph", "file", "inputs", "outputs", "width"]);
-    let (e, u, i, c) = (&manifest.encoder, &manifest.user_tower, &manifest.item_tower, &manifest.cvr);
-    for (name, file, inputs, outputs, dim) in [
-        ("encoder", &e.file, &e.inputs, &e.outputs, e.dim),
-        ("user tower", &u.file, &u.inputs, &u.outputs, u.dim),
-        ("item tower", &i.file, &i.inputs, &i.outputs, i.dim),
-        ("cvr", &c.file, &c.inputs, &c.outputs, c.dim),
-    ] {
+    let mut add_graph = |name: &str, file: &str, inputs: &[String], outputs: &[String], dim: usize| {
         graphs.add_row([name, file, &inputs.join(", "), &outputs.join(", "), &dim.to_string()]);
+    };
+    let (encoder, user_tower) = (&manifest.encoder, &manifest.user_tower);
+    add_graph("encoder", &encoder.file, &encoder.inputs, &encoder.outputs, encoder.dim);
+    add_graph("user tower", &user_tower.file, &user_tower.inputs, &user_tower.outputs, user_tower.dim);
+    for (name, graph) in [("item tower", &manifest.item_tower), ("cvr", &manifest.cvr)] {
+        add_graph(name, &graph.file, &graph.inputs, &graph.outputs, graph.dim);
     }
     println!("\n{graphs}\n");
     let mut files = table(&["file", "bytes", "sha256", "fetched from"]);

@@ -1,13 +1,13 @@
-//! `midemb config check|print`.
+//! `midemb config check|print`: settings without a server.
 
 use crate::config::Settings;
 use std::path::PathBuf;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
-    /// Check the file and the environment; every error is reported at once.
+    /// Check the file and the environment; all errors are reported at once.
     Check(File),
-    /// Print the settings in force, defaults included, as a file that gives the same ones again.
+    /// Print the resulting settings, defaults included, as a config file that gives the same settings.
     Print(File),
 }
 

@@ -1,10 +1,11 @@
-//! Items from a JSONL file: one `{"id": ..., "text": {...}}` a line.
+//! Items from a JSONL file: one `{"id": ..., "text": {...}}` per line.
 
-use crate::{domain::Item, wire::proto};
+use crate::domain::Item;
 use anyhow::{Context, bail};
+use midemb_client::proto;
 use std::{fs, path::Path};
 
-/// Reads every line; an error names its line.
+/// Reads all items of a file. An error names the line.
 pub(super) fn read(path: &Path) -> anyhow::Result<Vec<Item>> {
     let text = fs::read_to_string(path).with_context(|| format!("items {}", path.display()))?;
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
@@ -12,12 +13,12 @@ pub(super) fn read(path: &Path) -> anyhow::Result<Vec<Item>> {
         .map(|(i, line)| serde_json::from_str(line).with_context(|| format!("{} line {}", path.display(), i + 1)))
         .collect::<anyhow::Result<_>>()?;
     if items.is_empty() {
-        bail!("{} holds no item", path.display());
+        bail!("{} holds no items", path.display());
     }
     Ok(items)
 }
 
-/// As the wire has it.
+/// The item as a message.
 pub(super) fn message(item: &Item) -> proto::Item {
     let text = item.text.clone().map(|text| proto::ItemText {
         title: text.title,

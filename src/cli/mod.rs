@@ -1,36 +1,38 @@
-//! The commands, one file each. Answers go to standard output, everything else to standard error.
-#![expect(clippy::print_stderr, reason = "what goes wrong is said there")]
+//! The commands, one file each. Results go to standard output, everything else to standard error.
+//!
+//! Commands that talk to a server use `midemb-client`; [`terminal`] draws tables and progress bars, [`output`] writes results.
+#![expect(clippy::print_stderr, reason = "errors are printed there")]
 
-/// The standard library's macro of that name panics where standard output is closed.
+/// Replaces the standard library's macro of that name, which panics where standard output is closed.
 macro_rules! print {
     ($($arg:tt)*) => { $crate::cli::output::write(format_args!($($arg)*)) };
 }
 
-/// As above, with the end of the line.
+/// `print!` with a line end.
 macro_rules! println {
     ($($arg:tt)*) => { $crate::cli::output::write(format_args!("{}\n", format_args!($($arg)*))) };
 }
 
 mod admin;
-mod bench;
 mod bundle;
 mod cache;
-mod client;
+mod cache_curve;
 mod config;
 mod items;
 mod output;
 mod query;
 mod serve;
+mod terminal;
 
 use crate::{
     bundle::BundleError, config::ConfigError, inference::LibraryError, lifecycle::PushError, server::ServerError,
 };
 use clap::{Parser, Subcommand};
-use std::process::ExitCode;
+use std::{future::Future, process::ExitCode};
 
 /// LEARN's mid-emb vectors for ranking models, over gRPC.
 ///
-/// Exit codes: 0 done; 1 failed; 2 wrong usage or config; 3 ONNX Runtime cannot be had; 4 a bundle failed its checks.
+/// Exit codes: 0 done; 1 failed; 2 wrong usage or config; 3 ONNX Runtime cannot be loaded; 4 a bundle failed its checks.
 #[derive(Debug, Parser)]
 #[command(version, about, verbatim_doc_comment)]
 pub struct Cli {
@@ -42,33 +44,38 @@ pub struct Cli {
 enum Command {
     /// Serve until SIGTERM or SIGINT.
     Serve(serve::Args),
-    /// Ask a running server for mid-embs and print what comes back.
+    /// Ask a running server for mid-embs and print the answer.
     Query(query::Args),
-    /// Load a running server and print throughput, latencies and its CPU a request.
-    Bench(bench::Args),
-    /// Look into a bundle, or check it.
+    /// Print what a bundle holds, or check it.
     #[command(subcommand)]
     Bundle(bundle::Command),
-    /// Check a config, or print it with every default.
+    /// Check a config, or print it with all defaults.
     #[command(subcommand)]
     Config(config::Command),
-    /// Ask a running server for its status, push a config, roll the last push back, or empty caches.
+    /// Print a running server's status, push a config, roll the last push back, or empty caches.
     Admin(admin::Args),
-    /// Take the vectors of a running server's caches out into a file, or put such files in.
+    /// Export the vectors of a running server's caches to a file, or import such files.
     Cache(cache::Args),
+    /// Print the hit rates that caches of several sizes would have. Needs no server.
+    CacheCurve(cache_curve::Args),
 }
 
 /// Runs one command.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Serve(args) => serve::run(&args),
-        Command::Query(args) => client::block_on(query::run(args)),
-        Command::Bench(args) => client::block_on(bench::run(args)),
+        Command::Query(args) => block_on(query::run(args)),
         Command::Bundle(command) => bundle::run(command),
         Command::Config(command) => config::run(command),
-        Command::Admin(args) => client::block_on(admin::run(args)),
-        Command::Cache(args) => client::block_on(cache::run(args)),
+        Command::Admin(args) => block_on(admin::run(args)),
+        Command::Cache(args) => block_on(cache::run(args)),
+        Command::CacheCurve(args) => cache_curve::run(&args),
     }
+}
+
+/// Runs a command that talks to a server, on one thread.
+fn block_on(command: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(command)
 }
 
 /// Prints an error as one line and gives its exit code.
@@ -77,7 +84,7 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(exit_code(error))
 }
 
-/// The error and its causes, each said once.
+/// The error and its causes; a cause that an outer message repeats is left out.
 fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain().map(|cause| cause.to_string().replace('\n', " ")) {
@@ -91,22 +98,32 @@ fn one_line(error: &anyhow::Error) -> String {
 }
 
 fn exit_code(error: &anyhow::Error) -> u8 {
-    let is_in_chain = |test: fn(&(dyn std::error::Error + 'static)) -> bool| error.chain().any(test);
-    let start = error.chain().find_map(|e| match e.downcast_ref() {
-        Some(ServerError::Start(error)) => Some(error),
+    let codes = [CONFIG_FAILED, LIBRARY_FAILED, BUNDLE_FAILED];
+    let is_in_chain = |code: &u8| error.chain().any(|cause| code_of_cause(cause) == Some(*code));
+    codes.into_iter().find(is_in_chain).unwrap_or(FAILED)
+}
+
+const FAILED: u8 = 1;
+const CONFIG_FAILED: u8 = 2;
+const LIBRARY_FAILED: u8 = 3;
+const BUNDLE_FAILED: u8 = 4;
+
+fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
+    if cause.is::<ConfigError>() || matches!(cause.downcast_ref(), Some(midemb_client::Error::Options(_))) {
+        return Some(CONFIG_FAILED);
+    }
+    if cause.is::<LibraryError>() {
+        return Some(LIBRARY_FAILED);
+    }
+    if cause.is::<BundleError>() {
+        return Some(BUNDLE_FAILED);
+    }
+    match cause.downcast_ref() {
+        Some(ServerError::Start(PushError::Config(_))) => Some(CONFIG_FAILED),
+        Some(ServerError::Start(PushError::Library(_))) => Some(LIBRARY_FAILED),
+        Some(ServerError::Start(PushError::Bundle { .. } | PushError::Fetch { .. } | PushError::Shadow { .. })) => {
+            Some(BUNDLE_FAILED)
+        }
         _ => None,
-    });
-    if is_in_chain(|e| e.is::<ConfigError>() || e.is::<client::UsageError>())
-        || matches!(start, Some(PushError::Config(_)))
-    {
-        2
-    } else if is_in_chain(|e| e.is::<LibraryError>()) || matches!(start, Some(PushError::Library(_))) {
-        3
-    } else if is_in_chain(|e| e.is::<BundleError>())
-        || matches!(start, Some(PushError::Bundle { .. } | PushError::Fetch { .. } | PushError::Shadow { .. }))
-    {
-        4
-    } else {
-        1
     }
 }

@@ -1,4 +1,4 @@
-//! Standard output that may be closed or full.
+//! Writing to a standard output that may be closed or full.
 
 use std::{
     fmt::Arguments,
@@ -6,11 +6,11 @@ use std::{
     process,
 };
 
-/// Writes to standard output. Whoever has closed it, as `| head` does, wants no more: the process ends and nothing is wrong.
-/// Anything else that fails there, such as a full disk, ends it with exit code 1 and a line that says why.
+/// Writes to standard output. Where its reader has closed it, as `| head` does, the process ends with exit code 0. Any other
+/// failure, such as a full disk, ends it with exit code 1 and a line that says why.
 pub(super) fn write(text: Arguments<'_>) {
     let mut stdout = io::stdout().lock();
-    // Flushed at once: what is still buffered when the process ends would be lost without a word.
+    // Flushed at once: an error of a later flush, at the end of the process, would go unnoticed.
     let Err(error) = stdout.write_fmt(text).and_then(|()| stdout.flush()) else { return };
     if error.kind() == ErrorKind::BrokenPipe {
         process::exit(0);

@@ -1,47 +1,45 @@
-//! `midemb query`: one user, a page of candidates, a table of what came back.
+//! `midemb query`: one user and a page of candidates, and the answer as a table or as JSON.
 
-use super::{
-    client::{self, norm, numbers, refused, table},
-    items,
+use super::{items, terminal::table};
+use crate::domain::Item;
+use anyhow::{Context, ensure};
+use midemb_client::{
+    Client, Matrix,
+    proto::{GetMidEmbRequest, GetMidEmbResponse, ModelRef, Output, RowStatus, Tensor},
 };
-use crate::{
-    domain::Item,
-    wire::proto::{GetMidEmbRequest, GetMidEmbResponse, Output, RowStatus, Tensor},
-};
-use serde_json::{Value, json};
+use serde::Serialize;
 use std::{
     path::PathBuf,
     time::{Duration, Instant},
 };
-use tonic::Request;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The server's `server.listen`.
     #[arg(long, default_value = "127.0.0.1:50051")]
     server: String,
-    /// Items, one JSON object a line: {"id": "...", "text": {"title": "...", "category": "..."}}.
+    /// Items, one JSON object per line: {"id": "...", "text": {"title": "...", "category": "..."}}.
     #[arg(long, value_name = "FILE", default_value = "models/default/sample_items.jsonl")]
     items: PathBuf,
-    /// The first so many items are the user's history, oldest first; the rest are the candidates.
+    /// How many items from the start of the file are the user's history, oldest first; the rest are the candidates.
     #[arg(long, default_value_t = 8)]
     history: usize,
     /// The user's id.
     #[arg(long, default_value = "demo-user")]
     user: String,
-    /// The model's name; routed by user where this is absent.
+    /// The model's name. Without it the server routes by user.
     #[arg(long, default_value = "")]
     model: String,
-    /// Send ids without text: the server must have seen the items before.
+    /// Send ids without text. The server must have seen the items before.
     #[arg(long)]
     ids_only: bool,
-    /// How long to wait for an answer.
+    /// The deadline of the call in milliseconds.
     #[arg(long, default_value_t = 30_000)]
     deadline_ms: u64,
-    /// Rows of the table at most; 0 prints all.
+    /// The largest number of table rows; 0 prints all.
     #[arg(long, default_value_t = 10)]
     rows: usize,
-    /// Print one JSON object with every vector.
+    /// Print one JSON object with all vectors.
     #[arg(long)]
     json: bool,
 }
@@ -52,58 +50,75 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
     let (history, candidates) = items.split_at(n_history);
     let message = |item: &Item| {
         let mut message = items::message(item);
-        message.text = message.text.filter(|_| !args.ids_only);
+        if args.ids_only {
+            message.text = None;
+        }
         message
     };
-    let mut request = Request::new(GetMidEmbRequest {
+    let request = GetMidEmbRequest {
         user_id: args.user.clone(),
         history: history.iter().map(message).collect(),
         candidates: candidates.iter().map(message).collect(),
         model: args.model.clone(),
         outputs: [Output::MidEmb, Output::Cvr, Output::UserEmb, Output::ItemEmb].map(i32::from).to_vec(),
         dtype: 0,
-    });
-    request.set_timeout(Duration::from_millis(args.deadline_ms));
-    let mut server = client::mid_emb(&args.server).await?;
+    };
+    let client = Client::connect([args.server.as_str()]).await?;
     let start = Instant::now();
-    let answer = server.get_mid_emb(request).await.map_err(refused("GetMidEmb"))?.into_inner();
-    let page = Page { candidates, answer, took: start.elapsed() };
+    let answer = client.get_mid_emb(&request, Duration::from_millis(args.deadline_ms)).await?;
+    let page = Page::new(candidates, &answer, start.elapsed())?;
     if args.json {
-        println!("{}", page.to_json());
+        println!("{}", serde_json::to_string(&page.to_json())?);
     } else {
         page.print(args.rows);
     }
     Ok(())
 }
 
-/// What was asked and what came back.
+/// A page of candidates and its answer, with every tensor read.
 struct Page<'a> {
     candidates: &'a [Item],
-    answer: GetMidEmbResponse,
+    answer: &'a GetMidEmbResponse,
+    statuses: Vec<&'static str>,
+    mid_emb: Matrix<'a>,
+    item_emb: Matrix<'a>,
+    user_emb: Matrix<'a>,
+    cvr: Matrix<'a>,
     took: Duration,
 }
 
-impl Page<'_> {
-    fn statuses(&self) -> Vec<&'static str> {
-        self.answer.statuses().map(short).collect()
+impl<'a> Page<'a> {
+    /// Checks that the answer has every output and one row per candidate.
+    fn new(candidates: &'a [Item], answer: &'a GetMidEmbResponse, took: Duration) -> anyhow::Result<Self> {
+        let page = Page {
+            candidates,
+            answer,
+            statuses: answer.statuses().map(short_name).collect(),
+            mid_emb: matrix("mid_emb", &answer.mid_emb)?,
+            item_emb: matrix("item_emb", &answer.item_emb)?,
+            user_emb: matrix("user_emb", &answer.user_emb)?,
+            cvr: matrix("cvr", &answer.cvr)?,
+            took,
+        };
+        let n_rows =
+            [page.mid_emb.rows().len(), page.item_emb.rows().len(), page.cvr.values.len(), page.statuses.len()];
+        ensure!(n_rows == [candidates.len(); 4], "the answer does not have one row per candidate");
+        Ok(page)
     }
 
     fn print(&self, max_rows: usize) {
-        let answer = &self.answer;
-        let statuses = self.statuses();
-        let (mid_emb, cvr) = (rows(&answer.mid_emb), column(&answer.cvr));
         let mut shown = table(&["candidate", "title", "status", "|mid_emb|", "mid_emb", "cvr"]);
         let max_rows = if max_rows == 0 { usize::MAX } else { max_rows };
-        for (i, item) in self.candidates.iter().enumerate().take(max_rows) {
+        for (i, (item, mid_emb)) in self.candidates.iter().zip(self.mid_emb.rows()).enumerate().take(max_rows) {
             let title = item.text.as_ref().map_or("", |text| text.title.as_str());
-            let start: Vec<String> = mid_emb[i].iter().take(3).map(|x| format!("{x:+.3}")).collect();
+            let first_numbers: Vec<String> = mid_emb.iter().take(3).map(|x| format!("{x:+.3}")).collect();
             shown.add_row([
                 &item.id,
                 title,
-                statuses[i],
-                &format!("{:.4}", norm(&mid_emb[i])),
-                &format!("{} ...", start.join(" ")),
-                &format!("{:.4}", cvr[i]),
+                self.statuses[i],
+                &format!("{:.4}", norm(mid_emb)),
+                &format!("{} ...", first_numbers.join(" ")),
+                &format!("{:.4}", self.cvr.values[i]),
             ]);
         }
         println!("{shown}");
@@ -111,13 +126,13 @@ impl Page<'_> {
         if n_more > 0 {
             println!("... and {n_more} more rows (--rows 0 prints all)");
         }
-        let model = answer.model.clone().unwrap_or_default();
-        let n_ok = statuses.iter().filter(|status| **status == "OK").count();
+        let model = self.model();
+        let n_ok = self.statuses.iter().filter(|status| **status == "OK").count();
         println!(
             "{n_ok} of {} rows OK, {} history items used, |user_emb| {:.4}, model {} {} ({:.12}), {:.1} ms",
-            statuses.len(),
-            answer.history_used,
-            norm(&column(&answer.user_emb)),
+            self.statuses.len(),
+            self.answer.history_used,
+            norm(&self.user_emb.values),
             model.name,
             model.version,
             model.digest,
@@ -125,33 +140,59 @@ impl Page<'_> {
         );
     }
 
-    fn to_json(&self) -> Value {
-        let answer = &self.answer;
-        let statuses = self.statuses();
-        let (mid_emb, item_emb, cvr) = (rows(&answer.mid_emb), rows(&answer.item_emb), column(&answer.cvr));
-        let model = answer.model.clone().unwrap_or_default();
-        let history: Vec<&str> = answer.history_statuses().map(short).collect();
-        let row = |i: usize| json!({"id": self.candidates[i].id, "status": statuses[i], "mid_emb": mid_emb[i], "item_emb": item_emb[i], "cvr": cvr[i]});
-        json!({
-            "model": {"name": model.name, "version": model.version, "digest": model.digest},
-            "took_ms": self.took.as_secs_f64() * 1e3,
-            "history_used": answer.history_used,
-            "history_statuses": history,
-            "user_emb": column(&answer.user_emb),
-            "rows": (0..self.candidates.len()).map(row).collect::<Vec<_>>(),
-        })
+    fn to_json(&self) -> PageJson<'_> {
+        let row = |(i, item): (usize, &'a Item)| RowJson {
+            id: &item.id,
+            status: self.statuses[i],
+            mid_emb: self.mid_emb.row(i).unwrap_or_default(),
+            item_emb: self.item_emb.row(i).unwrap_or_default(),
+            cvr: self.cvr.values[i],
+        };
+        PageJson {
+            model: self.model(),
+            took_ms: self.took.as_secs_f64() * 1e3,
+            history_used: self.answer.history_used,
+            history_statuses: self.answer.history_statuses().map(short_name).collect(),
+            user_emb: &self.user_emb.values,
+            rows: self.candidates.iter().enumerate().map(row).collect(),
+        }
+    }
+
+    fn model(&self) -> ModelRef {
+        self.answer.model.clone().unwrap_or_default()
     }
 }
 
-fn short(status: RowStatus) -> &'static str {
+/// What `--json` prints.
+#[derive(Serialize)]
+struct PageJson<'a> {
+    model: ModelRef,
+    took_ms: f64,
+    history_used: u32,
+    history_statuses: Vec<&'static str>,
+    user_emb: &'a [f32],
+    rows: Vec<RowJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct RowJson<'a> {
+    id: &'a str,
+    status: &'static str,
+    mid_emb: &'a [f32],
+    item_emb: &'a [f32],
+    cvr: f32,
+}
+
+fn matrix<'a>(name: &str, tensor: &'a Option<Tensor>) -> anyhow::Result<Matrix<'a>> {
+    let tensor = tensor.as_ref().with_context(|| format!("the answer has no {name}"))?;
+    tensor.matrix().with_context(|| name.to_owned())
+}
+
+/// Without the prefix that the wire's names have.
+fn short_name(status: RowStatus) -> &'static str {
     status.as_str_name().trim_start_matches("ROW_STATUS_")
 }
 
-fn column(tensor: &Option<Tensor>) -> Vec<f32> {
-    tensor.as_ref().map(numbers).unwrap_or_default()
-}
-
-fn rows(tensor: &Option<Tensor>) -> Vec<Vec<f32>> {
-    let width = tensor.as_ref().and_then(|t| t.shape.get(1)).copied().unwrap_or(1).max(1) as usize;
-    column(tensor).chunks(width).map(<[f32]>::to_vec).collect()
+fn norm(vector: &[f32]) -> f32 {
+    vector.iter().map(|x| x * x).sum::<f32>().sqrt()
 }

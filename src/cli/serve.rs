@@ -1,4 +1,4 @@
-//! `midemb serve`.
+//! `midemb serve`: settings, logs and metrics first, then the server until a signal ends it.
 
 use crate::{
     config::Settings,
@@ -15,17 +15,17 @@ pub(super) struct Args {
     /// The config file; `deploy/midemb.toml` is one to start from.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// Record which items requests ask for into a new file: ids and digests, never text. `midemb bench w3-zipf --trace` and
-    /// `midemb bench cache-curve --trace` read it.
+    /// Record which items requests ask for into a new file: ids and digests, never text. `midemb-bench w3-zipf --trace`
+    /// and `midemb cache-curve --trace` read it.
     #[arg(long, value_name = "FILE")]
     record_trace: Option<PathBuf>,
-    /// The trace ends at so many megabytes. A request of 580 items is about 30 KB.
+    /// The size in megabytes at which the trace ends. A request of 580 items is about 30 KB.
     #[arg(long, value_name = "MB", default_value_t = 1024, requires = "record_trace")]
     record_trace_mb: u64,
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
-    // Before the log is there: how it looks stands in the config.
+    // Read before the log is installed, as the config says how log lines look.
     let desired = desired::read(&args.config)?;
     let settings = Settings::from_text(&desired.text, &args.config)?;
     logs::install(settings.log_format, &settings.log_filter)?;
@@ -44,10 +44,10 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         let stop = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
         let listeners = Listeners::bind(&settings).await?;
         let start = Start { desired, file: args.config.clone(), settings, trace: serving };
-        server::run(start, listeners, recorder, first(stop)).await?;
+        server::run(start, listeners, recorder, any_of(stop)).await?;
         Ok(())
     });
-    // What is left has outlived its grace period, or is a load that nobody waits for any more.
+    // Tasks that are left have outlived their grace period, or load a model that is not needed any more.
     runtime.shutdown_background();
     if let Some(trace) = trace {
         trace.finish();
@@ -55,13 +55,13 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     served
 }
 
-/// What a request costs in I/O is a sixth of it, or half where its user is known. More threads than that only take turns on
-/// the cores with those that score, and each turn empties a core's caches.
+/// I/O is a sixth of a request's cost, or half where its user is cached. More I/O threads than this would only share the cores
+/// with the threads that score, and every switch costs a core the contents of its caches.
 fn io_threads(n_inference_threads: usize) -> usize {
     n_inference_threads.div_ceil(2)
 }
 
-async fn first([mut terminate, mut interrupt]: [Signal; 2]) {
+async fn any_of([mut terminate, mut interrupt]: [Signal; 2]) {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}

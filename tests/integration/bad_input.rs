@@ -1,7 +1,7 @@
 //! Whatever comes in: a typed error or a row status, and the next request is served.
 
 use crate::harness::{ALL_OUTPUTS, Server, film, films, page, rows, statuses};
-use midemb::wire::proto::{GetMidEmbRequest, GetMidEmbResponse, GetModelInfoRequest, Item, ItemText};
+use midemb_client::proto::{GetMidEmbRequest, GetMidEmbResponse, GetModelInfoRequest, Item, ItemText};
 use prost::Message;
 use tonic::{
     Code, Request, Status,

@@ -1,7 +1,7 @@
 //! What is cached is not computed again, and what is identical is computed once.
 
 use crate::harness::{BrokenBundle, Server, film, films, history_statuses, ids, page, rows, statuses};
-use midemb::wire::proto::{FlushCacheRequest, GetMidEmbRequest, GetStatusRequest, Item, WarmItemsRequest};
+use midemb_client::proto::{FlushCacheRequest, GetMidEmbRequest, GetStatusRequest, Item, WarmItemsRequest};
 
 #[tokio::test]
 async fn the_second_identical_request_runs_no_encoder_and_look_ups_add_up() {

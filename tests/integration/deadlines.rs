@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use tonic::{Code, Request};
 
 fn within(
-    request: midemb::wire::proto::GetMidEmbRequest,
+    request: midemb_client::proto::GetMidEmbRequest,
     timeout: Duration,
-) -> Request<midemb::wire::proto::GetMidEmbRequest> {
+) -> Request<midemb_client::proto::GetMidEmbRequest> {
     let mut request = Request::new(request);
     request.set_timeout(timeout);
     request

@@ -3,7 +3,7 @@
 //! A drain needs its clients to answer, so they run on threads of their own here while the test waits for log lines.
 
 use crate::harness::{PATIENCE, Server, call_slowly, films, page, shipped, statuses};
-use midemb::wire::proto::WarmItemsRequest;
+use midemb_client::proto::WarmItemsRequest;
 use std::{
     error::Error,
     sync::{

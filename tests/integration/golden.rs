@@ -7,8 +7,8 @@ use midemb::{
     domain::ItemText,
     inference::{ProviderChoice, Runtime},
     towers::scoring::{Score, ScoreDims, ScoreInput, UserInput, score_all},
-    wire::proto::{self, FlushCacheRequest, Item},
 };
+use midemb_client::proto::{self, FlushCacheRequest, Item};
 use serde::Deserialize;
 use std::{
     path::Path,

@@ -1,6 +1,6 @@
 //! Starts the real binary on free ports, talks to it, reads its metrics, and stops it.
 
-use midemb::wire::proto::{
+use midemb_client::proto::{
     GetMidEmbRequest, GetMidEmbResponse, Item, ItemText, Output, Tensor, admin_service_client::AdminServiceClient,
     mid_emb_service_client::MidEmbServiceClient,
 };

@@ -3,7 +3,7 @@
 use crate::harness::{
     BrokenBundle, Server, films, fixture, floats, ids, midemb, page, reencoded, retrained, rows, statuses,
 };
-use midemb::wire::proto::{
+use midemb_client::proto::{
     GetMidEmbRequest, GetMidEmbResponse, GetStatusRequest, GetStatusResponse, PushConfigRequest, PushConfigResponse,
     RollbackRequest,
 };

@@ -18,4 +18,5 @@ mod python_client;
 mod refused_pushes;
 mod refused_starts;
 mod restarts;
+mod rust_client;
 mod stores;

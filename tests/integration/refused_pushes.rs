@@ -4,7 +4,7 @@ use crate::{
     harness::{BrokenBundle, PATIENCE, Server, films, fixture, page, reencoded, retrained, root, statuses},
     lifecycle::{model, push, status, with_bundle, with_models},
 };
-use midemb::wire::proto::{PushConfigRequest, RollbackRequest};
+use midemb_client::proto::{PushConfigRequest, RollbackRequest};
 use serde_json::Value;
 use std::{path::Path, process::Command};
 use tonic::Code;

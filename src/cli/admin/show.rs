@@ -1,27 +1,22 @@
-//! The admin listener's answers, as tables for people and as JSON for scripts.
-//!
-//! Tables cut digests short and take the last pushes only; JSON has every field of the message under its own name.
+//! The admin listener's answers as text for people: digests are cut short, and only the last pushes are shown.
 
-use crate::{
-    cli::client::table,
-    wire::proto::{
-        CacheStatus, ConfigInfo, GetStatusResponse, ModelInfo, ModelRef, PushConfigResponse, PushReport, PushStep,
-        RollbackResponse,
-    },
-};
+use crate::cli::terminal::table;
 use humantime::format_rfc3339_seconds;
 use indicatif::HumanBytes;
-use serde_json::{Value, json};
+use midemb_client::proto::{
+    CacheStatus, ConfigInfo, GetStatusResponse, ModelInfo, ModelRef, PushConfigResponse, PushReport, PushStep,
+    RollbackResponse,
+};
 use std::{
     fmt::Write,
     time::{Duration, UNIX_EPOCH},
 };
 
-/// Of a digest, in tables.
+/// Characters of a digest in tables.
 pub(super) const N_SHORT_CHARS: usize = 12;
 const MAX_PUSHES: usize = 8;
 
-/// Everything, block by block. A block that has nothing to say is left out.
+/// The whole status, block by block; an empty block is left out.
 pub(super) fn status(status: &GetStatusResponse) -> String {
     let readiness = if status.ready { "ready" } else { "not ready" };
     let mut blocks = vec![format!("{readiness}, up {} s{}", status.uptime_seconds, in_force(&status.config))];
@@ -54,7 +49,7 @@ fn models(models: &[ModelInfo]) -> String {
         let reference = model.model.clone().unwrap_or_default();
         let share = match model.shadow_of.as_str() {
             "" => format!("{} %", model.share),
-            of => format!("shadow of {of}, {} %", model.shadow_percent),
+            primary => format!("shadow of {primary}, {} %", model.shadow_percent),
         };
         rows.add_row([&reference.name, &reference.version, &share, &model.provider, short(&reference.digest)]);
     }
@@ -72,15 +67,16 @@ fn caches(caches: &[CacheStatus]) -> String {
 
 fn under_way(push: &PushReport) -> String {
     let count = if push.total == 0 { String::new() } else { format!(", {}/{}", push.done, push.total) };
-    let since = format!("{}, {} so far", utc(push.began_unix_ms), took(push.took_ms));
-    format!("under way: {} since {since}: {}{count}", asked(push), step_under_way(push))
+    let since = format!("{}, {} so far", utc(push.began_unix_ms), duration(push.took_ms));
+    format!("under way: {} since {since}: {}{count}", trigger(push), step_under_way(push))
 }
 
-fn asked(push: &PushReport) -> String {
+/// What triggered a push, and who.
+fn trigger(push: &PushReport) -> String {
     if push.who.is_empty() { push.trigger.clone() } else { format!("{} by {}", push.trigger, push.who) }
 }
 
-/// The last step and what it is about.
+/// The step under way and its subject.
 pub(super) fn step_under_way(push: &PushReport) -> String {
     let step = push.steps.last().map(|step| format!("{} {}", step.step, step.subject));
     step.as_deref().map_or("begins", str::trim_end).to_owned()
@@ -94,7 +90,7 @@ fn pushes(pushes: &[PushReport]) -> String {
             &push.trigger,
             &push.who,
             &push.result,
-            &took(push.took_ms),
+            &duration(push.took_ms),
             &change(push),
             &folded(&push.reason),
         ]);
@@ -102,10 +98,10 @@ fn pushes(pushes: &[PushReport]) -> String {
     rows.to_string()
 }
 
-/// What a push did, its steps, and what a restart would take.
+/// What a push did, its steps, and which config a restart would take.
 pub(super) fn pushed(answer: &PushConfigResponse) -> String {
     let report = answer.report.clone().unwrap_or_default();
-    let mut text = format!("{} in {}: config {}\n", answer.result, took(report.took_ms), change(&report));
+    let mut text = format!("{} in {}: config {}\n", answer.result, duration(report.took_ms), change(&report));
     if !report.steps.is_empty() {
         let _ = writeln!(text, "{}", steps(&report.steps));
     }
@@ -124,12 +120,12 @@ fn steps(steps: &[PushStep]) -> String {
     let mut rows = table(&["step", "subject", "took", "result"]);
     for step in steps {
         let result = if step.result.is_empty() { "under way" } else { step.result.as_str() };
-        rows.add_row([&step.step, &step.subject, &took(step.took_ms), result]);
+        rows.add_row([&step.step, &step.subject, &duration(step.took_ms), result]);
     }
     rows.to_string()
 }
 
-/// What serves after a rollback.
+/// The config and the models in force after a rollback.
 pub(super) fn rolled_back(answer: &RollbackResponse) -> String {
     let config = answer.config.clone().unwrap_or_default();
     let took = answer.report.as_ref().map_or(String::new(), |report| format!(" in {} ms", report.took_ms));
@@ -155,7 +151,7 @@ fn short(digest: &str) -> &str {
     digest.get(..N_SHORT_CHARS).unwrap_or(digest)
 }
 
-fn took(ms: u64) -> String {
+fn duration(ms: u64) -> String {
     match ms {
         0..1_000 => format!("{ms} ms"),
         1_000..120_000 => format!("{:.1} s", ms as f64 / 1e3),
@@ -180,88 +176,10 @@ fn folded(reason: &str) -> String {
     text
 }
 
-/// `2026-01-31 12:34:56`.
+/// As in `2026-01-31 12:34:56`.
 fn utc(unix_ms: u64) -> String {
     let time = UNIX_EPOCH.checked_add(Duration::from_millis(unix_ms)).unwrap_or(UNIX_EPOCH);
     format_rfc3339_seconds(time).to_string().replace('T', " ").replace('Z', "")
-}
-
-/// A whole `GetStatusResponse`.
-pub(super) fn status_json(status: &GetStatusResponse) -> Value {
-    json!({
-        "ready": status.ready,
-        "models": status.models.iter().map(model_json).collect::<Vec<_>>(),
-        "caches": status.caches.iter().map(cache_json).collect::<Vec<_>>(),
-        "uptime_seconds": status.uptime_seconds,
-        "config": status.config.as_ref().map(config_json),
-        "previous": status.previous.as_ref().map(config_json),
-        "push": status.push.as_ref().map(report_json),
-        "pushes": status.pushes.iter().map(report_json).collect::<Vec<_>>(),
-    })
-}
-
-/// A whole `PushConfigResponse`.
-pub(super) fn pushed_json(answer: &PushConfigResponse) -> Value {
-    json!({
-        "result": answer.result,
-        "config": answer.config.as_ref().map(config_json),
-        "report": answer.report.as_ref().map(report_json),
-    })
-}
-
-fn reference_json(model: &ModelRef) -> Value {
-    json!({"name": model.name, "version": model.version, "digest": model.digest})
-}
-
-fn model_json(model: &ModelInfo) -> Value {
-    json!({
-        "model": model.model.as_ref().map(reference_json),
-        "share": model.share,
-        "encoder_digest": model.encoder_digest,
-        "tower_digest": model.tower_digest,
-        "content_dim": model.content_dim,
-        "user_dim": model.user_dim,
-        "item_dim": model.item_dim,
-        "mid_dim": model.mid_dim,
-        "max_history": model.max_history,
-        "max_tokens": model.max_tokens,
-        "provider": model.provider,
-        "shadow_of": model.shadow_of,
-        "shadow_percent": model.shadow_percent,
-    })
-}
-
-fn cache_json(cache: &CacheStatus) -> Value {
-    json!({"cache": cache.cache, "entries": cache.entries, "bytes": cache.bytes, "max_bytes": cache.max_bytes})
-}
-
-fn config_json(config: &ConfigInfo) -> Value {
-    json!({
-        "digest": config.digest,
-        "file": config.file,
-        "pushed_file": config.pushed_file,
-        "models": config.models.iter().map(reference_json).collect::<Vec<_>>(),
-    })
-}
-
-fn report_json(push: &PushReport) -> Value {
-    json!({
-        "trigger": push.trigger,
-        "who": push.who,
-        "began_unix_ms": push.began_unix_ms,
-        "took_ms": push.took_ms,
-        "digest_before": push.digest_before,
-        "digest": push.digest,
-        "result": push.result,
-        "reason": push.reason,
-        "steps": push.steps.iter().map(step_json).collect::<Vec<_>>(),
-        "done": push.done,
-        "total": push.total,
-    })
-}
-
-fn step_json(step: &PushStep) -> Value {
-    json!({"step": step.step, "subject": step.subject, "took_ms": step.took_ms, "result": step.result})
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What people read, cell by cell.
+//! The printed text, cell by cell.
 
 use super::*;
 
@@ -44,7 +44,7 @@ fn steps_are_a_table_with_durations() {
         ]
     );
     assert_eq!(
-        [999, 1_000, 119_949, 120_000, 3_725_000].map(took),
+        [999, 1_000, 119_949, 120_000, 3_725_000].map(duration),
         ["999 ms", "1.0 s", "119.9 s", "2 min 0 s", "62 min 5 s"]
     );
 }

@@ -1,0 +1,93 @@
+//! What a cached entry costs in memory beside its payload, as resident memory of this process at a million entries.
+//!
+//!     cd benches && cargo bench --bench cache_memory [-- ENTRIES]
+//!
+//! Each cache is filled in a process of its own (this program calls itself), so that what one left behind is not counted
+//! for another. The goal is DESIGN section 9's: at most 1.25 x the payload + 100 bytes an entry.
+#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a program that measures and prints")]
+
+use midemb::{
+    cache::{CacheName, known_items::KnownItems, users::UserCache, vectors::VectorCache},
+    domain::{ContentKey, EncoderDigest, Item, ItemKey, ItemText, Priority, TextDigest, TowerDigest, UserKey, Vector},
+};
+use std::{hint::black_box, process::Command};
+
+const UNBOUNDED: u64 = 1 << 40;
+
+fn resident_bytes() -> u64 {
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
+}
+
+fn text(i: u64) -> ItemText {
+    ItemText {
+        title: format!("a title of usual length, number {i:>9}"),
+        category: "Drama".to_owned(),
+        ..ItemText::default()
+    }
+}
+
+fn vector(i: u64, dim: usize) -> Vector {
+    vec![i as f32; dim].into()
+}
+
+/// Fills one cache and returns what it holds for the measurement: itself, the payload's bytes an entry, and what it counts.
+fn fill(name: &str, n: u64) -> (Box<dyn std::any::Any>, u64, u64) {
+    let digests = (0..n).map(|i| TextDigest::of(&ItemText { title: i.to_string(), ..ItemText::default() }));
+    match name {
+        "item, 64 dims" => {
+            let cache = VectorCache::new(CacheName::Item, UNBOUNDED);
+            let key = |text| ItemKey { part: TowerDigest::from_bytes([7; 16]), text };
+            digests.zip(0..).for_each(|(text, i)| cache.insert(key(text), vector(i, 64)));
+            let counted = cache.measure().n_bytes;
+            (Box::new(cache), 256, counted)
+        }
+        "content, 384 dims" => {
+            let cache = VectorCache::new(CacheName::Content, UNBOUNDED);
+            let key = |text| ContentKey { part: EncoderDigest::from_bytes([7; 16]), text };
+            digests.zip(0..).for_each(|(text, i)| cache.insert(key(text), vector(i, 384)));
+            let counted = cache.measure().n_bytes;
+            (Box::new(cache), 1536, counted)
+        }
+        "user, 64 dims" => {
+            let cache = UserCache::new(UNBOUNDED);
+            let key = |text| UserKey::of(TowerDigest::from_bytes([7; 16]), std::iter::once(&text));
+            digests.zip(0..).for_each(|(text, i)| cache.insert(key(text), vector(i, 64)));
+            let counted = cache.measure().n_bytes;
+            (Box::new(cache), 256, counted)
+        }
+        _ => {
+            let known = KnownItems::new(UNBOUNDED, 8192);
+            (0..n).for_each(|i| {
+                drop(known.resolve(vec![Item { id: format!("item-{i:>9}"), text: Some(text(i)) }], Priority::Request))
+            });
+            let counted = known.measure().n_bytes;
+            (Box::new(known), 14 + 40 + 5, counted)
+        }
+    }
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    if let [_, command, name, n] = arguments.as_slice()
+        && command == "--fill"
+    {
+        let n: u64 = n.parse().unwrap();
+        let before = resident_bytes();
+        let (cache, payload, counted) = fill(name, n);
+        let each = (resident_bytes() - before) / n;
+        let goal = payload * 5 / 4 + 100;
+        println!("{name:20} {payload:>8} {each:>9} {:>9} {goal:>6}", counted / n);
+        black_box(cache);
+        return;
+    }
+    let n = arguments.iter().find_map(|argument| argument.parse::<u64>().ok()).unwrap_or(1_000_000);
+    println!(
+        "{n} entries, bytes each\n{:20} {:>8} {:>9} {:>9} {:>6}",
+        "cache", "payload", "resident", "counted", "goal"
+    );
+    for name in ["item, 64 dims", "content, 384 dims", "user, 64 dims", "known item"] {
+        let status = Command::new(&arguments[0]).args(["--fill", name, &n.to_string()]).status().unwrap();
+        assert!(status.success());
+    }
+}

@@ -1,0 +1,108 @@
+//! The Rust client against real servers: text once, unknown items, several replicas, deadlines.
+
+use crate::harness::{PATIENCE, Server, films, fixture, ids, page, shipped, statuses};
+use midemb_client::{Client, Code, RetryPolicy, proto::FlushCacheRequest};
+use std::time::Duration;
+
+/// Rows with each status, as the server counts them.
+fn n_unknown_rows(server: &Server) -> f64 {
+    server.scrape().sum("midemb_rows_total", &["status=\"unknown_item\""])
+}
+
+#[tokio::test]
+async fn an_item_that_the_server_forgot_is_sent_again_with_its_text() {
+    let server = Server::start();
+    let client = Client::connect([server.grpc.as_str()]).await.unwrap();
+    let request = page(films("h", 4), films("c", 20));
+    let first = client.get_mid_emb(&request, PATIENCE).await.unwrap();
+    let second = client.get_mid_emb(&request, PATIENCE).await.unwrap();
+    assert_eq!((statuses(&second), &second.mid_emb), (vec!["OK"; 20], &first.mid_emb));
+    assert_eq!(n_unknown_rows(&server), 0.0);
+
+    let flush = FlushCacheRequest { cache: "known_items".to_owned() };
+    server.admin().await.flush_cache(flush).await.unwrap();
+    // Ids alone are unknown now, which shows that the client does not send the text each time.
+    let third = client.get_mid_emb(&request, PATIENCE).await.unwrap();
+    assert_eq!((statuses(&third), &third.mid_emb), (vec!["OK"; 20], &first.mid_emb));
+    assert_eq!(n_unknown_rows(&server), 20.0, "texts were sent that the server had");
+}
+
+#[tokio::test]
+async fn unknown_candidates_alone_are_asked_again_and_merged_into_the_answer() {
+    let server = Server::start();
+    let client = Client::connect([server.grpc.as_str()]).await.unwrap();
+    let request = page(films("h", 4), films("c", 20));
+    let first = client.get_mid_emb(&request, PATIENCE).await.unwrap();
+    let flush = FlushCacheRequest { cache: "known_items".to_owned() };
+    server.admin().await.flush_cache(flush).await.unwrap();
+    // Another caller makes the history and half of the candidates known again.
+    let half = page(films("h", 4), films("c", 10));
+    server.client().await.get_mid_emb(half).await.unwrap();
+    let merged = client.get_mid_emb(&request, PATIENCE).await.unwrap();
+    assert_eq!(statuses(&merged), ["OK"; 20]);
+    assert_eq!((&merged.cvr, &merged.item_emb), (&first.cvr, &first.item_emb));
+    assert_eq!(n_unknown_rows(&server), 10.0);
+}
+
+#[tokio::test]
+async fn an_unknown_item_without_a_text_stays_unknown() {
+    let server = Server::start();
+    let client = Client::connect([server.grpc.as_str()]).await.unwrap();
+    let answer = client.get_mid_emb(&page(vec![], ids(&films("never-seen", 3))), PATIENCE).await.unwrap();
+    assert_eq!(statuses(&answer), ["UNKNOWN_ITEM"; 3]);
+    assert_eq!(n_unknown_rows(&server), 3.0, "a row without a text was asked again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_are_shared_by_two_replicas_and_go_on_when_one_of_them_drains() {
+    let servers = [Server::start(), Server::start()];
+    let client = Client::connect(servers.iter().map(|server| server.grpc.as_str())).await.unwrap();
+    let request = page(films("h", 4), films("c", 5));
+    for _ in 0..40 {
+        let answer = client.get_mid_emb(&request, PATIENCE).await.unwrap();
+        assert_eq!(statuses(&answer), ["OK"; 5]);
+    }
+    let n_calls = |server: &Server| server.scrape().sum("midemb_requests_total", &["method=\"GetMidEmb\""]);
+    let [drained, other] = servers;
+    assert!(n_calls(&drained) > 0.0 && n_calls(&other) > 0.0, "a replica got no calls");
+    assert_eq!(n_calls(&drained) + n_calls(&other), 40.0, "a call was sent twice");
+    drained.signal("TERM");
+    assert!(drained.wait().success());
+    for _ in 0..20 {
+        let answer = client.get_mid_emb(&request, PATIENCE).await.unwrap();
+        assert_eq!(statuses(&answer), ["OK"; 5]);
+    }
+}
+
+#[tokio::test]
+async fn a_warm_up_reaches_every_replica() {
+    let servers = [Server::start(), Server::start()];
+    let client = Client::connect(servers.iter().map(|server| server.grpc.as_str())).await.unwrap();
+    let warmed = client.warm_items(&films("warm", 100)).await;
+    assert!(warmed.iter().all(|warmed| warmed.result.as_ref().is_ok_and(|counts| counts.encoded == 100)), "{warmed:?}");
+    for server in &servers {
+        assert_eq!(server.scrape().n_encoded(), 100.0);
+    }
+}
+
+#[tokio::test]
+async fn the_deadline_of_a_call_travels_to_the_server() {
+    let server = Server::start_with(&shipped(), "inference.threads = 1");
+    let client = Client::builder([server.grpc.as_str()]).retry(RetryPolicy::NEVER).connect().await.unwrap();
+    // The server's default is a minute here; so many items take seconds to encode.
+    let answer = client.get_mid_emb(&page(vec![], films("cold", 2000)), Duration::from_millis(500)).await;
+    match answer {
+        Ok(answer) => assert!(statuses(&answer).contains(&"NOT_IN_TIME")),
+        Err(error) => assert_eq!(error.code(), Some(Code::DeadlineExceeded), "{error}"),
+    }
+}
+
+#[tokio::test]
+async fn no_replica_is_an_error_that_names_it_and_one_of_two_is_enough() {
+    let error = Client::connect(["127.0.0.1:1"]).await.unwrap_err();
+    assert!(error.to_string().contains("cannot connect to 127.0.0.1:1"), "{error}");
+    let server = Server::start_with(&fixture(), "");
+    let client = Client::connect(["127.0.0.1:1", server.grpc.as_str()]).await.unwrap();
+    let info = client.get_model_info(PATIENCE).await.unwrap();
+    assert_eq!(info.models.len(), 1);
+}
