@@ -1,6 +1,6 @@
-//! What PyTorch gave in training is what comes back over the wire.
+//! Answers over the wire equal what PyTorch computed when the bundle was exported.
 
-use crate::harness::{Server, films, fixture, floats, page, rows, shipped, statuses};
+use crate::harness::{PATIENCE, Server, eventually, films, fixture, floats, page, rows, shipped, statuses};
 use midemb::{
     bundle,
     bundle::LoadOptions,
@@ -10,11 +10,7 @@ use midemb::{
 };
 use midemb_client::proto::{self, FlushCacheRequest, Item};
 use serde::Deserialize;
-use std::{
-    path::Path,
-    sync::OnceLock,
-    time::{Duration, Instant},
-};
+use std::{path::Path, sync::OnceLock, time::Instant};
 
 #[derive(Deserialize)]
 struct Golden {
@@ -94,13 +90,14 @@ async fn the_shipped_bundle_answers_as_pytorch_did() {
     over_the_wire(&shipped()).await;
 }
 
-/// ONNX Runtime allows one environment a process.
+/// ONNX Runtime allows one environment per process.
 fn runtime() -> &'static Runtime {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
     RUNTIME.get_or_init(|| Runtime::load(None, ProviderChoice::Cpu).unwrap())
 }
 
-/// Token ids and content are not on the wire: here the stages are compared one by one, each from the golden result before.
+/// Token ids and content embeddings are not on the wire. Here every stage is compared, each from the golden result of the stage
+/// before it.
 #[test]
 fn every_stage_of_both_bundles_is_within_tolerance() {
     for folder in [fixture(), shipped()] {
@@ -114,8 +111,8 @@ fn every_stage_of_both_bundles_is_within_tolerance() {
     }
 }
 
-/// Users with histories of every length, a user who is known, one who is new, and one without candidates: together each gets
-/// what it gets alone, and what PyTorch gave.
+/// Users with histories of every length, known users, a new user and a request without candidates. Scored in one batch, each
+/// gets what it gets alone, and what PyTorch computed.
 #[tokio::test]
 async fn requests_that_are_scored_together_get_what_each_gets_alone() {
     for folder in [fixture(), shipped()] {
@@ -135,17 +132,17 @@ async fn requests_that_are_scored_together_get_what_each_gets_alone() {
             let items = golden.items[0].item.clone();
             inputs.push(ScoreInput { user: UserInput::Known(user.user.clone().into()), items });
         }
-        let everyone = golden.users[0].history.iter().flat_map(content).collect();
-        inputs.push(ScoreInput { user: UserInput::History(everyone), items: Vec::new() });
+        let history = golden.users[0].history.iter().flat_map(content).collect();
+        inputs.push(ScoreInput { user: UserInput::History(history), items: Vec::new() });
         inputs.push(ScoreInput { user: UserInput::History(Vec::new()), items: golden.items[0].item.clone() });
-        assert!(golden.users.iter().any(|user| user.history.len() > 1), "no history has to be padded");
+        assert!(golden.users.iter().any(|user| user.history.len() > 1), "no history needs padding");
 
         let all = inputs.clone();
         let score = move |graphs: &mut _| {
             let alone: Vec<_> = all.iter().flat_map(|input| score_all(graphs, vec![input.clone()], dims)).collect();
             (alone, score_all(graphs, all, dims))
         };
-        let (alone, together) = model.towers.run(Instant::now() + Duration::from_secs(60), score).await.unwrap();
+        let (alone, together) = model.towers.run(Instant::now() + PATIENCE, score).await.unwrap();
         assert_eq!(together.len(), inputs.len());
         for (i, (alone, together)) in alone.into_iter().zip(together).enumerate() {
             let (alone, together): (Score, Score) = (alone.unwrap(), together.unwrap());
@@ -154,7 +151,9 @@ async fn requests_that_are_scored_together_get_what_each_gets_alone() {
                 (Some(alone), Some(together)) => {
                     assert_near(&format!("mid_emb of request {i}"), &together.mid_emb.data, &alone.mid_emb.data);
                     assert_eq!(together.cvr.len(), inputs[i].items.len() / dims.user);
-                    together.cvr.iter().zip(&alone.cvr).for_each(|(a, b)| assert_near("cvr", &[*a], &[*b]));
+                    for (a, b) in together.cvr.iter().zip(&alone.cvr) {
+                        assert_near("cvr", &[*a], &[*b]);
+                    }
                 }
                 (None, None) => assert!(inputs[i].items.is_empty()),
                 different => panic!("request {i}: {different:?}"),
@@ -166,8 +165,24 @@ async fn requests_that_are_scored_together_get_what_each_gets_alone() {
     }
 }
 
-/// One thread and many callers: what waits is scored together, and everybody gets the answer that a server without batches
-/// gives.
+/// Sends all requests at the same time; returns their answers in order.
+async fn ask_at_once(server: &Server, requests: &[proto::GetMidEmbRequest]) -> Vec<proto::GetMidEmbResponse> {
+    let client = server.client().await;
+    let calls: Vec<_> = requests
+        .iter()
+        .map(|request| {
+            let (mut client, request) = (client.clone(), request.clone());
+            tokio::spawn(async move { client.get_mid_emb(request).await })
+        })
+        .collect();
+    let mut answers = Vec::new();
+    for call in calls {
+        answers.push(call.await.unwrap().unwrap().into_inner());
+    }
+    answers
+}
+
+/// With one thread and many callers, requests wait and are scored together. The answers are those of a server without batches.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_scores_requests_together_answers_as_one_that_does_not() {
     let items = films("c", 40);
@@ -181,28 +196,24 @@ async fn a_server_that_scores_requests_together_answers_as_one_that_does_not() {
     for batch_requests in [1, 16] {
         let more = format!("inference.threads = 1\ninference.batch_requests = {batch_requests}\ncache.user_mb = 1");
         let server = Server::start_with(&fixture(), &more);
-        let client = server.client().await;
-        let mut of_this = Vec::new();
-        // The second time everything but the scoring is cached, so that it is what requests wait for.
-        for _ in 0..2 {
+        // From the second round on, everything but the user tower's results is cached, so requests wait for scoring.
+        let mut answers_of_round = Vec::new();
+        let mut n_rounds = 0;
+        eventually("requests wait for each other, and are scored together if they may be", async || {
+            n_rounds += 1;
             server.admin().await.flush_cache(FlushCacheRequest { cache: "user".to_owned() }).await.unwrap();
-            let calls: Vec<_> = requests
-                .iter()
-                .map(|request| {
-                    let (mut client, request) = (client.clone(), request.clone());
-                    tokio::spawn(async move { client.get_mid_emb(request).await })
-                })
-                .collect();
-            of_this.clear();
-            for call in calls {
-                of_this.push(call.await.unwrap().unwrap().into_inner());
+            answers_of_round = ask_at_once(&server, &requests).await;
+            let scrape = server.scrape();
+            let users = |part: &str| scrape.sum(&format!("midemb_batch_items_{part}"), &["stage=\"user_tower\""]);
+            assert!(users("count") > 0.0);
+            if batch_requests == 1 {
+                assert_eq!(users("sum"), users("count"), "requests were scored together");
+                return n_rounds == 2;
             }
-        }
-        let scrape = server.scrape();
-        let users = |part: &str| scrape.sum(&format!("midemb_batch_items_{part}"), &["stage=\"user_tower\""]);
-        assert!(users("count") > 0.0);
-        assert_eq!(users("sum") > users("count"), batch_requests > 1, "{} in {}", users("sum"), users("count"));
-        answers.push(of_this);
+            n_rounds >= 2 && users("sum") > users("count")
+        })
+        .await;
+        answers.push(answers_of_round);
     }
     let [alone, together] = answers.try_into().unwrap();
     for (alone, together) in alone.iter().zip(&together) {
@@ -210,6 +221,8 @@ async fn a_server_that_scores_requests_together_answers_as_one_that_does_not() {
         assert_near("user", &floats(&together.user_emb), &floats(&alone.user_emb));
         assert_near("item", &floats(&together.item_emb), &floats(&alone.item_emb));
         assert_near("mid_emb", &floats(&together.mid_emb), &floats(&alone.mid_emb));
-        floats(&together.cvr).iter().zip(&floats(&alone.cvr)).for_each(|(a, b)| assert_near("cvr", &[*a], &[*b]));
+        for (a, b) in floats(&together.cvr).iter().zip(&floats(&alone.cvr)) {
+            assert_near("cvr", &[*a], &[*b]);
+        }
     }
 }

@@ -1,4 +1,8 @@
 //! Starts the real binary on free ports, talks to it, reads its metrics, and stops it.
+//!
+//! No test sleeps, and none asserts how long something took. A test that has to wait for a state of the server uses
+//! [`eventually`]; one that needs the server to be busy gives it work from [`long_films`], whose duration has a lower bound on
+//! every machine.
 
 use midemb_client::proto::{
     GetMidEmbRequest, GetMidEmbResponse, Item, ItemText, Output, Tensor, admin_service_client::AdminServiceClient,
@@ -17,34 +21,48 @@ use tonic::transport::Channel;
 
 pub(crate) type Client = MidEmbServiceClient<Channel>;
 
-/// No step of any test takes so long on a machine that works.
+/// Far longer than any step of any test takes. A step that takes longer has failed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Settings for tests in which the encoder has to be busy: see [`long_films`].
+pub(crate) const ONE_CPU_THREAD: &str = "inference.provider = \"cpu\"\ninference.threads = 1";
+
+/// Waits until `condition` holds, and fails the test after [`PATIENCE`]. `what` completes "it never happened that ...".
+pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let holds = async {
+        while !condition().await {
+            tokio::task::yield_now().await;
+        }
+    };
+    let in_time = tokio::time::timeout(PATIENCE, holds).await;
+    assert!(in_time.is_ok(), "it never happened that {what}");
+}
 
 pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The tiny bundle that is made for tests.
+/// A tiny bundle, made for tests.
 pub(crate) fn fixture() -> PathBuf {
     root().join("tests/fixtures/bundle")
 }
 
-/// The same encoder with other towers.
+/// The fixture bundle's encoder with other towers.
 pub(crate) fn retrained() -> PathBuf {
     root().join("tests/fixtures/retrained")
 }
 
-/// Another encoder and other towers.
+/// A bundle whose encoder and towers both differ from the fixture bundle's.
 pub(crate) fn reencoded() -> PathBuf {
     root().join("tests/fixtures/reencoded")
 }
 
-/// The bundle that is shipped; `make setup` fetches its encoder's weights.
+/// The bundle in `models/default`. `make setup` fetches its encoder's weights.
 pub(crate) fn shipped() -> PathBuf {
     root().join("models/default")
 }
 
-/// The binary, away from any settings of the caller's environment.
+/// The binary, without the settings in this process's environment.
 pub(crate) fn midemb() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_midemb"));
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("MIDEMB__")) {
@@ -54,21 +72,40 @@ pub(crate) fn midemb() -> Command {
     command
 }
 
-/// Runs one command to its end.
+/// Runs the binary to its end.
 pub(crate) fn run(arguments: &[&str]) -> ProcessOutput {
     midemb().args(arguments).output().unwrap()
 }
 
-/// A config on free ports that serves `bundle`, and the folder it lies in. Where `more` says nothing of deadlines they are
-/// long: many servers of many tests share the machine, and only what is about time should depend on it.
+/// Runs a command that has to end by itself, and fails the test if it does not within [`PATIENCE`].
+pub(crate) fn run_to_end(command: &mut Command) -> ProcessOutput {
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let id = child.id();
+    let (sender, output) = mpsc::channel();
+    std::thread::spawn(move || drop(sender.send(child.wait_with_output())));
+    output.recv_timeout(PATIENCE).map(Result::unwrap).unwrap_or_else(|_| {
+        send_signal(id, "KILL");
+        panic!("{command:?} did not end");
+    })
+}
+
+fn send_signal(process: u32, name: &str) {
+    let sent = Command::new("kill").args([&format!("-{name}"), &process.to_string()]).status().unwrap();
+    assert!(sent.success());
+}
+
+/// Writes a config that serves `bundle` on free ports; returns its folder and its path. Unless `more` sets a default deadline,
+/// it is [`PATIENCE`]: the servers of several tests share the machine, and only tests of deadlines should depend on one.
 pub(crate) fn config(bundle: &Path, more: &str) -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("midemb.toml");
-    let patient = format!("limits.default_deadline_ms = {}", PATIENCE.as_millis());
-    let patient = if more.contains("default_deadline_ms") { "" } else { &patient };
+    let mut deadline = format!("limits.default_deadline_ms = {}", PATIENCE.as_millis());
+    if more.contains("default_deadline_ms") {
+        deadline.clear();
+    }
     let text = format!(
         "server.listen = \"127.0.0.1:0\"\nadmin.listen = \"127.0.0.1:0\"\n\
-         telemetry.metrics_listen = \"127.0.0.1:0\"\ntelemetry.log_format = \"json\"\n{patient}\n{more}\n\
+         telemetry.metrics_listen = \"127.0.0.1:0\"\ntelemetry.log_format = \"json\"\n{deadline}\n{more}\n\
          [[models]]\nname = \"learn\"\nbundle = {:?}\n",
         bundle.display().to_string()
     );
@@ -76,13 +113,13 @@ pub(crate) fn config(bundle: &Path, more: &str) -> (TempDir, PathBuf) {
     (folder, path)
 }
 
-/// A running server; killed when dropped.
+/// A running server, killed when dropped.
 pub(crate) struct Server {
     child: Child,
-    /// The config file.
+    /// Its config file.
     pub(crate) file: PathBuf,
     log: mpsc::Receiver<String>,
-    /// What it logged until it served.
+    /// The log lines up to and including "serving".
     pub(crate) start_log: Vec<Value>,
     pub(crate) grpc: String,
     pub(crate) admin: String,
@@ -101,7 +138,7 @@ impl Server {
         Self::start_as(bundle, more, &[])
     }
 
-    /// Serves `bundle` with `more` lines of config and more arguments of the command.
+    /// Serves `bundle` with `more` lines of config and further arguments of the command.
     pub(crate) fn start_as(bundle: &Path, more: &str, arguments: &[&str]) -> Self {
         let (folder, path) = config(bundle, more);
         let mut serve = midemb();
@@ -109,19 +146,24 @@ impl Server {
         Self::spawn(serve, folder, path)
     }
 
-    /// Starts from a config that is there already. The folder is removed with the server.
+    /// Starts from an existing config. The folder is removed with the server.
     pub(crate) fn start_from(folder: TempDir, file: PathBuf) -> Self {
         let mut serve = midemb();
         serve.arg("serve").arg("--config").arg(&file);
         Self::spawn(serve, folder, file)
     }
 
-    /// Starts what `serve` says.
+    /// Runs the command `serve`, whose config is `file`, and waits until it serves.
     pub(crate) fn spawn(mut serve: Command, folder: TempDir, file: PathBuf) -> Self {
         let mut child = serve.stderr(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let (sender, log) = mpsc::channel();
-        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| drop(sender.send(line))));
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                // The log is read to its end even after the test has dropped the receiver: a full pipe would block the server.
+                drop(sender.send(line));
+            }
+        });
         let (grpc, admin, metrics) = (String::new(), String::new(), String::new());
         let mut server = Server { child, file, log, start_log: Vec::new(), grpc, admin, metrics, folder: Some(folder) };
         server.start_log = server.log_until("serving");
@@ -166,7 +208,7 @@ impl Server {
         http_get(&format!("http://{}{path}", self.metrics))
     }
 
-    /// Everything the server counts, right now.
+    /// Reads `/metrics`.
     pub(crate) fn scrape(&self) -> Scrape {
         let (status, text) = self.get("/metrics");
         assert_eq!(status, 200);
@@ -174,11 +216,10 @@ impl Server {
     }
 
     pub(crate) fn signal(&self, name: &str) {
-        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
-        assert!(sent.success());
+        send_signal(self.child.id(), name);
     }
 
-    /// Ends it with SIGTERM, and gives its folder to the next one.
+    /// Ends the server with SIGTERM; returns its folder and its config file, for the next server to start from.
     pub(crate) fn stop(mut self) -> (TempDir, PathBuf) {
         self.signal("TERM");
         let (folder, file) = (self.folder.take().unwrap(), self.file.clone());
@@ -186,22 +227,27 @@ impl Server {
         (folder, file)
     }
 
-    /// Waits until the process ends by itself: its log ends with it.
+    /// Waits until the process ends by itself. Its log ends at the same time.
     pub(crate) fn wait(mut self) -> ExitStatus {
-        while self.log.recv_timeout(PATIENCE).is_ok() {}
-        self.child.wait().unwrap()
+        loop {
+            match self.log.recv_timeout(PATIENCE) {
+                Ok(_) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => return self.child.wait().unwrap(),
+                Err(mpsc::RecvTimeoutError::Timeout) => panic!("the server did not end"),
+            }
+        }
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The process may have ended by itself, so errors are expected.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Calls `GetMidEmb` with a message that is sent when `message` has it, and ends when its sender is dropped.
+/// Calls `GetMidEmb`, and sends the message only when `message` receives it. The call's body ends when the sender is dropped.
 pub(crate) async fn call_slowly(
     channel: Channel,
     message: tokio::sync::mpsc::Receiver<GetMidEmbRequest>,
@@ -212,7 +258,9 @@ pub(crate) async fn call_slowly(
     let path = tonic::codegen::http::uri::PathAndQuery::from_static("/midemb.v1.MidEmbService/GetMidEmb");
     let codec = tonic_prost::ProstCodec::<GetMidEmbRequest, GetMidEmbResponse>::default();
     let mut request = tonic::Request::new(tokio_stream::wrappers::ReceiverStream::new(message));
-    timeout.into_iter().for_each(|timeout| request.set_timeout(timeout));
+    if let Some(timeout) = timeout {
+        request.set_timeout(timeout);
+    }
     grpc.client_streaming(request, path, codec).await.map(tonic::Response::into_inner)
 }
 
@@ -227,7 +275,7 @@ pub(crate) fn http_get(url: &str) -> (u16, String) {
 pub(crate) struct Scrape(pub(crate) String);
 
 impl Scrape {
-    /// The sum of all series of `name` whose labels hold all of `labels`, such as `cache="item"`.
+    /// The sum over the series of `name` that have all of `labels`, each written as `cache="item"`.
     pub(crate) fn sum(&self, name: &str, labels: &[&str]) -> f64 {
         let lines = self.0.lines().filter_map(|line| line.strip_prefix(name));
         let series = lines.filter(|rest| rest.starts_with('{') || rest.starts_with(' '));
@@ -235,7 +283,7 @@ impl Scrape {
         matching.map(|rest| rest.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
     }
 
-    /// Items that the encoder ran over.
+    /// How many items the encoder has encoded.
     pub(crate) fn n_encoded(&self) -> f64 {
         self.sum("midemb_batch_items_sum", &["stage=\"encode\""])
     }
@@ -251,6 +299,17 @@ pub(crate) fn films(prefix: &str, n: usize) -> Vec<Item> {
     (0..n).map(|i| film(&format!("{prefix}-{i}"), &format!("{prefix} part {i}"))).collect()
 }
 
+/// `n` items whose texts are cut at the token limit of the shipped encoder, 128.
+///
+/// One of them takes that encoder 2.7 GFLOP (10.6 million weights in its layers, 2 FLOP per weight and token), which no core
+/// does in less than 10 ms. So `n` of them keep a server with [`ONE_CPU_THREAD`] busy for at least `n` times 10 ms, however fast
+/// the machine is.
+pub(crate) fn long_films(prefix: &str, n: usize) -> Vec<Item> {
+    let filler = "river ".repeat(150);
+    (0..n).map(|i| film(&format!("{prefix}-{i}"), &format!("{prefix} part {i} {filler}"))).collect()
+}
+
+/// The same items without their texts.
 pub(crate) fn ids(items: &[Item]) -> Vec<Item> {
     items.iter().map(|item| Item { id: item.id.clone(), text: None }).collect()
 }
@@ -267,17 +326,18 @@ pub(crate) fn page(history: Vec<Item>, candidates: Vec<Item>) -> GetMidEmbReques
     }
 }
 
-/// The statuses of an answer, short.
+/// The candidates' statuses, without the prefix of the enum's names.
 pub(crate) fn statuses(answer: &GetMidEmbResponse) -> Vec<&'static str> {
     answer.statuses().map(|status| status.as_str_name().trim_start_matches("ROW_STATUS_")).collect()
 }
 
+/// The history's statuses, without the prefix of the enum's names.
 pub(crate) fn history_statuses(answer: &GetMidEmbResponse) -> Vec<&'static str> {
     answer.history_statuses().map(|status| status.as_str_name().trim_start_matches("ROW_STATUS_")).collect()
 }
 
 pub(crate) fn floats(tensor: &Option<Tensor>) -> Vec<f32> {
-    let tensor = tensor.as_ref().expect("the tensor was asked for");
+    let tensor = tensor.as_ref().expect("the answer has no such tensor");
     assert_eq!(tensor.dtype, 1, "not F32");
     let values: Vec<f32> = tensor.data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
     assert_eq!(values.len(), tensor.shape.iter().product::<u32>() as usize, "shape and data differ");
@@ -289,15 +349,15 @@ pub(crate) fn rows(tensor: &Option<Tensor>) -> Vec<Vec<f32>> {
     floats(tensor).chunks(width).map(<[f32]>::to_vec).collect()
 }
 
-/// A copy of a bundle to break.
+/// A copy of a bundle, for a test to damage.
 pub(crate) struct BrokenBundle(TempDir);
 
 impl BrokenBundle {
+    /// A copy of the fixture bundle.
     pub(crate) fn new() -> Self {
         Self::of(&fixture())
     }
 
-    /// A copy of another bundle.
     pub(crate) fn of(bundle: &Path) -> Self {
         let folder = tempfile::tempdir().unwrap();
         for entry in std::fs::read_dir(bundle).unwrap() {
@@ -315,7 +375,7 @@ impl BrokenBundle {
         self.0.path().join(file)
     }
 
-    /// Changes a text file.
+    /// Rewrites a text file; fails the test if `change` changes nothing.
     pub(crate) fn edit(&self, file: &str, change: impl FnOnce(String) -> String) {
         let text = std::fs::read_to_string(self.path(file)).unwrap();
         let changed = change(text.clone());
@@ -323,7 +383,8 @@ impl BrokenBundle {
         std::fs::write(self.path(file), changed).unwrap();
     }
 
-    /// Overwrites a file and makes the manifest agree with it: what is wrong is found behind the digests.
+    /// Overwrites a file and updates its digest in the manifest, so that the fault is found by a later check than that of the
+    /// digests.
     pub(crate) fn replace(&self, file: &str, bytes: &[u8]) {
         std::fs::File::create(self.path(file)).unwrap().write_all(bytes).unwrap();
         let digest = midemb::domain::digest::sha256_hex(bytes);

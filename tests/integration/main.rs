@@ -1,6 +1,6 @@
-//! Everything that is tested from outside: the real binary, over real sockets on ports of its own, on the fixture bundle
-//! and on the shipped one. One binary, so that it links once.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, reason = "a test that cannot go on says so")]
+//! Tests from outside: they run the real binary on free ports, with the fixture bundle or the shipped one, and talk to it
+//! over sockets. They are one test binary, so that there is one to link.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, reason = "a failed step has to fail its test")]
 
 mod admin_guard;
 mod architecture;

@@ -1,15 +1,14 @@
 //! A real Prometheus scrapes a real server and answers a query for the hit rate.
 //!
-//! Needs Debian's package `prometheus`. Where the binary is missing this test says that it skips, unless
-//! `MIDEMB_REQUIRE_PROMETHEUS` is set, as `.ci/run` does.
+//! It needs Debian's package `prometheus`. Without that binary the test prints that it is skipped, or fails if
+//! `MIDEMB_REQUIRE_PROMETHEUS` is set, as it is in `.ci/run`.
 
-use crate::harness::{PATIENCE, Server, films, http_get, page};
+use crate::harness::{Server, eventually, films, http_get, page};
 use serde_json::Value;
 use std::{
     fs,
     net::TcpListener,
     process::{Child, Command, Stdio},
-    time::Instant,
 };
 use tempfile::TempDir;
 
@@ -20,7 +19,7 @@ struct Prometheus {
 }
 
 impl Prometheus {
-    /// `None` where there is no such binary.
+    /// `None` if the binary is not installed.
     fn start(target: &str) -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
         let config = folder.path().join("prometheus.yml");
@@ -29,7 +28,7 @@ impl Prometheus {
              scrape_configs: [{{job_name: midemb, static_configs: [{{targets: ['{target}']}}]}}]\n"
         );
         fs::write(&config, text).unwrap();
-        // Prometheus does not tell which port it chose, so a free one is chosen for it.
+        // Prometheus does not say which port it chose, so a free one is chosen here.
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         let child = Command::new("prometheus")
             .arg(format!("--config.file={}", config.display()))
@@ -45,23 +44,25 @@ impl Prometheus {
         }
     }
 
-    /// The value of a query once it has one.
-    fn query(&self, query: &str) -> f64 {
-        let start = Instant::now();
-        while start.elapsed() < PATIENCE {
-            let encoded: String = query.bytes().map(|byte| format!("%{byte:02x}")).collect();
-            let url = format!("http://{}/api/v1/query?query={encoded}", self.address);
-            // Until it listens there is nothing to ask.
-            let up = std::net::TcpStream::connect(&self.address).is_ok();
-            let answer: Value =
-                if up { serde_json::from_str(&http_get(&url).1).unwrap_or_default() } else { Value::Null };
-            let value = &answer["data"]["result"][0]["value"][1];
-            if let Some(value) = value.as_str().and_then(|v| v.parse::<f64>().ok()).filter(|v| v.is_finite()) {
-                return value;
-            }
-            std::thread::yield_now();
-        }
-        panic!("prometheus had no answer to {query} within {PATIENCE:?}");
+    /// The value of a query, as soon as there is one.
+    async fn query(&self, query: &str) -> f64 {
+        let mut value = None;
+        eventually(&format!("prometheus answers {query}"), async || {
+            value = self.try_query(query);
+            value.is_some()
+        })
+        .await;
+        value.unwrap()
+    }
+
+    /// `None` as long as it does not listen, or has scraped too little to answer.
+    fn try_query(&self, query: &str) -> Option<f64> {
+        std::net::TcpStream::connect(&self.address).ok()?;
+        let encoded: String = query.bytes().map(|byte| format!("%{byte:02x}")).collect();
+        let (_, body) = http_get(&format!("http://{}/api/v1/query?query={encoded}", self.address));
+        let answer: Value = serde_json::from_str(&body).ok()?;
+        let value: f64 = answer["data"]["result"][0]["value"][1].as_str()?.parse().ok()?;
+        value.is_finite().then_some(value)
     }
 }
 
@@ -73,10 +74,10 @@ impl Drop for Prometheus {
 }
 
 #[tokio::test]
-async fn prometheus_knows_the_hit_rate() {
+async fn prometheus_computes_the_hit_rate() {
     let server = Server::start();
     let mut client = server.client().await;
-    // Four times the same page: one look-up in four misses.
+    // The same page four times: a quarter of the look-ups miss.
     for _ in 0..4 {
         client.get_mid_emb(page(vec![], films("c", 40))).await.unwrap();
     }
@@ -86,9 +87,9 @@ async fn prometheus_knows_the_hit_rate() {
         return;
     };
     let hits = "sum(midemb_cache_lookups_total{cache=\"item\",result=\"hit\"})";
-    let rate = prometheus.query(&format!("{hits} / sum(midemb_cache_lookups_total{{cache=\"item\"}})"));
+    let rate = prometheus.query(&format!("{hits} / sum(midemb_cache_lookups_total{{cache=\"item\"}})")).await;
     assert_eq!(rate, 0.75);
     let p99 = "histogram_quantile(0.99, sum by (le) (midemb_request_duration_seconds_bucket{method=\"GetMidEmb\"}))";
-    assert!(prometheus.query(p99) > 0.0);
-    assert_eq!(prometheus.query("midemb_model_info{name=\"learn\",provider=\"cpu\"}"), 1.0);
+    assert!(prometheus.query(p99).await > 0.0);
+    assert_eq!(prometheus.query("midemb_model_info{name=\"learn\",provider=\"cpu\"}").await, 1.0);
 }

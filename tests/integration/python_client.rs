@@ -1,5 +1,5 @@
-//! A stock client in another language: `tests/clients/verify_answer.py` (grpcio, stubs generated from `proto/`) recomputes
-//! whole answers with onnxruntime and numpy from the bundle's files, and asks health and reflection.
+//! A client in another language: `tests/clients/verify_answer.py` uses grpcio with stubs generated from `proto/`. It recomputes
+//! whole answers from the bundle's files with onnxruntime and numpy, and calls the health and the reflection service.
 
 use crate::harness::{Server, fixture, root, shipped};
 use std::{path::Path, process::Command};
@@ -7,7 +7,7 @@ use std::{path::Path, process::Command};
 fn verify(bundle: &Path) {
     let python = root().join(".venv/bin/python");
     assert!(python.exists(), "{} is missing: run `make test-setup`", python.display());
-    let server = Server::start_with(bundle, "limits.default_deadline_ms = 60000");
+    let server = Server::start_with(bundle, "");
     let run = Command::new(python)
         .arg(root().join("tests/clients/verify_answer.py"))
         .args(["--server", &server.grpc, "--proto"])

@@ -1,7 +1,7 @@
-//! Ways to break a push. Each is refused with its reason, and what served before goes on serving.
+//! Faulty pushes. Each is refused with its reason, and the config before it stays in force.
 
 use crate::{
-    harness::{BrokenBundle, PATIENCE, Server, films, fixture, page, reencoded, retrained, root, statuses},
+    harness::{BrokenBundle, PATIENCE, Server, eventually, films, fixture, page, reencoded, retrained, root, statuses},
     lifecycle::{model, push, status, with_bundle, with_models},
 };
 use midemb_client::proto::{PushConfigRequest, RollbackRequest};
@@ -9,9 +9,9 @@ use serde_json::Value;
 use std::{path::Path, process::Command};
 use tonic::Code;
 
-/// What is wrong with a bundle, the step that finds it, and its words.
+/// What is wrong with a bundle, the bundle, the step that finds it, and a part of the reason.
 type BrokenFiles = (&'static str, BrokenBundle, &'static str, &'static str);
-/// What is wrong with a config, the code that it is refused with, the step that finds it, and its words.
+/// What is wrong with a config, the config, the code of its refusal, the step that finds it, and a part of the reason.
 type BrokenConfig = (&'static str, String, Code, &'static str, &'static str);
 
 fn broken(break_it: impl FnOnce(&BrokenBundle)) -> BrokenBundle {
@@ -35,13 +35,14 @@ fn edit_golden(bundle: &BrokenBundle, change: impl FnOnce(&mut Value)) {
 /// A graph with NaN among its weights.
 fn with_nan(path: &Path) -> Vec<u8> {
     let mut bytes = std::fs::read(path).unwrap();
-    // The weights are most of the file, so its middle lies inside them; whatever the alignment, all ones are NaN.
+    // The weights are most of the file, so its middle is inside them. Floats whose bits are all ones are NaN, so alignment
+    // does not matter.
     let middle = bytes.len() / 2;
     bytes[middle..middle + 64].copy_from_slice(&[0xff; 64]);
     bytes
 }
 
-/// What stands in a bundle is not what its manifest says.
+/// Bundles whose files do not match their manifest.
 fn broken_files() -> Vec<BrokenFiles> {
     let swap = |b: &BrokenBundle| {
         std::fs::rename(b.path("cvr.onnx"), b.path("t")).unwrap();
@@ -56,12 +57,17 @@ fn broken_files() -> Vec<BrokenFiles> {
         ("two files swapped", broken(swap), "digests", "has a wrong digest"),
         ("no manifest", remove("manifest.toml"), "digests", "manifest.toml cannot be read"),
         ("half a manifest", half("manifest.toml"), "digests", "manifest.toml: "),
-        ("a file that is missing", remove("tokenizer.json"), "digests", "tokenizer.json is missing"),
-        ("a format of the future", broken(format), "digests", "format is 2, this server reads format 1"),
+        ("a missing file", remove("tokenizer.json"), "digests", "tokenizer.json is missing"),
+        (
+            "a format that this server does not read",
+            broken(format),
+            "digests",
+            "format is 2, this server reads format 1",
+        ),
     ]
 }
 
-/// The digests are right, and the bundle is wrong all the same.
+/// Bundles with correct digests and another fault.
 fn broken_models() -> Vec<BrokenFiles> {
     let bytes = |bundle: &Path, file: &str| std::fs::read(bundle.join(file)).unwrap();
     let swap = |b: &BrokenBundle| {
@@ -78,20 +84,25 @@ fn broken_models() -> Vec<BrokenFiles> {
     let cvr: fn(&mut Value) = |golden| golden["pairs"][0]["cvr"] = 0.987.into();
     let null: fn(&mut Value) = |golden| golden["users"][0]["user"][0] = Value::Null;
     vec![
-        ("two files swapped and listed so", broken(swap), "graphs", "has no input named"),
-        ("a graph that is none", broken(|b| b.replace("cvr.onnx", b"no graph")), "graphs", "cvr.onnx cannot be loaded"),
+        ("two files swapped, with matching digests", broken(swap), "graphs", "has no input named"),
+        (
+            "a graph that is no ONNX file",
+            broken(|b| b.replace("cvr.onnx", b"no graph")),
+            "graphs",
+            "cvr.onnx cannot be loaded",
+        ),
         ("another mid-emb width", broken(dims), "golden", "expected"),
         ("weights that are not finite", broken(nan), "golden", "item 0 is not finite"),
         ("golden cvr of another model", golden(cvr), "golden", "cvr 0 differs from golden by"),
         ("golden content of another encoder", golden(content), "golden", "content 0 differs from golden by"),
         ("golden ids of another tokenizer", golden(ids), "golden", "token_ids 0 are"),
-        ("a golden file that is none", golden(null), "golden", "golden.json: invalid type: null"),
+        ("golden vectors that are no numbers", golden(null), "golden", "golden.json: invalid type: null"),
         ("another token limit", broken(tokens), "golden", "token_ids 0 are"),
         ("the encoder of another bundle", broken(encoder), "golden", "content 0 differs from golden by"),
     ]
 }
 
-/// The bundle is not where the config says.
+/// Configs whose bundle is not where they say.
 fn broken_places(server: &Server) -> Vec<BrokenConfig> {
     let refused = Code::FailedPrecondition;
     let of = |bundle: &Path| with_bundle(server, bundle);
@@ -102,8 +113,14 @@ fn broken_places(server: &Server) -> Vec<BrokenConfig> {
         ("no such folder", of(Path::new("/nowhere")), refused, "digests", "/nowhere/manifest.toml cannot be read"),
         ("a folder that is a file", of(&file), refused, "digests", "Cargo.toml/manifest.toml cannot be read"),
         ("another bundle than the pinned one", pinned, refused, "digests", "the config asks for 0000"),
-        ("a store that is not there", url(dead), refused, "fetch", dead),
-        ("a store that nobody knows", url("ftp://host/bundle"), Code::InvalidArgument, "parse", "models[0].bundle"),
+        ("a store that does not answer", url(dead), refused, "fetch", dead),
+        (
+            "a kind of store that is not supported",
+            url("ftp://host/bundle"),
+            Code::InvalidArgument,
+            "parse",
+            "models[0].bundle",
+        ),
     ]
 }
 
@@ -120,19 +137,25 @@ fn broken_configs(server: &Server) -> Vec<BrokenConfig> {
     let above = |line: &str| format!("{line}\n{good}");
     vec![
         ("shares of 99", two([50, 49], ["a", "b"]), invalid, "parse", "the shares add up to 99, not to 100"),
-        ("two models of one name", two([50, 50], ["a", "a"]), invalid, "parse", "\"a\" is taken by another model"),
+        ("two models with one name", two([50, 50], ["a", "a"]), invalid, "parse", "\"a\" is taken by another model"),
         ("no model", with_models(server, &[]), invalid, "parse", "no model is configured"),
         ("an unknown key", above("cache.item_mbs = 3"), invalid, "parse", "unknown key, did you mean cache.item_mb?"),
         ("out of bounds", above("reload.warm_seconds = -1"), invalid, "parse", "\"-1\" is not a whole number"),
         ("no TOML", "[server\n".to_owned(), invalid, "parse", "midemb.toml: "),
         ("another port", port, refused, "validate", "from \"127.0.0.1:0\" to \"127.0.0.1:1\" without a restart"),
         ("another cache", above("cache.item_mb = 3"), refused, "validate", "cache.item_mb: cannot change"),
-        ("a shadow of nobody", shadow, invalid, "parse", "\"lear\" is not the name of a model that answers"),
+        (
+            "a shadow of a model that does not exist",
+            shadow,
+            invalid,
+            "parse",
+            "\"lear\" is not the name of a model that answers",
+        ),
     ]
 }
 
 #[tokio::test]
-async fn what_is_broken_is_refused_with_its_reason_and_nothing_is_lost() {
+async fn faulty_pushes_are_refused_with_their_reason_and_the_server_keeps_serving() {
     let server = Server::start();
     let request = page(films("h", 3), films("c", 5));
     let first = server.client().await.get_mid_emb(request.clone()).await.unwrap().into_inner();
@@ -161,18 +184,18 @@ async fn what_is_broken_is_refused_with_its_reason_and_nothing_is_lost() {
     assert!(!server.file.with_extension("pushed.toml").exists(), "a refused config was kept");
     assert_eq!(server.scrape().sum("midemb_reloads_total", &["result=\"refused\""]), n_cases);
     let good = with_bundle(&server, &retrained());
-    assert_eq!(push(&server, good).await.unwrap().result, "applied", "after all of it");
+    assert_eq!(push(&server, good).await.unwrap().result, "applied", "a good push after the faulty ones");
 }
 
 #[tokio::test]
-async fn a_config_that_cannot_be_kept_is_not_put_in_force() {
-    // A disk of one page: there is room for the config, and not for a second one beside it.
+async fn a_config_that_cannot_be_saved_is_not_put_in_force() {
+    // A disk of one page has room for the config, but not for a second one beside it.
     let folder = tempfile::tempdir().unwrap();
     let mount = |arguments: &[&str]| Command::new(arguments[0]).args(&arguments[1..]).arg(folder.path()).status();
     let mounted = mount(&["mount", "-t", "tmpfs", "-o", "size=4k", "midemb-test"]).is_ok_and(|status| status.success());
     let server = Server::start();
     let config = with_bundle(&server, &retrained());
-    // Where nobody may mount, a folder in the place of the file stands for it.
+    // Mounting needs privileges. So the first case works without: a folder is where the file should go.
     let in_the_way = server.file.with_extension("pushed.toml");
     std::fs::create_dir(&in_the_way).unwrap();
     std::fs::write(in_the_way.join("full"), "").unwrap();
@@ -226,7 +249,7 @@ async fn a_dry_run_finds_what_is_wrong_and_changes_nothing() {
     assert!(!server.file.with_extension("pushed.toml").exists());
 }
 
-/// A store that takes a connection and says nothing more holds a push for as long as the test likes.
+/// Starts a push whose store accepts connections and never answers. The push hangs until the test drops the listener.
 async fn a_push_that_hangs(
     server: &Server,
 ) -> (std::net::TcpListener, tokio::task::JoinHandle<Result<(), tonic::Status>>) {
@@ -238,14 +261,15 @@ async fn a_push_that_hangs(
     let pushing = tokio::spawn(async move {
         admin.push_config(PushConfigRequest { config, expected_digest, dry_run: false }).await.map(drop)
     });
-    while status(server).await.push.is_none_or(|push| push.steps.last().unwrap().step != "fetch") {
-        tokio::task::yield_now().await;
-    }
+    eventually("the push fetches its bundle", async || {
+        status(server).await.push.is_some_and(|push| push.steps.last().is_some_and(|step| step.step == "fetch"))
+    })
+    .await;
     (silent, pushing)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn during_a_push_another_is_refused_a_rollback_works_and_the_push_finds_out() {
+async fn during_a_push_another_push_is_refused_and_a_rollback_is_not() {
     let server = Server::start();
     push(&server, with_bundle(&server, &retrained())).await.unwrap();
     let (silent, pushing) = a_push_that_hangs(&server).await;

@@ -1,15 +1,15 @@
-//! A start that cannot be: one clear line and an exit code that says whose fault it is.
+//! Starts that must fail: one clear line, and an exit code that says what kind of fault it is.
 
-use crate::harness::{BrokenBundle, config, fixture, midemb};
+use crate::harness::{BrokenBundle, config, fixture, midemb, run_to_end};
 use std::path::Path;
 
-/// Starts a server that must not come up; gives its exit code and its one line.
+/// Starts a server that must not come up; returns its exit code and its error line.
 fn refused(bundle: &Path, more: &str) -> (i32, String) {
     let (_folder, path) = config(bundle, more);
-    let output = midemb().arg("serve").arg("--config").arg(&path).output().unwrap();
+    let output = run_to_end(midemb().arg("serve").arg("--config").arg(&path));
     let text = String::from_utf8(output.stderr).unwrap();
     let errors: Vec<&str> = text.lines().filter(|line| line.starts_with("midemb: error: ")).collect();
-    assert_eq!(errors.len(), 1, "not one clear line: {text}");
+    assert_eq!(errors.len(), 1, "not exactly one error line: {text}");
     assert_eq!(text.lines().next_back(), Some(errors[0]), "the reason is not the last line: {text}");
     (output.status.code().unwrap(), errors[0].trim_start_matches("midemb: error: ").to_owned())
 }
@@ -31,7 +31,7 @@ fn an_unknown_config_key() {
 
 #[test]
 fn a_missing_config_file() {
-    let output = midemb().args(["serve", "--config", "/nowhere/midemb.toml"]).output().unwrap();
+    let output = run_to_end(midemb().args(["serve", "--config", "/nowhere/midemb.toml"]));
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("/nowhere/midemb.toml cannot be read"));
 }
@@ -44,7 +44,7 @@ fn a_missing_library() {
 }
 
 #[test]
-fn a_library_that_is_none() {
+fn a_file_that_is_no_library() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), "not an ELF file").unwrap();
     let (code, line) = refused(&fixture(), &format!("inference.onnxruntime = {:?}", file.path().display().to_string()));
@@ -53,7 +53,7 @@ fn a_library_that_is_none() {
 }
 
 #[test]
-fn cuda_where_there_is_none() {
+fn cuda_on_a_machine_without_a_gpu() {
     if std::path::Path::new("/dev/nvidia0").exists() {
         return;
     }
@@ -63,19 +63,18 @@ fn cuda_where_there_is_none() {
 }
 
 #[test]
-fn an_address_that_is_taken() {
+fn an_address_that_is_in_use() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let (_folder, path) = config(&fixture(), "");
     let address = taken.local_addr().unwrap().to_string();
-    let serve =
-        midemb().args(["serve", "--config"]).arg(path).env("MIDEMB__SERVER__LISTEN", &address).output().unwrap();
+    let serve = run_to_end(midemb().args(["serve", "--config"]).arg(path).env("MIDEMB__SERVER__LISTEN", &address));
     assert_eq!(serve.status.code(), Some(1));
     let line = String::from_utf8(serve.stderr).unwrap();
     assert!(line.contains(&format!("server.listen = {address}: ")), "{line}");
 }
 
 #[test]
-fn no_bundle_and_no_manifest() {
+fn a_missing_bundle() {
     let (code, line) = refused(Path::new("/nowhere"), "");
     assert_eq!(code, 4);
     assert!(line.contains("/nowhere/manifest.toml cannot be read"), "{line}");
@@ -92,7 +91,7 @@ fn a_corrupted_graph() {
 }
 
 #[test]
-fn a_graph_that_is_none() {
+fn a_graph_that_is_no_onnx_file() {
     let bundle = BrokenBundle::new();
     bundle.replace("item_tower.onnx", b"not a graph");
     assert_refused(&bundle, "item_tower.onnx cannot be loaded");
@@ -110,14 +109,14 @@ fn a_wrong_digest() {
 }
 
 #[test]
-fn a_file_that_is_missing() {
+fn a_missing_file() {
     let bundle = BrokenBundle::new();
     std::fs::remove_file(bundle.path("tokenizer.json")).unwrap();
     assert_refused(&bundle, "tokenizer.json is missing");
 }
 
 #[test]
-fn a_manifest_that_leaves_its_folder_or_has_keys_nobody_knows() {
+fn a_manifest_with_a_path_outside_its_folder_or_an_unknown_key() {
     let bundle = BrokenBundle::new();
     bundle.edit("manifest.toml", |manifest| manifest.replace("golden.json", "../golden.json"));
     assert_refused(&bundle, "leaves the bundle's folder");
@@ -133,7 +132,7 @@ fn a_manifest_that_leaves_its_folder_or_has_keys_nobody_knows() {
 }
 
 #[test]
-fn a_golden_vector_that_differs_is_named_with_its_difference() {
+fn a_golden_vector_that_differs_is_reported_with_its_difference() {
     let bundle = BrokenBundle::new();
     let text = std::fs::read_to_string(bundle.path("golden.json")).unwrap();
     let mut golden: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -144,7 +143,7 @@ fn a_golden_vector_that_differs_is_named_with_its_difference() {
 }
 
 #[test]
-fn graphs_that_were_swapped_are_found_behind_right_digests() {
+fn swapped_graphs_are_found_even_with_matching_digests() {
     let bundle = BrokenBundle::new();
     let item = std::fs::read(bundle.path("item_tower.onnx")).unwrap();
     bundle.replace("user_tower.onnx", &item);
@@ -152,7 +151,7 @@ fn graphs_that_were_swapped_are_found_behind_right_digests() {
 }
 
 #[test]
-fn a_tokenizer_of_another_model_is_found_by_its_ids() {
+fn the_tokenizer_of_another_model_is_found_by_its_token_ids() {
     let bundle = BrokenBundle::new();
     let text = std::fs::read_to_string(bundle.path("tokenizer.json")).unwrap();
     let mut tokenizer: serde_json::Value = serde_json::from_str(&text).unwrap();

@@ -1,4 +1,4 @@
-//! What outlives a process: a pushed config, and the caches.
+//! What survives a restart: a pushed config, and the caches.
 
 use crate::{
     harness::{Server, films, fixture, ids, midemb, page, reencoded, retrained, run, statuses},
@@ -41,7 +41,7 @@ async fn the_first_request_after_a_restart_finds_everything() {
     let before = server.client().await.get_mid_emb(request.clone()).await.unwrap().into_inner();
     let (folder, file) = server.stop();
     let server = Server::start_from(folder, file);
-    // Ids alone: the texts outlived the process, too.
+    // Ids without texts: the texts survived the restart, too.
     let known = page(ids(&request.history), ids(&request.candidates));
     let after = server.client().await.get_mid_emb(known).await.unwrap().into_inner();
     assert_eq!(statuses(&after), ["OK"; 40]);
@@ -52,6 +52,7 @@ async fn the_first_request_after_a_restart_finds_everything() {
     assert_eq!(server.scrape().sum("midemb_snapshots_total", &["result=\"restored\""]), 1.0);
 }
 
+/// The files of the snapshot beside this config file.
 fn parts(file: &Path) -> Vec<std::path::PathBuf> {
     let folder = file.parent().unwrap().join("snapshot");
     let snapshot = std::fs::read_dir(folder).unwrap().next().unwrap().unwrap().path();
@@ -59,7 +60,7 @@ fn parts(file: &Path) -> Vec<std::path::PathBuf> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_damaged_part_is_refused_and_the_rest_is_taken() {
+async fn a_damaged_part_is_refused_and_the_rest_is_restored() {
     let server = snapshotting();
     server.client().await.get_mid_emb(page(vec![], films("c", 20))).await.unwrap();
     let (folder, file) = server.stop();
@@ -73,12 +74,12 @@ async fn a_damaged_part_is_refused_and_the_rest_is_taken() {
     assert_eq!(server.scrape().sum("midemb_snapshots_total", &["result=\"refused\""]), 1.0);
     let answer = server.client().await.get_mid_emb(page(vec![], ids(&films("c", 20)))).await.unwrap().into_inner();
     assert_eq!(statuses(&answer), ["OK"; 20]);
-    assert_eq!(server.scrape().n_encoded(), 0.0, "contents were there");
+    assert_eq!(server.scrape().n_encoded(), 0.0, "content embeddings were not restored");
     assert_eq!(lookups(&server, "item", "miss"), 20.0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_snapshot_of_other_models_is_left_alone() {
+async fn a_snapshot_of_other_models_is_not_restored() {
     let server = snapshotting();
     server.client().await.get_mid_emb(page(vec![], films("c", 20))).await.unwrap();
     let edited = with_bundle(&server, &reencoded());
@@ -101,7 +102,7 @@ async fn a_snapshot_is_written_on_a_timer() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn exported_vectors_are_imported_elsewhere() {
+async fn exported_vectors_are_imported_by_another_server() {
     let (here, there) = (Server::start(), Server::start());
     here.client().await.get_mid_emb(page(vec![], films("c", 30))).await.unwrap();
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Bundles out of a store that speaks S3 (moto, on a loopback port), through a link that breaks where a test wants it to.
+//! Bundles from an S3 store (moto, on a loopback port), over a connection that breaks where a test wants it to.
 
 use crate::{
     harness::{PATIENCE, Server, config, films, fixture, midemb, page, retrained, root, statuses},
@@ -16,7 +16,7 @@ use std::{
 use tempfile::TempDir;
 use tonic::Code;
 
-/// moto checks no signature, but looks into the header for the service that is meant.
+/// moto checks no signature, but reads from this header which service is called.
 const AUTHORIZATION: &str =
     "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0";
 const V1: &str = "s3://bundles/prod/v1";
@@ -24,7 +24,7 @@ const V2: &str = "s3://bundles/prod/v2";
 const ENCODER: &str = "encoder.onnx";
 const USER_TOWER: &str = "user_tower.onnx";
 
-/// A store with a bucket of bundles; killed when dropped.
+/// A store with a bucket for bundles, killed when dropped.
 struct Moto {
     child: Child,
     address: SocketAddr,
@@ -39,7 +39,7 @@ impl Moto {
         let mut child = command.spawn().unwrap();
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let (sender, addresses) = mpsc::channel();
-        // It logs every request, and would stand still if nobody read that.
+        // It logs every request, and would block on a full pipe if nobody read them.
         thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
                 if let Some((_, address)) = line.split_once("Running on http://") {
@@ -47,7 +47,7 @@ impl Moto {
                 }
             }
         });
-        let address = addresses.recv_timeout(PATIENCE).expect("moto says where it listens");
+        let address = addresses.recv_timeout(PATIENCE).expect("moto never logged its address");
         let moto = Moto { child, address: address.parse().unwrap() };
         moto.put("bundles", b"");
         moto
@@ -60,7 +60,7 @@ impl Moto {
         put.header("content-type", "application/octet-stream").send(bytes).unwrap();
     }
 
-    /// Puts the files of `bundle` where `url` says.
+    /// Uploads the files of `bundle` to `url`.
     fn upload(&self, bundle: &Path, url: &str) {
         let prefix = url.strip_prefix("s3://").unwrap();
         for entry in std::fs::read_dir(bundle).unwrap() {
@@ -70,7 +70,7 @@ impl Moto {
         }
     }
 
-    /// One with both bundles.
+    /// A store with the fixture bundle at [`V1`] and the retrained one at [`V2`].
     fn with_two_versions() -> Self {
         let moto = Self::start();
         moto.upload(&fixture(), V1);
@@ -81,51 +81,51 @@ impl Moto {
 
 impl Drop for Moto {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The process may have ended by itself, so errors are expected.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// What becomes of a request.
+/// What the proxy does with the next request.
 enum State {
     Up,
-    /// Nothing is answered.
+    /// Connections are closed without an answer.
     Down,
-    /// The answer that holds this file breaks off, and from then on the link is as the box says.
+    /// The answer that has this file is cut off. Then the proxy goes into the state in the box.
     Breaks(&'static str, Box<State>),
 }
 
-/// So much of an answer comes before it breaks off: its head and some of the file.
-const N_BEFORE_BREAK: u64 = 30_000;
+/// How much of an answer passes before it is cut off: its head and a part of the file.
+const N_BYTES_BEFORE_BREAK: u64 = 30_000;
 
-/// Stands between a server and a store, and notes what the server gets. It stays until the tests end.
+/// A proxy between a server and a store, which records what the server fetches. It runs until the test process ends.
 #[derive(Clone)]
-struct Link {
+struct Proxy {
     address: SocketAddr,
     store: SocketAddr,
     state: Arc<Mutex<State>>,
     gets: Arc<Mutex<Vec<String>>>,
 }
 
-impl Link {
+impl Proxy {
     fn to(moto: &Moto) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (state, gets) = (Arc::new(Mutex::new(State::Up)), Arc::default());
-        let link = Link { address: listener.local_addr().unwrap(), store: moto.address, state, gets };
-        let accepting = link.clone();
+        let proxy = Proxy { address: listener.local_addr().unwrap(), store: moto.address, state, gets };
+        let accepting = proxy.clone();
         thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
-                let link = accepting.clone();
-                // A side that hangs up is no fault of the link.
-                thread::spawn(move || drop(link.pass(&client)));
+                let proxy = accepting.clone();
+                // An error says that one side closed its connection, which some tests provoke.
+                thread::spawn(move || drop(proxy.forward(&client)));
             }
         });
-        link
+        proxy
     }
 
-    /// One request and its answer: moto closes the connection after each.
-    fn pass(&self, mut client: &TcpStream) -> io::Result<u64> {
+    /// Forwards one request and its answer. moto closes the connection after each.
+    fn forward(&self, mut client: &TcpStream) -> io::Result<u64> {
         let (mut head, mut reader) = (String::new(), BufReader::new(client));
         while !head.ends_with("\r\n\r\n") {
             if reader.read_line(&mut head)? == 0 {
@@ -133,24 +133,24 @@ impl Link {
             }
         }
         let path = head.split(' ').nth(1).unwrap();
-        let Some(n_passed) = self.n_passed(path) else { return Ok(0) };
+        let Some(n_bytes) = self.n_bytes_to_pass(path) else { return Ok(0) };
         self.gets.lock().unwrap().push(path.to_owned());
         let mut store = TcpStream::connect(self.store)?;
         store.write_all(head.as_bytes())?;
-        io::copy(&mut store.take(n_passed), &mut client)
+        io::copy(&mut store.take(n_bytes), &mut client)
     }
 
-    /// How many bytes of an answer pass; none where there is none at all.
-    fn n_passed(&self, path: &str) -> Option<u64> {
+    /// How many bytes of the answer may pass; `None` if there is to be no answer.
+    fn n_bytes_to_pass(&self, path: &str) -> Option<u64> {
         let mut state = self.state.lock().unwrap();
         match std::mem::replace(&mut *state, State::Down) {
             State::Down => None,
             State::Breaks(file, next) if path.ends_with(file) => {
                 *state = *next;
-                Some(N_BEFORE_BREAK)
+                Some(N_BYTES_BEFORE_BREAK)
             }
-            same => {
-                *state = same;
+            unchanged => {
+                *state = unchanged;
                 Some(u64::MAX)
             }
         }
@@ -160,14 +160,14 @@ impl Link {
         *self.state.lock().unwrap() = state;
     }
 
-    /// How often the file under this URL was asked for, and answered at least in part.
+    /// How many requests for the file under this URL were answered at least in part.
     fn n_gets(&self, url: &str, file: &str) -> usize {
         let path = format!("/{}/{file}", url.strip_prefix("s3://").unwrap());
         self.gets.lock().unwrap().iter().filter(|got| **got == path).count()
     }
 }
 
-/// Starts a server whose store is at `address`.
+/// Starts a server whose S3 endpoint is `address`.
 fn serve((folder, file): (TempDir, PathBuf), address: SocketAddr) -> Server {
     let mut serve = midemb();
     serve.env("AWS_ACCESS_KEY_ID", "test").env("AWS_SECRET_ACCESS_KEY", "s3cret").env("AWS_REGION", "us-east-1");
@@ -176,7 +176,7 @@ fn serve((folder, file): (TempDir, PathBuf), address: SocketAddr) -> Server {
     Server::spawn(serve, folder, file)
 }
 
-/// Asks for a page; gives the version of the model that answered all of it.
+/// The version of the model that answers a page of candidates.
 async fn version(server: &Server) -> String {
     let answer = server.client().await.get_mid_emb(page(films("h", 3), films("c", 5))).await.unwrap().into_inner();
     assert_eq!(statuses(&answer), ["OK"; 5]);
@@ -191,7 +191,7 @@ fn digest_of(bundle: &Path) -> String {
     sha256_hex(&std::fs::read(bundle.join("manifest.toml")).unwrap())
 }
 
-/// Pushes what must be refused; gives the reason, which is one line.
+/// Pushes a config that must be refused; returns the reason, which is one line.
 async fn refused(server: &Server, config: String) -> String {
     let refused = push(server, config).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition, "{refused:?}");
@@ -203,8 +203,8 @@ fn names(folder: &Path) -> Vec<String> {
     std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
-/// The bundles beside the config file: each is whole, and nothing in there looks like one that is not.
-fn whole_bundles(server: &Server) -> Vec<String> {
+/// The digests of the bundles beside the config file. Fails if one is incomplete, or if other files were left there.
+fn complete_bundles(server: &Server) -> Vec<String> {
     let folder = server.file.parent().unwrap().join("bundles");
     let (mut bundles, rest): (Vec<_>, Vec<_>) = names(&folder).into_iter().partition(|name| name.len() == 64);
     assert!(rest.iter().all(|name| ["files", "latest"].contains(&name.as_str())), "{rest:?} was left");
@@ -218,7 +218,7 @@ fn whole_bundles(server: &Server) -> Vec<String> {
             assert_eq!(sha256_hex(&bytes(file["path"].as_str().unwrap())), file["sha256"].as_str().unwrap());
         }
     }
-    // A file that was being written when its transfer broke has a longer name, until its writer is done.
+    // A file whose transfer was interrupted has a longer name, until its writer removes it.
     for file in names(&folder.join("files")).iter().filter(|name| name.len() == 64) {
         assert_eq!(sha256_hex(&std::fs::read(folder.join("files").join(file)).unwrap()), *file);
     }
@@ -234,56 +234,60 @@ fn sorted<const N: usize>(mut digests: [String; N]) -> [String; N] {
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_server_serves_from_a_store_and_an_update_of_the_towers_fetches_no_encoder() {
     let moto = Moto::with_two_versions();
-    let link = Link::to(&moto);
-    let server = serve(config(Path::new(V1), ""), link.address);
+    let proxy = Proxy::to(&moto);
+    let server = serve(config(Path::new(V1), ""), proxy.address);
     assert_eq!(version(&server).await, "1");
-    assert_eq!((link.n_gets(V1, "manifest.toml"), link.n_gets(V1, ENCODER), link.n_gets(V1, USER_TOWER)), (1, 1, 1));
+    assert_eq!((proxy.n_gets(V1, "manifest.toml"), proxy.n_gets(V1, ENCODER), proxy.n_gets(V1, USER_TOWER)), (1, 1, 1));
 
     let pushed = push(&server, with_url(&server, V2)).await.unwrap();
     assert_eq!(pushed.result, "applied");
     let steps = pushed.report.unwrap().steps;
-    let fetch = steps.iter().find(|step| step.step == "fetch").expect("a step of its own");
+    let fetch = steps.iter().find(|step| step.step == "fetch").expect("the report has no step for the fetch");
     assert_eq!((fetch.subject.as_str(), fetch.result.as_str()), ("learn", "ok"));
     assert_eq!(version(&server).await, "2");
-    assert_eq!((link.n_gets(V2, USER_TOWER), link.n_gets(V2, "cvr.onnx")), (1, 1));
-    assert_eq!((link.n_gets(V2, ENCODER), link.n_gets(V2, "tokenizer.json")), (0, 0), "the encoder was here");
-    assert_eq!(whole_bundles(&server), sorted([digest_of(&fixture()), digest_of(&retrained())]));
+    assert_eq!((proxy.n_gets(V2, USER_TOWER), proxy.n_gets(V2, "cvr.onnx")), (1, 1));
+    assert_eq!(
+        (proxy.n_gets(V2, ENCODER), proxy.n_gets(V2, "tokenizer.json")),
+        (0, 0),
+        "the encoder was fetched again"
+    );
+    assert_eq!(complete_bundles(&server), sorted([digest_of(&fixture()), digest_of(&retrained())]));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_store_that_dies_half_way_changes_nothing_and_what_came_does_not_come_again() {
+async fn a_store_that_fails_during_a_fetch_changes_nothing_and_complete_files_are_kept() {
     let moto = Moto::with_two_versions();
-    let link = Link::to(&moto);
-    let server = serve(config(Path::new(V1), ""), link.address);
-    link.set(State::Breaks(USER_TOWER, Box::new(State::Down)));
+    let proxy = Proxy::to(&moto);
+    let server = serve(config(Path::new(V1), ""), proxy.address);
+    proxy.set(State::Breaks(USER_TOWER, Box::new(State::Down)));
     let reason = refused(&server, with_url(&server, V2)).await;
     assert!(reason.contains("s3://bundles/prod/v2/user_tower.onnx cannot be fetched: "), "{reason}");
     let last = status(&server).await.pushes.remove(0);
     let step = last.steps.last().unwrap();
     assert_eq!((step.step.as_str(), step.result.as_str()), ("fetch", "failed"));
-    assert_eq!((version(&server).await.as_str(), whole_bundles(&server)), ("1", vec![digest_of(&fixture())]));
+    assert_eq!((version(&server).await.as_str(), complete_bundles(&server)), ("1", vec![digest_of(&fixture())]));
 
-    link.set(State::Up);
+    proxy.set(State::Up);
     assert_eq!(push(&server, with_url(&server, V2)).await.unwrap().result, "applied");
     assert_eq!(version(&server).await, "2");
-    let n_gets = |file| link.n_gets(V2, file);
+    let n_gets = |file| proxy.n_gets(V2, file);
     assert_eq!((n_gets(USER_TOWER), n_gets("item_tower.onnx"), n_gets("cvr.onnx"), n_gets(ENCODER)), (2, 1, 1, 0));
-    assert_eq!(whole_bundles(&server), sorted([digest_of(&fixture()), digest_of(&retrained())]));
+    assert_eq!(complete_bundles(&server), sorted([digest_of(&fixture()), digest_of(&retrained())]));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_transfer_that_breaks_once_goes_on() {
+async fn a_transfer_that_is_cut_off_once_is_repeated() {
     let moto = Moto::with_two_versions();
-    let link = Link::to(&moto);
-    link.set(State::Breaks(ENCODER, Box::new(State::Breaks(USER_TOWER, Box::new(State::Up)))));
-    let server = serve(config(Path::new(V1), ""), link.address);
+    let proxy = Proxy::to(&moto);
+    proxy.set(State::Breaks(ENCODER, Box::new(State::Breaks(USER_TOWER, Box::new(State::Up)))));
+    let server = serve(config(Path::new(V1), ""), proxy.address);
     assert_eq!(version(&server).await, "1");
-    assert_eq!((link.n_gets(V1, ENCODER), link.n_gets(V1, USER_TOWER), link.n_gets(V1, "cvr.onnx")), (2, 2, 1));
-    assert_eq!(whole_bundles(&server), [digest_of(&fixture())]);
+    assert_eq!((proxy.n_gets(V1, ENCODER), proxy.n_gets(V1, USER_TOWER), proxy.n_gets(V1, "cvr.onnx")), (2, 2, 1));
+    assert_eq!(complete_bundles(&server), [digest_of(&fixture())]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn without_its_store_a_server_starts_with_what_the_url_gave_last_and_takes_no_push() {
+async fn without_its_store_a_server_starts_with_the_last_bundle_of_its_url_and_refuses_pushes() {
     let current = "s3://bundles/prod/current";
     let moto = Moto::with_two_versions();
     moto.upload(&fixture(), current);
@@ -297,7 +301,7 @@ async fn without_its_store_a_server_starts_with_what_the_url_gave_last_and_takes
     drop(moto);
 
     let server = serve(stopped, store);
-    let warning = server.start_log.iter().find(|line| line["level"] == "WARN").expect("a warning");
+    let warning = server.start_log.iter().find(|line| line["level"] == "WARN").expect("no warning was logged");
     assert_eq!(warning["message"], "bundle cannot be fetched, its last version serves");
     assert_eq!((&warning["url"], &warning["digest"]), (&current.into(), &digest_of(&retrained()).into()));
     assert_eq!(version(&server).await, "2");
@@ -309,21 +313,21 @@ async fn without_its_store_a_server_starts_with_what_the_url_gave_last_and_takes
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_pin_is_held_and_needs_no_store_where_its_bundle_is_here() {
+async fn a_pinned_digest_is_checked_and_needs_no_store_if_its_bundle_is_on_disk() {
     let moto = Moto::with_two_versions();
-    let link = Link::to(&moto);
-    let server = serve(config(Path::new(V1), ""), link.address);
+    let proxy = Proxy::to(&moto);
+    let server = serve(config(Path::new(V1), ""), proxy.address);
     let pinned = |url: &str, digest: &str| {
         with_models(&server, &[model("learn", Path::new(url), &format!("digest = {digest:?}"))])
     };
     let (first, second) = (digest_of(&fixture()), digest_of(&retrained()));
     let reason = refused(&server, pinned(V2, &"0".repeat(64))).await;
     assert!(reason.contains(&format!("{V2} holds the bundle {second}, but {} is pinned", "0".repeat(64))), "{reason}");
-    assert_eq!((version(&server).await.as_str(), whole_bundles(&server)), ("1", vec![first.clone()]));
+    assert_eq!((version(&server).await.as_str(), complete_bundles(&server)), ("1", vec![first.clone()]));
 
     assert_eq!(push(&server, pinned(V2, &second)).await.unwrap().result, "applied");
     assert_eq!(version(&server).await, "2");
-    link.set(State::Down);
+    proxy.set(State::Down);
     assert_eq!(push(&server, pinned(V1, &first)).await.unwrap().result, "applied");
     assert_eq!(version(&server).await, "1");
 }
