@@ -100,7 +100,8 @@ impl<'a> Page<'a> {
             cvr: matrix("cvr", &answer.cvr)?,
             took,
         };
-        let n_rows = [page.mid_emb.rows().len(), page.item_emb.rows().len(), page.cvr.values.len(), page.statuses.len()];
+        let n_rows =
+            [page.mid_emb.rows().len(), page.item_emb.rows().len(), page.cvr.values.len(), page.statuses.len()];
         ensure!(n_rows == [candidates.len(); 4], "the answer does not have one row per candidate");
         Ok(page)
     }

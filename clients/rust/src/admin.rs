@@ -42,29 +42,17 @@ pub struct AdminAccess {
     pub address: String,
     /// A file whose first line is the token to call with, or a name, a space and the token: as in `admin.token_file`.
     /// Without TLS it crosses the network in the clear.
-    #[cfg_attr(
-        feature = "clap",
-        arg(long, value_name = "FILE", global = true, help_heading = "Admin listener")
-    )]
+    #[cfg_attr(feature = "clap", arg(long, value_name = "FILE", global = true, help_heading = "Admin listener"))]
     pub token_file: Option<PathBuf>,
     /// The certificate of the authority that signed the server's (PEM). The connection is TLS; the server's certificate must
     /// name the host of `--admin`.
-    #[cfg_attr(
-        feature = "clap",
-        arg(long, value_name = "FILE", global = true, help_heading = "Admin listener")
-    )]
+    #[cfg_attr(feature = "clap", arg(long, value_name = "FILE", global = true, help_heading = "Admin listener"))]
     pub ca: Option<PathBuf>,
     /// This client's certificate chain (PEM), where the server has an `admin.tls_client_ca`. Needs `--key` and `--ca`.
-    #[cfg_attr(
-        feature = "clap",
-        arg(long, value_name = "FILE", global = true, help_heading = "Admin listener")
-    )]
+    #[cfg_attr(feature = "clap", arg(long, value_name = "FILE", global = true, help_heading = "Admin listener"))]
     pub cert: Option<PathBuf>,
     /// The private key of `--cert` (PEM).
-    #[cfg_attr(
-        feature = "clap",
-        arg(long, value_name = "FILE", global = true, help_heading = "Admin listener")
-    )]
+    #[cfg_attr(feature = "clap", arg(long, value_name = "FILE", global = true, help_heading = "Admin listener"))]
     pub key: Option<PathBuf>,
 }
 

@@ -68,9 +68,9 @@ impl Address {
         let endpoint = Channel::from_shared(url).map_err(|_| invalid(name))?;
         let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true).max_frame_size(MAX_FRAME_BYTES);
         let endpoint = match tls {
-            Some(Tls(tls)) => endpoint
-                .tls_config(tls.clone())
-                .map_err(|source| Error::Tls { address: name.to_owned(), source })?,
+            Some(Tls(tls)) => {
+                endpoint.tls_config(tls.clone()).map_err(|source| Error::Tls { address: name.to_owned(), source })?
+            }
             None => endpoint,
         };
         Ok(Address { name: name.to_owned(), endpoint })

@@ -37,10 +37,7 @@ impl Deadline {
     }
 
     /// Waits for the answer, body included, until the deadline. (tonic's own timer ends with the answer's headers.)
-    pub(crate) async fn answer<T>(
-        self,
-        call: impl Future<Output = Result<Response<T>, Status>>,
-    ) -> Result<T, Status> {
+    pub(crate) async fn answer<T>(self, call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Status> {
         let answer = timeout_at(self.at, call).await;
         answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time"))).map(Response::into_inner)
     }

@@ -152,7 +152,8 @@ mod tests {
 
     #[test]
     fn only_withheld_texts_of_unknown_rows_are_sent_again() {
-        let asked = page(vec![item("a", Some("one")), item("b", Some("two")), item("c", None), item("d", Some("four"))]);
+        let asked =
+            page(vec![item("a", Some("one")), item("b", Some("two")), item("c", None), item("d", Some("four"))]);
         let mut sent = asked.clone();
         sent.history[0].text = None;
         sent.candidates[0].text = None;

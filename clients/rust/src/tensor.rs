@@ -102,7 +102,8 @@ mod tests {
         let f32_bytes = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
         let f16_bytes = numbers.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect();
         let bf16_bytes = numbers.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect();
-        for (dtype, bytes) in [(DType::DtypeF32, f32_bytes), (DType::DtypeF16, f16_bytes), (DType::DtypeBf16, bf16_bytes)]
+        for (dtype, bytes) in
+            [(DType::DtypeF32, f32_bytes), (DType::DtypeF16, f16_bytes), (DType::DtypeBf16, bf16_bytes)]
         {
             let tensor = tensor(dtype, &[2, 2], bytes);
             assert_eq!(tensor.values().unwrap(), &numbers[..]);

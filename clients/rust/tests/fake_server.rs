@@ -47,10 +47,7 @@ impl MidEmbService for Scripted {
         }
     }
 
-    async fn warm_items(
-        &self,
-        _: Request<Streaming<WarmItemsRequest>>,
-    ) -> Result<Response<WarmItemsResponse>, Status> {
+    async fn warm_items(&self, _: Request<Streaming<WarmItemsRequest>>) -> Result<Response<WarmItemsResponse>, Status> {
         Err(Status::unimplemented(""))
     }
 
