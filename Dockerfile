@@ -8,7 +8,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-pip make g++ \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /midemb
-# What is fetched changes seldom: it comes before the sources, so that its layer is kept.
+# Fetched files change rarely: their layer comes before the sources, so that it is reused.
 COPY Makefile ./
 COPY deploy/fetch.py deploy/
 COPY models/default models/default
@@ -30,7 +30,7 @@ COPY --from=build /midemb/.runtime/lib/libonnxruntime.so /opt/midemb/lib/libonnx
 COPY --from=build /midemb/models/default /opt/midemb/models/default
 COPY LICENSE /opt/midemb/LICENSE
 COPY deploy/midemb.toml /opt/midemb/deploy/midemb.toml
-# What is pushed is kept beside the config file.
+# A pushed config is kept beside the config file.
 RUN chown midemb /opt/midemb/deploy
 ENV PATH=/opt/midemb/bin:$PATH \
     MIDEMB__SERVER__LISTEN=0.0.0.0:50051 \

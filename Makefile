@@ -1,12 +1,12 @@
 # The commands of the project. Prerequisites: cargo, python3 (3.11 or later) with pip, make.
 #
-#   make demo         fetch what is missing, build, serve the shipped bundle, ask it twice, show what happened, stop
+#   make demo         fetch missing files, build, serve the shipped bundle, query it twice, show what the caches did, stop
 #   make serve        the same set-up, then serve until Ctrl-C
-#   make test         the same set-up, then every test that needs no PyTorch
+#   make test         the same set-up, then all tests that do not need PyTorch
 #   make lint         formatting, clippy, documentation, Python sources, licences and sources of dependencies
-#   make fix          what a program can mend of that: formatting, simple findings of clippy and ruff
-#   make bench-reload 200 pushes under load, every answer checked, in some minutes
-#   make bench        every scenario beside the floors and two peers, five rounds in some ten minutes
+#   make fix          mends what a program can: formatting, simple findings of clippy and ruff
+#   make bench-reload 200 pushes under load, with every answer checked: about three minutes
+#   make bench        every scenario beside lower bounds and two peers, five rounds: about ten minutes
 #   make train-setup  a virtual environment with PyTorch (6 GB)
 #   make train        train and export a bundle from DATA, a MovieLens folder, into OUT
 #   make train-test   the offline half's tests
@@ -65,7 +65,7 @@ fix: lint-setup
 	.venv/bin/ruff check --fix $(PYTHON_SOURCES)
 	.venv/bin/ruff format $(PYTHON_SOURCES)
 
-# Fetches what git does not hold; says nothing when all is in place.
+# Fetches files that are not in git; prints nothing when all are there.
 setup:
 	@$(PYTHON) deploy/fetch.py
 
@@ -84,19 +84,19 @@ train-setup: models/.venv/.installed
 .venv/bin/python:
 	@$(PYTHON) -m venv .venv
 
-# The stamp is written last: a set-up that was cut off goes on where it was.
+# The stamp is written last, so that an interrupted set-up is completed by the next one.
 .venv/.tests-installed: tests/requirements.txt | .venv/bin/python
 	@echo "installing the tests' Python client" >&2
 	@.venv/bin/pip install --quiet -r $<
 	@touch $@
 
 .venv/.bench-installed: benches/requirements.txt | .venv/bin/python
-	@echo "installing what the benchmark runs beside the server" >&2
+	@echo "installing the benchmark's peers" >&2
 	@.venv/bin/pip install --quiet -r $<
 	@touch $@
 
 benches/.venv-triton/.installed: benches/requirements-triton.txt
-	@echo "installing Triton's server, the benchmark's other peer" >&2
+	@echo "installing Triton's server, another peer of the benchmark" >&2
 	@[ -x benches/.venv-triton/bin/python ] || $(PYTHON) -m venv benches/.venv-triton
 	@benches/.venv-triton/bin/pip install --quiet -r $<
 	@touch $@
@@ -106,7 +106,7 @@ benches/.venv-triton/.installed: benches/requirements-triton.txt
 	@touch $@
 
 models/.venv/.installed: models/requirements.txt
-	@echo "installing PyTorch and what else training needs: 6 GB, some minutes" >&2
+	@echo "installing PyTorch and the other packages for training: 6 GB, some minutes" >&2
 	@[ -x models/.venv/bin/python ] || $(PYTHON) -m venv models/.venv
 	@models/.venv/bin/pip install --quiet -r $<
 	@touch $@

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Serve the shipped bundle on free ports, ask it, show what happened, stop it.
+"""Serve the shipped bundle on free ports, query it, show what the caches did, stop it.
 
     python3 deploy/demo.py
 
-`make demo` builds first and calls this; `benches/run.py` takes the server from here. Standard library only.
+`make demo` builds the server and runs this; `benches/run.py` imports it to start servers. Standard library only.
 """
 
 import json
@@ -38,9 +38,9 @@ class Server:
 
 @contextmanager
 def serving(config: Path = CONFIG, **settings: str) -> Iterator[Server]:
-    """A server of its own, on ports that are free, stopped at the end as an orchestrator would.
+    """A server on free ports, stopped at the end by SIGTERM as an orchestrator stops it.
 
-    `settings` are environment variables that win over its config, such as MIDEMB__CACHE__ITEM_MB="64".
+    `settings` are environment variables that override its config, such as MIDEMB__CACHE__ITEM_MB="64".
     """
     free_ports = {
         "MIDEMB__SERVER__LISTEN": "127.0.0.1:0",
@@ -57,7 +57,7 @@ def serving(config: Path = CONFIG, **settings: str) -> Iterator[Server]:
     try:
         server = wait_until_serving(process)
         watchdog.cancel()
-        # The log is read on, or a full pipe would hold the server up.
+        # The rest of the log must be read, or a full pipe would block the server.
         reader.start()
         yield server
     finally:
@@ -66,7 +66,7 @@ def serving(config: Path = CONFIG, **settings: str) -> Iterator[Server]:
         code = process.wait(timeout=STOP_WITHIN_SECONDS)
     reader.join()
     if code != 0:
-        sys.exit(f"the server ended with {code}:\n{''.join(log)}")
+        sys.exit(f"the server ended with exit code {code}:\n{''.join(log)}")
 
 
 def wait_until_serving(process: subprocess.Popen) -> Server:
@@ -90,13 +90,13 @@ def run(*arguments: str) -> None:
 
 
 def lookups(scrape: str) -> dict[tuple[str, str], float]:
-    """Look-ups by (cache, result)."""
+    """The number of look-ups by (cache, result)."""
     pattern = r'^midemb_cache_lookups_total\{cache="(\w+)",result="(\w+)"\} ([\d.]+)$'
     return {(cache, result): float(n) for cache, result, n in re.findall(pattern, scrape, re.MULTILINE)}
 
 
 def show_caches(title: str, before: dict, after: dict) -> float:
-    """Print what the caches did between two scrapes; returns the hit rate over the caches of vectors."""
+    """Print the look-ups between two scrapes and return the hit rate over all caches of vectors."""
     print(title)
     hits = total = 0.0
     for cache in ("content", "item", "user"):
@@ -110,7 +110,7 @@ def show_caches(title: str, before: dict, after: dict) -> float:
 
 def demo(server: Server) -> None:
     empty = lookups(server.scrape())
-    print("The same page twice: at first only three golden texts are cached, then everything is.\n")
+    print("The same page twice: first only three golden texts are cached, then everything is.\n")
     run("query", "--server", server.grpc)
     cold = lookups(server.scrape())
     show_caches("caches, first request:", empty, cold)

@@ -1,9 +1,9 @@
-//! What a cached entry costs in memory beside its payload, as resident memory of this process at a million entries.
+//! The memory of a cached entry beside its payload, measured as resident memory of this process at a million entries.
 //!
 //!     cd benches && cargo bench --bench cache_memory [-- ENTRIES]
 //!
-//! Each cache is filled in a process of its own (this program calls itself), so that what one left behind is not counted
-//! for another. The goal is DESIGN section 9's: at most 1.25 x the payload + 100 bytes an entry.
+//! Each cache is filled in a process of its own (this program calls itself), so that memory that one left behind does not
+//! count for the next. The goal is at most 1.25 x the payload + 100 bytes per entry.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a program that measures and prints")]
 
 use midemb::{
@@ -31,8 +31,22 @@ fn vector(i: u64, dim: usize) -> Vector {
     vec![i as f32; dim].into()
 }
 
-/// Fills one cache and returns what it holds for the measurement: itself, the payload's bytes an entry, and what it counts.
-fn fill(name: &str, n: u64) -> (Box<dyn std::any::Any>, u64, u64) {
+/// A full cache.
+struct Filled {
+    /// Keeps the memory until it is measured.
+    cache: Box<dyn std::any::Any>,
+    payload_bytes_per_entry: u64,
+    /// As the cache's own bound counts them.
+    counted_bytes: u64,
+}
+
+impl Filled {
+    fn new(cache: impl std::any::Any, payload_bytes_per_entry: u64, counted_bytes: u64) -> Self {
+        Filled { cache: Box::new(cache), payload_bytes_per_entry, counted_bytes }
+    }
+}
+
+fn fill(name: &str, n: u64) -> Filled {
     let digests = (0..n).map(|i| TextDigest::of(&ItemText { title: i.to_string(), ..ItemText::default() }));
     match name {
         "item, 64 dims" => {
@@ -40,21 +54,21 @@ fn fill(name: &str, n: u64) -> (Box<dyn std::any::Any>, u64, u64) {
             let key = |text| ItemKey { part: TowerDigest::from_bytes([7; 16]), text };
             digests.zip(0..).for_each(|(text, i)| cache.insert(key(text), vector(i, 64)));
             let counted = cache.measure().n_bytes;
-            (Box::new(cache), 256, counted)
+            Filled::new(cache, 256, counted)
         }
         "content, 384 dims" => {
             let cache = VectorCache::new(CacheName::Content, UNBOUNDED);
             let key = |text| ContentKey { part: EncoderDigest::from_bytes([7; 16]), text };
             digests.zip(0..).for_each(|(text, i)| cache.insert(key(text), vector(i, 384)));
             let counted = cache.measure().n_bytes;
-            (Box::new(cache), 1536, counted)
+            Filled::new(cache, 1536, counted)
         }
         "user, 64 dims" => {
             let cache = UserCache::new(UNBOUNDED);
             let key = |text| UserKey::of(TowerDigest::from_bytes([7; 16]), std::iter::once(&text));
             digests.zip(0..).for_each(|(text, i)| cache.insert(key(text), vector(i, 64)));
             let counted = cache.measure().n_bytes;
-            (Box::new(cache), 256, counted)
+            Filled::new(cache, 256, counted)
         }
         _ => {
             let known = KnownItems::new(UNBOUNDED, 8192);
@@ -62,7 +76,7 @@ fn fill(name: &str, n: u64) -> (Box<dyn std::any::Any>, u64, u64) {
                 drop(known.resolve(vec![Item { id: format!("item-{i:>9}"), text: Some(text(i)) }], Priority::Request))
             });
             let counted = known.measure().n_bytes;
-            (Box::new(known), 14 + 40 + 5, counted)
+            Filled::new(known, 14 + 40 + 5, counted)
         }
     }
 }
@@ -74,16 +88,17 @@ fn main() {
     {
         let n: u64 = n.parse().unwrap();
         let before = resident_bytes();
-        let (cache, payload, counted) = fill(name, n);
-        let each = (resident_bytes() - before) / n;
+        let filled = fill(name, n);
+        let resident = (resident_bytes() - before) / n;
+        let payload = filled.payload_bytes_per_entry;
         let goal = payload * 5 / 4 + 100;
-        println!("{name:20} {payload:>8} {each:>9} {:>9} {goal:>6}", counted / n);
-        black_box(cache);
+        println!("{name:20} {payload:>8} {resident:>9} {:>9} {goal:>6}", filled.counted_bytes / n);
+        black_box(filled.cache);
         return;
     }
     let n = arguments.iter().find_map(|argument| argument.parse::<u64>().ok()).unwrap_or(1_000_000);
     println!(
-        "{n} entries, bytes each\n{:20} {:>8} {:>9} {:>9} {:>6}",
+        "{n} entries, bytes per entry\n{:20} {:>8} {:>9} {:>9} {:>6}",
         "cache", "payload", "resident", "counted", "goal"
     );
     for name in ["item, 64 dims", "content, 384 dims", "user, 64 dims", "known item"] {

@@ -1,11 +1,10 @@
-//! How often our caches find what is asked for, beside the policies that teams would take from a crate.
+//! The hit rate of our bounded cache beside that of policies that a crate offers.
 //!
 //!     cd benches && cargo bench --bench hit_rate [-- TRACE.csv]
 //!
 //! Every policy sees the same keys in the same order: a look-up, and an insertion where it missed. Caches are bounded in
-//! entries, at parts of the number of different keys. The workloads: Zipf draws; the same beside a flood of keys that
-//! are asked for once; and, where a MovieLens `ratings.csv` is named, its ratings by time, a
-//! real sequence of what people turned to.
+//! entries, at parts of the number of different keys. The workloads are Zipf draws; the same draws beside a flood of keys that
+//! come once; and, where a MovieLens `ratings.csv` is given, its films in the order in which people rated them.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a program that measures and prints")]
 
 use fastrand::Rng;
@@ -17,16 +16,16 @@ const N_LOOKUPS: usize = 2_000_000;
 /// Cache sizes as parts of all keys.
 const PARTS: [usize; 4] = [100, 30, 10, 3];
 
-/// Looks keys up and puts what is missing in.
+/// Looks keys up and inserts those that are missing.
 trait Policy {
     /// Whether the key was there.
-    fn ask(&mut self, key: u64) -> bool;
+    fn look_up(&mut self, key: u64) -> bool;
 }
 
 struct Ours(BoundedCache<u64, ()>);
 
 impl Policy for Ours {
-    fn ask(&mut self, key: u64) -> bool {
+    fn look_up(&mut self, key: u64) -> bool {
         let hit = self.0.read(&key, |()| ()).is_some();
         if !hit {
             self.0.insert(key, ());
@@ -44,18 +43,18 @@ impl Moka {
 }
 
 impl Policy for Moka {
-    fn ask(&mut self, key: u64) -> bool {
+    fn look_up(&mut self, key: u64) -> bool {
         let hit = self.0.get(&key).is_some();
         if !hit {
             self.0.insert(key, ());
         }
-        // What a busy server's maintenance does sooner or later, so that the bound holds at every look-up.
+        // A busy server does this sooner or later. Here it makes the bound hold at every look-up.
         self.0.run_pending_tasks();
         hit
     }
 }
 
-/// Every policy's share of hits, once the caches are full: in the second half of the keys.
+/// Prints the share of hits of every policy in the second half of the keys, when the caches are full.
 fn compare(name: &str, keys: &[u64], n_different: usize) {
     for part in PARTS {
         let n_entries = (n_different / part).max(1) as u64;
@@ -68,9 +67,9 @@ fn compare(name: &str, keys: &[u64], n_different: usize) {
         for (_, policy) in &mut policies {
             let (first, second) = keys.split_at(keys.len() / 2);
             for key in first {
-                policy.ask(*key);
+                policy.look_up(*key);
             }
-            let n_hits = second.iter().filter(|key| policy.ask(**key)).count();
+            let n_hits = second.iter().filter(|key| policy.look_up(**key)).count();
             print!(" {:>12.2}", n_hits as f64 * 1e2 / second.len() as f64);
         }
         println!();
@@ -84,15 +83,15 @@ fn zipf(s: f64, rng: &mut Rng) -> Vec<u64> {
             Some(*sum)
         })
         .collect();
-    let all = sums[N_KEYS - 1];
+    let total = sums[N_KEYS - 1];
     let mut draw = || {
-        let below = rng.f64() * all;
+        let below = rng.f64() * total;
         sums.partition_point(|sum| *sum <= below) as u64
     };
     (0..N_LOOKUPS).map(|_| draw()).collect()
 }
 
-/// After every four draws one key that is never seen again.
+/// The draws, with a key that never comes again after every four of them.
 fn beside_a_flood(keys: &[u64]) -> Vec<u64> {
     let flood = keys.chunks(4).enumerate().map(|(i, drawn)| (drawn, (N_KEYS + i) as u64));
     flood.flat_map(|(drawn, new)| drawn.iter().copied().chain([new])).collect()

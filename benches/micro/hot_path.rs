@@ -1,4 +1,4 @@
-//! Micro-benchmarks of what a hot W1 request (history 80, candidates 500, ids alone) does beside its graphs.
+//! Micro-benchmarks of the work of a hot W1 request (history 80, candidates 500, ids alone) outside its graphs.
 //!
 //!     cd benches && cargo bench --bench hot_path [-- NAME]
 //!
@@ -44,7 +44,7 @@ fn text(i: usize) -> ItemText {
     ItemText { title: format!("a title of usual length, number {i}"), ..ItemText::default() }
 }
 
-/// A page's worth of items anywhere in the catalogue, another one each time.
+/// `n` items of the catalogue, different ones each time.
 fn draw(n: usize) -> Vec<usize> {
     (0..n).map(|_| fastrand::usize(..N_CATALOGUE)).collect()
 }
@@ -111,7 +111,7 @@ fn look_ups(c: &mut Criterion) {
         };
         b.iter_batched(keys, gather, BatchSize::SmallInput);
     });
-    // What `read_many` is measured against.
+    // The baseline for `read_many`.
     c.bench_function("item cache, gathered one by one", |b| {
         let gather = |keys: Vec<ItemKey>| {
             let mut gathered = Matrix::zeros(keys.len(), DIM);
@@ -135,7 +135,7 @@ fn digests(c: &mut Criterion) {
 fn checks(c: &mut Criterion) {
     let answer = vec![0.5_f32; N_CANDIDATES * DIM];
     c.bench_function("answer checked", |b| b.iter(|| all_finite(black_box(&answer))));
-    // What `all_finite` is measured against.
+    // The baseline for `all_finite`.
     c.bench_function("answer checked, one by one", |b| {
         b.iter(|| black_box(&answer).iter().all(|x| x.is_finite()));
     });

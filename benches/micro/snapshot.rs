@@ -1,9 +1,9 @@
-//! What a snapshot of the caches costs to write and to restore: seconds and megabytes, for as many items as are asked for.
+//! The time and size of a snapshot of the caches, written and restored, by number of items.
 //!
 //!     cd benches && cargo bench --bench snapshot [-- ITEMS]
 //!
 //! Each item has a content embedding of 384 numbers, an item embedding of 64, and a text that is known by its id. The folder
-//! is a temporary one: `TMPDIR` says on which disk. Reading finds the files in the system's memory, as a restart does.
+//! is a temporary one; `TMPDIR` chooses its disk. The files are read from the system's page cache, as after a restart.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a program that measures and prints")]
 
 use midemb::{

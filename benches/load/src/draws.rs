@@ -134,7 +134,8 @@ mod tests {
     #[test]
     fn a_trace_starts_again_and_equal_digests_have_equal_texts() {
         let traced = |digest: Option<&str>| TracedItem("id".to_owned(), digest.map(str::to_owned));
-        let request = TracedRequest { history: vec![traced(Some("d"))], candidates: vec![traced(Some("d")), traced(None)] };
+        let request =
+            TracedRequest { history: vec![traced(Some("d"))], candidates: vec![traced(Some("d")), traced(None)] };
         let draws = Draws::Trace(vec![request]);
         let first = draws.request(0);
         assert!(first.history[0].text.is_some() && first.candidates[1].text.is_none());

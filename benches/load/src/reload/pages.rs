@@ -182,8 +182,7 @@ impl Reference {
             return Verdict::Mixed(format!("{} history items were read", answer.history_used));
         }
         for (i, status) in answer.statuses().enumerate() {
-            let is_same =
-                is_near(&mid_emb, &self.mid_emb, i, TOLERANCE) && is_near(&cvr, &self.cvr, i, TOLERANCE);
+            let is_same = is_near(&mid_emb, &self.mid_emb, i, TOLERANCE) && is_near(&cvr, &self.cvr, i, TOLERANCE);
             if status == RowStatus::Ok && !is_same {
                 return Verdict::Mixed(format!("row {i} is not what that model answers alone"));
             }

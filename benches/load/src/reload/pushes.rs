@@ -156,7 +156,8 @@ impl Pusher {
         let rolled_back = async { Ok(self.admin.rollback(request).await?) };
         let both = async { tokio::try_join!(rolled_back, self.first_answer_by(previous)) };
         let both = timeout(MAX_ROLLBACK_TIME, both).await;
-        let (answer, served_at) = both.with_context(|| format!("Rollback took longer than {MAX_ROLLBACK_TIME:?}"))??;
+        let (answer, served_at) =
+            both.with_context(|| format!("Rollback took longer than {MAX_ROLLBACK_TIME:?}"))??;
         pushed.windows.push(Span { start, end: Instant::now() });
         pushed.rollbacks.push(served_at - start);
         self.digest = digest(answer.config)?;
