@@ -121,8 +121,8 @@ impl ModelReader<'_> {
         names.filter(is_unknown).for_each(|name| self.fault(name, "unknown key"));
         let name = self.required("name");
         let bundle = self.required("bundle");
-        let bundle = Source::parse(&bundle, folder).unwrap_or_else(|reason| {
-            self.fault("bundle", &reason);
+        let bundle = Source::parse(&bundle, folder).unwrap_or_else(|error| {
+            self.fault("bundle", &error.to_string());
             Source::Folder(folder.to_path_buf())
         });
         ModelSettings { name, bundle, digest: self.digest(), role: self.role(n_live) }

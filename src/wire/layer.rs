@@ -1,5 +1,5 @@
-//! Counts every call of our services, also those that never reach a handler: bytes that are no message, messages over
-//! their limit, callers that left.
+//! Counts every call to our services, including calls that never reach a handler: invalid messages, messages over the size
+//! limit, and callers that disconnect.
 
 use super::status::code_name;
 use crate::{domain::ModelRef, telemetry::events};
@@ -14,10 +14,10 @@ use std::{
 use tonic::Code;
 use tower::{Layer, Service};
 
-/// What a handler shares with the layer around it.
+/// State that a handler shares with the layer around it.
 #[derive(Debug, Clone)]
 pub struct CallContext {
-    /// When the call's headers arrived: its body was still to be read and decoded.
+    /// When the call's headers arrived, before its body was read and decoded.
     pub arrival: Instant,
     model: Arc<OnceLock<Arc<ModelRef>>>,
 }
@@ -27,22 +27,22 @@ impl CallContext {
         CallContext { arrival: Instant::now(), model: Arc::default() }
     }
 
-    /// The context in a request's extensions, or a new one where no layer put it there.
+    /// The context in a request's extensions, or a new one if the layer did not add any.
     pub fn of(extensions: &http::Extensions) -> Self {
         extensions.get::<Self>().cloned().unwrap_or_else(Self::new)
     }
 
-    /// The handler knows which model answers now, for the label.
-    pub fn routed(&self, model: &Arc<ModelRef>) {
-        // A request is routed once.
+    /// Sets the model that answers, for the metric's label.
+    pub fn set_model(&self, model: &Arc<ModelRef>) {
+        // A request is routed only once, so the model cannot be set already.
         let _ = self.model.set(Arc::clone(model));
     }
 }
 
-/// The path and the label of the method that is admitted.
+/// The path and the metric label of the method that needs admission.
 pub(super) const GET_MID_EMB: (&str, &str) = ("/midemb.v1.MidEmbService/GetMidEmb", "GetMidEmb");
 
-/// The closed set of method labels; what is not ours (health, reflection, nonsense) is not counted.
+/// The closed set of paths and metric labels. Other calls (health, reflection, unknown paths) are not counted.
 const METHODS: &[(&str, &str)] = &[
     GET_MID_EMB,
     ("/midemb.v1.MidEmbService/WarmItems", "WarmItems"),
@@ -103,12 +103,12 @@ where
     }
 }
 
-/// An answer without a body carries its status in the headers; one with a body is OK as far as a unary handler goes.
+/// A response without a body carries its status in the headers; a response with a body came from a handler that succeeded.
 fn code_of<R>(response: &Response<R>) -> Code {
     response.headers().get("grpc-status").map_or(Code::Ok, |status| Code::from_bytes(status.as_bytes()))
 }
 
-/// Counts itself when it ends, also when its caller leaves.
+/// Counts the call when dropped, also if the caller disconnects.
 struct Call {
     method: &'static str,
     context: CallContext,
