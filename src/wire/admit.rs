@@ -47,9 +47,6 @@ pub struct Admitted<S> {
     admit: AdmitLayer,
 }
 
-const PATH: &str = GET_MID_EMB.0;
-const METHOD: &str = GET_MID_EMB.1;
-
 impl<S, B, R> Service<Request<B>> for Admitted<S>
 where
     S: Service<Request<B>, Response = Response<R>>,
@@ -66,7 +63,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        if request.uri().path() != PATH {
+        if request.uri().path() != GET_MID_EMB.path {
             return Box::pin(self.inner.call(request));
         }
         let arrival = CallContext::of(request.extensions()).arrival;
@@ -74,7 +71,7 @@ where
         let permit = match self.admit.pipeline.admit(deadline) {
             Ok(permit) => permit,
             Err(error) => {
-                let response = to_status(METHOD)(error).into_http();
+                let response = to_status(GET_MID_EMB.name)(error).into_http();
                 return Box::pin(async { Ok(response) });
             }
         };
@@ -82,7 +79,7 @@ where
         Box::pin(async move {
             let _permit = permit;
             tokio::time::timeout_at(deadline.into(), answer).await.unwrap_or_else(|_elapsed| {
-                events::request_failed(METHOD, &Error::DeadlineExceeded);
+                events::request_failed(GET_MID_EMB.name, &Error::DeadlineExceeded);
                 Ok(status::from_error(&Error::DeadlineExceeded).into_http())
             })
         })

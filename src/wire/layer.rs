@@ -39,20 +39,27 @@ impl CallContext {
     }
 }
 
-/// The path and the metric label of the method that needs admission.
-pub(super) const GET_MID_EMB: (&str, &str) = ("/midemb.v1.MidEmbService/GetMidEmb", "GetMidEmb");
+/// A method that is counted.
+pub(super) struct Method {
+    pub(super) path: &'static str,
+    /// The metric's label.
+    pub(super) name: &'static str,
+}
 
-/// The closed set of paths and metric labels. Other calls (health, reflection, unknown paths) are not counted.
-const METHODS: &[(&str, &str)] = &[
+/// The method that needs admission.
+pub(super) const GET_MID_EMB: Method = Method { path: "/midemb.v1.MidEmbService/GetMidEmb", name: "GetMidEmb" };
+
+/// The closed set of counted methods. Other calls (health, reflection, unknown paths) are not counted.
+const METHODS: &[Method] = &[
     GET_MID_EMB,
-    ("/midemb.v1.MidEmbService/WarmItems", "WarmItems"),
-    ("/midemb.v1.MidEmbService/GetModelInfo", "GetModelInfo"),
-    ("/midemb.v1.AdminService/GetStatus", "GetStatus"),
-    ("/midemb.v1.AdminService/FlushCache", "FlushCache"),
-    ("/midemb.v1.AdminService/PushConfig", "PushConfig"),
-    ("/midemb.v1.AdminService/Rollback", "Rollback"),
-    ("/midemb.v1.AdminService/ExportCache", "ExportCache"),
-    ("/midemb.v1.AdminService/ImportCache", "ImportCache"),
+    Method { path: "/midemb.v1.MidEmbService/WarmItems", name: "WarmItems" },
+    Method { path: "/midemb.v1.MidEmbService/GetModelInfo", name: "GetModelInfo" },
+    Method { path: "/midemb.v1.AdminService/GetStatus", name: "GetStatus" },
+    Method { path: "/midemb.v1.AdminService/FlushCache", name: "FlushCache" },
+    Method { path: "/midemb.v1.AdminService/PushConfig", name: "PushConfig" },
+    Method { path: "/midemb.v1.AdminService/Rollback", name: "Rollback" },
+    Method { path: "/midemb.v1.AdminService/ExportCache", name: "ExportCache" },
+    Method { path: "/midemb.v1.AdminService/ImportCache", name: "ImportCache" },
 ];
 
 /// Wraps a service with [`Counted`].
@@ -87,12 +94,12 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let Some((_, method)) = METHODS.iter().find(|(path, _)| *path == request.uri().path()) else {
+        let Some(method) = METHODS.iter().find(|method| method.path == request.uri().path()) else {
             return Box::pin(self.inner.call(request));
         };
         let context = CallContext::new();
         request.extensions_mut().insert(context.clone());
-        let call = Call { method, context, code: Code::Cancelled };
+        let call = Call { method: method.name, context, code: Code::Cancelled };
         let answer = self.inner.call(request);
         Box::pin(async move {
             let mut call = call;
