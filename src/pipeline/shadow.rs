@@ -1,8 +1,8 @@
 //! Shadows: models that score the requests of another model, to be compared with it before they answer any request.
 //!
 //! A shadow scores the same page with its own towers (and its own encoder, if it has another one) after the answer has been
-//! computed, so it delays no answer. It scores only a few requests at once; requests that arrive while it is busy are left out and counted, so that its
-//! cost is bounded whatever the traffic. Its results go into two histograms and nowhere else.
+//! computed, so it delays no answer. It scores only a few requests at once; requests that arrive while it is busy are left
+//! out and counted, so its cost is bounded whatever the traffic. Its results go into two histograms and nowhere else.
 
 use super::{Page, Pipeline, admission::Deadlines};
 use crate::{
