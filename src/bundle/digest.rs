@@ -1,4 +1,4 @@
-//! Digests: every file held to the manifest, and what the caches depend on.
+//! Digests: checks files against the manifest, and derives the digests that the caches key vectors by.
 
 use super::{
     BundleError,
@@ -8,13 +8,13 @@ use crate::domain::{EncoderDigest, TowerDigest, digest::sha256_hex_of};
 use sha2::{Digest, Sha256};
 use std::{fs::File, io, path::Path};
 
-/// Holds one file to its size and digest.
+/// Checks the size and digest of one file. Reads the whole file.
 pub fn check(folder: &Path, file: &FileSpec) -> Result<(), BundleError> {
     let path = folder.join(&file.path);
     let (n_bytes, found) = match File::open(&path).and_then(sha256_hex_of) {
         Ok(read) => read,
         Err(source) if source.kind() == io::ErrorKind::NotFound => {
-            return Err(BundleError::FileMissing { path, fetched: file.pypi.clone() });
+            return Err(BundleError::FileMissing { path, pypi_package: file.pypi.clone() });
         }
         Err(source) => return Err(BundleError::Read { path, source }),
     };
@@ -25,7 +25,7 @@ pub fn check(folder: &Path, file: &FileSpec) -> Result<(), BundleError> {
     Ok(())
 }
 
-/// Everything that a content embedding depends on beside the text.
+/// The digest of everything that a content embedding depends on besides the text.
 pub fn encoder_digest(manifest: &Manifest) -> EncoderDigest {
     let mut hasher = part_hasher(manifest, Part::Encoder);
     hash_str(&mut hasher, &manifest.item_text.template);
@@ -35,13 +35,13 @@ pub fn encoder_digest(manifest: &Manifest) -> EncoderDigest {
     EncoderDigest::of_sha256(hasher)
 }
 
-/// Everything that a user embedding depends on beside the texts.
+/// The digest of everything that a user embedding depends on besides the texts.
 pub fn user_tower_digest(manifest: &Manifest) -> TowerDigest {
     let tower = &manifest.user_tower;
     digest_of_tower(manifest, Part::UserTower, &tower.inputs, &tower.outputs)
 }
 
-/// Everything that an item embedding depends on beside the text.
+/// The digest of everything that an item embedding depends on besides the text.
 pub fn tower_digest(manifest: &Manifest) -> TowerDigest {
     let tower = &manifest.item_tower;
     digest_of_tower(manifest, Part::ItemTower, &tower.inputs, &tower.outputs)
@@ -65,9 +65,11 @@ fn part_hasher(manifest: &Manifest, part: Part) -> Sha256 {
     hasher
 }
 
-/// Which inputs and outputs of a graph are used.
+/// Hashes the names of a graph's inputs and outputs.
 fn hash_ports(hasher: &mut Sha256, inputs: &[String], outputs: &[String]) {
-    inputs.iter().chain(outputs).for_each(|port| hash_str(hasher, port));
+    for port in inputs.iter().chain(outputs) {
+        hash_str(hasher, port);
+    }
 }
 
 fn hash_str(hasher: &mut Sha256, text: &str) {

@@ -1,7 +1,6 @@
-//! The golden check: what the graphs give here against what PyTorch gave in training, stage by stage.
+//! The golden check: compares the graphs' results on this machine with PyTorch's results from training, stage by stage.
 //!
-//! Each stage starts from the golden result of the stage before, so that the first stage that is off is the one that is
-//! named.
+//! Each stage starts from the previous stage's golden result, so a mismatch is reported for the stage that causes it.
 
 use super::{BundleError, Manifest};
 use crate::{
@@ -13,9 +12,9 @@ use crate::{
 use serde::Deserialize;
 use std::{fmt, path::Path};
 
-/// The largest difference of one value that single precision may show.
+/// The largest allowed difference of a single value, in single precision.
 pub const MAX_ABSOLUTE: f32 = 1e-4;
-/// The smallest cosine of two vectors that single precision may show.
+/// The cosine of two vectors must be greater than this, in single precision.
 pub const MIN_COSINE: f64 = 0.99999;
 
 /// The golden vectors, written by the trainer from PyTorch.
@@ -53,58 +52,58 @@ struct GoldenPair {
     cvr: f32,
 }
 
-/// How far one stage was off at most.
+/// The largest differences of one stage.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StageReport {
-    /// Which stage.
+    /// The stage's name.
     pub stage: &'static str,
-    /// Vectors compared.
+    /// The number of vectors compared.
     pub n_vectors: usize,
-    /// The largest difference of one value.
+    /// The largest difference of a single value.
     pub max_absolute: f32,
     /// The smallest cosine; 1 for stages of single numbers.
     pub min_cosine: f64,
 }
 
-/// Two vectors that should be equal and are not.
+/// A result that differs from its golden counterpart.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Mismatch {
-    /// Which vector.
-    pub what: String,
-    /// What is wrong with it.
-    pub found: String,
+    /// The stage and the index of the result, such as "content 3".
+    pub subject: String,
+    /// How it differs; the predicate of a sentence about `subject`.
+    pub problem: String,
 }
 
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.what, self.found)
+        write!(f, "{} {}", self.subject, self.problem)
     }
 }
 
-/// Collects one stage's comparisons.
-struct Stage(StageReport);
+/// Collects the comparisons of one stage.
+struct StageCheck(StageReport);
 
-impl Stage {
+impl StageCheck {
     fn new(stage: &'static str) -> Self {
-        Stage(StageReport { stage, n_vectors: 0, max_absolute: 0.0, min_cosine: 1.0 })
+        StageCheck(StageReport { stage, n_vectors: 0, max_absolute: 0.0, min_cosine: 1.0 })
     }
 
     fn compare(&mut self, index: usize, found: &[f32], expected: &[f32]) -> Result<(), Mismatch> {
-        let what = || format!("{} {index}", self.0.stage);
-        let mismatch = |found: String| Err(Mismatch { what: what(), found });
+        let subject = || format!("{} {index}", self.0.stage);
+        let mismatch = |problem: String| Err(Mismatch { subject: subject(), problem });
         if found.len() != expected.len() {
             return mismatch(format!("has {} values, golden has {}", found.len(), expected.len()));
         }
         if let Some(value) = found.iter().find(|x| !x.is_finite()) {
-            return mismatch(format!("is not finite: it holds {value}"));
+            return mismatch(format!("is not finite: it contains {value}"));
         }
-        // `f32::max` skips NaN, so the golden side has to be looked at, too.
+        // `f32::max` ignores NaN, so the golden values must be checked, too.
         if let Some(value) = expected.iter().find(|x| !x.is_finite()) {
-            return mismatch(format!("cannot be checked: golden holds {value}"));
+            return mismatch(format!("cannot be checked: golden contains {value}"));
         }
         let absolute = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         let cosine = if expected.len() > 1 { cosine(found, expected) } else { 1.0 };
-        // A cosine with a vector of zeros is NaN, and no match.
+        // The cosine with a zero vector is NaN, which counts as a mismatch.
         if absolute > MAX_ABSOLUTE || cosine.is_nan() || cosine <= MIN_COSINE {
             return mismatch(format!(
                 "differs from golden by {absolute:.2e} (at most {MAX_ABSOLUTE:.0e}), cosine {cosine:.6} (above {MIN_COSINE})"
@@ -117,21 +116,21 @@ impl Stage {
     }
 }
 
-/// Reads the golden file of a bundle and checks that its indices make sense.
+/// Reads the golden file of a bundle and checks that its indices are in range.
 pub fn read(folder: &Path, manifest: &Manifest) -> Result<Golden, BundleError> {
     let path = folder.join(&manifest.golden.file);
     let text = std::fs::read_to_string(&path).map_err(|source| BundleError::Read { path: path.clone(), source })?;
-    let refused = |reason: String| BundleError::GoldenFile { path: path.clone(), reason };
-    let golden: Golden = serde_json::from_str(&text).map_err(|error| refused(error.to_string()))?;
+    let invalid = |reason: String| BundleError::GoldenFile { path: path.clone(), reason };
+    let golden: Golden = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
     let (n_items, n_users) = (golden.items.len(), golden.users.len());
     let histories = golden.users.iter().flat_map(|user| &user.history);
     if histories.chain(golden.pairs.iter().map(|p| &p.item)).any(|i| *i >= n_items)
         || golden.pairs.iter().any(|pair| pair.user >= n_users)
     {
-        return Err(refused("an index is out of range".to_owned()));
+        return Err(invalid("an index is out of range".to_owned()));
     }
     if n_items == 0 || n_users == 0 || golden.pairs.is_empty() {
-        return Err(refused("there is nothing to check against".to_owned()));
+        return Err(invalid("it has no items, no users or no pairs, at least one of each is required".to_owned()));
     }
     Ok(golden)
 }
@@ -142,19 +141,19 @@ impl Golden {
         self.items.iter().map(|item| &item.text)
     }
 
-    /// Their token ids.
+    /// The token ids of the golden items.
     pub fn token_ids(&self) -> impl Iterator<Item = &[i64]> + Clone {
         self.items.iter().map(|item| item.token_ids.as_slice())
     }
 
-    /// Their content embeddings.
+    /// The content embeddings of the golden items.
     pub fn contents(&self) -> impl Iterator<Item = &[f32]> {
         self.items.iter().map(|item| item.content.as_slice())
     }
 
-    /// Holds content embeddings, one an item, to the golden ones.
+    /// Compares content embeddings, one per golden item, with the golden ones.
     pub fn check_contents<'a>(&self, found: impl Iterator<Item = &'a [f32]>) -> Result<StageReport, BundleError> {
-        let mut stage = Stage::new("content");
+        let mut stage = StageCheck::new("content");
         for (i, (found, item)) in found.zip(&self.items).enumerate() {
             stage.compare(i, found, &item.content)?;
         }
@@ -162,7 +161,7 @@ impl Golden {
     }
 }
 
-/// Runs every golden text through the encoder. Gives the content embeddings that were computed, too.
+/// Runs every golden text through the encoder. Returns the reports and the computed content embeddings.
 pub fn check_encoder(
     golden: &Golden,
     model: &EncoderModel,
@@ -179,27 +178,28 @@ pub fn check_towers(
     manifest: &Manifest,
     towers: &mut TowerGraphs,
 ) -> Result<Vec<StageReport>, BundleError> {
-    let towers_alone = [check_items(golden, manifest, towers)?, check_users(golden, manifest, towers)?];
-    Ok(towers_alone.into_iter().chain(check_pairs(golden, manifest, towers)?).collect())
+    let mut reports = vec![check_items(golden, manifest, towers)?, check_users(golden, manifest, towers)?];
+    reports.extend(check_pairs(golden, manifest, towers)?);
+    Ok(reports)
 }
 
-/// Holds template and tokenizer to the golden prompts and ids.
+/// Compares the template's prompts and the tokenizer's ids with the golden ones.
 pub fn check_tokens(golden: &Golden, model: &EncoderModel) -> Result<StageReport, BundleError> {
-    let mut stage = Stage::new("token_ids");
+    let mut stage = StageCheck::new("token_ids");
     for (i, item) in golden.items.iter().enumerate() {
         let prompt = model.template.render(&item.text).map_err(|e| BundleError::Encode(e.into()))?;
         if prompt != item.prompt {
             return Err(Mismatch {
-                what: format!("prompt {i}"),
-                found: format!("is {prompt:?}, golden is {:?}", item.prompt),
+                subject: format!("prompt {i}"),
+                problem: format!("is {prompt:?}, golden is {:?}", item.prompt),
             }
             .into());
         }
         let ids = model.tokenize(&item.text)?;
         if ids != item.token_ids {
             return Err(Mismatch {
-                what: format!("token_ids {i}"),
-                found: format!("are {ids:?}, golden are {:?}", item.token_ids),
+                subject: format!("token_ids {i}"),
+                problem: format!("are {ids:?}, golden are {:?}", item.token_ids),
             }
             .into());
         }
@@ -213,9 +213,9 @@ fn check_content(
     model: &EncoderModel,
     graph: &mut Graph,
 ) -> Result<(StageReport, Vec<Vector>), BundleError> {
-    let mut stage = Stage::new("content");
+    let mut stage = StageCheck::new("content");
     let mut computed = Vec::with_capacity(golden.items.len());
-    // In one batch and one by one: a graph that lets padding in would pass either alone.
+    // Once in one batch and once one by one: a graph whose results depend on padding could pass one of the two.
     let batch: Vec<&[i64]> = golden.items.iter().map(|item| item.token_ids.as_slice()).collect();
     let together = model.encode(graph, &batch)?;
     for (i, item) in golden.items.iter().enumerate() {
@@ -228,7 +228,7 @@ fn check_content(
 }
 
 fn check_items(golden: &Golden, manifest: &Manifest, graphs: &mut TowerGraphs) -> Result<StageReport, BundleError> {
-    let mut stage = Stage::new("item");
+    let mut stage = StageCheck::new("item");
     let contents: Vec<Vector> = golden.items.iter().map(|item| item.content.as_slice().into()).collect();
     let items = item_tower::embed(graphs, &contents, manifest.item_tower.dim)?;
     for (i, (found, item)) in items.iter().zip(&golden.items).enumerate() {
@@ -238,11 +238,11 @@ fn check_items(golden: &Golden, manifest: &Manifest, graphs: &mut TowerGraphs) -
 }
 
 fn check_users(golden: &Golden, manifest: &Manifest, graphs: &mut TowerGraphs) -> Result<StageReport, BundleError> {
-    let mut stage = Stage::new("user");
+    let mut stage = StageCheck::new("user");
     let dims = UserDims { content: manifest.encoder.dim, user: manifest.user_tower.dim };
     let history = |user: &GoldenUser| user.history.iter().flat_map(|j| &golden.items[*j].content).copied().collect();
     let histories: Vec<Vec<f32>> = golden.users.iter().map(history).collect();
-    // Together and one by one: a tower that lets another user's items in, or padding, would pass alone.
+    // Once in one batch and once one by one: a tower that reads another user's items, or padding, could pass the latter.
     let together = user_tower::embed(graphs, histories.clone(), dims)?;
     for (i, (history, user)) in histories.into_iter().zip(&golden.users).enumerate() {
         stage.compare(i, &together[i * dims.user..(i + 1) * dims.user], &user.user)?;
@@ -256,9 +256,9 @@ fn check_pairs(
     manifest: &Manifest,
     graphs: &mut TowerGraphs,
 ) -> Result<[StageReport; 2], BundleError> {
-    let (mut mid_emb, mut cvr) = (Stage::new("mid_emb"), Stage::new("cvr"));
+    let (mut mid_emb, mut cvr) = (StageCheck::new("mid_emb"), StageCheck::new("cvr"));
     let dims = (manifest.user_tower.dim, manifest.cvr.dim);
-    // Together and one by one, for the same reason: each row has to read its own user.
+    // Once in one batch and once one by one: in a batch each row must read its own user.
     let users: Vec<f32> = golden.users.iter().flat_map(|user| &user.user).copied().collect();
     let items: Vec<f32> = golden.pairs.iter().flat_map(|pair| &golden.items[pair.item].item).copied().collect();
     let owners: Vec<i64> = golden.pairs.iter().map(|pair| pair.user as i64).collect();
@@ -291,15 +291,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_difference_is_named_with_its_size() {
-        let mut stage = Stage::new("content");
+    fn a_mismatch_is_reported_with_its_size() {
+        let mut stage = StageCheck::new("content");
         assert_eq!(stage.compare(0, &[1.0, 0.0], &[1.0, 5e-5]), Ok(()));
         let off = stage.compare(3, &[1.0, 0.0], &[1.0, 0.01]).unwrap_err().to_string();
         assert!(off.starts_with("content 3 differs from golden by 1.00e-2"), "{off}");
         let turned = stage.compare(3, &[1e-5, 0.0], &[0.0, 1e-5]).unwrap_err().to_string();
         assert!(turned.contains("cosine 0.000000"), "{turned}");
         let nan = stage.compare(4, &[f32::NAN], &[0.1]).unwrap_err().to_string();
-        assert_eq!(nan, "content 4 is not finite: it holds NaN");
+        assert_eq!(nan, "content 4 is not finite: it contains NaN");
         assert!(stage.compare(5, &[0.1], &[f32::NAN]).is_err());
         assert!(stage.compare(5, &[0.1], &[0.1, 0.2]).is_err());
     }

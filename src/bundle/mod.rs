@@ -1,8 +1,8 @@
 //! Bundles: folders of graphs that are complete, immutable and checked before they serve.
 //!
-//! [`store`] fetches a bundle from where operators keep it, [`manifest`] reads `manifest.toml`, [`digest`] holds every file to
-//! it, [`mod@load`] makes a running [`Model`] of it, [`golden`] compares what the graphs give here with what PyTorch gave in
-//! training, `warm` runs them at real sizes, and [`registry`] routes requests to the models that serve.
+//! [`store`] fetches a bundle from an object store, [`manifest`] reads `manifest.toml`, [`digest`] checks every file against
+//! it, [`mod@load`] turns the bundle into a running [`Model`], [`golden`] compares the graphs' results with PyTorch's
+//! results from training, `warm` runs the graphs at real sizes, and [`registry`] routes requests to the models that serve.
 
 pub mod digest;
 pub mod golden;
@@ -14,4 +14,4 @@ mod warm;
 
 pub use load::{BundleError, LoadOptions, LoadStep, Loaded, Model, load, verify};
 pub use manifest::Manifest;
-pub use registry::{Registry, ServedModel, Shadow, Snapshot};
+pub use registry::{ModelSet, Registry, ServedModel, Shadow};

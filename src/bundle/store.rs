@@ -1,30 +1,31 @@
-//! Bundles out of object stores, as folders of a local cache.
+//! Fetches bundles from object stores into a local cache.
 //!
-//! In comes the URL that a bundle's files lie under; out comes a folder for [`load`](super::load()), which never learns
-//! where it came from. The manifest is fetched first, and its SHA-256 is the bundle's digest. Then come the files that no
-//! bundle here has yet, streamed to the disk and held to their sizes and digests on the way, whatever their size.
+//! The input is the URL of a bundle; the output is a local folder for [`load`](super::load()), which does not know where the
+//! bundle came from. The manifest is fetched first, and its SHA-256 is the bundle's digest. Then the files that are not in
+//! the cache are streamed to disk, and their sizes and digests are checked on the way.
 //!
-//! - A bundle's folder has the bundle's digest as its name and is complete from the moment that it is there.
-//! - A file is kept once, under its own digest: an update of the towers does not fetch the encoder again, and what came
-//!   completely before a transfer broke does not come again.
-//! - A digest that the config pins needs no network where the bundle is here.
-//! - Where a store gives no good bundle, a push is refused; a server that starts serves what served last from that URL.
-//! - Errors and logs hold no credentials: a URL with some is refused, and options are never shown.
+//! - A bundle's folder is named after the bundle's digest and is complete as soon as it exists.
+//! - A file is stored once, under its own digest: an update of the towers does not fetch the encoder again, and files that
+//!   were complete before a transfer failed are not fetched again.
+//! - A bundle whose digest the config pins needs no network if it is in the cache.
+//! - If the store provides no valid bundle, a push is refused; a starting server falls back to the bundle of that URL that
+//!   served last.
+//! - Errors and logs contain no credentials: a URL with credentials is refused, and option values are never shown.
 //!
-//! Files that are here already are trusted by their size, because `load` reads all of them against their digests anyway.
-//! If it finds one damaged, [`Store::heal`] removes what is, and the next fetch brings it back.
+//! Cached files are checked by size only, because `load` checks all of them against their digests. If it finds a damaged
+//! file, [`Store::remove_damaged`] removes it, and the next fetch downloads it again.
 //!
-//! Deliberately not here: the environment (options are handed in), polling a URL for changes, writing to a store, and
-//! two files at once (one stream a store is simple to stop and to report on).
+//! Deliberately not here: reading the environment (options are passed in), polling a URL for changes, writing to a store, and
+//! fetching several files at once (one stream per store is simple to stop and to report on).
 
 mod cache;
 mod remote;
 mod source;
 
 pub use cache::Pruned;
-pub use source::{BundleUrl, Source};
+pub use source::{BundleUrl, Source, SourceError};
 
-use super::manifest::{self, FileSpec, Manifest};
+use super::manifest::{self, FileSpec, Manifest, ManifestError};
 use crate::domain::digest::sha256_hex;
 use cache::{Cache, NewBundle, is_digest};
 use remote::Remote;
@@ -38,114 +39,73 @@ use thiserror::Error;
 use tokio::{sync::mpsc, task::spawn_blocking};
 use tokio_stream::StreamExt;
 
-/// Pieces of a file that wait for the disk, some kilobytes each.
+/// Chunks of a file, a few kilobytes each, that may wait to be written to disk.
 const QUEUE: usize = 64;
 
-/// Why a bundle cannot be had. Each is one line; `file` is a file's URL.
+/// Why a bundle cannot be fetched. Each message is one line; `url` is the bundle's URL, `file` is a file's URL.
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the messages name the fields")]
 pub enum StoreError {
-    /// An option of the store cannot be used.
+    /// An option of the store is invalid.
     #[error("{url} cannot be opened: {reason}")]
-    Options {
-        /// The bundle's.
-        url: String,
-        /// Which option, and what is wrong with it.
-        reason: String,
-    },
-    /// The store gave no answer, an error, or less than it announced.
+    Options { url: String, reason: String },
+    /// The store did not answer, answered with an error, or sent less than it announced.
     #[error("{file} cannot be fetched: {reason}")]
-    Unreachable {
-        /// What was asked for.
-        file: String,
-        /// What happened.
-        reason: String,
-    },
-    /// The store wants other credentials.
+    Unreachable { file: String, reason: String },
+    /// The store rejected the credentials.
     #[error("{file} is denied: {reason}")]
-    Denied {
-        /// What was asked for.
-        file: String,
-        /// The store's answer.
-        reason: String,
-    },
+    Denied { file: String, reason: String },
     /// The store has no such file.
     #[error("{file} does not exist")]
-    Missing {
-        /// What was asked for.
-        file: String,
-    },
-    /// The manifest is not one that this server can fetch a bundle by.
+    Missing { file: String },
+    /// The manifest is invalid.
     #[error("{file}: {reason}")]
-    Manifest {
-        /// The manifest.
-        file: String,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// A file is not the one that the manifest lists.
+    Manifest { file: String, reason: String },
+    /// A file differs from the manifest in size or digest.
     #[error("{file} is not what the manifest lists: it has {found}, the manifest says {expected}")]
-    Damaged {
-        /// The file.
-        file: String,
-        /// Its size, or its digest where the size is right.
-        found: String,
-        /// As the manifest has it.
-        expected: String,
-    },
-    /// The URL holds another bundle than the one that is pinned.
+    Damaged { file: String, found: String, expected: String },
+    /// The bundle's digest is not the pinned one.
     #[error("{url} holds the bundle {found}, but {expected} is pinned")]
-    NotPinned {
-        /// The bundle's.
-        url: String,
-        /// The digest of what is there.
-        found: String,
-        /// The digest that is pinned.
-        expected: String,
-    },
-    /// What is pinned is no digest.
+    NotPinned { url: String, found: String, expected: String },
+    /// The pinned digest is malformed.
     #[error("{0:?} is not a digest: 64 characters of lower-case hex")]
     Digest(String),
     /// The local cache cannot be read or written.
     #[error("{}: {source}", path.display())]
-    Disk {
-        /// The file or folder.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A thread that worked on the cache is gone.
+    Disk { path: PathBuf, source: io::Error },
+    /// A thread that worked on the cache panicked or was cancelled.
     #[error("bundle cache: {0}")]
     Thread(#[from] tokio::task::JoinError),
 }
 
 impl StoreError {
-    /// Is this about what the store gave, rather than about this machine and its config?
-    fn is_of_the_store(&self) -> bool {
+    /// Whether the store or its contents are at fault, rather than this machine or its config.
+    fn is_store_fault(&self) -> bool {
         use StoreError::{Damaged, Denied, Manifest, Missing, Unreachable};
         matches!(self, Unreachable { .. } | Denied { .. } | Missing { .. } | Manifest { .. } | Damaged { .. })
     }
 }
 
-/// What to do where the store gives no good bundle.
+/// What to do if the store provides no valid bundle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fallback {
-    /// Say so: whatever serves goes on serving.
+    /// Fail: the models that serve keep serving.
     Refuse,
-    /// Use the bundle of the URL that served last: a server that starts has nothing else to serve.
+    /// Use the bundle of the URL that served last, because a starting server has nothing else to serve.
     LastServed,
 }
 
-/// Told how many bytes have come, and how many are to come in all; files that were here already count in neither.
+/// Called with the number of bytes fetched and the total number of bytes to fetch; cached files count in neither.
 pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
 
-/// Fetches bundles into one local folder. Processes may share the folder.
+/// Fetches bundles into one local folder, which several processes may share.
 #[derive(Debug, Clone)]
 pub struct Store {
     cache: Cache,
     options: Options,
 }
 
-/// Names and values, some of them secret.
+/// Names and values of options. Values may be secret, so `Debug` shows only the names.
 #[derive(Clone)]
 struct Options(Arc<[(String, String)]>);
 
@@ -156,17 +116,18 @@ impl std::fmt::Debug for Options {
 }
 
 impl Store {
-    /// A store that caches in `folder`, which is made when it is needed. `options` are those of `object_store`
-    /// (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT`, `GOOGLE_SERVICE_ACCOUNT`, `AZURE_STORAGE_ACCOUNT_KEY` ...), in any case, and
-    /// `HTTP_AUTHORIZATION`, which http stores are sent as the header `authorization`. Each kind of store takes those that
-    /// it knows.
+    /// Creates a store that caches bundles in `folder`, which is created on the first fetch. `options` are those of
+    /// `object_store` (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT`, `GOOGLE_SERVICE_ACCOUNT`, `AZURE_STORAGE_ACCOUNT_KEY` ...), in
+    /// any letter case, and `HTTP_AUTHORIZATION`, which is sent to http stores as the header `authorization`. Each kind of
+    /// store ignores the options that it does not know.
     pub fn new(folder: PathBuf, options: Vec<(String, String)>) -> Self {
         Store { cache: Cache::new(folder), options: Options(options.into()) }
     }
 
-    /// The local folder of the bundle under `url`, fetched if it is not here; with `pinned`, of this bundle only.
+    /// Returns the local folder of the bundle at `url` and fetches it if it is not cached. With `pinned`, only a bundle with
+    /// this digest is accepted.
     ///
-    /// Dropping the future stops the transfer; files that have come completely are kept.
+    /// Cancel-safe: dropping the future stops the transfer; files that are complete stay in the cache.
     pub async fn fetch(
         &self,
         url: &BundleUrl,
@@ -183,20 +144,21 @@ impl Store {
                 return Ok(folder);
             }
         }
-        match self.fetch_now(url, pinned, progress).await {
-            // What is pinned is not here, so that whatever served last is not what is pinned.
-            Err(error) if fallback == Fallback::LastServed && pinned.is_none() && error.is_of_the_store() => {
-                let asked = url.to_string();
-                let last = self.on_disk(move |cache| Ok(cache.last(&asked))).await?;
-                let Some((digest, folder)) = last else { return Err(error) };
-                tracing::warn!(%url, digest, cause = %error, "bundle cannot be fetched, its last version serves");
-                Ok(folder)
-            }
-            fetched => fetched,
+        let error = match self.fetch_from_store(url, pinned, progress).await {
+            Ok(folder) => return Ok(folder),
+            Err(error) => error,
+        };
+        // A pinned bundle would have been found in the cache, so the bundle that served last is not the pinned one.
+        if fallback == Fallback::Refuse || pinned.is_some() || !error.is_store_fault() {
+            return Err(error);
         }
+        let url_text = url.to_string();
+        let Some(last) = self.on_disk(move |cache| Ok(cache.last_served(&url_text))).await? else { return Err(error) };
+        tracing::warn!(%url, digest = last.digest, cause = %error, "bundle cannot be fetched, its last version serves");
+        Ok(last.folder)
     }
 
-    async fn fetch_now(
+    async fn fetch_from_store(
         &self,
         url: &BundleUrl,
         pinned: Option<&str>,
@@ -209,51 +171,52 @@ impl Store {
             return Err(StoreError::NotPinned { url: url.to_string(), found: digest, expected: expected.to_owned() });
         }
         let named = digest.clone();
-        match self.on_disk(move |cache| Ok(cache.find(&named))).await? {
-            Some(folder) => Ok(folder),
-            None => {
-                let refused = |reason| StoreError::Manifest { file: url.file(manifest::FILE), reason };
-                let manifest = Manifest::parse(&text).and_then(check_names).map_err(refused)?;
-                let named = digest.clone();
-                let bundle = self.on_disk(move |cache| cache.begin(&named)).await?;
-                self.gather(&remote, Arc::new(bundle), &manifest.files, progress).await?.finish(text).await
-            }
+        if let Some(folder) = self.on_disk(move |cache| Ok(cache.find(&named))).await? {
+            return Ok(folder);
         }
+        let invalid =
+            |error: ManifestError| StoreError::Manifest { file: url.file(manifest::FILE), reason: error.to_string() };
+        let manifest = Manifest::parse(&text).map_err(invalid)?;
+        check_names(&manifest).map_err(invalid)?;
+        let bundle = Arc::new(self.on_disk(move |cache| cache.start_bundle(&digest)).await?);
+        self.add_files(&remote, &bundle, &manifest.files, progress).await?;
+        spawn_blocking(move || bundle.finish(&text, &manifest.files)).await?
     }
 
-    /// Notes that this bundle of `url` passed every check and serves: it is what a start falls back to. Blocks.
+    /// Records that this bundle of `url` has passed every check and serves, for [`Fallback::LastServed`]. Blocks.
     pub fn remember(&self, url: &BundleUrl, digest: &str) -> Result<(), StoreError> {
         self.cache.remember(url.as_str(), digest)
     }
 
-    /// The folder of the bundle of `url` that served last, if it is still here. Blocks.
+    /// The folder of the bundle of `url` that served last, if it is still cached. Blocks.
     pub fn last_served(&self, url: &BundleUrl) -> Option<PathBuf> {
-        self.cache.last(url.as_str()).map(|(_digest, folder)| folder)
+        self.cache.last_served(url.as_str()).map(|last| last.folder)
     }
 
-    /// Puts every file into the bundle, and fetches those that are not here.
-    async fn gather(
+    /// Adds every file to the bundle, and fetches the files that are not cached.
+    async fn add_files(
         &self,
         remote: &Remote,
-        bundle: Arc<NewBundle>,
+        bundle: &Arc<NewBundle>,
         files: &[FileSpec],
         progress: Progress<'_>,
-    ) -> Result<Gathered, StoreError> {
+    ) -> Result<(), StoreError> {
         let mut seen = HashSet::new();
-        let absent = files.iter().filter(|file| !self.cache.holds(file) && seen.insert(&file.sha256));
-        let total = absent.fold(0_u64, |total, file| total.saturating_add(file.bytes));
+        let missing = files.iter().filter(|file| !self.cache.has_file(file) && seen.insert(&file.sha256));
+        let total = missing.fold(0_u64, |total, file| total.saturating_add(file.bytes));
         let mut n_bytes = 0;
         for file in files {
-            while !link(&bundle, file).await? {
+            // Repeated, because another process may prune a file between its transfer and its link.
+            while !add_cached(bundle, file).await? {
                 let before = n_bytes;
                 self.transfer(remote, file, &|n| progress(before + n, total)).await?;
                 n_bytes += file.bytes;
             }
         }
-        Ok(Gathered { bundle, files: files.to_vec() })
+        Ok(())
     }
 
-    /// Fetches one file.
+    /// Fetches one file into the cache.
     async fn transfer(
         &self,
         remote: &Remote,
@@ -269,13 +232,13 @@ impl Store {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (cache, spec) = (self.cache.clone(), file.clone());
         let writer = spawn_blocking(move || cache.receive(&spec, receiver));
-        let mut pieces = found.into_stream();
+        let mut chunks = found.into_stream();
         let mut n_bytes = 0;
-        while let Some(piece) = pieces.next().await {
-            let piece = piece.map_err(|error| remote.refusal(&file.path, &error))?;
-            n_bytes += piece.len() as u64;
-            // A writer that hangs up says why at its end.
-            if sender.send(piece).await.is_err() {
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk.map_err(|error| remote.store_error(&file.path, &error))?;
+            n_bytes += chunk.len() as u64;
+            // If the writer has stopped, its result below says why.
+            if sender.send(chunk).await.is_err() {
                 break;
             }
             progress(n_bytes);
@@ -291,15 +254,15 @@ impl Store {
         Ok(())
     }
 
-    /// Reads every file of the bundle against its digest and removes those that are damaged, and then the bundle's folder,
-    /// so that the next fetch brings back just them. Gives the number of damaged files; a bundle that is not here has
-    /// none. Takes as long as reading the bundle takes: call it where blocking is fine, after `load` refused a digest.
-    pub fn heal(&self, digest: &str) -> Result<usize, StoreError> {
-        if is_digest(digest) { self.cache.heal(digest) } else { Err(StoreError::Digest(digest.to_owned())) }
+    /// Checks every file of a cached bundle against its digest. If some are damaged, removes them and the bundle's folder, so
+    /// that the next fetch downloads only the damaged files. Returns the number of damaged files, 0 for a bundle that is not
+    /// cached. Meant for use after `load` has refused a digest. Blocks while it reads the whole bundle.
+    pub fn remove_damaged(&self, digest: &str) -> Result<usize, StoreError> {
+        if is_digest(digest) { self.cache.remove_damaged(digest) } else { Err(StoreError::Digest(digest.to_owned())) }
     }
 
-    /// Removes the bundles that are neither in `keep` nor among the five newest, and then files that no bundle has, unless
-    /// they came within the last hour. What the cache did not make is not touched. Blocks.
+    /// Removes the bundles that are neither in `keep` nor among the five newest, and then the files that no bundle uses,
+    /// unless they are less than an hour old. Files that the cache did not create are not touched. Blocks.
     pub fn prune(&self, keep: &[String]) -> Result<Pruned, StoreError> {
         self.cache.prune(keep)
     }
@@ -313,35 +276,24 @@ impl Store {
     }
 }
 
-/// A bundle that has all of its files.
-struct Gathered {
-    bundle: Arc<NewBundle>,
-    files: Vec<FileSpec>,
-}
-
-impl Gathered {
-    async fn finish(self, text: String) -> Result<PathBuf, StoreError> {
-        spawn_blocking(move || self.bundle.finish(&text, &self.files)).await?
-    }
-}
-
-async fn link(bundle: &Arc<NewBundle>, file: &FileSpec) -> Result<bool, StoreError> {
+/// Adds a file to the bundle if it is cached; returns whether it was.
+async fn add_cached(bundle: &Arc<NewBundle>, file: &FileSpec) -> Result<bool, StoreError> {
     let (bundle, file) = (Arc::clone(bundle), file.clone());
     spawn_blocking(move || bundle.link(&file)).await?
 }
 
-/// Digests and paths become names in the cache.
-fn check_names(manifest: Manifest) -> Result<Manifest, String> {
+/// Checks the digests and paths of the files, which become file names in the cache.
+fn check_names(manifest: &Manifest) -> Result<(), ManifestError> {
     let mut paths = HashSet::new();
     for FileSpec { path, sha256, .. } in &manifest.files {
         if !is_digest(sha256) {
-            return Err(format!("{path:?} has the sha256 {sha256:?}, which is not 64 characters of lower-case hex"));
+            return Err(ManifestError::FileDigest { path: path.clone(), sha256: sha256.clone() });
         }
         if path == manifest::FILE || !paths.insert(Path::new(path)) {
-            return Err(format!("{path:?} is listed twice, or is the manifest itself"));
+            return Err(ManifestError::ListedTwice(path.clone()));
         }
     }
-    Ok(manifest)
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! The first runs of every thread's graphs, at the sizes of real traffic: what a session allocates and lays out at its first
-//! run is done before the first request. What comes out has to be finite.
+//! Runs every thread's graphs once at the sizes of real traffic, so that a session's first-run allocations happen before the
+//! first request. The results must be finite.
 
 use super::{BundleError, Manifest, golden::Golden};
 use crate::{
@@ -9,9 +9,9 @@ use crate::{
     towers::{TowerGraphs, fusion, item_tower, user_tower, user_tower::UserDims},
 };
 
-/// Candidates of one run.
+/// Candidates per run.
 const CANDIDATES: usize = 512;
-/// Tokens of one run of the encoder, as its batches have them on a CPU.
+/// Tokens per run of the encoder, as many as its batches have on a CPU.
 const TOKENS: usize = 512;
 
 /// Runs all graphs of all threads.
@@ -25,7 +25,7 @@ pub(super) fn run(
         let longest = golden.token_ids().map(<[i64]>::len).max().unwrap_or(1).max(1);
         let texts: Vec<&[i64]> = golden.token_ids().cycle().take((TOKENS / longest).max(1)).collect();
         for graph in graphs {
-            finite("encoder", &model.encode(graph, &texts)?)?;
+            check_finite("encoder", &model.encode(graph, &texts)?)?;
         }
     }
     let contents: Vec<Vector> = golden.contents().map(Vector::from).collect();
@@ -35,17 +35,19 @@ pub(super) fn run(
     let dims = UserDims { content: manifest.encoder.dim, user: manifest.user_tower.dim };
     for graphs in towers {
         let items = item_tower::embed(graphs, &batch, manifest.item_tower.dim)?;
-        items.iter().try_for_each(|item| finite("item tower", item))?;
+        for item in &items {
+            check_finite("item tower", item)?;
+        }
         let user = user_tower::embed(graphs, vec![history.clone()], dims)?;
-        finite("user tower", &user)?;
+        check_finite("user tower", &user)?;
         let candidates: Vec<f32> = items.iter().cycle().take(CANDIDATES).flat_map(|v| v.iter().copied()).collect();
         let fused = fusion::fuse(graphs, &user, &candidates, &[0; CANDIDATES], (dims.user, manifest.cvr.dim))?;
-        finite("cvr", &fused.mid_emb.data)?;
-        finite("cvr", &fused.cvr)?;
+        check_finite("cvr", &fused.mid_emb.data)?;
+        check_finite("cvr", &fused.cvr)?;
     }
     Ok(())
 }
 
-fn finite(stage: &'static str, values: &[f32]) -> Result<(), BundleError> {
+fn check_finite(stage: &'static str, values: &[f32]) -> Result<(), BundleError> {
     if all_finite(values) { Ok(()) } else { Err(BundleError::NotFinite { stage }) }
 }

@@ -29,7 +29,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let desired = desired::read(&args.config)?;
     let settings = Settings::from_text(&desired.text, &args.config)?;
     logs::install(settings.log_format, &settings.log_filter)?;
-    desired.announce();
+    desired.log_origin();
     let recorder = Recorder::install()?;
     logs::install_panic_hook();
     let trace = args.record_trace.as_deref().map(|path| item_trace::Recorder::start(path, args.record_trace_mb << 20));

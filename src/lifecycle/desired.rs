@@ -1,8 +1,9 @@
-//! What is to be in force: the config file, or what was pushed over it.
+//! The desired config: the config file, or the config that was pushed over it.
 //!
-//! A pushed config lies beside the file, `midemb.pushed.toml` beside `midemb.toml`, and wins over it at a restart for as long
-//! as the file stays as it was when the push came: its first line holds the file's SHA-256. Who edits the file afterwards
-//! means the file, and has it. So the newest wish wins, whichever way it came and whether or not the server was up.
+//! A pushed config is saved next to the config file, `midemb.pushed.toml` next to `midemb.toml`. At a restart it takes
+//! precedence as long as the config file is unchanged since the push; its first line contains the config file's SHA-256. If
+//! the config file is edited after the push, the config file takes precedence. So the newest config always wins, whichever
+//! way it came and whether or not the server was running.
 
 use crate::{
     config::{ConfigError, raw::read_file},
@@ -13,54 +14,64 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
 };
+use thiserror::Error;
 
-/// A config and where it was found.
+/// The desired config and its origin.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Desired {
     /// TOML.
     pub text: String,
-    /// The file that it was pushed into; none where it is the config file's own.
+    /// The file of the pushed config; none if the config is the config file itself.
     pub pushed_file: Option<PathBuf>,
-    /// A pushed config that is not in force, because the config file has changed since.
-    pub overruled: Option<PathBuf>,
-    /// What the config file says.
+    /// The file of a pushed config that is ignored because the config file has changed since.
+    pub overridden: Option<PathBuf>,
+    /// The contents of the config file.
     pub file_text: String,
 }
 
-/// How the first line of a pushed config begins.
+/// Why a pushed config cannot be saved for the next restart.
+#[derive(Debug, Error)]
+#[error("{} cannot be written, so a restart would lose this config: {source}", path.display())]
+#[expect(missing_docs, reason = "the message names the fields")]
+pub struct PersistError {
+    pub path: PathBuf,
+    pub source: io::Error,
+}
+
+/// The start of the first line of a pushed config.
 const HEADER: &str = "# midemb: pushed over ";
 const BASE: &str = " sha256=";
 
-/// Where a config that is pushed over `file` is kept.
+/// The path where a config that is pushed over `file` is saved.
 pub fn pushed_path(file: &Path) -> PathBuf {
     file.with_extension("pushed.toml")
 }
 
-/// What is to be in force where `file` is the config file.
+/// Reads the desired config; `file` is the config file.
 pub fn read(file: &Path) -> Result<Desired, ConfigError> {
     let file_text = read_file(file)?;
     let path = pushed_path(file);
-    let own = Desired { text: file_text.clone(), pushed_file: None, overruled: None, file_text };
+    let from_file = Desired { text: file_text.clone(), pushed_file: None, overridden: None, file_text };
     let pushed = match fs::read_to_string(&path) {
         Ok(pushed) => pushed,
-        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(own),
-        // Nobody would know why another config than the one that was pushed is in force.
+        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(from_file),
+        // Falling back to the config file would silently undo a push.
         Err(source) => return Err(ConfigError::Read { path, source }),
     };
-    if base_of(&pushed) == Some(sha256_hex(own.file_text.as_bytes()).as_str()) {
-        return Ok(Desired { text: body(&pushed).to_owned(), pushed_file: Some(path), ..own });
+    if base_of(&pushed) == Some(sha256_hex(from_file.file_text.as_bytes()).as_str()) {
+        return Ok(Desired { text: body(&pushed).to_owned(), pushed_file: Some(path), ..from_file });
     }
-    Ok(Desired { overruled: Some(path), ..own })
+    Ok(Desired { overridden: Some(path), ..from_file })
 }
 
 impl Desired {
-    /// Says in the log which of two configs this is.
-    pub fn announce(&self) {
+    /// Logs where the config comes from, if there is a pushed config.
+    pub fn log_origin(&self) {
         if let Some(file) = &self.pushed_file {
             let file = file.display();
             tracing::info!(%file, "a pushed config is in force, remove this file to go back to the config file");
         }
-        if let Some(file) = &self.overruled {
+        if let Some(file) = &self.overridden {
             tracing::warn!(
                 file = %file.display(),
                 "the config file has changed since this config was pushed over it: the config file is in force"
@@ -69,24 +80,29 @@ impl Desired {
     }
 }
 
-/// Makes `text` what a restart finds, for as long as `file` says `base`, as it did when somebody wished for it. Returns the
-/// file that it was put into; none where the config file says the same.
-pub fn keep(file: &Path, base: &str, text: &str, who: &str) -> Result<Option<PathBuf>, (PathBuf, io::Error)> {
+/// Saves `text` as the config that a restart uses as long as the contents of `file` are `base`. Returns the path that it was
+/// written to, or none if `text` is the same as the config file.
+pub fn persist(file: &Path, base: &str, text: &str, who: &str) -> Result<Option<PathBuf>, PersistError> {
     let path = pushed_path(file);
-    let kept = if base == text { forget(&path).map(|()| None) } else { write(&path, base, file, text, who).map(Some) };
-    kept.map_err(|source| (path, source))
+    let result = if base == text { remove(&path) } else { write(&path, base, file, text, who) };
+    match result {
+        Ok(()) if base == text => Ok(None),
+        Ok(()) => Ok(Some(path)),
+        Err(source) => Err(PersistError { path, source }),
+    }
 }
 
-fn forget(path: &Path) -> io::Result<()> {
+/// Removes a pushed config if there is one.
+fn remove(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
-        // A folder that is mounted read-only refuses to remove even what is not there.
+        // Checked first, because removing a file that does not exist fails in a read-only folder, too.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         _ => fs::remove_file(path),
     }
 }
 
-/// A reader finds the old file or the new one, whole.
-fn write(path: &Path, base: &str, file: &Path, text: &str, who: &str) -> io::Result<PathBuf> {
+/// Replaces the pushed config atomically: a reader sees either the old file or the new one.
+fn write(path: &Path, base: &str, file: &Path, text: &str, who: &str) -> io::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut new = tempfile::NamedTempFile::new_in(folder)?;
     let name = file.file_name().unwrap_or_default().to_string_lossy();
@@ -95,19 +111,20 @@ fn write(path: &Path, base: &str, file: &Path, text: &str, who: &str) -> io::Res
     new.write_all(body(text).as_bytes())?;
     new.as_file().sync_all()?;
     new.persist(path)?;
-    // It is in its place; not every file system syncs folders.
+    // Only a warning: the file is in place, and some file systems cannot sync folders.
     if let Err(error) = fs::File::open(folder).and_then(|folder| folder.sync_all()) {
         tracing::warn!(%error, folder = %folder.display(), "a pushed config may not survive a power failure");
     }
-    Ok(path.to_path_buf())
+    Ok(())
 }
 
+/// The SHA-256 of the config file that a pushed config was pushed over.
 fn base_of(pushed: &str) -> Option<&str> {
     let header = pushed.lines().next()?.strip_prefix(HEADER)?;
     header.split_once(BASE)?.1.split(' ').next()
 }
 
-/// The config without our line above it.
+/// The config without the header line that [`write`] adds.
 fn body(text: &str) -> &str {
     match text.split_once('\n') {
         Some((header, body)) if header.starts_with(HEADER) => body,
@@ -120,34 +137,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_wish_wins() {
+    fn the_newest_config_wins() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("midemb.toml");
         fs::write(&file, "a = 1\n").unwrap();
         let found = |file: &Path| read(file).map(|desired| (desired.text, desired.pushed_file)).unwrap();
         assert_eq!(found(&file), ("a = 1\n".to_owned(), None));
 
-        let kept = keep(&file, "a = 1\n", "a = 2\n", "ann\nfrom 127.0.0.1").unwrap();
-        assert_eq!(kept, Some(folder.path().join("midemb.pushed.toml")));
-        assert_eq!(found(&file), ("a = 2\n".to_owned(), kept.clone()));
+        let saved = persist(&file, "a = 1\n", "a = 2\n", "ann\nfrom 127.0.0.1").unwrap();
+        assert_eq!(saved, Some(folder.path().join("midemb.pushed.toml")));
+        assert_eq!(found(&file), ("a = 2\n".to_owned(), saved.clone()));
         assert_eq!(read(&file).unwrap().file_text, "a = 1\n");
 
         fs::write(&file, "a = 3\n").unwrap();
         let edited = read(&file).unwrap();
         assert_eq!((edited.text.as_str(), edited.pushed_file), ("a = 3\n", None), "the file was edited after the push");
-        assert_eq!(edited.overruled, kept);
+        assert_eq!(edited.overridden, saved);
 
-        let pushed = fs::read_to_string(kept.unwrap()).unwrap();
-        keep(&file, "a = 3\n", &pushed, "bob").unwrap();
-        assert_eq!(read(&file).unwrap().text, "a = 2\n", "a pushed file that is pushed has one header");
+        let pushed = fs::read_to_string(saved.unwrap()).unwrap();
+        persist(&file, "a = 3\n", &pushed, "bob").unwrap();
+        assert_eq!(read(&file).unwrap().text, "a = 2\n", "pushing a pushed file again added a second header");
 
-        assert_eq!(keep(&file, "a = 3\n", "a = 3\n", "bob").unwrap(), None);
-        assert!(!pushed_path(&file).exists(), "what the file says needs no file beside it");
+        assert_eq!(persist(&file, "a = 3\n", "a = 3\n", "bob").unwrap(), None);
+        assert!(!pushed_path(&file).exists(), "a pushed file was kept although it is the same as the config file");
     }
 
     #[test]
-    fn a_folder_that_cannot_be_written_is_named() {
-        let (path, _source) = keep(Path::new("/nowhere/midemb.toml"), "", "a = 1", "ann").unwrap_err();
-        assert_eq!(path, Path::new("/nowhere/midemb.pushed.toml"));
+    fn the_error_names_the_file_that_cannot_be_written() {
+        let error = persist(Path::new("/nowhere/midemb.toml"), "", "a = 1", "ann").unwrap_err();
+        assert_eq!(error.path, Path::new("/nowhere/midemb.pushed.toml"));
     }
 }

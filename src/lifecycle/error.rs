@@ -1,90 +1,60 @@
-//! Why a config does not come into force. Whatever it is, what serves goes on serving.
+//! Why a config is not put in force. Whatever the reason, the config and the models in force stay as they are.
 
+use super::desired::PersistError;
 use crate::{
     bundle::{BundleError, store::StoreError},
     config::{ConfigError, fault::Fault},
     inference::LibraryError,
 };
-use std::{io, path::PathBuf};
+use std::path::PathBuf;
 use thiserror::Error;
 
-/// Why a push was refused.
+/// Why a push or a rollback was refused.
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the messages name the fields; `name` is a model's name")]
 pub enum PushError {
-    /// The config is no TOML, or has keys or values that cannot be.
+    /// The config is not TOML, or has invalid keys or values.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// It changes what only a restart can change.
+    /// The config changes settings that only a restart can change.
     #[error("config: {}", join(.0))]
     Frozen(Vec<Fault>),
-    /// Another config is in force than the caller thinks.
-    #[error("the config in force has the digest {found}, not {expected}: look at it again and push to that one")]
-    Conflict {
-        /// As the caller has it.
-        expected: String,
-        /// As it is.
-        found: String,
-    },
-    /// Another config came into force while this one was loading.
-    #[error("another config came into force meanwhile, with the digest {0}: look at it again and push to that one")]
+    /// The push is based on a config that is not in force.
+    #[error("the config in force has the digest {found}, not {expected}: read it and push again")]
+    Conflict { expected: String, found: String },
+    /// Another config was put in force while this one was being loaded.
+    #[error("another config was put in force during this push, with the digest {0}: read it and push again")]
     Overtaken(String),
-    /// One push at a time.
-    #[error("another push is under way, {0}")]
+    /// Another push is running; only one runs at a time. The text says who started it and when, or is empty.
+    #[error("another push is running{0}: wait until it has ended and push again")]
     Busy(String),
-    /// ONNX Runtime cannot be had.
+    /// ONNX Runtime cannot be loaded.
     #[error(transparent)]
     Library(#[from] LibraryError),
     /// A bundle cannot be fetched.
     #[error("model {name:?}: {source}")]
-    Fetch {
-        /// The model.
-        name: String,
-        /// What failed.
-        source: Box<StoreError>,
-    },
+    Fetch { name: String, source: Box<StoreError> },
     /// A bundle failed its checks.
     #[error("model {name:?}: {source}")]
-    Bundle {
-        /// The model.
-        name: String,
-        /// What failed.
-        source: Box<BundleError>,
-    },
-    /// A shadow's mid-embs cannot be compared.
-    #[error("model {name:?}: its mid-embs have {found} numbers, those of {of:?}, which it shadows, have {expected}")]
-    Shadow {
-        /// The shadow.
-        name: String,
-        /// The model that answers.
-        of: String,
-        /// The shadow's.
-        found: usize,
-        /// The answering model's.
-        expected: usize,
-    },
-    /// The config would be lost at a restart.
-    #[error("{} cannot be written, and a config that a restart would forget is not put in force: {source}", path.display())]
-    Persist {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// What serves is no longer where the config says.
+    Bundle { name: String, source: Box<BundleError> },
+    /// A shadow's mid-embs cannot be compared with those of the model that it shadows.
+    #[error(
+        "model {name:?}: its mid-embs have {found} dimensions, but those of {shadow_of:?}, which it shadows, have {expected}"
+    )]
+    Shadow { name: String, shadow_of: String, found: usize, expected: usize },
+    /// The config cannot be saved for the next restart.
+    #[error(transparent)]
+    Persist(#[from] PersistError),
+    /// The folder of a model that serves contains another bundle by now.
     #[error("model {name:?}: a restart would find another bundle in {}", folder.display())]
-    Moved {
-        /// The model.
-        name: String,
-        /// Where its bundle was.
-        folder: PathBuf,
-    },
-    /// There was no push yet.
-    #[error("there is no config before this one")]
-    NothingBefore,
-    /// The server is on its way out.
+    BundleReplaced { name: String, folder: PathBuf },
+    /// No config was replaced since the server started.
+    #[error("there is no previous config to roll back to")]
+    NoPreviousConfig,
+    /// The server is shutting down.
     #[error("the server is draining")]
     Draining,
-    /// A fault of ours.
+    /// A background task panicked or was cancelled.
     #[error("a load failed: {0}")]
     Failed(String),
 }

@@ -1,4 +1,4 @@
-//! What pushes did, step by step, for `GetStatus`, the log and the metrics: the one under way and the last ones.
+//! Reports of pushes, step by step, for `GetStatus`, the log and the metrics: of the running push and of the last ones.
 
 use super::PushError;
 use crate::telemetry::events;
@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-/// What made somebody wish for a config.
+/// The cause of a push or a rollback.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trigger {
     /// The server starts.
@@ -24,7 +24,7 @@ pub enum Trigger {
 }
 
 impl Trigger {
-    /// As status, log and documents call it.
+    /// The name used in the status, the log and the documentation.
     pub fn as_str(self) -> &'static str {
         match self {
             Trigger::Start => "start",
@@ -36,37 +36,37 @@ impl Trigger {
     }
 }
 
-/// What a push does, in this order; for several models some come several times.
+/// The steps of a push, in order. With several models some steps run several times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
-    /// The text becomes settings.
+    /// The config is parsed into settings.
     Parse,
-    /// They are held to what only a restart can change.
+    /// The settings are compared with those that only a restart can change.
     Validate,
-    /// A bundle comes from its store.
+    /// A bundle is fetched from its store.
     Fetch,
-    /// Its files are held to their digests.
+    /// The files of a bundle are checked against their digests.
     Digests,
-    /// ONNX Runtime reads its graphs.
+    /// ONNX Runtime loads the graphs of a bundle.
     Graphs,
-    /// Its golden vectors are computed again.
+    /// The golden vectors of a bundle are computed again.
     Golden,
-    /// Its graphs run at the sizes of real traffic.
+    /// The graphs of a bundle run at the sizes of real traffic.
     Warm,
-    /// The caches are read from a snapshot.
+    /// The caches are restored from a snapshot.
     Restore,
-    /// Its caches are filled with what is hot.
+    /// The caches are filled with hot items for a new model.
     Replay,
-    /// The config is put where a restart finds it.
+    /// The config is saved for the next restart.
     Persist,
-    /// It serves.
+    /// The new models replace the old ones.
     Swap,
-    /// Requests that began before it end.
+    /// Requests that started before the swap finish.
     Drain,
 }
 
 impl Step {
-    /// As status, metrics and documents call it.
+    /// The name used in the status, the metrics and the documentation.
     pub fn as_str(self) -> &'static str {
         match self {
             Step::Parse => "parse",
@@ -85,21 +85,21 @@ impl Step {
     }
 }
 
-/// How a push ended well.
+/// The outcome of a successful push or rollback.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// It is in force.
+    /// The pushed config is in force.
     Applied,
-    /// It was in force already.
+    /// The pushed config was already in force.
     Unchanged,
-    /// It could be in force: a dry run.
+    /// A dry run found that the config could be put in force.
     Checked,
-    /// The config before is in force again.
+    /// The previous config is in force again.
     RolledBack,
 }
 
 impl Outcome {
-    /// As status, metrics and documents call it.
+    /// The name used in the status, the metrics and the documentation.
     pub fn as_str(self) -> &'static str {
         match self {
             Outcome::Applied => "applied",
@@ -112,45 +112,73 @@ impl Outcome {
 
 const REFUSED: &str = "refused";
 
+/// How far a step is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it all")]
+pub enum StepStatus {
+    Running,
+    Ok,
+    Failed,
+}
+
+impl StepStatus {
+    /// The name used in the status; empty while the step runs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            StepStatus::Running => "",
+            StepStatus::Ok => "ok",
+            StepStatus::Failed => "failed",
+        }
+    }
+}
+
 /// One step of a push.
 #[derive(Debug, Clone)]
 pub struct StepReport {
-    /// Which.
+    #[expect(missing_docs, reason = "its type says it all")]
     pub step: Step,
-    /// The model that it is about; empty where it is about all.
+    /// The name of the model that the step works on; empty if it works on the whole config.
     pub subject: String,
-    /// How long it took, or has taken so far.
+    /// The step's duration, or the time since its start while it runs.
     pub took: Duration,
-    /// None while it runs.
-    pub is_ok: Option<bool>,
+    #[expect(missing_docs, reason = "its type says it all")]
+    pub status: StepStatus,
 }
 
-/// One push.
+/// How much of a step's work is done, in units of that step.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it all")]
+pub struct Progress {
+    pub done: u64,
+    pub total: u64,
+}
+
+/// One push or rollback.
 #[derive(Debug, Clone)]
 pub struct Report {
-    /// What made somebody wish for it.
+    #[expect(missing_docs, reason = "its type says it all")]
     pub trigger: Trigger,
-    /// Who.
+    /// The operator, or the part of the server that started it.
     pub who: String,
-    /// When.
+    /// When it started.
     pub began: SystemTime,
-    /// How long it took, or has taken so far.
+    /// Its duration, or the time since its start while it runs.
     pub took: Duration,
-    /// The config in force before.
+    /// The digest of the config in force before it.
     pub digest_before: String,
-    /// The one that was pushed, as far as it could be read.
+    /// The digest of the pushed config; empty if it could not be parsed.
     pub digest: String,
-    /// How it ended; empty while it runs.
+    /// The name of its outcome, or "refused"; empty while it runs.
     pub result: &'static str,
-    /// Why it was refused.
+    /// Why it was refused; empty otherwise.
     pub reason: String,
-    /// In order.
+    /// Its steps so far, in order.
     pub steps: Vec<StepReport>,
-    /// How much of how much of the step under way is done.
-    pub progress: (u64, u64),
+    /// The progress of the running step.
+    pub progress: Progress,
 }
 
-/// So many pushes are remembered.
+/// The number of reports that are kept.
 const MAX_REPORTS: usize = 32;
 
 /// The pushes of this process.
@@ -159,24 +187,25 @@ pub struct Journal(Mutex<Entries>);
 
 #[derive(Debug, Default)]
 struct Entries {
-    running: Option<Running>,
+    running: Option<RunningPush>,
     /// Newest first.
     past: VecDeque<Report>,
 }
 
 #[derive(Debug)]
-struct Running {
+struct RunningPush {
     report: Report,
     began: Instant,
     step_began: Instant,
 }
 
-impl Running {
-    fn end_step(&mut self, is_ok: bool) {
+impl RunningPush {
+    /// Ends the running step, if there is one.
+    fn end_step(&mut self, status: StepStatus) {
         let took = self.step_began.elapsed();
-        if let Some(step) = self.report.steps.last_mut().filter(|step| step.is_ok.is_none()) {
-            (step.took, step.is_ok) = (took, Some(is_ok));
-            events::reload_step_finished(step.step.as_str(), is_ok, took);
+        if let Some(step) = self.report.steps.last_mut().filter(|step| step.status == StepStatus::Running) {
+            (step.took, step.status) = (took, status);
+            events::reload_step_finished(step.step.as_str(), status == StepStatus::Ok, took);
         }
     }
 }
@@ -186,43 +215,43 @@ impl Journal {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A push begins; whoever calls this has seen to it that no other is under way.
+    /// Records the start of a push. The caller ensures that no other push is running.
     pub(super) fn begin(&self, trigger: Trigger, who: &str, digest_before: &str) {
         let now = Instant::now();
-        self.lock().running =
-            Some(Running { report: report(trigger, who, digest_before), began: now, step_began: now });
+        let report = new_report(trigger, who, digest_before);
+        self.lock().running = Some(RunningPush { report, began: now, step_began: now });
     }
 
-    /// The step before has ended well, the next one begins.
-    pub(super) fn step(&self, step: Step, subject: &str) {
+    /// Records that the running step, if any, has succeeded and that `step` starts.
+    pub(super) fn begin_step(&self, step: Step, subject: &str) {
         if let Some(running) = &mut self.lock().running {
-            running.end_step(true);
+            running.end_step(StepStatus::Ok);
             let subject = subject.to_owned();
-            running.report.steps.push(StepReport { step, subject, took: Duration::ZERO, is_ok: None });
-            running.report.progress = (0, 0);
+            running.report.steps.push(StepReport { step, subject, took: Duration::ZERO, status: StepStatus::Running });
+            running.report.progress = Progress::default();
             running.step_began = Instant::now();
         }
     }
 
-    /// So much of so much of the step is done.
-    pub(super) fn progress(&self, done: u64, total: u64) {
+    /// Records the progress of the running step.
+    pub(super) fn set_progress(&self, progress: Progress) {
         if let Some(running) = &mut self.lock().running {
-            running.report.progress = (done, total);
+            running.report.progress = progress;
         }
     }
 
-    /// The pushed config could be read, and is this one.
-    pub(super) fn digest(&self, digest: &str) {
+    /// Records the digest of the pushed config, once the config is parsed.
+    pub(super) fn set_digest(&self, digest: &str) {
         if let Some(running) = &mut self.lock().running {
             digest.clone_into(&mut running.report.digest);
         }
     }
 
-    /// The push under way has ended.
+    /// Records the end of the running push.
     pub(super) fn end(&self, result: &Result<Outcome, PushError>) -> Report {
         let mut entries = self.lock();
-        let Some(mut running) = entries.running.take() else { return report(Trigger::Push, "", "") };
-        running.end_step(result.is_ok());
+        let Some(mut running) = entries.running.take() else { return new_report(Trigger::Push, "", "") };
+        running.end_step(if result.is_ok() { StepStatus::Ok } else { StepStatus::Failed });
         let mut report = running.report;
         report.took = running.began.elapsed();
         match result {
@@ -232,38 +261,38 @@ impl Journal {
         entries.add(report)
     }
 
-    /// The config before is in force again.
-    pub(super) fn rolled_back(&self, who: &str, (before, digest): (&str, &str), took: Duration) -> Report {
+    /// Records a rollback from the config `digest_before` to the config `digest`.
+    pub(super) fn rolled_back(&self, who: &str, digest_before: &str, digest: &str, took: Duration) -> Report {
         let (digest, result) = (digest.to_owned(), Outcome::RolledBack.as_str());
-        self.lock().add(Report { took, digest, result, ..report(Trigger::Rollback, who, before) })
+        self.lock().add(Report { took, digest, result, ..new_report(Trigger::Rollback, who, digest_before) })
     }
 
-    /// A wish that was refused as soon as it came.
-    pub(super) fn refuse(&self, trigger: Trigger, who: &str, before: &str, error: PushError) -> PushError {
+    /// Records a push or a rollback that was refused before its first step.
+    pub(super) fn refused(&self, trigger: Trigger, who: &str, digest_before: &str, error: &PushError) {
         let reason = error.to_string();
-        self.lock().add(Report { result: REFUSED, reason, ..report(trigger, who, before) });
-        error
+        self.lock().add(Report { result: REFUSED, reason, ..new_report(trigger, who, digest_before) });
     }
 
-    /// The push under way, as far as it is.
+    /// The running push.
     pub fn running(&self) -> Option<Report> {
         let entries = self.lock();
-        let Running { report, began, step_began } = entries.running.as_ref()?;
+        let RunningPush { report, began, step_began } = entries.running.as_ref()?;
         let mut report = report.clone();
         report.took = began.elapsed();
-        if let Some(step) = report.steps.last_mut().filter(|step| step.is_ok.is_none()) {
+        if let Some(step) = report.steps.last_mut().filter(|step| step.status == StepStatus::Running) {
             step.took = step_began.elapsed();
         }
         Some(report)
     }
 
-    /// The pushes that have ended, newest first.
+    /// The last pushes that have ended, newest first.
     pub fn past(&self) -> Vec<Report> {
         self.lock().past.iter().cloned().collect()
     }
 }
 
 impl Entries {
+    /// Logs, counts and keeps the report of a push that has ended.
     fn add(&mut self, report: Report) -> Report {
         let Report { trigger, who, digest_before, digest, result, reason, took, .. } = &report;
         let (trigger, took_ms) = (trigger.as_str(), took.as_millis() as u64);
@@ -280,7 +309,7 @@ impl Entries {
     }
 }
 
-fn report(trigger: Trigger, who: &str, digest_before: &str) -> Report {
+fn new_report(trigger: Trigger, who: &str, digest_before: &str) -> Report {
     Report {
         trigger,
         who: who.to_owned(),
@@ -291,7 +320,7 @@ fn report(trigger: Trigger, who: &str, digest_before: &str) -> Report {
         result: "",
         reason: String::new(),
         steps: Vec::new(),
-        progress: (0, 0),
+        progress: Progress::default(),
     }
 }
 
@@ -300,24 +329,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_push_is_told_step_by_step_and_remembered() {
+    fn pushes_are_reported_step_by_step_and_the_last_ones_are_kept() {
         let journal = Journal::default();
         journal.begin(Trigger::Push, "ann", "before");
-        journal.step(Step::Parse, "");
-        journal.digest("after");
-        journal.step(Step::Graphs, "learn");
-        journal.progress(3, 7);
+        journal.begin_step(Step::Parse, "");
+        journal.set_digest("after");
+        journal.begin_step(Step::Graphs, "learn");
+        journal.set_progress(Progress { done: 3, total: 7 });
         let running = journal.running().unwrap();
-        let steps: Vec<_> = running.steps.iter().map(|s| (s.step.as_str(), s.subject.as_str(), s.is_ok)).collect();
-        assert_eq!(steps, [("parse", "", Some(true)), ("graphs", "learn", None)]);
-        assert_eq!((running.progress, running.result), ((3, 7), ""));
+        let steps: Vec<_> = running.steps.iter().map(|s| (s.step.as_str(), s.subject.as_str(), s.status)).collect();
+        assert_eq!(steps, [("parse", "", StepStatus::Ok), ("graphs", "learn", StepStatus::Running)]);
+        assert_eq!((running.progress, running.result), (Progress { done: 3, total: 7 }, ""));
 
         let report = journal.end(&Err(PushError::Draining));
         assert_eq!((report.result, report.reason.as_str()), ("refused", "the server is draining"));
-        assert_eq!(report.steps[1].is_ok, Some(false), "the step at which it failed");
+        assert_eq!(report.steps[1].status, StepStatus::Failed);
         assert!(journal.running().is_none());
         for _ in 0..2 * MAX_REPORTS {
-            journal.rolled_back("bob", ("after", "before"), Duration::ZERO);
+            journal.rolled_back("bob", "after", "before", Duration::ZERO);
         }
         let past = journal.past();
         assert_eq!((past.len(), past[0].result, past[0].who.as_str()), (MAX_REPORTS, "rolled_back", "bob"));

@@ -1,22 +1,23 @@
-//! The lifecycle of what serves: one desired state, whichever door it comes through, and one way for it into force.
+//! The lifecycle of the config and its models: whichever way a new config arrives, it is put in force by the same steps.
 //!
 //! ```text
 //! config file ─┐
 //! SIGHUP ──────┼─> parse ─> validate ─> fetch ─> digests ─> graphs ─> golden ─> warm ─> replay ─> persist ─> swap ─> drain
-//! PushConfig ──┘                        └──── beside what serves, on a thread that gives way ────┘
+//! PushConfig ──┘                        └─── next to the models that serve, at low priority ───┘
 //! ```
 //!
 //! Invariants:
-//! - What fails at any step leaves everything that serves as it is, and says which step it was and why ([`journal`]).
-//! - One push at a time. One that was meant for another config than the one in force is refused, also where that changed
-//!   while it was loading.
-//! - A config comes into force at once, for all its models together, and not before a restart would find it ([`desired`]).
-//! - The config before and its models stay as they are for a [`Lifecycle::rollback`], which waits for no push and loads
-//!   nothing.
-//! - A start goes the same way, so that what was pushed starts from cold.
+//! - A failure at any step changes nothing that serves, and the [`journal`] says which step failed and why.
+//! - One push runs at a time. A push that is based on another config than the one in force is refused, even if the config
+//!   changed while the push was loading.
+//! - A config is put in force atomically, for all its models together, and only after it is saved for a restart
+//!   ([`desired`]).
+//! - The previous config and its models stay loaded for a [`Lifecycle::rollback`], which neither waits for a push nor loads
+//!   anything.
+//! - A start runs the same steps, so a pushed config is also in force after a restart.
 //!
-//! `load` has the steps that concern bundles, `swap` those that put a config in force; the pipeline's `replay` fills caches;
-//! [`watch`] listens for new ones.
+//! `load` has the steps that work on bundles, `swap` the steps that put a config in force; the pipeline's `replay` fills the
+//! caches; [`watch`] detects changes of the config file.
 
 pub mod desired;
 pub mod error;
@@ -27,87 +28,87 @@ pub mod watch;
 
 pub use desired::Desired;
 pub use error::PushError;
-pub use journal::{Journal, Outcome, Report, Step, Trigger};
+pub use journal::{Journal, Outcome, Progress, Report, Step, Trigger};
 
 use crate::{
     bundle::{
-        Model, Snapshot,
+        Model, ModelSet,
         store::{Fallback, Store},
     },
     cache::snapshot::{Served, keeper::SnapshotKeeper},
     config::{Settings, store_options},
     inference::Runtime,
-    pipeline::Pipeline,
+    pipeline::{Pipeline, replay::ReplaySummary},
 };
-use load::Candidate;
+use load::LoadedModels;
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
-use tokio::sync::{OnceCell, watch as watched};
+use tokio::sync::{OnceCell, watch as watch_channel};
 
-/// A config that is, or was, in force.
+/// A config that is or was in force.
 #[derive(Debug, Clone)]
 pub struct InForce {
     /// The SHA-256 of its settings.
     pub digest: String,
-    /// The file that it was pushed into; none where it is the config file's own.
+    /// The file that it was pushed into; none if it is the config file itself.
     pub pushed_file: Option<PathBuf>,
-    /// Its models.
-    pub snapshot: Arc<Snapshot>,
+    #[expect(missing_docs, reason = "its type says it all")]
+    pub models: Arc<ModelSet>,
     text: String,
 }
 
-/// A wish.
+/// A request to put a config in force.
 #[derive(Debug, Clone)]
 pub struct Push {
     /// The config, TOML.
     pub text: String,
-    /// What made somebody wish for it.
+    #[expect(missing_docs, reason = "its type says it all")]
     pub trigger: Trigger,
-    /// Who.
+    /// The operator, or the part of the server that pushes, for the journal.
     pub who: String,
-    /// The digest of the config that it is meant to follow.
-    pub expected: Option<String>,
-    /// Everything but putting it in force.
+    /// The push is refused unless the config in force has this digest.
+    pub expected_digest: Option<String>,
+    /// Runs all steps except those that put the config in force.
     pub is_dry_run: bool,
-    /// Where it was found, at a start.
+    /// The file that the config was read from if it was pushed before a restart.
     pub pushed_file: Option<PathBuf>,
 }
 
-/// What a push or a rollback did.
+/// The result of a successful push or rollback.
 #[derive(Debug)]
-pub struct Applied {
-    /// How it ended.
+pub struct PushResult {
+    #[expect(missing_docs, reason = "its type says it all")]
     pub outcome: Outcome,
-    /// What is in force now.
+    /// The config that is now in force.
     pub in_force: InForce,
-    /// Step by step.
+    /// The steps that ran.
     pub report: Report,
-    /// Why a restart would not come back to it.
+    /// Why a restart would not restore the config that was rolled back to.
     pub warning: Option<PushError>,
 }
 
-/// What serves, and the ways to change it.
+/// The config and the models in force, and the operations that change them.
 #[derive(Debug)]
 pub struct Lifecycle {
     pipeline: Arc<Pipeline>,
-    /// Fills the caches at a start; none where no snapshots are kept.
+    /// Restores the caches at a start; none if no snapshots are kept.
     snapshots: Option<Arc<SnapshotKeeper>>,
     /// The config file.
     file: PathBuf,
     store: Store,
-    /// The settings that the process started with: of what is not live, they are what is in force.
-    start: Settings,
+    /// The settings that the process started with; those that cannot change without a restart are still in force.
+    start_settings: Settings,
     runtime: OnceCell<Runtime>,
-    /// Held by the push under way.
-    turn: tokio::sync::Mutex<()>,
-    /// Held by who changes what is in force and what a restart finds, so that the two agree.
-    commit: Mutex<()>,
+    /// Held during a push, so that one push runs at a time.
+    push_lock: tokio::sync::Mutex<()>,
+    /// Held while the config in force and the saved config change, so that the two agree.
+    commit_lock: Mutex<()>,
     state: Mutex<State>,
-    draining: watched::Receiver<bool>,
-    /// What pushes did.
+    draining: watch_channel::Receiver<bool>,
+    #[expect(missing_docs, reason = "its type says it all")]
     pub journal: Journal,
 }
 
@@ -119,46 +120,47 @@ struct State {
 }
 
 impl Lifecycle {
-    /// Nothing is in force yet. `file` is the config file, `start` what was read from it.
+    /// Creates a lifecycle without a config in force. `file` is the config file, `start_settings` are the settings of the
+    /// config that [`Lifecycle::start`] puts in force.
     pub fn new(
         pipeline: Arc<Pipeline>,
         snapshots: Option<Arc<SnapshotKeeper>>,
         file: PathBuf,
-        start: Settings,
-        draining: watched::Receiver<bool>,
+        start_settings: Settings,
+        draining: watch_channel::Receiver<bool>,
     ) -> Self {
-        let store = Store::new(start.bundles_folder.clone(), store_options());
+        let store = Store::new(start_settings.bundles_folder.clone(), store_options());
         Lifecycle {
             pipeline,
             snapshots,
             file,
             store,
-            start,
+            start_settings,
             runtime: OnceCell::new(),
-            turn: tokio::sync::Mutex::new(()),
-            commit: Mutex::new(()),
+            push_lock: tokio::sync::Mutex::new(()),
+            commit_lock: Mutex::new(()),
             state: Mutex::default(),
             draining,
             journal: Journal::default(),
         }
     }
 
-    /// The config file.
-    pub fn file(&self) -> &std::path::Path {
+    /// The path of the config file.
+    pub fn file(&self) -> &Path {
         &self.file
     }
 
-    /// What is in force.
+    /// The config in force; none while the server starts.
     pub fn in_force(&self) -> Option<InForce> {
         self.state().current.clone()
     }
 
-    /// The parts of the models in force whose vectors are cached.
+    /// [`ModelSet::cached_parts`] of the models in force; empty while the server starts.
     pub fn cached_parts(&self) -> Vec<Served> {
-        self.in_force().map(|config| config.snapshot.cached_parts()).unwrap_or_default()
+        self.in_force().map(|config| config.models.cached_parts()).unwrap_or_default()
     }
 
-    /// What a rollback would put in force.
+    /// The config that a rollback would put in force.
     pub fn previous(&self) -> Option<InForce> {
         self.state().previous.clone()
     }
@@ -167,12 +169,13 @@ impl Lifecycle {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the config file says now; nothing where it cannot be read.
+    /// The current contents of the config file; empty if it cannot be read.
     fn file_text(&self) -> String {
         std::fs::read_to_string(&self.file).unwrap_or_default()
     }
 
-    fn digest(&self) -> String {
+    /// The digest of the config in force; empty while the server starts.
+    fn current_digest(&self) -> String {
         self.state().current.as_ref().map_or_else(String::new, |current| current.digest.clone())
     }
 
@@ -180,55 +183,64 @@ impl Lifecycle {
     pub async fn start(self: &Arc<Self>, desired: Desired) -> Result<(), PushError> {
         let Desired { text, pushed_file, .. } = desired;
         let who = "midemb serve".to_owned();
-        let push = Push { text, pushed_file, trigger: Trigger::Start, who, expected: None, is_dry_run: false };
+        let push = Push { text, pushed_file, trigger: Trigger::Start, who, expected_digest: None, is_dry_run: false };
         self.apply(push).await.map(drop)
     }
 
-    /// Puts a config in force, or says why not. One from an operator is refused while another push is under way, all others
-    /// wait for their turn.
+    /// Puts a config in force. While another push is running, a push from an operator is refused; others wait for it to end.
     ///
-    /// Not cancel-safe: run it as a task of its own.
-    pub async fn apply(self: &Arc<Self>, push: Push) -> Result<Applied, PushError> {
-        let _turn = match (push.trigger, self.turn.try_lock()) {
-            (_, Ok(turn)) => turn,
-            (Trigger::Push, Err(_)) => return Err(self.busy(&push.who)),
-            (_, Err(_)) => self.turn.lock().await,
+    /// Not cancel-safe: run it in a task of its own.
+    pub async fn apply(self: &Arc<Self>, push: Push) -> Result<PushResult, PushError> {
+        let _push_lock = match (push.trigger, self.push_lock.try_lock()) {
+            (_, Ok(lock)) => lock,
+            (Trigger::Push, Err(_)) => return Err(self.refuse_busy(&push.who)),
+            (_, Err(_)) => self.push_lock.lock().await,
         };
-        let before = self.digest();
-        self.journal.begin(push.trigger, &push.who, &before);
-        let result = self.go_through(&push, &before).await;
+        let digest_before = self.current_digest();
+        self.journal.begin(push.trigger, &push.who, &digest_before);
+        let result = self.run_push(&push, &digest_before).await;
         let report = self.journal.end(&result);
-        self.applied(result?, report, None)
+        self.push_result(result?, report, None)
     }
 
-    /// A wish that could not even be read.
-    fn refuse(&self, trigger: Trigger, who: &str, error: PushError) {
-        self.journal.refuse(trigger, who, &self.digest(), error);
+    /// Records a push whose config could not be read.
+    fn record_unreadable(&self, trigger: Trigger, who: &str, error: &PushError) {
+        self.journal.refused(trigger, who, &self.current_digest(), error);
     }
 
-    fn busy(&self, who: &str) -> PushError {
-        let describe = |report: Report| format!("by {} since {:.1} s ago", report.who, report.took.as_secs_f64());
-        let busy = PushError::Busy(self.journal.running().map_or_else(String::new, describe));
-        self.journal.refuse(Trigger::Push, who, &self.digest(), busy)
+    fn refuse_busy(&self, who: &str) -> PushError {
+        let started_by = match self.journal.running() {
+            Some(running) => format!(", started by {} {:.1} s ago", running.who, running.took.as_secs_f64()),
+            None => String::new(),
+        };
+        let error = PushError::Busy(started_by);
+        self.journal.refused(Trigger::Push, who, &self.current_digest(), &error);
+        error
     }
 
-    fn applied(&self, outcome: Outcome, report: Report, warning: Option<PushError>) -> Result<Applied, PushError> {
-        let in_force = self.in_force().ok_or(PushError::NothingBefore)?;
-        Ok(Applied { outcome, in_force, report, warning })
+    fn push_result(
+        &self,
+        outcome: Outcome,
+        report: Report,
+        warning: Option<PushError>,
+    ) -> Result<PushResult, PushError> {
+        let in_force = self.in_force().ok_or(PushError::NoPreviousConfig)?;
+        Ok(PushResult { outcome, in_force, report, warning })
     }
 
-    async fn go_through(self: &Arc<Self>, push: &Push, before: &str) -> Result<Outcome, PushError> {
-        conflict(push.expected.as_deref(), before)?;
-        let since = Since { n_swaps: self.state().n_swaps, file_text: self.file_text() };
+    async fn run_push(self: &Arc<Self>, push: &Push, digest_before: &str) -> Result<Outcome, PushError> {
+        check_expected_digest(push.expected_digest.as_deref(), digest_before)?;
+        let basis = PushBasis { n_swaps: self.state().n_swaps, file_text: self.file_text() };
         let mut draining = self.draining.clone();
-        let ready = tokio::select! {
-            ready = self.make_ready(push) => ready?,
-            // An error says that the server is gone altogether.
-            _ = draining.wait_for(|draining| *draining) => return Err(PushError::Draining),
+        let prepared = tokio::select! {
+            prepared = self.prepare(push) => prepared?,
+            // An error means that the server itself was dropped.
+            _ = draining.wait_for(|is_draining| *is_draining) => return Err(PushError::Draining),
         };
         let is_unchanged = self.in_force().is_some_and(|config| {
-            let models = config.snapshot.all().map(Arc::as_ptr);
-            config.digest == ready.settings.digest && models.eq(ready.candidate.snapshot.all().map(Arc::as_ptr))
+            let current = config.models.all().map(Arc::as_ptr);
+            let new = prepared.loaded.models.all().map(Arc::as_ptr);
+            config.digest == prepared.settings.digest && current.eq(new)
         });
         let outcome = match (push.is_dry_run, is_unchanged) {
             (true, _) => Outcome::Checked,
@@ -236,86 +248,89 @@ impl Lifecycle {
             (false, false) => Outcome::Applied,
         };
         let (lifecycle, push) = (Arc::clone(self), push.clone());
-        // What is not put in force ends here, too: threads and gigabytes are not given back on a thread that serves.
+        // A dry run drops its models here, too: joining threads and freeing gigabytes must not block an I/O thread.
         let committed = on_blocking(move || match outcome {
             Outcome::Checked => Ok(None),
-            _ => lifecycle.commit(&push, &since, ready, outcome),
+            _ => lifecycle.commit(&push, &basis, prepared, outcome),
         });
-        if let Some(left) = committed.await?? {
-            self.journal.step(Step::Drain, "");
-            self.drain(left).await;
+        if let Some(replaced) = committed.await?? {
+            self.journal.begin_step(Step::Drain, "");
+            self.drain(replaced).await;
         }
         Ok(outcome)
     }
 
-    /// Everything that can fail, beside what serves.
-    async fn make_ready(self: &Arc<Self>, push: &Push) -> Result<Ready, PushError> {
-        self.journal.step(Step::Parse, "");
+    /// Runs all steps that can fail, without touching the config and the models in force.
+    async fn prepare(self: &Arc<Self>, push: &Push) -> Result<PreparedConfig, PushError> {
+        self.journal.begin_step(Step::Parse, "");
         let settings = Settings::from_text(&push.text, &self.file)?;
-        self.journal.digest(&settings.digest);
-        self.journal.step(Step::Validate, "");
-        let frozen = self.start.frozen_differences(&settings);
+        self.journal.set_digest(&settings.digest);
+        self.journal.begin_step(Step::Validate, "");
+        let frozen = self.start_settings.frozen_differences(&settings);
         if !frozen.is_empty() {
             return Err(PushError::Frozen(frozen));
         }
         let is_start = push.trigger == Trigger::Start;
         let fallback = if is_start { Fallback::LastServed } else { Fallback::Refuse };
-        let candidate = self.prepare(&settings, &self.loaded(), fallback).await?;
-        match is_start {
-            true => self.restore(&candidate).await,
-            false => self.replay(&settings, &candidate).await,
+        let loaded = self.load_models(&settings, &self.running_models(), fallback).await?;
+        if is_start {
+            self.restore(&loaded).await;
+        } else {
+            self.replay(&settings, &loaded).await;
         }
-        Ok(Ready { settings, candidate })
+        Ok(PreparedConfig { settings, loaded })
     }
 
-    /// The models whose threads run: of what is in force and of what was before.
-    fn loaded(&self) -> Vec<Arc<Model>> {
+    /// The models whose threads are running: those of the config in force and of the previous one.
+    fn running_models(&self) -> Vec<Arc<Model>> {
         let state = self.state();
         let configs = state.current.iter().chain(&state.previous);
-        configs.flat_map(|config| config.snapshot.all()).cloned().collect()
+        configs.flat_map(|config| config.models.all()).cloned().collect()
     }
 
-    /// Fills the caches from their last snapshot, if snapshots are kept. Whatever is wrong with it, the server starts.
-    async fn restore(&self, candidate: &Candidate) {
+    /// Restores the caches from their last snapshot, if snapshots are kept. A bad snapshot does not prevent the start.
+    async fn restore(&self, loaded: &LoadedModels) {
         if let Some(snapshots) = &self.snapshots {
-            self.journal.step(Step::Restore, "");
-            snapshots.restore(candidate.snapshot.cached_parts()).await;
+            self.journal.begin_step(Step::Restore, "");
+            snapshots.restore(loaded.models.cached_parts()).await;
         }
     }
 
-    async fn replay(&self, settings: &Settings, candidate: &Candidate) {
+    /// Fills the caches for the new models with hot items, within the configured time.
+    async fn replay(&self, settings: &Settings, loaded: &LoadedModels) {
         let until = Instant::now() + settings.warm_for;
-        for model in &candidate.new {
-            self.journal.step(Step::Replay, &model.reference.name);
-            let progress = |done, total| self.journal.progress(done, total);
-            let (pipeline, of) = (Arc::clone(&self.pipeline), Arc::clone(model));
-            let n_models = candidate.new.len() as u64;
-            let Ok(hot) = self.on_loader(move || pipeline.hot_items(&of, n_models)).await else { continue };
-            let replayed = self.pipeline.replay(model, &hot, until, &progress).await;
-            let (name, n_items, n_embedded) = (&model.reference.name, replayed.n_items, replayed.n_embedded);
-            tracing::info!(name, n_items, n_embedded, "caches filled for a new model");
+        for model in &loaded.new {
+            self.journal.begin_step(Step::Replay, &model.reference.name);
+            let progress = |done, total| self.journal.set_progress(Progress { done, total });
+            let (pipeline, new_model) = (Arc::clone(&self.pipeline), Arc::clone(model));
+            let n_models = loaded.new.len() as u64;
+            let Ok(hot) = self.on_loader(move || pipeline.hot_items(&new_model, n_models)).await else { continue };
+            let ReplaySummary { n_items, n_embedded } = self.pipeline.replay(model, &hot, until, &progress).await;
+            tracing::info!(name = model.reference.name, n_items, n_embedded, "caches filled for a new model");
         }
     }
 }
 
-/// How things stood when a push began.
-struct Since {
-    /// Swaps so far: another one since then is somebody's who knew nothing of this push.
+/// The state that a push is based on, recorded when it starts.
+struct PushBasis {
+    /// The number of swaps so far. If it changes during the push, another config was put in force.
     n_swaps: u64,
-    /// What the config file said.
+    /// The contents of the config file.
     file_text: String,
 }
 
-/// A config that could be in force.
-struct Ready {
+/// A config that is ready to be put in force.
+struct PreparedConfig {
     settings: Settings,
-    candidate: Candidate,
+    loaded: LoadedModels,
 }
 
-fn conflict(expected: Option<&str>, found: &str) -> Result<(), PushError> {
-    match expected.filter(|expected| *expected != found) {
-        Some(expected) => Err(PushError::Conflict { expected: expected.to_owned(), found: found.to_owned() }),
-        None => Ok(()),
+fn check_expected_digest(expected: Option<&str>, found: &str) -> Result<(), PushError> {
+    match expected {
+        Some(expected) if expected != found => {
+            Err(PushError::Conflict { expected: expected.to_owned(), found: found.to_owned() })
+        }
+        _ => Ok(()),
     }
 }
 

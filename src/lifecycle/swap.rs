@@ -1,13 +1,14 @@
-//! What is in force, and what was: commit, drain and rollback.
+//! Puts configs in force: commit, drain and rollback.
 //!
-//! The config in force, the one before it and what a restart finds change together, by one at a time (`commit`'s lock). A
-//! rollback waits for no push: a push counts the swaps, and one that finds another swap than it knew of puts nothing in force.
+//! The config in force, the previous one and the config saved for a restart change together, under the commit lock. A rollback
+//! does not wait for a push. Swaps are counted, and a push that finds that the count changed while it was loading is refused.
 
 use super::{
-    Applied, InForce, Lifecycle, Outcome, Push, PushError, Ready, Since, Step, Trigger, conflict, desired, on_blocking,
+    InForce, Lifecycle, Outcome, PreparedConfig, Push, PushBasis, PushError, PushResult, Step, Trigger,
+    check_expected_digest, desired, on_blocking,
 };
 use crate::{
-    bundle::{Snapshot, load::read_manifest, store::Source},
+    bundle::{ModelSet, load::read_manifest, store::Source},
     config::{ModelSettings, Settings},
     telemetry::events,
 };
@@ -16,132 +17,137 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Requests have deadlines; those that began before a swap have ended by then.
+/// Requests have deadlines; those that started before a swap have usually ended by then.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
 const DRAIN_POLL: Duration = Duration::from_millis(5);
 
-/// What a swap replaced.
+/// The configs that a swap replaced.
 pub(super) struct Replaced {
-    /// What was in force: a rollback goes back to it.
-    old: Option<InForce>,
-    /// What was in force before that.
+    /// The config that was in force; a rollback restores it.
+    previous: Option<InForce>,
+    /// The config in force before that one, which is no longer needed.
     retired: Option<InForce>,
 }
 
 impl Lifecycle {
-    /// Puts it in force, and where a restart finds it. Returns what it replaced.
+    /// Saves the config for a restart and puts it in force. Returns the configs that it replaced; none if nothing changed.
     pub(super) fn commit(
         &self,
         push: &Push,
-        since: &Since,
-        ready: Ready,
+        basis: &PushBasis,
+        prepared: PreparedConfig,
         outcome: Outcome,
     ) -> Result<Option<Replaced>, PushError> {
-        let _commit = self.commit.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.state().n_swaps != since.n_swaps {
-            return Err(PushError::Overtaken(self.digest()));
+        let _commit_lock = self.commit_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.state().n_swaps != basis.n_swaps {
+            return Err(PushError::Overtaken(self.current_digest()));
         }
         if *self.draining.borrow() {
             return Err(PushError::Draining);
         }
-        self.journal.step(Step::Persist, "");
+        self.journal.begin_step(Step::Persist, "");
         let pushed_file = match push.trigger {
             Trigger::Start => push.pushed_file.clone(),
-            _ => desired::keep(&self.file, &since.file_text, &push.text, &push.who)
-                .map_err(|(path, source)| PushError::Persist { path, source })?,
+            _ => desired::persist(&self.file, &basis.file_text, &push.text, &push.who)?,
         };
-        let Ready { settings, candidate } = ready;
-        self.remember(&settings, &candidate.snapshot);
-        let (digest, snapshot) = (settings.digest, candidate.snapshot);
-        let config = InForce { digest, pushed_file, snapshot, text: push.text.clone() };
+        let PreparedConfig { settings, loaded } = prepared;
+        self.remember_bundles(&settings, &loaded.models);
+        let config = InForce { digest: settings.digest, pushed_file, models: loaded.models, text: push.text.clone() };
         if outcome == Outcome::Unchanged {
             if let Some(current) = &mut self.state().current {
                 (current.pushed_file, current.text) = (config.pushed_file, config.text);
             }
             return Ok(None);
         }
-        self.journal.step(Step::Swap, "");
+        self.journal.begin_step(Step::Swap, "");
         Ok(Some(self.install(config)))
     }
 
     fn install(&self, config: InForce) -> Replaced {
         let mut state = self.state();
         state.n_swaps += 1;
-        self.pipeline.registry.install(Arc::clone(&config.snapshot));
+        self.pipeline.registry.install(Arc::clone(&config.models));
         let new = config.clone();
-        let old = state.current.replace(config);
-        let retired = std::mem::replace(&mut state.previous, old.clone());
+        let previous = state.current.replace(config);
+        let retired = std::mem::replace(&mut state.previous, previous.clone());
         drop(state);
-        if let Some(old) = &old {
-            let all = old.snapshot.all();
-            all.for_each(|model| events::model_served(&model.reference, model.provider.as_str(), false));
-            events::config_applied(&old.digest, false);
+        if let Some(previous) = &previous {
+            for model in previous.models.all() {
+                events::model_served(&model.reference, model.provider.as_str(), false);
+            }
+            events::config_applied(&previous.digest, false);
         }
-        new.snapshot.all().for_each(|model| events::model_served(&model.reference, model.provider.as_str(), true));
+        for model in new.models.all() {
+            events::model_served(&model.reference, model.provider.as_str(), true);
+        }
         events::config_applied(&new.digest, true);
-        Replaced { old, retired }
+        Replaced { previous, retired }
     }
 
-    /// Waits for the requests that began with what was replaced, and lets go of what no rollback needs any more.
-    pub(super) async fn drain(&self, Replaced { old, retired }: Replaced) {
+    /// Waits for the requests that started before the swap, then drops the retired models and prunes old bundles.
+    pub(super) async fn drain(&self, Replaced { previous, retired }: Replaced) {
         let deadline = Instant::now() + DRAIN_PATIENCE;
-        if let Some(InForce { snapshot, .. }) = old {
-            // One is ours, one is the rollback's.
-            while Arc::strong_count(&snapshot) > 2 && Instant::now() < deadline {
+        if let Some(InForce { models, .. }) = previous {
+            // One reference is held here, and one for a rollback; the others are those of requests.
+            while Arc::strong_count(&models) > 2 && Instant::now() < deadline {
                 tokio::time::sleep(DRAIN_POLL).await;
             }
         }
-        let keep: Vec<String> = self.loaded().iter().map(|model| model.reference.digest.clone()).collect();
+        let keep: Vec<String> = self.running_models().iter().map(|model| model.reference.digest.clone()).collect();
         let store = self.store.clone();
-        // Threads and gigabytes are not given back on a thread that serves.
-        let let_go = move || {
+        // Joining threads and freeing gigabytes must not block an I/O thread.
+        let clean_up = move || {
             drop(retired);
-            store.prune(&keep).map(drop).map_err(|error| error.to_string())
+            store.prune(&keep)
         };
-        if let Ok(Err(error)) = on_blocking(let_go).await {
-            tracing::warn!(error, "old bundles stay on the disk");
+        if let Ok(Err(error)) = on_blocking(clean_up).await {
+            tracing::warn!(%error, "old bundles cannot be removed from the disk");
         }
     }
 
-    /// Puts the config before in force again, at once: its models are there. It waits for no push; one that is under way
-    /// finds at its end that another config is in force than the one it was meant to follow.
-    pub async fn rollback(self: &Arc<Self>, who: &str, expected: Option<&str>) -> Result<Applied, PushError> {
+    /// Puts the previous config in force again, at once, because its models are still loaded. Does not wait for a running
+    /// push; that push is refused when it finds that the config in force has changed.
+    pub async fn rollback(self: &Arc<Self>, who: &str, expected: Option<&str>) -> Result<PushResult, PushError> {
         let (lifecycle, who, expected) = (Arc::clone(self), who.to_owned(), expected.map(str::to_owned));
-        on_blocking(move || lifecycle.roll_back(&who, expected.as_deref())).await?
+        on_blocking(move || lifecycle.rollback_blocking(&who, expected.as_deref())).await?
     }
 
-    fn roll_back(&self, who: &str, expected: Option<&str>) -> Result<Applied, PushError> {
+    fn rollback_blocking(&self, who: &str, expected: Option<&str>) -> Result<PushResult, PushError> {
         let began = Instant::now();
-        let _commit = self.commit.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = self.digest();
-        let refused = |error| self.journal.refuse(Trigger::Rollback, who, &before, error);
-        conflict(expected, &before).map_err(refused)?;
-        let previous = self.previous().ok_or(PushError::NothingBefore).map_err(refused)?;
-        let InForce { digest, text, snapshot, .. } = previous.clone();
+        let _commit_lock = self.commit_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let digest_before = self.current_digest();
+        let record = |error: &PushError| self.journal.refused(Trigger::Rollback, who, &digest_before, error);
+        check_expected_digest(expected, &digest_before).inspect_err(record)?;
+        let previous = self.previous().ok_or(PushError::NoPreviousConfig).inspect_err(record)?;
+        let InForce { digest, text, models, .. } = previous.clone();
         self.install(previous);
-        let kept = desired::keep(&self.file, &self.file_text(), &text, who);
-        let warning = match kept {
+        let warning = match desired::persist(&self.file, &self.file_text(), &text, who) {
             Ok(pushed_file) => {
-                self.state().current.iter_mut().for_each(|current| current.pushed_file.clone_from(&pushed_file));
-                self.moved(&text, &snapshot)
+                if let Some(current) = &mut self.state().current {
+                    current.pushed_file = pushed_file;
+                }
+                self.find_replaced_bundle(&text, &models)
             }
-            Err((path, source)) => Some(PushError::Persist { path, source }),
+            Err(error) => Some(PushError::Persist(error)),
         };
         if let Some(warning) = &warning {
-            tracing::error!(cause = %warning, "a restart would not come back to the config that was rolled back to");
+            tracing::error!(cause = %warning, "a restart would not restore the config that was rolled back to");
         }
-        let report = self.journal.rolled_back(who, (&before, &digest), began.elapsed());
-        self.applied(Outcome::RolledBack, report, warning)
+        let report = self.journal.rolled_back(who, &digest_before, &digest, began.elapsed());
+        self.push_result(Outcome::RolledBack, report, warning)
     }
 
-    /// The first model of `snapshot` in whose folder there is another bundle by now.
-    fn moved(&self, text: &str, snapshot: &Snapshot) -> Option<PushError> {
+    /// Returns an error about the first model of `models` whose folder now contains another bundle.
+    fn find_replaced_bundle(&self, text: &str, models: &ModelSet) -> Option<PushError> {
         let settings = Settings::from_text(text, &self.file).ok()?;
-        settings.models.into_iter().find_map(|ModelSettings { name, bundle, .. }| {
-            let Source::Folder(folder) = bundle else { return None };
-            let model = snapshot.all().find(|model| model.reference.name == name)?;
-            let is_there = read_manifest(&folder).is_ok_and(|files| files.digest == model.reference.digest);
-            (!is_there).then_some(PushError::Moved { name, folder })
-        })
+        for ModelSettings { name, bundle, .. } in settings.models {
+            let model = models.all().find(|model| model.reference.name == name);
+            let (Source::Folder(folder), Some(model)) = (bundle, model) else { continue };
+            let is_unchanged = read_manifest(&folder).is_ok_and(|files| files.digest == model.reference.digest);
+            if !is_unchanged {
+                return Some(PushError::BundleReplaced { name, folder });
+            }
+        }
+        None
     }
 }

@@ -1,9 +1,9 @@
-//! The doors that open by themselves: the config file, and SIGHUP.
+//! Pushes the config when the config file changes and on SIGHUP.
 //!
-//! What is watched is the file's folder, as an editor replaces the file and Kubernetes replaces the folder behind it: it
-//! swings one symlink, and the file itself never changes. So whatever happens in the folder is a reason to read the file, and
-//! only another text in it is a reason to act. SIGHUP acts also where the text is the same, or where another config was pushed over
-//! it: the bundles behind what is in force may be others.
+//! The watch is on the file's folder, because editors replace the file, and Kubernetes replaces the folder that a symlink
+//! points to and never touches the file itself. Any event in the folder causes the file to be read, and only a changed text
+//! causes a push. SIGHUP causes a push even if the text is unchanged or another config was pushed over it, because the
+//! bundles of the config in force may have changed.
 
 use super::{Lifecycle, Push, Trigger, desired};
 use crate::config::raw::read_file;
@@ -14,79 +14,81 @@ use tokio::{
     sync::mpsc,
 };
 
-/// A file is written in pieces, a folder replaced in steps: what is read once it is quiet is whole.
+/// Files are written in pieces and folders replaced in steps, so the file is read only after no event for this long.
 const QUIET: Duration = Duration::from_millis(200);
+/// The file is read after this time even if events continue, because other files in the folder may change all the time.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// The doors, open: what comes through is kept until somebody looks.
+/// The watched config file and the handler of SIGHUP. Events are kept until [`run`] handles them.
 #[derive(Debug)]
-pub struct Doors {
-    told: mpsc::Sender<()>,
-    events: mpsc::Receiver<()>,
+pub struct ConfigSource {
+    folder_changed: mpsc::Sender<()>,
+    folder_changes: mpsc::Receiver<()>,
     hang_up: Signal,
-    /// Dropped, it would watch no longer.
+    /// Watches the folder until it is dropped.
     _watcher: Option<RecommendedWatcher>,
 }
 
-impl Doors {
-    /// Watches the folder of `file`, and takes SIGHUP, which would end the process otherwise.
+impl ConfigSource {
+    /// Watches the folder of `file` and handles SIGHUP, which would otherwise end the process. If the folder cannot be
+    /// watched, only SIGHUP is handled.
     pub fn open(file: &Path) -> io::Result<Self> {
-        let (told, events) = mpsc::channel(1);
-        let watcher = watch(file, told.clone()).inspect_err(|error| {
+        let (folder_changed, folder_changes) = mpsc::channel(1);
+        let watcher = watch(file, folder_changed.clone()).inspect_err(|error| {
             tracing::warn!(%error, "the config file is not watched: use SIGHUP or `midemb admin push`");
         });
-        Ok(Doors { told, events, hang_up: signal(SignalKind::hangup())?, _watcher: watcher.ok() })
+        let hang_up = signal(SignalKind::hangup())?;
+        Ok(ConfigSource { folder_changed, folder_changes, hang_up, _watcher: watcher.ok() })
     }
 }
 
-/// Pushes what the config file says whenever that changes, and what is to be in force at every SIGHUP. `seen` is what it said when the server started.
-/// Ends with the process.
-pub async fn run(lifecycle: Arc<Lifecycle>, doors: Doors, seen: String) {
-    let Doors { told, mut events, mut hang_up, _watcher } = doors;
-    let mut seen = Ok(seen);
-    // The file may have changed between being read and being watched.
-    let _ = told.try_send(());
+/// Pushes the config file whenever its text changes, and the desired config at every SIGHUP. `last_text` is the file's text
+/// at the start of the server. Never returns.
+pub async fn run(lifecycle: Arc<Lifecycle>, source: ConfigSource, last_text: String) {
+    let ConfigSource { folder_changed, mut folder_changes, mut hang_up, _watcher } = source;
+    let mut last_text = Ok(last_text);
+    // The file may have changed after it was read and before it was watched.
+    let _ = folder_changed.try_send(());
     loop {
         let trigger = tokio::select! {
-            // `told` lives here, so this never ends.
-            _ = events.recv() => Trigger::File,
+            // Never `None`, because `folder_changed` is alive.
+            _ = folder_changes.recv() => Trigger::File,
             _ = hang_up.recv() => Trigger::Signal,
         };
         if trigger == Trigger::File {
-            let quiet = async { while tokio::time::timeout(QUIET, events.recv()).await.is_ok() {} };
-            // Other files of the folder may never rest.
+            let quiet = async { while tokio::time::timeout(QUIET, folder_changes.recv()).await.is_ok() {} };
             let _ = tokio::time::timeout(PATIENCE, quiet).await;
         }
-        let found = read_file(lifecycle.file());
-        let text = found.as_ref().map(String::clone).map_err(ToString::to_string);
-        if trigger == Trigger::File && text == seen {
+        let read = read_file(lifecycle.file());
+        let text = read.as_ref().map(String::clone).map_err(ToString::to_string);
+        if trigger == Trigger::File && text == last_text {
             continue;
         }
-        seen = text;
+        last_text = text;
         let who = format!("{} of {}", trigger.as_str(), lifecycle.file().display());
-        let wish = match trigger {
-            // Whoever sends it wants what is there to be looked at again, not a push to be undone.
+        let config = match trigger {
+            // SIGHUP reloads the bundles of the desired config; it must not undo a push.
             Trigger::Signal => desired::read(lifecycle.file()).map(|desired| desired.text),
-            _ => found,
+            _ => read,
         };
-        match wish {
-            // The journal says how it ended.
-            Ok(text) => drop(lifecycle.apply(push(text, trigger, who)).await),
-            Err(error) => lifecycle.refuse(trigger, &who, error.into()),
+        match config {
+            // The journal records the result.
+            Ok(text) => drop(lifecycle.apply(new_push(text, trigger, who)).await),
+            Err(error) => lifecycle.record_unreadable(trigger, &who, &error.into()),
         }
     }
 }
 
-fn push(text: String, trigger: Trigger, who: String) -> Push {
-    Push { text, trigger, who, expected: None, is_dry_run: false, pushed_file: None }
+fn new_push(text: String, trigger: Trigger, who: String) -> Push {
+    Push { text, trigger, who, expected_digest: None, is_dry_run: false, pushed_file: None }
 }
 
-fn watch(file: &Path, told: mpsc::Sender<()>) -> notify::Result<RecommendedWatcher> {
+fn watch(file: &Path, folder_changed: mpsc::Sender<()>) -> notify::Result<RecommendedWatcher> {
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
         let is_change = event.is_ok_and(|event| !event.kind.is_access());
         if is_change {
-            // Full is fine: the file will be read.
-            let _ = told.try_send(());
+            // If the channel is full, a read of the file is pending already.
+            let _ = folder_changed.try_send(());
         }
     })?;
     let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));

@@ -1,7 +1,7 @@
-//! Admission: who may come in, and how long each stage has.
+//! Admission: which requests are accepted, and how much time each stage has.
 //!
-//! tonic's own concurrency limit is per connection, and an expired `grpc-timeout` makes it answer CANCELLED and drop
-//! the future. So the bound over all connections is here, and so is the deadline: we answer shortly before it.
+//! tonic's own concurrency limit is per connection, and an expired `grpc-timeout` makes it answer CANCELLED and drop the
+//! future. So the limit over all connections is here, and so is the deadline: the server answers shortly before it.
 
 use crate::{
     domain::error::{Error, ShedReason},
@@ -13,32 +13,33 @@ use std::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// The global bound on requests in flight.
+/// The global limit on requests in flight.
 #[derive(Debug)]
 pub struct Admission {
     permits: Arc<Semaphore>,
 }
 
-/// Held for as long as a request is under way.
+/// Held while a request is in flight.
 #[derive(Debug)]
 pub struct Permit {
     _permit: OwnedSemaphorePermit,
     _in_flight: InFlight,
 }
 
-/// What a caller that was turned away should wait at least: a few times what a hot request takes.
+/// The shortest time that a rejected caller should wait before it retries: a few times the duration of a hot request.
 const RETRY_AFTER: Duration = Duration::from_millis(50);
-/// The part of a request's time that it may spend in the scoring queue. A queue as long as the deadline answers nothing:
-/// every job in it expires just before, or just after, its turn. At half of it there is room for a wrong estimate.
-const MAX_WAIT_PART: u32 = 2;
+/// A request may spend at most one part in `MAX_WAIT_DIVISOR` of its remaining time in the scoring queue. If the queue took
+/// all of it, no request would be answered: every job would expire just before or just after its turn. Half leaves room for
+/// a wrong estimate.
+const MAX_WAIT_DIVISOR: u32 = 2;
 
 impl Admission {
-    /// At most `max_in_flight` requests at once.
+    /// Allows at most `max_in_flight` requests at once.
     pub fn new(max_in_flight: usize) -> Self {
         Admission { permits: Arc::new(Semaphore::new(max_in_flight)) }
     }
 
-    /// Lets a request in, or turns it away at once.
+    /// Admits a request, or sheds it at once if too many are in flight.
     pub fn admit(&self) -> Result<Permit, Error> {
         match Arc::clone(&self.permits).try_acquire_owned() {
             Ok(permit) => Ok(Permit { _permit: permit, _in_flight: InFlight::start() }),
@@ -50,54 +51,54 @@ impl Admission {
     }
 }
 
-/// The error of work that was turned away for `reason`.
+/// The error for work that was shed for `reason`.
 pub fn shed(reason: ShedReason) -> Error {
     Error::Shed { reason, retry_after: RETRY_AFTER }
 }
 
-/// Turns a request away whose `wait` for an inference thread would take too much of what is `left` of its time. Said at
-/// once, it is a request that another replica can still answer.
-pub fn check_wait(wait: Duration, left: Duration) -> Result<(), Error> {
-    if wait <= left / MAX_WAIT_PART {
+/// Sheds a request if its expected `wait` for an inference thread takes too much of its `remaining` time. A request that is
+/// shed early can still be answered by another replica.
+pub fn check_wait(wait: Duration, remaining: Duration) -> Result<(), Error> {
+    if wait <= remaining / MAX_WAIT_DIVISOR {
         return Ok(());
     }
     events::shed(ShedReason::TowerQueue, 1);
     Err(Error::Shed { reason: ShedReason::TowerQueue, retry_after: wait.max(RETRY_AFTER) })
 }
 
-/// When each part of a request has to be done, split from the moment at which its caller stops waiting.
+/// The deadlines of the stages of one request, derived from the moment at which its caller stops waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Deadlines {
-    /// Content embeddings that are not there by then miss this answer.
+    /// Content embeddings that are not ready by then are left out of the answer.
     pub encode_by: Instant,
-    /// Item embeddings that are not there by then miss this answer.
+    /// Item embeddings that are not ready by then are left out of the answer.
     pub embed_by: Instant,
-    /// The answer is on its way by then.
+    /// The answer must leave the pipeline by then.
     pub answer_by: Instant,
 }
 
-/// The answer's own way back: serialising and the wire.
-const WIRE: Reserve = Reserve { of: 10, at_most: Duration::from_millis(20) };
-/// Scoring what is there: what was cached is answered, however late the rest is.
-const SCORING: Reserve = Reserve { of: 4, at_most: Duration::from_millis(40) };
-/// The item tower over what the encoder gave, once the wait for it is over.
-const ITEM_TOWER: Reserve = Reserve { of: 8, at_most: Duration::from_millis(20) };
+/// Time to serialise the answer and send it.
+const WIRE: Reserve = Reserve { one_in: 10, at_most: Duration::from_millis(20) };
+/// Time to score the embeddings that are ready, so that cached candidates are answered however late the others are.
+const SCORING: Reserve = Reserve { one_in: 4, at_most: Duration::from_millis(40) };
+/// Time to run the item tower on the content embeddings that are ready when the wait for the encoder ends.
+const ITEM_TOWER: Reserve = Reserve { one_in: 8, at_most: Duration::from_millis(20) };
 
-/// One part in `of` of what is left, and no more than `at_most`.
+/// One part in `one_in` of the remaining time, but no more than `at_most`.
 struct Reserve {
-    of: u32,
+    one_in: u32,
     at_most: Duration,
 }
 
 impl Reserve {
     fn before(&self, end: Instant, now: Instant) -> Instant {
-        let left = end.saturating_duration_since(now);
-        end - (left / self.of).min(self.at_most)
+        let remaining = end.saturating_duration_since(now);
+        end - (remaining / self.one_in).min(self.at_most)
     }
 }
 
 impl Deadlines {
-    /// Splits what is left between `now` and `deadline`.
+    /// Splits the time between `now` and `deadline`.
     pub fn split(now: Instant, deadline: Instant) -> Self {
         let answer_by = WIRE.before(deadline, now);
         let embed_by = SCORING.before(answer_by, now);
@@ -110,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_too_many_is_turned_away_and_a_place_that_is_left_is_free() {
+    fn a_request_over_the_limit_is_shed_and_a_dropped_permit_is_free_again() {
         let admission = Admission::new(1);
         let permit = admission.admit().unwrap();
         assert!(matches!(admission.admit(), Err(Error::Shed { reason: ShedReason::InFlight, .. })));
@@ -119,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn who_would_wait_too_long_is_told_at_once_when_to_come_back() {
+    fn a_request_that_would_wait_too_long_is_shed_with_a_retry_time() {
         let ms = Duration::from_millis;
         assert!(check_wait(ms(0), ms(0)).is_ok());
         assert!(check_wait(ms(50), ms(100)).is_ok());
@@ -131,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_leaves_before_the_caller_does() {
+    fn every_stage_ends_before_the_callers_deadline() {
         let now = Instant::now();
         let at = |ms: u64| now + Duration::from_millis(ms);
         let split = |encode_by, embed_by, answer_by| Deadlines { encode_by, embed_by, answer_by };
@@ -139,8 +140,8 @@ mod tests {
         for budget in [1, 5, 20, 50, 300, 60_000] {
             let Deadlines { encode_by, embed_by, answer_by } = Deadlines::split(now, at(budget));
             assert!(now < encode_by && encode_by < embed_by && embed_by < answer_by && answer_by < at(budget));
-            let waits = encode_by - now;
-            assert!(waits * 2 > at(budget) - now, "of {budget} ms only {waits:?} are left to wait for the encoder");
+            let encoding = encode_by - now;
+            assert!(encoding * 2 > at(budget) - now, "only {encoding:?} of {budget} ms remain for the encoder");
         }
         assert_eq!(Deadlines::split(now, now), split(now, now, now));
     }

@@ -1,9 +1,9 @@
-//! Candidates to item embeddings: the item cache, then content embeddings and the item tower for what is missing.
+//! From candidates to item embeddings: the item cache, then content embeddings and the item tower for those that are missing.
 
 use super::{
     Pipeline, Resolved, Rows,
     admission::{Deadlines, shed},
-    nothing_ready, vector_or_status,
+    no_row_ready, vector_or_status,
 };
 use crate::{
     bundle::Model,
@@ -19,38 +19,48 @@ use crate::{
 };
 use std::{collections::HashMap, time::Instant};
 
-/// Each different text once, and for each item its place among them.
-pub(super) fn unique<'a>(items: impl Iterator<Item = &'a KnownItem>) -> (Vec<KnownItem>, Vec<usize>) {
-    let mut places: HashMap<TextDigest, usize> = HashMap::new();
-    let mut different: Vec<KnownItem> = Vec::new();
-    let place = |item: &KnownItem| {
-        *places.entry(item.digest).or_insert_with(|| {
-            different.push(item.clone());
-            different.len() - 1
-        })
-    };
-    let places = items.map(place).collect();
-    (different, places)
+/// The distinct texts of a sequence of items.
+pub(super) struct Distinct {
+    /// The first item with each text, in order of appearance.
+    pub(super) items: Vec<KnownItem>,
+    /// For each item of the sequence, the index of its text in `items`.
+    pub(super) positions: Vec<usize>,
+}
+
+impl Distinct {
+    pub(super) fn of<'a>(all: impl Iterator<Item = &'a KnownItem>) -> Self {
+        let mut position_of: HashMap<TextDigest, usize> = HashMap::new();
+        let mut items: Vec<KnownItem> = Vec::new();
+        let mut positions = Vec::new();
+        for item in all {
+            let position = *position_of.entry(item.digest).or_insert(items.len());
+            if position == items.len() {
+                items.push(item.clone());
+            }
+            positions.push(position);
+        }
+        Distinct { items, positions }
+    }
 }
 
 /// The candidates' item embeddings.
 pub(super) struct Candidates {
-    /// One a candidate, in order.
+    /// One status per candidate, in order.
     pub(super) statuses: Vec<RowStatus>,
     /// `[n, E]`; a row that is not OK is all zeros.
     pub(super) items: Matrix,
 }
 
 impl Candidates {
-    fn put(&mut self, row: usize, item: &[f32]) {
+    fn set(&mut self, row: usize, item: &[f32]) {
         self.items.row_mut(row).copy_from_slice(item);
         self.statuses[row] = RowStatus::Ok;
     }
 }
 
 impl Pipeline {
-    /// The item embedding of each candidate. An error where not one row is ready and one might have been, and where the
-    /// scoring queue is full, as then nothing can be scored either.
+    /// Embeds each candidate. Fails if no row is ready and at least one was shed or late, and if the scoring queue is full,
+    /// because then nothing can be scored either.
     pub(super) async fn embed_candidates(
         &self,
         model: &Model,
@@ -61,28 +71,30 @@ impl Pipeline {
         let (mut candidates, missing) = self.look_up(model, &resolved);
         let mut n_shed = 0;
         if !missing.is_empty() {
-            let (items, places) = unique(missing.iter().filter_map(|row| resolved[*row].as_ref().ok()));
+            let Distinct { items, positions } =
+                Distinct::of(missing.iter().filter_map(|row| resolved[*row].as_ref().ok()));
             let request = EmbedRequest { items: &items, priority: Priority::Request, until: deadlines.encode_by };
             let contents = self.contents.embed(&model.encoder, request).await;
             events::stage_finished("content", start);
             n_shed = contents.iter().filter(|content| matches!(content, Content::Shed)).count();
             let request = EmbedRequest { until: deadlines.embed_by, ..request };
             let embedded = self.run_item_tower(model, request, &contents).await?;
-            for (row, place) in missing.into_iter().zip(places) {
-                match &embedded[place] {
-                    Ok(item) => candidates.put(row, item),
+            for (row, position) in missing.into_iter().zip(positions) {
+                match &embedded[position] {
+                    Ok(item) => candidates.set(row, item),
                     Err(status) => candidates.statuses[row] = *status,
                 }
             }
         }
-        let is = |status: RowStatus| candidates.statuses.contains(&status);
-        if !is(RowStatus::Ok) && (n_shed > 0 || is(RowStatus::NotInTime)) {
-            return Err(nothing_ready(n_shed));
+        let has_row = |status: RowStatus| candidates.statuses.contains(&status);
+        if !has_row(RowStatus::Ok) && (n_shed > 0 || has_row(RowStatus::NotInTime)) {
+            return Err(no_row_ready(n_shed));
         }
         Ok(candidates)
     }
 
-    /// What is cached, copied straight to where the CVR graph reads it, and the rows that are not.
+    /// Copies cached item embeddings straight into the matrix that the CVR graph reads, and returns the rows that are not
+    /// cached.
     fn look_up(&self, model: &Model, resolved: &Resolved) -> (Candidates, Vec<usize>) {
         let mut keys = Vec::with_capacity(resolved.len());
         let mut rows = Vec::with_capacity(resolved.len());
@@ -100,7 +112,7 @@ impl Pipeline {
             Candidates { statuses, items: Matrix::zeros(resolved.len(), model.manifest.item_tower.dim) };
         let mut missing = Vec::new();
         self.caches.items.read_many(&keys, |i, item| match item {
-            Some(item) => candidates.put(rows[i], item),
+            Some(item) => candidates.set(rows[i], item),
             None => missing.push(rows[i]),
         });
         let n_misses = missing.len() as u64;
@@ -109,9 +121,10 @@ impl Pipeline {
         (candidates, missing)
     }
 
-    /// The item embeddings of the items of `request` that have a content embedding (`contents`, one per item).
+    /// Runs the item tower for the items of `request` that have a content embedding (`contents` has one entry per item).
+    /// Returns one row per item.
     ///
-    /// The inference thread caches them, so that a result that comes too late for its caller is there for the next.
+    /// The inference thread caches the results, so that a result that is too late for this caller serves the next one.
     pub(super) async fn run_item_tower(
         &self,
         model: &Model,
@@ -126,41 +139,52 @@ impl Pipeline {
         if inputs.is_empty() {
             return Ok(contents.iter().map(vector_or_status).collect());
         }
+        let n_inputs = inputs.len();
         let (dim, cache) = (model.manifest.item_tower.dim, self.caches.items.clone());
-        let job = move |graphs: &mut TowerGraphs| {
+        let job = move |graphs: &mut TowerGraphs| -> Result<Rows, GraphError> {
             let start = Instant::now();
             let embedded = item_tower::embed(graphs, &inputs, dim)?;
             events::stage_finished("item_tower", start);
             for batch in inputs.chunks(item_tower::BATCH) {
                 events::batch_ran("item_tower", batch.len());
             }
-            Ok(keys.into_iter().zip(embedded).map(|(key, item)| keep(&cache, key, item, priority)).collect::<Rows>())
+            Ok(keys.into_iter().zip(embedded).map(|(key, item)| cache_item(&cache, key, item, priority)).collect())
         };
-        let embedded: Result<Rows, RowStatus> = match model.towers.run(until, job).await {
-            Ok(Ok(rows)) => Ok(rows),
+        let all_rows = |status: RowStatus| vec![Err(status); n_inputs];
+        let embedded: Rows = match model.towers.run(until, job).await {
+            Ok(Ok(rows)) => rows,
             Ok(Err(error)) => {
-                let error: GraphError = error;
                 events::item_tower_failed(contents.len(), &error);
-                Err(RowStatus::Failed)
+                all_rows(RowStatus::Failed)
             }
             Err(JobError::QueueFull) => {
                 events::shed(ShedReason::TowerQueue, 1);
                 return Err(shed(ShedReason::TowerQueue));
             }
-            Err(JobError::Expired) => Err(RowStatus::NotInTime),
-            Err(JobError::Panicked(_)) => Err(RowStatus::Failed),
+            Err(JobError::Expired) => all_rows(RowStatus::NotInTime),
+            Err(JobError::Panicked(_)) => all_rows(RowStatus::Failed),
         };
-        let mut embedded = embedded.map(Vec::into_iter);
-        let row = |content: &Content| match &mut embedded {
-            _ if content.vector().is_none() => vector_or_status(content),
-            Err(status) => Err(*status),
-            Ok(rows) => rows.next().unwrap_or(Err(RowStatus::Failed)),
-        };
-        Ok(contents.iter().map(row).collect())
+        let mut embedded = embedded.into_iter();
+        let mut rows = Vec::with_capacity(contents.len());
+        for content in contents {
+            let has_content = content.vector().is_some();
+            rows.push(if has_content {
+                embedded.next().unwrap_or(Err(RowStatus::Failed))
+            } else {
+                vector_or_status(content)
+            });
+        }
+        Ok(rows)
     }
 }
 
-fn keep(cache: &VectorCache<ItemKey>, key: ItemKey, item: Vector, priority: Priority) -> Result<Vector, RowStatus> {
+/// Caches an item embedding and returns it; one that is not finite fails its row and is not cached.
+fn cache_item(
+    cache: &VectorCache<ItemKey>,
+    key: ItemKey,
+    item: Vector,
+    priority: Priority,
+) -> Result<Vector, RowStatus> {
     if !all_finite(&item) {
         events::vector_not_finite("item_tower");
         return Err(RowStatus::Failed);

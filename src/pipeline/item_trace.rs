@@ -1,14 +1,15 @@
-//! Traces of which items requests ask for, to size caches by: ids and text digests, never text, and no user's id.
+//! Traces of the items that requests ask for, for sizing the caches. They hold item ids and text digests, never text, and no
+//! user ids.
 //!
-//! A trace is a file of JSON lines, one a request in the order in which requests were resolved:
+//! A trace is a file of JSON lines, one per request, in the order in which requests were resolved:
 //!
 //! ```json
 //! {"at_ms":1764000000000,"history":[["tt0111161","6b8b…32 hex digits"]],"candidates":[["tt0068646",null]]}
 //! ```
 //!
-//! `at_ms` is Unix time. An item is its id and the digest of its text; `null` where the text was not known, or was not
-//! taken. [`Recorder`] writes it off the request's path and never holds a request up: what the writer has no time for is
-//! left out and counted, and it stops for good at the file's bound or at the first write that fails.
+//! `at_ms` is Unix time. An item is its id and the digest of its text, or `null` where the text was unknown or refused.
+//! [`Recorder`] writes on a thread of its own and never delays a request: requests that the writer cannot keep up with are
+//! left out and counted. The trace ends when the file reaches its size limit or a write fails.
 
 use crate::{
     domain::{Item, KnownItem, RowStatus, TextDigest},
@@ -29,7 +30,7 @@ use std::{
 };
 use thiserror::Error;
 
-/// One line of a trace.
+/// One line of a trace: the items of one request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TracedRequest {
     /// Unix time in milliseconds.
@@ -40,44 +41,32 @@ pub struct TracedRequest {
     pub candidates: Vec<TracedItem>,
 }
 
-/// An item's id and its text's digest in hex, where the text was known.
+/// An item's id, and its text's digest in hex if the text was known.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct TracedItem(pub String, pub Option<String>);
 
-/// A trace cannot be written or read.
+/// Why a trace cannot be written or read.
 #[derive(Debug, Error)]
 pub enum TraceError {
     /// The file cannot be created, opened or read.
     #[error("trace {}: {source}", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A line is no request.
+    #[expect(missing_docs, reason = "the fields are named in the message")]
+    File { path: PathBuf, source: io::Error },
+    /// A line is not a traced request. Lines are counted from 1.
     #[error("trace {} line {line}: {source}", path.display())]
-    Line {
-        /// The file.
-        path: PathBuf,
-        /// Counted from 1.
-        line: usize,
-        /// Why.
-        source: serde_json::Error,
-    },
-    /// The file holds no request.
-    #[error("trace {} holds no request", path.display())]
-    Empty {
-        /// The file.
-        path: PathBuf,
-    },
+    #[expect(missing_docs, reason = "the fields are named in the message")]
+    Line { path: PathBuf, line: usize, source: serde_json::Error },
+    /// The file contains no requests.
+    #[error("trace {} contains no requests", path.display())]
+    #[expect(missing_docs, reason = "the field is named in the message")]
+    Empty { path: PathBuf },
 }
 
-/// Requests that may wait to be written: some megabytes.
+/// Requests that may wait to be written; they take a few megabytes.
 const MAX_WAITING: usize = 256;
 
 enum Message {
-    Request { at_ms: u64, history: Traced, candidates: Traced },
+    Request { at_ms: u64, history: ItemsToTrace, candidates: ItemsToTrace },
     End,
 }
 
@@ -90,7 +79,7 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Starts a new trace of at most `max_bytes`. A file that exists is never touched.
+    /// Starts a new trace of at most `max_bytes`. Fails if the file exists: a trace is never overwritten.
     pub fn start(path: &Path, max_bytes: u64) -> Result<Self, TraceError> {
         let failed = |source| TraceError::File { path: path.to_path_buf(), source };
         let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(failed)?;
@@ -103,33 +92,35 @@ impl Recorder {
             ended.store(true, Ordering::Relaxed);
             match written {
                 Ok(n_requests) => tracing::info!(path = %path.display(), n_requests, "trace ended"),
-                Err(error) => tracing::error!(path = %path.display(), %error, "trace ended: it cannot be written"),
+                Err(error) => {
+                    tracing::error!(path = %path.display(), %error, "trace ended: the file cannot be written")
+                }
             }
         };
         let writer = thread::Builder::new().name("trace".to_owned()).spawn(write).map_err(failed)?;
         Ok(Recorder { queue, has_ended, writer: Mutex::new(Some(writer)) })
     }
 
-    /// Whether nothing is recorded any more.
+    /// Whether the trace has ended, so that requests are no longer recorded.
     pub fn has_ended(&self) -> bool {
         self.has_ended.load(Ordering::Relaxed)
     }
 
-    /// Records one request, or counts it as left out.
-    pub fn record(&self, history: Traced, candidates: Traced) {
+    /// Records one request, or counts it as left out if the writer is behind.
+    pub fn record(&self, history: ItemsToTrace, candidates: ItemsToTrace) {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let at_ms = since_epoch.as_millis() as u64;
         match self.queue.try_send(Message::Request { at_ms, history, candidates }) {
             Ok(()) => events::trace_recorded(true),
             Err(TrySendError::Full(_)) => events::trace_recorded(false),
-            // The writer said why it ended.
+            // The writer has logged why it ended.
             Err(TrySendError::Disconnected(_)) => {}
         }
     }
 
-    /// Writes what waits and ends the trace.
+    /// Writes the requests that wait, and ends the trace. Blocks until the file is written.
     pub fn finish(&self) {
-        // An error says that the writer has ended already.
+        // An error means that the writer has already ended.
         let _ = self.queue.send(Message::End);
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(writer) = writer {
@@ -138,36 +129,43 @@ impl Recorder {
     }
 }
 
-/// The items of a request on their way into a trace.
+/// The items of one request, to be recorded in a trace.
 #[derive(Debug)]
-pub struct Traced(Vec<(String, Option<TextDigest>)>);
+pub struct ItemsToTrace(Vec<ItemToTrace>);
 
-impl Traced {
-    /// Their ids, as the request has them.
-    pub fn ids(items: &[Item]) -> Self {
-        Traced(items.iter().map(|item| (item.id.clone(), None)).collect())
+#[derive(Debug)]
+struct ItemToTrace {
+    id: String,
+    digest: Option<TextDigest>,
+}
+
+impl ItemsToTrace {
+    /// Copies the items' ids, before resolving takes the items.
+    pub fn from_ids(items: &[Item]) -> Self {
+        ItemsToTrace(items.iter().map(|item| ItemToTrace { id: item.id.clone(), digest: None }).collect())
     }
 
-    /// With the digests that they were resolved to, one an item.
-    pub fn resolved(mut self, resolved: &[Result<KnownItem, RowStatus>]) -> Self {
+    /// Adds the text digests of the resolved items, one entry per item in the same order.
+    pub fn with_digests(mut self, resolved: &[Result<KnownItem, RowStatus>]) -> Self {
         for (item, resolved) in self.0.iter_mut().zip(resolved) {
-            item.1 = resolved.as_ref().ok().map(|known| known.digest);
+            item.digest = resolved.as_ref().ok().map(|known| known.digest);
         }
         self
     }
 
-    fn written(self) -> Vec<TracedItem> {
-        self.0.into_iter().map(|(id, digest)| TracedItem(id, digest.map(|digest| digest.to_string()))).collect()
+    fn into_traced(self) -> Vec<TracedItem> {
+        let traced = |item: ItemToTrace| TracedItem(item.id, item.digest.map(|digest| digest.to_string()));
+        self.0.into_iter().map(traced).collect()
     }
 }
 
-/// Returns how many requests were written.
+/// Returns the number of requests written.
 fn write_all(waiting: &Receiver<Message>, file: &File, max_bytes: u64) -> io::Result<u64> {
     let mut writer = BufWriter::new(file);
     let (mut n_requests, mut n_bytes) = (0, 0);
     let mut line = Vec::new();
     loop {
-        // Who looks at the file while traffic pauses finds whole lines in it.
+        // Flushed when no request waits, so that a reader finds whole lines while traffic pauses.
         let next = match waiting.try_recv() {
             Ok(next) => Some(next),
             Err(_) => {
@@ -176,13 +174,13 @@ fn write_all(waiting: &Receiver<Message>, file: &File, max_bytes: u64) -> io::Re
             }
         };
         let Some(Message::Request { at_ms, history, candidates }) = next else { break };
-        let request = TracedRequest { at_ms, history: history.written(), candidates: candidates.written() };
+        let request = TracedRequest { at_ms, history: history.into_traced(), candidates: candidates.into_traced() };
         line.clear();
         serde_json::to_writer(&mut line, &request)?;
         line.push(b'\n');
         n_bytes += line.len() as u64;
         if n_bytes > max_bytes {
-            tracing::warn!(max_bytes, "the trace is full");
+            tracing::warn!(max_bytes, "the trace has reached its size limit");
             break;
         }
         writer.write_all(&line)?;
@@ -192,8 +190,8 @@ fn write_all(waiting: &Receiver<Message>, file: &File, max_bytes: u64) -> io::Re
     Ok(n_requests)
 }
 
-/// The first `max_requests` requests of a trace; at least one. A last line that was cut off, as a process that is killed leaves
-/// it, is left out.
+/// Reads the first `max_requests` requests of a trace; a trace without any is an error. A last line that is cut off, as a
+/// killed process leaves it, is ignored.
 pub fn read(path: &Path, max_requests: usize) -> Result<Vec<TracedRequest>, TraceError> {
     let failed = |source| TraceError::File { path: path.to_path_buf(), source };
     let mut lines = BufReader::new(File::open(path).map_err(failed)?);
@@ -222,9 +220,9 @@ mod tests {
         domain::{ItemText, Priority},
     };
 
-    fn traced(known: &KnownItems, items: Vec<Item>) -> Traced {
-        let traced = Traced::ids(&items);
-        traced.resolved(&known.resolve(items, Priority::Request))
+    fn resolve(known: &KnownItems, items: Vec<Item>) -> ItemsToTrace {
+        let to_trace = ItemsToTrace::from_ids(&items);
+        to_trace.with_digests(&known.resolve(items, Priority::Request))
     }
 
     fn item(id: &str, title: Option<&str>) -> Item {
@@ -232,13 +230,13 @@ mod tests {
     }
 
     #[test]
-    fn what_was_recorded_is_read_back_without_a_word_of_text() {
+    fn recorded_requests_are_read_back_without_their_texts() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("trace.jsonl");
         let known = KnownItems::new(1 << 20, 100);
         let recorder = Recorder::start(&path, 1 << 20).unwrap();
-        recorder.record(traced(&known, vec![item("a", Some("Secret"))]), traced(&known, vec![item("b", None)]));
-        recorder.record(traced(&known, vec![]), traced(&known, vec![item("a", None)]));
+        recorder.record(resolve(&known, vec![item("a", Some("Secret"))]), resolve(&known, vec![item("b", None)]));
+        recorder.record(resolve(&known, vec![]), resolve(&known, vec![item("a", None)]));
         recorder.finish();
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(!text.contains("Secret"), "{text}");
@@ -254,13 +252,13 @@ mod tests {
     }
 
     #[test]
-    fn a_full_trace_ends_with_a_whole_line_and_holds_nobody_up() {
+    fn a_full_trace_ends_with_a_whole_line_and_delays_no_request() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("trace.jsonl");
         let recorder = Recorder::start(&path, 300).unwrap();
         let known = KnownItems::new(1 << 20, 100);
         for _ in 0..1000 {
-            recorder.record(traced(&known, vec![]), traced(&known, vec![item("a", None)]));
+            recorder.record(resolve(&known, vec![]), resolve(&known, vec![item("a", None)]));
         }
         recorder.finish();
         recorder.finish();
@@ -270,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_trace_is_refused_with_its_line() {
+    fn a_file_that_is_not_a_trace_is_refused_with_the_line_number() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("trace.jsonl");
         assert!(read(&path, 1).unwrap_err().to_string().contains("trace.jsonl"));
@@ -280,6 +278,6 @@ mod tests {
         let error = read(&path, 9).unwrap_err().to_string();
         assert!(error.contains("line 2"), "{error}");
         std::fs::write(&path, "{\"at_ms\":1,\"history\":[],\"candidates\":[]}\n{\"at_ms\":2,\"hist").unwrap();
-        assert_eq!(read(&path, 9).unwrap().len(), 1, "a line that was cut off made the rest unreadable");
+        assert_eq!(read(&path, 9).unwrap().len(), 1, "a cut-off line made the rest unreadable");
     }
 }

@@ -5,15 +5,15 @@
 //!                                 └──> item cache ──> content ──> item tower ──> score ──> answer
 //! ```
 //!
-//! [`admission`] admits and splits the deadline, `candidates` and `user` gather the two sides of a request, `score` runs them
-//! through towers and CVR head. [`warm_up`] and [`replay`] fill the caches ahead of traffic; `shadow` compares models;
-//! [`item_trace`] records which items requests ask for.
+//! [`admission`] admits requests and splits their deadlines, `candidates` and `user` prepare the two sides of a request, and
+//! `score` runs the towers and the CVR head. [`warm_up`] and [`replay`] fill the caches ahead of traffic, `shadow` compares
+//! models, and [`item_trace`] records which items requests ask for.
 //!
 //! Invariants:
-//! - A request reads one snapshot of one model; nothing in its answer comes from another.
-//! - Candidates are independent: one that cannot be answered costs its own row.
-//! - Nothing here computes: encoding and scoring run on inference threads, this code waits for them.
-//! - A shadow scores a request after it was answered, and nobody waits for it.
+//! - One model answers a request; nothing in the answer comes from another model.
+//! - Candidates are independent: one that fails loses only its own row.
+//! - Nothing is computed here: encoding and scoring run on inference threads, and this code awaits them.
+//! - A shadow scores a request after the request has been answered, and no caller waits for it.
 
 pub mod admission;
 mod candidates;
@@ -35,16 +35,16 @@ use crate::{
     telemetry::events,
 };
 use admission::{Admission, Deadlines, Permit, check_wait, shed};
-use item_trace::{Recorder, Traced};
+use item_trace::{ItemsToTrace, Recorder};
 use score::ScoreJob;
 use shadow::Shadows;
 use std::{sync::Arc, time::Instant};
 use user::User;
 
-/// Everything that requests share.
+/// The state that all requests share.
 #[derive(Debug)]
 pub struct Pipeline {
-    /// Which models serve.
+    /// The models that serve.
     pub registry: Registry,
     caches: Arc<Caches>,
     admission: Admission,
@@ -52,13 +52,13 @@ pub struct Pipeline {
     trace: Option<Arc<Recorder>>,
 }
 
-/// Items whose text was sent or is known; for the others, their rows' status.
+/// One entry per item: the item where its text was sent or is known, otherwise its row's status.
 type Resolved = Vec<Result<KnownItem, RowStatus>>;
 
-/// A vector per row, or why there is none.
+/// One entry per row: its vector, or the status that says why it has none.
 type Rows = Vec<Result<Vector, RowStatus>>;
 
-/// What one request shows to a model.
+/// The part of a request that a model reads.
 #[derive(Debug, Clone)]
 struct Page {
     /// Oldest first.
@@ -67,7 +67,7 @@ struct Page {
 }
 
 impl Pipeline {
-    /// A pipeline without a model: requests are answered UNAVAILABLE until the registry has one.
+    /// Creates a pipeline without a model: requests are answered UNAVAILABLE until the registry has one.
     pub fn new(caches: Arc<Caches>, max_in_flight: usize) -> Self {
         Pipeline {
             registry: Registry::default(),
@@ -83,39 +83,39 @@ impl Pipeline {
         Pipeline { trace, ..self }
     }
 
-    /// Admits a request that has until `deadline`, or turns it away. The permit is held until the request is answered.
+    /// Admits a request with this deadline, or turns it away. The caller holds the permit until the request is answered.
     ///
-    /// Only the request's headers are known by then, so the question is whether the least busy of the models that have a share
-    /// could serve it in time.
+    /// Only the request's headers have arrived at this point, so the check is whether the least busy of the models with a
+    /// share of the traffic could serve it in time.
     pub fn admit(&self, deadline: Instant) -> Result<Permit, Error> {
         let permit = self.admission.admit()?;
-        let snapshot = self.registry.current()?;
-        let with_share = snapshot.models.iter().filter(|served| served.share > 0);
+        let models = self.registry.current()?;
+        let with_share = models.live.iter().filter(|served| served.share > 0);
         let wait = with_share.map(|served| served.model.towers.expected_wait()).min().unwrap_or_default();
         check_wait(wait, deadline.saturating_duration_since(Instant::now()))?;
         Ok(permit)
     }
 
-    /// Answers one admitted request. Calls `routed` with the model that answers, as soon as that is known.
+    /// Answers one admitted request. Calls `on_routed` with the model that answers as soon as it is chosen.
     ///
-    /// Cancel-safe: encoding that was queued goes on, and its result is cached; scoring is skipped.
+    /// Cancel-safe: queued encoding continues and its result is cached; scoring is skipped.
     pub async fn get_mid_emb(
         self: &Arc<Self>,
         request: MidEmbRequest,
-        routed: impl FnOnce(&Model),
+        on_routed: impl FnOnce(&Model),
     ) -> Result<MidEmbResponse, Error> {
         let deadlines = Deadlines::split(Instant::now(), request.deadline);
-        let snapshot = self.registry.current()?;
-        let model = snapshot.route(request.model.as_deref(), &request.user_id)?;
-        routed(model);
+        let models = self.registry.current()?;
+        let model = models.route(request.model.as_deref(), &request.user_id)?;
+        on_routed(model);
         let page = self.resolve(request.history, request.candidates);
-        let shadows = Shadows::of(snapshot.shadows_of(model, &request.user_id), &page, request.outputs);
+        let shadows = Shadows::reserve(models.shadows_of(model, &request.user_id), &page, request.outputs);
         let answer = self.answer(model, page, request.outputs, deadlines).await?;
         shadows.compare(self, &answer);
         Ok(answer)
     }
 
-    /// What `model` answers to a page whose texts are known.
+    /// Answers a resolved page with `model`.
     async fn answer(
         &self,
         model: &Model,
@@ -123,7 +123,7 @@ impl Pipeline {
         outputs: Outputs,
         deadlines: Deadlines,
     ) -> Result<MidEmbResponse, Error> {
-        let Page { history, candidates } = page.within_window_of(model);
+        let Page { history, candidates } = page.limit_history(model.manifest.user_tower.max_history);
         let (user, mut candidates) = tokio::try_join!(
             async { Ok(self.embed_history(model, history, deadlines).await) },
             self.embed_candidates(model, candidates, deadlines),
@@ -134,15 +134,16 @@ impl Pipeline {
         Ok(scores.into_response(model, history, candidates))
     }
 
-    /// Text for ids.
+    /// Looks up the texts of items that were sent as ids, and remembers the texts that were sent.
     fn resolve(&self, history: Vec<Item>, candidates: Vec<Item>) -> Page {
         let start = Instant::now();
         let trace = self.trace.as_deref().filter(|trace| !trace.has_ended());
-        let traced = trace.map(|trace| (trace, Traced::ids(&history), Traced::ids(&candidates)));
+        let to_trace =
+            trace.map(|trace| (trace, ItemsToTrace::from_ids(&history), ItemsToTrace::from_ids(&candidates)));
         let history = self.caches.known_items.resolve(history, Priority::Request);
         let candidates = self.caches.known_items.resolve(candidates, Priority::Request);
-        if let Some((trace, history_ids, candidate_ids)) = traced {
-            trace.record(history_ids.resolved(&history), candidate_ids.resolved(&candidates));
+        if let Some((trace, history_ids, candidate_ids)) = to_trace {
+            trace.record(history_ids.with_digests(&history), candidate_ids.with_digests(&candidates));
         }
         events::stage_finished("resolve", start);
         Page { history, candidates }
@@ -150,9 +151,9 @@ impl Pipeline {
 }
 
 impl Page {
-    /// Marks history items older than the model's window as not used.
-    fn within_window_of(mut self, model: &Model) -> Self {
-        let n_too_old = self.history.len().saturating_sub(model.manifest.user_tower.max_history);
+    /// Marks all but the newest `max_history` history items as not used.
+    fn limit_history(mut self, max_history: usize) -> Self {
+        let n_too_old = self.history.len().saturating_sub(max_history);
         self.history[..n_too_old].fill(Err(RowStatus::NotUsed));
         self
     }
@@ -166,8 +167,9 @@ fn vector_or_status(content: &Content) -> Result<Vector, RowStatus> {
     })
 }
 
-/// The error of a request none of whose rows is ready. Overload is reported before lateness, because the caller should back off.
-fn nothing_ready(n_shed: usize) -> Error {
+/// The error for a request without a single ready row. Overload takes precedence over lateness, because the caller should
+/// back off.
+fn no_row_ready(n_shed: usize) -> Error {
     if n_shed > 0 { shed(ShedReason::EncoderQueue) } else { Error::DeadlineExceeded }
 }
 
@@ -189,7 +191,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_server_without_a_model_is_unavailable_and_gives_its_permit_back() {
+    async fn without_a_model_requests_are_unavailable_and_release_their_permits() {
         let pipeline = pipeline();
         for _ in 0..2 {
             let request = MidEmbRequest {
@@ -204,13 +206,13 @@ mod tests {
             assert!(matches!(answer, Err(Error::Unavailable(_))), "{answer:?}");
         }
         assert!(matches!(pipeline.warm(pipeline.remember(Vec::new())).await, Err(Error::Unavailable(_))));
-        assert!(matches!(pipeline.admit(Instant::now()), Err(Error::Unavailable(_))), "the one permit was lost");
-        assert!(matches!(pipeline.admit(Instant::now()), Err(Error::Unavailable(_))), "the one permit was lost");
+        assert!(matches!(pipeline.admit(Instant::now()), Err(Error::Unavailable(_))), "the only permit was lost");
+        assert!(matches!(pipeline.admit(Instant::now()), Err(Error::Unavailable(_))), "the only permit was lost");
     }
 
     #[test]
-    fn overload_is_reported_before_lateness() {
-        assert!(matches!(nothing_ready(1), Error::Shed { reason: ShedReason::EncoderQueue, .. }));
-        assert!(matches!(nothing_ready(0), Error::DeadlineExceeded));
+    fn overload_takes_precedence_over_lateness() {
+        assert!(matches!(no_row_ready(1), Error::Shed { reason: ShedReason::EncoderQueue, .. }));
+        assert!(matches!(no_row_ready(0), Error::DeadlineExceeded));
     }
 }

@@ -1,4 +1,4 @@
-//! Scoring: user tower and CVR MLP in one crossing to an inference thread.
+//! Scoring: the user tower and the CVR MLP run in one job on an inference thread.
 
 use super::{
     admission::shed,
@@ -21,15 +21,15 @@ use crate::{
 };
 use std::{sync::Arc, time::Instant};
 
-/// What one scoring job reads.
+/// The inputs of one scoring job.
 pub(super) struct ScoreJob {
     user: UserSource,
-    /// `[n, E]`, of the candidates that have an embedding.
+    /// `[n, E]`: the candidates that have an embedding.
     items: Vec<f32>,
     outputs: Outputs,
 }
 
-/// What one scoring job gave; rows are those of [`ScoreJob::items`].
+/// The results of one scoring job; its rows are those of [`ScoreJob::items`].
 pub(super) struct Scores {
     outputs: Outputs,
     user: Option<Vector>,
@@ -38,22 +38,21 @@ pub(super) struct Scores {
 
 impl ScoreJob {
     pub(super) fn new(user: UserSource, candidates: &mut Candidates, outputs: Outputs) -> Self {
-        let items = match outputs.needs_fusion() {
-            true => candidates.ready_items(outputs),
-            false => Vec::new(),
-        };
+        let items = if outputs.needs_fusion() { candidates.ready_items(outputs) } else { Vec::new() };
         ScoreJob { user, items, outputs }
     }
 
-    /// Scores on an inference thread, or says why not. A user embedding that was computed is cached in `users`.
+    /// Scores on an inference thread. A user embedding that had to be computed is cached in `users`.
     pub(super) async fn run(self, model: &Model, answer_by: Instant, users: &UserCache) -> Result<Scores, Error> {
         let ScoreJob { user, items, outputs } = self;
-        match &user {
-            _ if !items.is_empty() => {}
-            // What is asked for lies ready: no thread has to be crossed for it.
-            _ if !outputs.user_emb => return Ok(Scores { outputs, user: None, fused: None }),
-            UserSource::Cached(user) => return Ok(Scores { outputs, user: Some(Arc::clone(user)), fused: None }),
-            UserSource::History { .. } => {}
+        // Without items to fuse, a request may need no graph at all, and then no inference thread.
+        if items.is_empty() {
+            if !outputs.user_emb {
+                return Ok(Scores { outputs, user: None, fused: None });
+            }
+            if let UserSource::Cached(user) = user {
+                return Ok(Scores { outputs, user: Some(user), fused: None });
+            }
         }
         let (user, key) = match user {
             UserSource::Cached(user) => (UserInput::Known(user), None),
@@ -81,7 +80,8 @@ impl ScoreJob {
 }
 
 impl Candidates {
-    /// The rows that are OK, one after the other. Taken, not copied, where that is all of them and nobody asks for them.
+    /// The embeddings of all rows that are OK, back to back. If every row is OK and the caller does not want the item
+    /// embeddings, the whole matrix is moved out instead of copied.
     fn ready_items(&mut self, outputs: Outputs) -> Vec<f32> {
         let is_ready = |status: &RowStatus| *status == RowStatus::Ok;
         if self.statuses.iter().all(is_ready) {
@@ -94,22 +94,22 @@ impl Candidates {
 }
 
 impl Scores {
-    /// The answer: a row for every candidate, zeros where it has no vector.
+    /// The answer: one row per candidate, all zeros where the candidate has no vector.
     pub(super) fn into_response(self, model: &Model, history: HistoryUse, candidates: Candidates) -> MidEmbResponse {
         let Candidates { mut statuses, items } = candidates;
-        let had_item: Vec<bool> = statuses.iter().map(|status| *status == RowStatus::Ok).collect();
+        let was_scored: Vec<bool> = statuses.iter().map(|status| *status == RowStatus::Ok).collect();
         let mid_dim = model.manifest.cvr.dim;
         let fused = self.fused.unwrap_or(Fused { mid_emb: Matrix::zeros(0, mid_dim), cvr: Vec::new() });
         if !fused.cvr.is_empty() {
-            fail_rows_that_are_not_finite(&mut statuses, &fused);
+            fail_non_finite_rows(&mut statuses, &fused);
         }
         let Outputs { mid_emb, cvr, user_emb, item_emb } = self.outputs;
         let cvr_column = Matrix { n_cols: 1, data: fused.cvr };
         MidEmbResponse {
             model: model.reference.clone(),
-            item_emb: item_emb.then(|| blank_rows_that_are_not_ok(items, &statuses)),
-            cvr: cvr.then(|| scatter(cvr_column, &had_item, &statuses).data),
-            mid_emb: mid_emb.then(|| scatter(fused.mid_emb, &had_item, &statuses)),
+            item_emb: item_emb.then(|| zero_rows_not_ok(items, &statuses)),
+            cvr: cvr.then(|| scatter(cvr_column, &was_scored, &statuses).data),
+            mid_emb: mid_emb.then(|| scatter(fused.mid_emb, &was_scored, &statuses)),
             user_emb: self.user.filter(|_| user_emb).map(|user| user.to_vec()),
             n_history_used: history.n_used,
             history_statuses: history.statuses,
@@ -118,14 +118,17 @@ impl Scores {
     }
 }
 
-/// A row that failed after its item embedding was there.
-fn blank_rows_that_are_not_ok(mut items: Matrix, statuses: &[RowStatus]) -> Matrix {
-    let failed = statuses.iter().enumerate().filter(|(_, status)| **status != RowStatus::Ok);
-    failed.for_each(|(row, _)| items.row_mut(row).fill(0.0));
+/// Zeros the embeddings of rows that failed in scoring, after their item embedding was computed.
+fn zero_rows_not_ok(mut items: Matrix, statuses: &[RowStatus]) -> Matrix {
+    for (row, status) in statuses.iter().enumerate() {
+        if *status != RowStatus::Ok {
+            items.row_mut(row).fill(0.0);
+        }
+    }
     items
 }
 
-fn fail_rows_that_are_not_finite(statuses: &mut [RowStatus], fused: &Fused) {
+fn fail_non_finite_rows(statuses: &mut [RowStatus], fused: &Fused) {
     if all_finite(&fused.cvr) && all_finite(&fused.mid_emb.data) {
         return;
     }
@@ -138,14 +141,14 @@ fn fail_rows_that_are_not_finite(statuses: &mut [RowStatus], fused: &Fused) {
     }
 }
 
-/// Puts the rows of `scored` (one for each candidate that had an item embedding) where their candidates are. Rows that are
-/// not OK stay zero.
-fn scatter(scored: Matrix, had_item: &[bool], statuses: &[RowStatus]) -> Matrix {
+/// Moves the rows of `scored` (one per candidate in `was_scored`) to their candidates' positions. Rows that are not OK are
+/// zeros.
+fn scatter(scored: Matrix, was_scored: &[bool], statuses: &[RowStatus]) -> Matrix {
     if statuses.iter().all(|status| *status == RowStatus::Ok) {
         return scored;
     }
     let mut matrix = Matrix::zeros(statuses.len(), scored.n_cols);
-    let rows = (0..statuses.len()).filter(|i| had_item[*i]);
+    let rows = (0..statuses.len()).filter(|i| was_scored[*i]);
     for (from, to) in rows.enumerate() {
         if statuses[to] == RowStatus::Ok {
             matrix.row_mut(to).copy_from_slice(scored.row(from));
@@ -159,22 +162,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_land_where_their_candidates_are_and_the_rest_is_zero() {
+    fn scored_rows_move_to_their_candidates_and_other_rows_are_zero() {
         use RowStatus::{Failed, NotInTime, Ok, UnknownItem};
         let scored = Matrix { n_cols: 2, data: vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0] };
         // The fourth candidate was scored, but its row was not finite.
-        let had_item = [false, true, true, true, false];
+        let was_scored = [false, true, true, true, false];
         let statuses = [UnknownItem, Ok, Ok, Failed, NotInTime];
-        let matrix = scatter(scored, &had_item, &statuses);
+        let matrix = scatter(scored, &was_scored, &statuses);
         assert_eq!(matrix.data, [0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 0.0, 0.0]);
     }
 
     #[test]
-    fn a_row_that_is_not_finite_fails_alone() {
+    fn a_non_finite_row_fails_alone() {
         let mid_emb = Matrix { n_cols: 1, data: vec![1.0, f32::NAN, 3.0] };
         let fused = Fused { mid_emb, cvr: vec![0.1, 0.2, f32::INFINITY] };
         let mut statuses = [RowStatus::Ok, RowStatus::UnknownItem, RowStatus::Ok, RowStatus::Ok];
-        fail_rows_that_are_not_finite(&mut statuses, &fused);
+        fail_non_finite_rows(&mut statuses, &fused);
         assert_eq!(statuses, [RowStatus::Ok, RowStatus::UnknownItem, RowStatus::Failed, RowStatus::Failed]);
     }
 }

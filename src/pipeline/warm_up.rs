@@ -1,6 +1,6 @@
 //! Warm-up: texts arrive ahead of traffic, are remembered under their ids, and are encoded and embedded for every model.
 
-use super::{Pipeline, candidates::unique};
+use super::{Pipeline, candidates::Distinct};
 use crate::{
     bundle::Model,
     content::{Content, EmbedRequest},
@@ -8,70 +8,70 @@ use crate::{
 };
 use std::time::{Duration, Instant};
 
-/// Items of a warm-up stream that are under way at once.
+/// The number of items that one warm-up call processes at a time.
 const CHUNK: usize = 256;
-/// Warm-up has no deadline of its own; this only keeps a stuck encoder from holding a stream for ever.
+/// Warm-up has no deadline of its own; this only keeps a stuck encoder from blocking a stream for ever.
 const PATIENCE: Duration = Duration::from_secs(3600);
 
-/// Items of a warm-up whose texts are remembered and that wait to be encoded.
+/// Items of a warm-up: their texts are remembered, and they wait to be encoded.
 #[derive(Debug)]
 pub struct WarmUp {
-    /// How many items were sent.
+    /// The number of items sent.
     n_items: usize,
-    /// Those that can be encoded.
+    /// The items that can be encoded.
     known: Vec<KnownItem>,
 }
 
-/// How warm-up left an item. The order counts: of several models, the last of these outcomes is reported.
+/// The outcome of warming one item. The order of the variants matters: across models, the greatest outcome is reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Warmth {
+pub(super) enum WarmOutcome {
     /// It was cached already, or another call is encoding it.
     Cached,
-    /// It was encoded just now.
+    /// This call encoded it.
     Encoded,
     /// It could not be embedded.
     Failed,
 }
 
 impl Pipeline {
-    /// Remembers the texts of a warm-up, each as the newest text of its id. [`Pipeline::warm`] encodes them.
+    /// Remembers the texts of a warm-up, each as the newest text for its id. [`Pipeline::warm`] encodes them.
     pub fn remember(&self, items: Vec<Item>) -> WarmUp {
         let n_items = items.len();
-        let usable = |item: &Item| item.text.is_some() && !item.id.is_empty();
-        let resolved = self.caches.known_items.resolve(items.into_iter().filter(usable).collect(), Priority::WarmUp);
+        let is_valid = |item: &Item| item.text.is_some() && !item.id.is_empty();
+        let resolved = self.caches.known_items.resolve(items.into_iter().filter(is_valid).collect(), Priority::WarmUp);
         WarmUp { n_items, known: resolved.into_iter().flatten().collect() }
     }
 
     /// Encodes and caches the items of a warm-up for every model that serves.
     ///
-    /// Cancel-safe: encoding that was queued goes on, and its result is cached.
+    /// Cancel-safe: queued encoding continues and its result is cached.
     pub async fn warm(&self, warm_up: WarmUp) -> Result<WarmSummary, Error> {
-        let snapshot = self.registry.current()?;
+        let models = self.registry.current()?;
         let WarmUp { n_items, known } = warm_up;
         let n_invalid = (n_items - known.len()) as u64;
         let mut summary = WarmSummary { n_items: n_items as u64, n_invalid, ..WarmSummary::default() };
         for chunk in known.chunks(CHUNK) {
-            let mut outcomes = vec![Warmth::Cached; chunk.len()];
-            for model in snapshot.all() {
-                let of_model = self.warm_for(model, chunk).await;
-                for (outcome, new) in outcomes.iter_mut().zip(of_model) {
-                    *outcome = new.max(*outcome);
+            let mut outcomes = vec![WarmOutcome::Cached; chunk.len()];
+            for model in models.all() {
+                let model_outcomes = self.warm_model(model, chunk).await;
+                for (outcome, model_outcome) in outcomes.iter_mut().zip(model_outcomes) {
+                    *outcome = model_outcome.max(*outcome);
                 }
             }
             for outcome in outcomes {
                 match outcome {
-                    Warmth::Cached => summary.n_cached += 1,
-                    Warmth::Encoded => summary.n_encoded += 1,
-                    Warmth::Failed => summary.n_failed += 1,
+                    WarmOutcome::Cached => summary.n_cached += 1,
+                    WarmOutcome::Encoded => summary.n_encoded += 1,
+                    WarmOutcome::Failed => summary.n_failed += 1,
                 }
             }
         }
         Ok(summary)
     }
 
-    /// Fills the caches of one model; returns how each item was left.
-    pub(super) async fn warm_for(&self, model: &Model, known: &[KnownItem]) -> Vec<Warmth> {
-        let (items, places) = unique(known.iter());
+    /// Fills the caches for one model; returns one outcome per item.
+    pub(super) async fn warm_model(&self, model: &Model, known: &[KnownItem]) -> Vec<WarmOutcome> {
+        let Distinct { items, positions } = Distinct::of(known.iter());
         let until = Instant::now() + PATIENCE;
         let request = EmbedRequest { items: &items, priority: Priority::WarmUp, until };
         let contents = self.contents.embed(&model.encoder, request).await;
@@ -93,13 +93,13 @@ impl Pipeline {
                 is_embedded[i] = row.is_ok();
             }
         }
-        let warmth = |i: usize| match &contents[i] {
-            _ if !is_embedded[i] => Warmth::Failed,
-            // The chunk or call that is encoding it counts it.
-            Content::Cached(_) | Content::Joined(_) => Warmth::Cached,
-            Content::Encoded(_) => Warmth::Encoded,
-            _ => Warmth::Failed,
+        let outcome = |i: usize| match &contents[i] {
+            _ if !is_embedded[i] => WarmOutcome::Failed,
+            // A joined item is counted by the call that encodes it.
+            Content::Cached(_) | Content::Joined(_) => WarmOutcome::Cached,
+            Content::Encoded(_) => WarmOutcome::Encoded,
+            _ => WarmOutcome::Failed,
         };
-        places.into_iter().map(warmth).collect()
+        positions.into_iter().map(outcome).collect()
     }
 }

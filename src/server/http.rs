@@ -1,4 +1,4 @@
-//! `/metrics` for Prometheus, `/livez` and `/readyz` for an orchestrator that speaks HTTP.
+//! `/metrics` for Prometheus, `/livez` and `/readyz` for an orchestrator.
 
 use crate::{cache::Caches, pipeline::Pipeline, telemetry::recorder::Recorder};
 use axum::{
@@ -11,7 +11,7 @@ use axum::{
 use std::sync::Arc;
 use tokio::{net::TcpListener, sync::watch};
 
-/// What the handlers read.
+/// The state that the handlers read.
 #[derive(Debug, Clone)]
 pub(super) struct State {
     pub(super) recorder: Recorder,
@@ -20,7 +20,7 @@ pub(super) struct State {
     pub(super) draining: watch::Receiver<bool>,
 }
 
-/// Serves until the process ends: the last scrape of a drain counts, too.
+/// Serves until the process ends, so that metrics can be scraped during a drain.
 pub(super) async fn serve(listener: TcpListener, state: State) {
     let router = Router::new()
         .route("/metrics", get(metrics))
@@ -28,7 +28,7 @@ pub(super) async fn serve(listener: TcpListener, state: State) {
         .route("/readyz", get(ready))
         .with_state(state);
     if let Err(error) = axum::serve(listener, router).await {
-        tracing::error!(%error, "metrics listener failed");
+        tracing::error!(%error, "the metrics listener failed");
     }
 }
 
@@ -38,8 +38,10 @@ async fn metrics(Extract(state): Extract<State>) -> impl IntoResponse {
 }
 
 async fn ready(Extract(state): Extract<State>) -> impl IntoResponse {
+    if *state.draining.borrow() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "draining\n");
+    }
     match state.pipeline.registry.current() {
-        _ if *state.draining.borrow() => (StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
         Ok(_) => (StatusCode::OK, "ready\n"),
         Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "loading\n"),
     }

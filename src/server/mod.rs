@@ -1,8 +1,8 @@
-//! The server: three listeners, health, and a shutdown that loses nothing.
+//! The server: three listeners, health checks, and a graceful shutdown.
 //!
-//! Order of a start: bind, answer health NOT_SERVING and requests UNAVAILABLE, put the first config in force
-//! ([`crate::lifecycle`]), then serve and watch for the next one. Order of a stop: health NOT_SERVING, no new connections,
-//! accepted requests finish within `server.drain_seconds`, the caches are written.
+//! On start it binds its listeners, answers health checks with NOT_SERVING and requests with UNAVAILABLE, and puts the first
+//! config in force ([`crate::lifecycle`]); then it serves and watches for new configs. On shutdown it reports NOT_SERVING,
+//! accepts no new connections, lets accepted requests finish within `server.drain_seconds`, and writes the caches to disk.
 
 mod http;
 
@@ -11,7 +11,7 @@ use crate::{
     config::{Settings, settings::AdminGuard},
     lifecycle::{
         Desired, Lifecycle, PushError,
-        watch::{Doors, run as watch_doors},
+        watch::{ConfigSource, run as watch_config},
     },
     pipeline::{Pipeline, item_trace},
     telemetry::recorder::Recorder,
@@ -39,33 +39,23 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-/// Why a server does not start, or stops.
+/// Why a server cannot start or fails while it runs.
 #[derive(Debug, Error)]
 pub enum ServerError {
-    /// An address cannot be listened on.
+    /// A listener cannot be bound to its address. `key` is the config key.
     #[error("{key} = {address}: {source}")]
-    Bind {
-        /// The config key.
-        key: &'static str,
-        /// As configured.
-        address: SocketAddr,
-        /// Why not.
-        source: io::Error,
-    },
-    /// The first config does not come into force.
+    #[expect(missing_docs, reason = "the fields are explained above or by their names")]
+    Bind { key: &'static str, address: SocketAddr, source: io::Error },
+    /// The first config cannot be put in force.
     #[error(transparent)]
     Start(#[from] PushError),
-    /// SIGHUP cannot be received.
-    #[error("SIGHUP: {0}")]
+    /// No handler for SIGHUP can be installed.
+    #[error("SIGHUP cannot be handled: {0}")]
     Signal(io::Error),
-    /// The admin listener's TLS cannot be set up.
+    /// TLS of the admin listener cannot be set up. `key` is the config key.
     #[error("{key}: {source}")]
-    Tls {
-        /// The config key.
-        key: &'static str,
-        /// Why not.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
+    #[expect(missing_docs, reason = "the fields are explained above or by their names")]
+    Tls { key: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
     /// A listener failed while serving.
     #[error("serving: {0}")]
     Serve(#[from] tonic::transport::Error),
@@ -86,7 +76,7 @@ pub struct Listeners {
 }
 
 impl Listeners {
-    /// Binds all three.
+    /// Binds all three listeners to their configured addresses.
     pub async fn bind(settings: &Settings) -> Result<Self, ServerError> {
         Ok(Listeners {
             grpc: bind("server.listen", settings.server_listen).await?,
@@ -96,7 +86,7 @@ impl Listeners {
     }
 }
 
-/// A peer that vanished is found within the two together: it must not hold requests, nor a drain.
+/// A peer that vanished is detected within the sum of the two, so that it holds up neither requests nor a drain.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -104,20 +94,20 @@ async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, Ser
     TcpListener::bind(address).await.map_err(|source| ServerError::Bind { key, address, source })
 }
 
-/// What a server starts with.
+/// The inputs of a server's start.
 #[derive(Debug)]
 pub struct Start {
-    /// The config file.
+    /// The path of the config file.
     pub file: PathBuf,
-    /// The config that is to be in force.
+    /// The config to put in force.
     pub desired: Desired,
-    /// Its settings.
+    /// The settings of `desired`.
     pub settings: Settings,
-    /// Records which items requests ask for.
+    /// Records which items requests ask for, if they are traced.
     pub trace: Option<Arc<item_trace::Recorder>>,
 }
 
-/// Serves until `shutdown` completes and accepted requests are done.
+/// Serves until `shutdown` completes and accepted requests are answered.
 pub async fn run(
     start: Start,
     listeners: Listeners,
@@ -127,20 +117,20 @@ pub async fn run(
     let Start { file, desired, settings, trace } = start;
     let caches = Arc::new(Caches::new(cache_limits(&settings)));
     let pipeline = Arc::new(Pipeline::new(Arc::clone(&caches), settings.limits.max_in_flight).with_trace(trace));
-    let keeper = |folder: &PathBuf| Arc::new(SnapshotKeeper::new(Arc::clone(&caches), folder.clone()));
-    let snapshots = settings.snapshot_folder.as_ref().map(keeper);
+    let snapshot_keeper = |folder: &PathBuf| Arc::new(SnapshotKeeper::new(Arc::clone(&caches), folder.clone()));
+    let snapshots = settings.snapshot_folder.as_ref().map(snapshot_keeper);
     let file_text = desired.file_text.clone();
-    let doors = Doors::open(&file).map_err(ServerError::Signal)?;
-    let (draining, drained) = watch::channel(false);
+    let config_source = ConfigSource::open(&file).map_err(ServerError::Signal)?;
+    let (set_draining, draining) = watch::channel(false);
     let lifecycle =
-        Arc::new(Lifecycle::new(Arc::clone(&pipeline), snapshots.clone(), file, settings.clone(), drained.clone()));
+        Arc::new(Lifecycle::new(Arc::clone(&pipeline), snapshots.clone(), file, settings.clone(), draining.clone()));
     let addresses = addresses(&listeners);
     tokio::spawn(recorder.clone().keep_up());
     let state = http::State {
         recorder,
         caches: Arc::clone(&caches),
         pipeline: Arc::clone(&pipeline),
-        draining: drained.clone(),
+        draining: draining.clone(),
     };
     tokio::spawn(http::serve(listeners.metrics, state));
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -149,28 +139,28 @@ pub async fn run(
         .layer(CountLayer)
         .layer(AdmitLayer::new(Arc::clone(&pipeline), settings.limits.default_deadline))
         .add_service(health_service)
-        .add_service(mid_emb_service(&settings, &pipeline, drained.clone()))
+        .add_service(mid_emb_service(&settings, &pipeline, draining.clone()))
         .add_service(reflection_v1())
         .add_service(reflection_v1alpha())
-        .serve_with_incoming_shutdown(incoming(listeners.grpc), until(drained.clone()));
+        .serve_with_incoming_shutdown(incoming(listeners.grpc), drain_begins(draining.clone()));
     let admin = Admin::new(caches, Arc::clone(&pipeline), Arc::clone(&lifecycle));
     let admin = admin_builder(&settings.admin_guard)?
         .layer(CountLayer)
         .add_service(AdminServiceServer::with_interceptor(admin, Guard::new(settings.admin_guard.token_file.clone())))
         .add_service(reflection_v1())
-        .serve_with_incoming_shutdown(incoming(listeners.admin), until(drained));
+        .serve_with_incoming_shutdown(incoming(listeners.admin), drain_begins(draining));
     let mut serving = tokio::spawn(async { tokio::try_join!(grpc, admin) });
 
     tokio::pin!(shutdown);
     tokio::select! {
-        // A stop during a long load need not wait for it.
+        // A shutdown does not wait for models that are still loading.
         () = &mut shutdown => return Ok(()),
         started = lifecycle.start(desired) => started?,
     }
     set_health(&health, ServingStatus::Serving).await;
     let [grpc, admin, metrics] = addresses;
     tracing::info!(grpc, admin, metrics, "serving");
-    tokio::spawn(watch_doors(Arc::clone(&lifecycle), doors, file_text));
+    tokio::spawn(watch_config(Arc::clone(&lifecycle), config_source, file_text));
     if let (Some(snapshots), Some(every)) = (snapshots.clone(), settings.snapshot_every) {
         let lifecycle = Arc::clone(&lifecycle);
         tokio::spawn(async move { snapshots.write_regularly(every, || lifecycle.cached_parts()).await });
@@ -178,11 +168,11 @@ pub async fn run(
 
     tokio::select! {
         () = &mut shutdown => {}
-        // Without a listener there is nothing to wait for.
+        // A listener failed.
         served = &mut serving => return served?.map(|_| ()).map_err(ServerError::from),
     }
     set_health(&health, ServingStatus::NotServing).await;
-    draining.send_replace(true);
+    set_draining.send_replace(true);
     end_health_watches(health).await;
     tracing::info!(drain_seconds = settings.drain.as_secs(), "draining");
     let drained = tokio::time::timeout(settings.drain, serving).await;
@@ -194,12 +184,12 @@ pub async fn run(
             served??;
             tracing::info!("stopped");
         }
-        Err(_elapsed) => tracing::warn!("requests were still under way after server.drain_seconds"),
+        Err(_elapsed) => tracing::warn!("stopped while requests were still in flight after server.drain_seconds"),
     }
     Ok(())
 }
 
-/// Peers that vanished are found, and let go.
+/// Detects peers that vanished and closes their connections.
 fn keep_alive(server: Server) -> Server {
     server
         .tcp_nodelay(true)
@@ -208,24 +198,26 @@ fn keep_alive(server: Server) -> Server {
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
 }
 
-/// A listener that speaks TLS where the config has a certificate for it.
+/// The builder of the admin server, with TLS if the config names a certificate.
 fn admin_builder(guard: &AdminGuard) -> Result<Server, ServerError> {
     let builder = keep_alive(Server::builder());
     let Some((certificate, key)) = &guard.certificate else { return Ok(builder) };
-    let failed = |key: &'static str| move |source: io::Error| ServerError::Tls { key, source: source.into() };
-    let read = |key: &'static str, path: &Path| {
-        fs::read(path)
-            .map_err(|source| io::Error::other(format!("{} cannot be read: {source}", path.display())))
-            .map_err(failed(key))
-    };
-    let identity = Identity::from_pem(read("admin.tls_cert", certificate)?, read("admin.tls_key", key)?);
-    let mut tls = ServerTlsConfig::new().identity(identity);
+    let certificate = read_tls_file("admin.tls_cert", certificate)?;
+    let key = read_tls_file("admin.tls_key", key)?;
+    let mut tls = ServerTlsConfig::new().identity(Identity::from_pem(certificate, key));
     if let Some(authority) = &guard.client_ca {
-        tls = tls.client_ca_root(Certificate::from_pem(read("admin.tls_client_ca", authority)?));
+        tls = tls.client_ca_root(Certificate::from_pem(read_tls_file("admin.tls_client_ca", authority)?));
     }
     Server::builder()
         .tls_config(tls)
         .map_err(|source| ServerError::Tls { key: "admin.tls_cert", source: source.into() })
+}
+
+fn read_tls_file(key: &'static str, path: &Path) -> Result<Vec<u8>, ServerError> {
+    fs::read(path).map_err(|error| {
+        let source = format!("{} cannot be read: {error}", path.display()).into();
+        ServerError::Tls { key, source }
+    })
 }
 
 fn cache_limits(settings: &Settings) -> CacheLimits {
@@ -253,21 +245,21 @@ fn incoming(listener: TcpListener) -> impl tokio_stream::Stream<Item = io::Resul
     })
 }
 
-async fn until(mut drained: watch::Receiver<bool>) {
-    // An error means that the server is gone, which is a reason to stop, too.
-    let _ = drained.wait_for(|draining| *draining).await;
+async fn drain_begins(mut draining: watch::Receiver<bool>) {
+    // An error means that the sender was dropped with the server, which is a reason to stop, too.
+    let _ = draining.wait_for(|is_draining| *is_draining).await;
 }
 
 fn mid_emb_service(
     settings: &Settings,
     pipeline: &Arc<Pipeline>,
-    drained: watch::Receiver<bool>,
+    draining: watch::Receiver<bool>,
 ) -> MidEmbServiceServer<MidEmb> {
-    MidEmbServiceServer::new(MidEmb::new(Arc::clone(pipeline), settings.limits, drained))
+    MidEmbServiceServer::new(MidEmb::new(Arc::clone(pipeline), settings.limits, draining))
         .max_decoding_message_size(settings.limits.max_message_bytes)
 }
 
-/// Ends the streams of those who watch: they would hold the drain. They have seen NOT_SERVING.
+/// Ends the streams of health watchers, which would hold up the drain. They have received NOT_SERVING.
 async fn end_health_watches(mut health: HealthReporter) {
     health.clear_service_status("").await;
     health.clear_service_status("midemb.v1.MidEmbService").await;
@@ -284,13 +276,13 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
 }
 
-#[expect(clippy::expect_used, reason = "the descriptors are compiled in: a test that serves reflection covers this")]
+#[expect(clippy::expect_used, reason = "the descriptors are compiled in, and a test serves reflection")]
 fn reflection_v1()
 -> tonic_reflection::server::v1::ServerReflectionServer<impl tonic_reflection::server::v1::ServerReflection> {
     reflection().build_v1().expect("compiled-in descriptors")
 }
 
-#[expect(clippy::expect_used, reason = "the descriptors are compiled in: a test that serves reflection covers this")]
+#[expect(clippy::expect_used, reason = "the descriptors are compiled in, and a test serves reflection")]
 fn reflection_v1alpha()
 -> tonic_reflection::server::v1alpha::ServerReflectionServer<impl tonic_reflection::server::v1alpha::ServerReflection> {
     reflection().build_v1alpha().expect("compiled-in descriptors")

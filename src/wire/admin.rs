@@ -1,10 +1,11 @@
-//! `AdminService`: what runs, what is to run, and the caches. On its own listener; [`super::operator`] lets callers in.
+//! `AdminService`: status, config pushes and rollbacks, and the caches. It has its own listener; [`super::operator`]
+//! authenticates its callers.
 
 use super::{
     encode,
     operator::Operator,
     proto::{self, admin_service_server::AdminService},
-    services::{model_info, refuse, shadow_info},
+    services::{model_info, shadow_info, to_status},
     status,
 };
 use crate::{
@@ -15,7 +16,7 @@ use crate::{
     },
     domain::error::{Error, FieldViolation},
     inference::background::{self, Urgency},
-    lifecycle::{Applied, InForce, Lifecycle, Push, PushError, Report, Trigger, journal::StepReport},
+    lifecycle::{InForce, Lifecycle, Push, PushError, PushResult, Report, Trigger, journal::StepReport},
     pipeline::Pipeline,
 };
 use std::{
@@ -23,7 +24,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant, UNIX_EPOCH},
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::JoinError};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -36,29 +37,29 @@ pub struct Admin {
     started: Instant,
 }
 
-/// Pieces of an exported file that wait to be sent.
+/// Chunks of an exported file that may wait to be sent.
 const CHUNKS_AHEAD: usize = 4;
 
 impl Admin {
-    /// Handlers over the caches, what serves, and what changes it.
+    #[expect(missing_docs, reason = "the arguments say it all")]
     pub fn new(caches: Arc<Caches>, pipeline: Arc<Pipeline>, lifecycle: Arc<Lifecycle>) -> Self {
         Admin { caches, pipeline, lifecycle, started: Instant::now() }
     }
 
-    fn config(&self, config: &InForce) -> proto::ConfigInfo {
+    fn config_info(&self, config: &InForce) -> proto::ConfigInfo {
         proto::ConfigInfo {
             digest: config.digest.clone(),
             file: self.lifecycle.file().display().to_string(),
             pushed_file: config.pushed_file.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
-            models: config.snapshot.all().map(|model| encode::model(&model.reference)).collect(),
+            models: config.models.all().map(|model| encode::model(&model.reference)).collect(),
         }
     }
 
-    /// The model whose vectors are meant; the first one where no name says which.
+    /// The model with this name, or the first model if the name is empty.
     fn model(&self, name: &str) -> Result<Arc<Model>, Error> {
-        let snapshot = self.pipeline.registry.current()?;
-        let named = |model: &&Arc<Model>| name.is_empty() || model.reference.name == name;
-        snapshot.all().find(named).cloned().ok_or_else(|| Error::ModelNotFound(name.to_owned()))
+        let models = self.pipeline.registry.current()?;
+        let matches = |model: &&Arc<Model>| name.is_empty() || model.reference.name == name;
+        models.all().find(matches).cloned().ok_or_else(|| Error::ModelNotFound(name.to_owned()))
     }
 }
 
@@ -68,24 +69,24 @@ impl AdminService for Admin {
         &self,
         _request: Request<proto::GetStatusRequest>,
     ) -> Result<Response<proto::GetStatusResponse>, Status> {
-        let snapshot = self.pipeline.registry.current().ok();
+        let models = self.pipeline.registry.current().ok();
         let caches = self.caches.measure().map(|usage| proto::CacheStatus {
             cache: usage.cache.to_owned(),
             entries: usage.n_entries,
             bytes: usage.n_bytes,
             max_bytes: usage.max_bytes,
         });
-        let served = snapshot.iter().flat_map(|snapshot| &snapshot.models).map(model_info);
-        let shadows = snapshot.iter().flat_map(|snapshot| &snapshot.shadows).map(shadow_info);
+        let live = models.iter().flat_map(|models| &models.live).map(model_info);
+        let shadows = models.iter().flat_map(|models| &models.shadows).map(shadow_info);
         Ok(Response::new(proto::GetStatusResponse {
-            ready: snapshot.is_some(),
-            models: served.chain(shadows).collect(),
+            ready: models.is_some(),
+            models: live.chain(shadows).collect(),
             caches: caches.into(),
             uptime_seconds: self.started.elapsed().as_secs(),
-            config: self.lifecycle.in_force().map(|config| self.config(&config)),
-            previous: self.lifecycle.previous().map(|config| self.config(&config)),
-            push: self.lifecycle.journal.running().map(report),
-            pushes: self.lifecycle.journal.past().into_iter().map(report).collect(),
+            config: self.lifecycle.in_force().map(|config| self.config_info(&config)),
+            previous: self.lifecycle.previous().map(|config| self.config_info(&config)),
+            push: self.lifecycle.journal.running().map(push_report),
+            pushes: self.lifecycle.journal.past().into_iter().map(push_report).collect(),
         }))
     }
 
@@ -96,25 +97,26 @@ impl AdminService for Admin {
         let who = Operator::of(&request);
         let proto::PushConfigRequest { config, expected_digest, dry_run } = request.into_inner();
         if expected_digest.is_empty() {
-            let description = "is empty, it must be the digest of the config in force (GetStatus tells)".to_owned();
-            return Err(invalid("PushConfig", "expected_digest", description));
+            let description =
+                "is empty; it must be the digest of the config in force, which GetStatus returns".to_owned();
+            return Err(invalid_argument("PushConfig", "expected_digest", description));
         }
         let push = Push {
             text: config,
             trigger: Trigger::Push,
             who,
-            expected: Some(expected_digest),
+            expected_digest: Some(expected_digest),
             is_dry_run: dry_run,
             pushed_file: None,
         };
         let lifecycle = Arc::clone(&self.lifecycle);
-        // A task of its own: a push goes on when its caller leaves.
-        let applied = tokio::spawn(async move { lifecycle.apply(push).await }).await;
-        let Applied { outcome, in_force, report: done, .. } = answer(applied)?;
+        // A separate task, so that a push continues if its caller disconnects.
+        let joined = tokio::spawn(async move { lifecycle.apply(push).await }).await;
+        let PushResult { outcome, in_force, report, .. } = flatten_push_result(joined)?;
         Ok(Response::new(proto::PushConfigResponse {
             result: outcome.as_str().to_owned(),
-            config: Some(self.config(&in_force)),
-            report: Some(report(done)),
+            config: Some(self.config_info(&in_force)),
+            report: Some(push_report(report)),
         }))
     }
 
@@ -125,11 +127,11 @@ impl AdminService for Admin {
         let who = Operator::of(&request);
         let expected = Some(request.into_inner().expected_digest).filter(|digest| !digest.is_empty());
         let lifecycle = Arc::clone(&self.lifecycle);
-        let applied = tokio::spawn(async move { lifecycle.rollback(&who, expected.as_deref()).await }).await;
-        let Applied { in_force, report: done, warning, .. } = answer(applied)?;
+        let joined = tokio::spawn(async move { lifecycle.rollback(&who, expected.as_deref()).await }).await;
+        let PushResult { in_force, report, warning, .. } = flatten_push_result(joined)?;
         Ok(Response::new(proto::RollbackResponse {
-            config: Some(self.config(&in_force)),
-            report: Some(report(done)),
+            config: Some(self.config_info(&in_force)),
+            report: Some(push_report(report)),
             warning: warning.map(|warning| warning.to_string()).unwrap_or_default(),
         }))
     }
@@ -145,8 +147,8 @@ impl AdminService for Admin {
             (_, Some(cache)) => self.caches.flush(cache),
             (_, None) => {
                 let names = CacheName::ALL.map(CacheName::as_str).join(", ");
-                let description = format!("{name:?} is not the name of a cache: these are {names}");
-                return Err(invalid("FlushCache", "cache", description));
+                let description = format!("{name:?} is not the name of a cache, use one of: {names}");
+                return Err(invalid_argument("FlushCache", "cache", description));
             }
         };
         tracing::info!(who, cache = name, entries_removed, "cache flushed");
@@ -164,9 +166,12 @@ impl AdminService for Admin {
         let kind = match CacheName::parse(&cache) {
             Some(CacheName::Content) => VectorKind::Content,
             Some(CacheName::Item) => VectorKind::Item,
-            _ => return Err(invalid("ExportCache", "cache", format!("{cache:?} is neither content nor item"))),
+            _ => {
+                let description = format!("{cache:?} cannot be exported, use \"content\" or \"item\"");
+                return Err(invalid_argument("ExportCache", "cache", description));
+            }
         };
-        let model = self.model(&model).map_err(refuse("ExportCache"))?;
+        let model = self.model(&model).map_err(to_status("ExportCache"))?;
         let (chunks, stream) = mpsc::channel(CHUNKS_AHEAD);
         let caches = Arc::clone(&self.caches);
         tokio::spawn(async move {
@@ -176,9 +181,9 @@ impl AdminService for Admin {
                 Ok(Ok(Exported { n_entries, n_bytes })) => {
                     tracing::info!(who, cache, n_entries, n_bytes, "cache exported");
                 }
-                Ok(Err(error)) => tracing::warn!(who, cache, %error, "the export of a cache was broken off"),
-                // The stream must not look complete. The receiver may have left.
-                Err(error) => drop(chunks.send(Err(failed("ExportCache", error))).await),
+                Ok(Err(error)) => tracing::warn!(who, cache, %error, "cache export was interrupted"),
+                // The stream must not look complete. Sending fails if the receiver has disconnected.
+                Err(error) => drop(chunks.send(Err(internal("ExportCache", error))).await),
             }
         });
         Ok(Response::new(ReceiverStream::new(stream)))
@@ -190,37 +195,37 @@ impl AdminService for Admin {
     ) -> Result<Response<proto::ImportCacheResponse>, Status> {
         let who = Operator::of(&request);
         let mut chunks = request.into_inner();
-        // What is more than the caches hold would push itself out again.
+        // A file with more entries than a cache holds would evict its own entries.
         let usages = self.caches.measure();
         let max_bytes = usages.iter().map(|usage| usage.max_bytes).max().unwrap_or_default().saturating_mul(2);
         let mut file = Vec::new();
         while let Some(chunk) = chunks.message().await? {
             if (file.len() + chunk.data.len()) as u64 > max_bytes {
                 let description =
-                    format!("the file has more than {max_bytes} bytes, twice what the largest cache holds");
-                return Err(invalid("ImportCache", "data", description));
+                    format!("the file has more than {max_bytes} bytes, twice the capacity of the largest cache");
+                return Err(invalid_argument("ImportCache", "data", description));
             }
             file.extend_from_slice(&chunk.data);
         }
         let (caches, served) = (Arc::clone(&self.caches), self.lifecycle.cached_parts());
         let import = move || snapshot::import(&file, &caches, &served);
         let imported =
-            background::run(Urgency::GivesWay, import).await.map_err(|error| failed("ImportCache", error))?;
-        let imported = imported.map_err(|reason| invalid("ImportCache", "data", reason.to_string()))?;
+            background::run(Urgency::GivesWay, import).await.map_err(|error| internal("ImportCache", error))?;
+        let imported = imported.map_err(|reason| invalid_argument("ImportCache", "data", reason.to_string()))?;
         let (cache, entries, skipped) = (imported.kind.as_str(), imported.n_entries, imported.n_skipped);
         tracing::info!(who, cache, entries, skipped, "cache imported");
         Ok(Response::new(proto::ImportCacheResponse { cache: cache.to_owned(), entries, skipped }))
     }
 }
 
-/// The vectors that can be exported.
+/// The kinds of vectors that can be exported.
 #[derive(Debug, Clone, Copy)]
 enum VectorKind {
     Content,
     Item,
 }
 
-/// Writes all vectors of one kind that `model` uses. Blocks.
+/// Writes all cached vectors of one kind that `model` uses. Blocks.
 fn export(caches: &Caches, model: &Model, kind: VectorKind, out: &mut ChunkWriter) -> io::Result<Exported> {
     let manifest = &model.manifest;
     match kind {
@@ -229,30 +234,31 @@ fn export(caches: &Caches, model: &Model, kind: VectorKind, out: &mut ChunkWrite
     }
 }
 
-fn failed(method: &'static str, error: background::BackgroundError) -> Status {
-    refuse(method)(Error::internal("cache", error))
+fn internal(method: &'static str, error: background::BackgroundError) -> Status {
+    to_status(method)(Error::internal("cache", error))
 }
 
-fn invalid(method: &'static str, field: &str, description: String) -> Status {
-    refuse(method)(Error::InvalidArgument(vec![FieldViolation { field: field.to_owned(), description }]))
+fn invalid_argument(method: &'static str, field: &str, description: String) -> Status {
+    to_status(method)(Error::InvalidArgument(vec![FieldViolation { field: field.to_owned(), description }]))
 }
 
-fn answer(applied: Result<Result<Applied, PushError>, tokio::task::JoinError>) -> Result<Applied, Status> {
-    let applied = applied.unwrap_or_else(|panicked| Err(PushError::Failed(panicked.to_string())));
-    applied.map_err(|error| status::from_push_error(&error))
+/// The result of a push or a rollback that ran in its own task.
+fn flatten_push_result(joined: Result<Result<PushResult, PushError>, JoinError>) -> Result<PushResult, Status> {
+    let result = joined.unwrap_or_else(|panicked| Err(PushError::Failed(panicked.to_string())));
+    result.map_err(|error| status::from_push_error(&error))
 }
 
 fn millis(duration: Duration) -> u64 {
     duration.as_millis() as u64
 }
 
-fn report(report: Report) -> proto::PushReport {
+fn push_report(report: Report) -> proto::PushReport {
     let began = report.began.duration_since(UNIX_EPOCH).unwrap_or_default();
     let step = |step: StepReport| proto::PushStep {
         step: step.step.as_str().to_owned(),
         subject: step.subject,
         took_ms: millis(step.took),
-        result: step.is_ok.map_or("", |is_ok| if is_ok { "ok" } else { "failed" }).to_owned(),
+        result: step.status.as_str().to_owned(),
     };
     proto::PushReport {
         trigger: report.trigger.as_str().to_owned(),
@@ -264,12 +270,12 @@ fn report(report: Report) -> proto::PushReport {
         result: report.result.to_owned(),
         reason: report.reason,
         steps: report.steps.into_iter().map(step).collect(),
-        done: report.progress.0,
-        total: report.progress.1,
+        done: report.progress.done,
+        total: report.progress.total,
     }
 }
 
-/// A file that goes out in the pieces in which it is written. Blocks where the receiver is slower.
+/// Sends a file in chunks as it is written. Blocks while the receiver is slower than the writer.
 struct ChunkWriter(mpsc::Sender<Result<proto::CacheChunk, Status>>);
 
 impl io::Write for ChunkWriter {
@@ -277,7 +283,7 @@ impl io::Write for ChunkWriter {
         const MAX_CHUNK: usize = 1 << 20;
         let data = &data[..data.len().min(MAX_CHUNK)];
         let sent = self.0.blocking_send(Ok(proto::CacheChunk { data: data.to_vec().into() }));
-        sent.map(|()| data.len()).map_err(|_left| io::ErrorKind::BrokenPipe.into())
+        sent.map(|()| data.len()).map_err(|_disconnected| io::ErrorKind::BrokenPipe.into())
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -1,10 +1,10 @@
-//! Lets `GetMidEmb` calls in, or turns them away, when their headers have arrived: a message that cannot be served in time
-//! is neither read nor decoded, and one that is read too slowly ends with its deadline.
+//! Admits or sheds `GetMidEmb` calls as soon as their headers arrive: a message that cannot be served in time is neither
+//! read nor decoded, and a call whose message arrives too slowly ends at its deadline.
 
 use super::{
     decode,
     layer::{CallContext, GET_MID_EMB},
-    services::refuse,
+    services::to_status,
     status,
 };
 use crate::{domain::error::Error, pipeline::Pipeline, telemetry::events};
@@ -26,7 +26,7 @@ pub struct AdmitLayer {
 }
 
 impl AdmitLayer {
-    /// Admission to `pipeline`; calls without a `grpc-timeout` have `default_deadline`.
+    /// Admits calls to `pipeline`; calls without a `grpc-timeout` get `default_deadline`.
     pub fn new(pipeline: Arc<Pipeline>, default_deadline: Duration) -> Self {
         AdmitLayer { pipeline, default_deadline }
     }
@@ -40,15 +40,12 @@ impl<S> Layer<S> for AdmitLayer {
     }
 }
 
-/// A service that only admitted calls reach. A permit is held until the answer is there.
+/// A service that receives only admitted calls. The permit is held until the call is answered.
 #[derive(Debug, Clone)]
 pub struct Admitted<S> {
     inner: S,
     admit: AdmitLayer,
 }
-
-const PATH: &str = GET_MID_EMB.0;
-const METHOD: &str = GET_MID_EMB.1;
 
 impl<S, B, R> Service<Request<B>> for Admitted<S>
 where
@@ -66,7 +63,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        if request.uri().path() != PATH {
+        if request.uri().path() != GET_MID_EMB.path {
             return Box::pin(self.inner.call(request));
         }
         let arrival = CallContext::of(request.extensions()).arrival;
@@ -74,7 +71,7 @@ where
         let permit = match self.admit.pipeline.admit(deadline) {
             Ok(permit) => permit,
             Err(error) => {
-                let response = refuse(METHOD)(error).into_http();
+                let response = to_status(GET_MID_EMB.name)(error).into_http();
                 return Box::pin(async { Ok(response) });
             }
         };
@@ -82,7 +79,7 @@ where
         Box::pin(async move {
             let _permit = permit;
             tokio::time::timeout_at(deadline.into(), answer).await.unwrap_or_else(|_elapsed| {
-                events::request_failed(METHOD, &Error::DeadlineExceeded);
+                events::request_failed(GET_MID_EMB.name, &Error::DeadlineExceeded);
                 Ok(status::from_error(&Error::DeadlineExceeded).into_http())
             })
         })

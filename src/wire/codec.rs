@@ -1,8 +1,8 @@
-//! prost's codec, but for two things.
+//! prost's codec with two changes.
 //!
-//! Bytes that are no valid message are the caller's fault: tonic's own codec answers them INTERNAL, which would wake
-//! somebody up here for a bug over there. And a message is counted before it is decoded: an empty item takes two bytes on
-//! the wire and 168 in memory, so that a message within its size limit could still ask for gigabytes.
+//! Bytes that are not a valid message are the caller's fault: tonic's own codec answers INTERNAL, which would page our
+//! operators for a client's bug. And the entries of a message are counted before it is decoded: an empty item takes two
+//! bytes on the wire and 168 in memory, so a message within its size limit could still need gigabytes.
 
 use prost::{
     Message,
@@ -46,7 +46,7 @@ where
     }
 }
 
-/// Decodes `U`, or says INVALID_ARGUMENT.
+/// Decodes `U`, or fails with INVALID_ARGUMENT.
 #[derive(Debug)]
 pub struct CheckedDecoder<U> {
     inner: ProstDecoder<U>,
@@ -69,17 +69,17 @@ impl<U: Message + Default> Decoder for CheckedDecoder<U> {
     }
 }
 
-/// Twice what `limits.max_candidates` and `limits.max_history` may be at the most.
+/// Twice the largest sum that `limits.max_candidates` and `limits.max_history` can have.
 const MAX_ENTRIES: usize = 400_000;
 
-/// Walks over a message's own fields without decoding them. tonic hands a message over in one piece.
+/// Counts a message's top-level fields without decoding them. tonic passes a message in one contiguous buffer.
 fn check_entries(mut message: &[u8]) -> Result<(), Status> {
     let mut n_entries = 0;
     while message.has_remaining() {
         let skipped = decode_key(&mut message)
             .and_then(|(tag, wire_type)| skip_field(wire_type, tag, &mut message, DecodeContext::default()));
         if skipped.is_err() {
-            // No valid message: decoding says so in its own words.
+            // Not a valid message: the decoder reports that.
             return Ok(());
         }
         n_entries += 1;
@@ -96,7 +96,7 @@ mod tests {
     use crate::wire::proto::{GetMidEmbRequest, Item};
 
     #[test]
-    fn a_message_of_too_many_entries_is_refused_and_others_are_not() {
+    fn only_a_message_with_too_many_entries_is_refused() {
         let page = |n| GetMidEmbRequest { candidates: vec![Item::default(); n], ..Default::default() }.encode_to_vec();
         assert!(check_entries(&page(1000)).is_ok());
         assert!(check_entries(&page(MAX_ENTRIES)).is_ok());

@@ -1,4 +1,4 @@
-//! From messages to plain types. Everything that a message can get wrong is found here, all of it at once.
+//! From messages to plain types. All violations of a message are found here and reported together.
 
 use super::proto;
 use crate::{
@@ -9,21 +9,21 @@ use crate::{
 use http::HeaderMap;
 use std::time::{Duration, Instant};
 
-/// A checked request and the element type to answer in.
+/// A checked request and the element type of its answer.
 #[derive(Debug)]
 pub struct Decoded {
-    /// For the pipeline.
+    /// The pipeline's input.
     pub request: MidEmbRequest,
-    /// For `wire::encode`.
+    /// The element type that `wire::encode` writes tensors in.
     pub dtype: DType,
 }
 
-/// An answer names at most so many faults: enough to fix a client, not an answer of megabytes.
+/// The number of violations that an answer lists at most: enough to fix a client without an answer of megabytes.
 const MAX_VIOLATIONS: usize = 16;
-/// A `grpc-timeout` may say years; nobody waits that long, and clocks cannot add it.
+/// A `grpc-timeout` can be years long; no caller waits that long, and adding it to an `Instant` could overflow.
 const MAX_BUDGET: Duration = Duration::from_secs(3600);
 
-/// Collects what is wrong with a request.
+/// Collects the violations of a request.
 #[derive(Default)]
 struct Violations(Vec<FieldViolation>);
 
@@ -46,7 +46,7 @@ pub fn request(message: proto::GetMidEmbRequest, deadline: Instant, limits: &Lim
         violations.add("user_id", "is empty");
     }
     if message.candidates.is_empty() {
-        violations.add("candidates", "is empty, at least one is needed");
+        violations.add("candidates", "is empty, at least one is required");
     }
     check_count("candidates", message.candidates.len(), limits.max_candidates, &mut violations);
     check_count("history", message.history.len(), limits.max_history, &mut violations);
@@ -66,7 +66,7 @@ pub fn request(message: proto::GetMidEmbRequest, deadline: Instant, limits: &Lim
     Ok(Decoded { request, dtype })
 }
 
-/// Items of any message. Their ids are not checked here.
+/// Converts the items of any message. Their ids are not checked here.
 pub fn items(messages: Vec<proto::Item>) -> Vec<Item> {
     messages.into_iter().map(|item| Item { id: item.id, text: item.text.map(text) }).collect()
 }
@@ -78,7 +78,7 @@ fn text(message: proto::ItemText) -> ItemText {
 
 fn check_count(field: &str, n: usize, max: usize, violations: &mut Violations) {
     if n > max {
-        violations.add(field, format!("has {n} items, at most {max} are taken"));
+        violations.add(field, format!("has {n} items, at most {max} are allowed"));
     }
 }
 
@@ -100,7 +100,7 @@ fn outputs(values: &[i32], violations: &mut Violations) -> Outputs {
             Ok(proto::Output::UserEmb) => outputs.user_emb = true,
             Ok(proto::Output::ItemEmb) => outputs.item_emb = true,
             Ok(proto::Output::Unspecified) | Err(_) => {
-                violations.add(format!("outputs[{i}]"), format!("{value} is no output, 1 to 4 are"));
+                violations.add(format!("outputs[{i}]"), format!("{value} is not an output, use 1 to 4"));
             }
         }
     }
@@ -113,19 +113,19 @@ fn dtype(value: i32, violations: &mut Violations) -> DType {
         Ok(proto::DType::DtypeF16) => DType::F16,
         Ok(proto::DType::DtypeBf16) => DType::Bf16,
         Err(_) => {
-            violations.add("dtype", format!("{value} is no element type, 0 to 3 are"));
+            violations.add("dtype", format!("{value} is not an element type, use 0 to 3"));
             DType::F32
         }
     }
 }
 
-/// When the caller stops waiting: its `grpc-timeout`, or the default.
+/// When the caller stops waiting: after its `grpc-timeout`, or after `default`.
 pub fn deadline(headers: &HeaderMap, arrival: Instant, default: Duration) -> Instant {
     let sent = headers.get("grpc-timeout").and_then(|value| timeout(value.to_str().ok()?));
     arrival + sent.unwrap_or(default).min(MAX_BUDGET)
 }
 
-/// `grpc-timeout`: up to eight digits and a unit. Anything else counts as not sent.
+/// Parses `grpc-timeout`: up to eight digits and a unit. Any other value is treated as absent.
 fn timeout(value: &str) -> Option<Duration> {
     let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
     if digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_said_means_mid_emb_in_f32_from_the_routed_model() {
+    fn the_defaults_are_mid_emb_in_f32_from_the_routed_model() {
         let decoded = request(valid(), Instant::now(), &LIMITS).unwrap();
         assert_eq!(decoded.dtype, DType::F32);
         assert_eq!(decoded.request.model, None);
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn every_violation_names_its_field_and_its_bound() {
+    fn every_violation_names_its_field_and_its_limit() {
         let message = proto::GetMidEmbRequest {
             user_id: String::new(),
             history: vec![item("h"); 3],
@@ -197,31 +197,30 @@ mod tests {
             violations(message),
             [
                 "user_id: is empty",
-                "candidates: has 4 items, at most 3 are taken",
-                "history: has 3 items, at most 2 are taken",
+                "candidates: has 4 items, at most 3 are allowed",
+                "history: has 3 items, at most 2 are allowed",
                 "candidates[1].id: is empty",
-                "outputs[1]: 99 is no output, 1 to 4 are",
-                "outputs[2]: 0 is no output, 1 to 4 are",
-                "dtype: 99 is no element type, 0 to 3 are",
+                "outputs[1]: 99 is not an output, use 1 to 4",
+                "outputs[2]: 0 is not an output, use 1 to 4",
+                "dtype: 99 is not an element type, use 0 to 3",
             ]
         );
         let empty = proto::GetMidEmbRequest { candidates: Vec::new(), ..valid() };
-        assert_eq!(violations(empty), ["candidates: is empty, at least one is needed"]);
+        assert_eq!(violations(empty), ["candidates: is empty, at least one is required"]);
     }
 
     #[test]
-    fn an_answer_names_a_bounded_number_of_faults() {
+    fn an_answer_lists_a_bounded_number_of_violations() {
         let history = vec![item(""); 1000];
         assert_eq!(violations(proto::GetMidEmbRequest { history, ..valid() }).len(), MAX_VIOLATIONS);
     }
 
     #[test]
-    fn timeouts_are_read_as_grpc_writes_them() {
+    fn timeouts_are_parsed_as_grpc_defines_them() {
         assert_eq!(timeout("250m"), Some(Duration::from_millis(250)));
         assert_eq!(timeout("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
-        for wrong in ["", "m", "-1S", "1.5S", "123456789S", "5", "5x", "5é"] {
-            let sent = timeout(wrong).filter(|_| wrong != "m");
-            assert_eq!(sent, None, "{wrong}");
+        for invalid in ["", "m", "-1S", "1.5S", "123456789S", "5", "5x", "5é"] {
+            assert_eq!(timeout(invalid), None, "{invalid}");
         }
         let mut metadata = HeaderMap::new();
         let now = Instant::now();
@@ -232,14 +231,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn decoding_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             if let Ok(message) = proto::GetMidEmbRequest::decode(bytes.as_slice()) {
                 let _ = request(message, Instant::now(), &LIMITS);
             }
         }
 
         #[test]
-        fn no_timeout_panics(value in "\\PC{0,12}") {
+        fn parsing_a_timeout_never_panics(value in "\\PC{0,12}") {
             let _ = timeout(&value);
         }
     }

@@ -6,9 +6,9 @@ use half::{bf16, f16, slice::HalfFloatSliceExt};
 use tonic::codegen::Bytes;
 
 #[cfg(target_endian = "big")]
-compile_error!("tensors are little-endian on the wire and are sent as they lie in memory");
+compile_error!("tensors are little-endian on the wire and are sent in their memory layout");
 
-/// The answer to `GetMidEmb`, its tensors in `dtype`.
+/// The answer to `GetMidEmb` with tensors in `dtype`.
 pub fn response(response: MidEmbResponse, dtype: DType) -> proto::GetMidEmbResponse {
     let n = response.statuses.len();
     let matrix = |m: Matrix| tensor(&[m.n_rows(), m.n_cols], m.data, dtype);
@@ -24,7 +24,7 @@ pub fn response(response: MidEmbResponse, dtype: DType) -> proto::GetMidEmbRespo
     }
 }
 
-/// Who answered.
+/// The reference to the model that answered.
 pub fn model(model: &ModelRef) -> proto::ModelRef {
     let ModelRef { name, version, digest } = model.clone();
     proto::ModelRef { name, version, digest }
@@ -56,7 +56,7 @@ fn row_status(status: RowStatus) -> proto::RowStatus {
     }
 }
 
-/// A tensor of `shape` in `dtype`; single precision goes out without a copy.
+/// A tensor of `shape` in `dtype`; single precision is sent without a copy.
 fn tensor(shape: &[usize], data: Vec<f32>, dtype: DType) -> proto::Tensor {
     let (dtype, data) = match dtype {
         DType::F32 => (proto::DType::DtypeF32, Bytes::from_owner(Floats(data))),
@@ -75,7 +75,7 @@ fn tensor(shape: &[usize], data: Vec<f32>, dtype: DType) -> proto::Tensor {
     proto::Tensor { dtype: dtype as i32, shape, data }
 }
 
-/// Numbers that are read as the bytes they lie in.
+/// Numbers whose memory is sent as bytes.
 struct Floats<T>(Vec<T>);
 
 impl<T: bytemuck::NoUninit> AsRef<[u8]> for Floats<T> {

@@ -1,5 +1,5 @@
-//! Counts every call of our services, also those that never reach a handler: bytes that are no message, messages over
-//! their limit, callers that left.
+//! Counts every call to our services, including calls that never reach a handler: invalid messages, messages over the size
+//! limit, and callers that disconnect.
 
 use super::status::code_name;
 use crate::{domain::ModelRef, telemetry::events};
@@ -14,10 +14,10 @@ use std::{
 use tonic::Code;
 use tower::{Layer, Service};
 
-/// What a handler shares with the layer around it.
+/// State that a handler shares with the layer around it.
 #[derive(Debug, Clone)]
 pub struct CallContext {
-    /// When the call's headers arrived: its body was still to be read and decoded.
+    /// When the call's headers arrived, before its body was read and decoded.
     pub arrival: Instant,
     model: Arc<OnceLock<Arc<ModelRef>>>,
 }
@@ -27,32 +27,39 @@ impl CallContext {
         CallContext { arrival: Instant::now(), model: Arc::default() }
     }
 
-    /// The context in a request's extensions, or a new one where no layer put it there.
+    /// The context in a request's extensions, or a new one if the layer did not add any.
     pub fn of(extensions: &http::Extensions) -> Self {
         extensions.get::<Self>().cloned().unwrap_or_else(Self::new)
     }
 
-    /// The handler knows which model answers now, for the label.
-    pub fn routed(&self, model: &Arc<ModelRef>) {
-        // A request is routed once.
+    /// Sets the model that answers, for the metric's label.
+    pub fn set_model(&self, model: &Arc<ModelRef>) {
+        // A request is routed only once, so the model cannot be set already.
         let _ = self.model.set(Arc::clone(model));
     }
 }
 
-/// The path and the label of the method that is admitted.
-pub(super) const GET_MID_EMB: (&str, &str) = ("/midemb.v1.MidEmbService/GetMidEmb", "GetMidEmb");
+/// A method that is counted.
+pub(super) struct Method {
+    pub(super) path: &'static str,
+    /// The metric's label.
+    pub(super) name: &'static str,
+}
 
-/// The closed set of method labels; what is not ours (health, reflection, nonsense) is not counted.
-const METHODS: &[(&str, &str)] = &[
+/// The method that needs admission.
+pub(super) const GET_MID_EMB: Method = Method { path: "/midemb.v1.MidEmbService/GetMidEmb", name: "GetMidEmb" };
+
+/// The closed set of counted methods. Other calls (health, reflection, unknown paths) are not counted.
+const METHODS: &[Method] = &[
     GET_MID_EMB,
-    ("/midemb.v1.MidEmbService/WarmItems", "WarmItems"),
-    ("/midemb.v1.MidEmbService/GetModelInfo", "GetModelInfo"),
-    ("/midemb.v1.AdminService/GetStatus", "GetStatus"),
-    ("/midemb.v1.AdminService/FlushCache", "FlushCache"),
-    ("/midemb.v1.AdminService/PushConfig", "PushConfig"),
-    ("/midemb.v1.AdminService/Rollback", "Rollback"),
-    ("/midemb.v1.AdminService/ExportCache", "ExportCache"),
-    ("/midemb.v1.AdminService/ImportCache", "ImportCache"),
+    Method { path: "/midemb.v1.MidEmbService/WarmItems", name: "WarmItems" },
+    Method { path: "/midemb.v1.MidEmbService/GetModelInfo", name: "GetModelInfo" },
+    Method { path: "/midemb.v1.AdminService/GetStatus", name: "GetStatus" },
+    Method { path: "/midemb.v1.AdminService/FlushCache", name: "FlushCache" },
+    Method { path: "/midemb.v1.AdminService/PushConfig", name: "PushConfig" },
+    Method { path: "/midemb.v1.AdminService/Rollback", name: "Rollback" },
+    Method { path: "/midemb.v1.AdminService/ExportCache", name: "ExportCache" },
+    Method { path: "/midemb.v1.AdminService/ImportCache", name: "ImportCache" },
 ];
 
 /// Wraps a service with [`Counted`].
@@ -87,12 +94,12 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let Some((_, method)) = METHODS.iter().find(|(path, _)| *path == request.uri().path()) else {
+        let Some(method) = METHODS.iter().find(|method| method.path == request.uri().path()) else {
             return Box::pin(self.inner.call(request));
         };
         let context = CallContext::new();
         request.extensions_mut().insert(context.clone());
-        let call = Call { method, context, code: Code::Cancelled };
+        let call = Call { method: method.name, context, code: Code::Cancelled };
         let answer = self.inner.call(request);
         Box::pin(async move {
             let mut call = call;
@@ -103,12 +110,12 @@ where
     }
 }
 
-/// An answer without a body carries its status in the headers; one with a body is OK as far as a unary handler goes.
+/// A response without a body carries its status in the headers; a response with a body came from a handler that succeeded.
 fn code_of<R>(response: &Response<R>) -> Code {
     response.headers().get("grpc-status").map_or(Code::Ok, |status| Code::from_bytes(status.as_bytes()))
 }
 
-/// Counts itself when it ends, also when its caller leaves.
+/// Counts the call when dropped, also if the caller disconnects.
 struct Call {
     method: &'static str,
     context: CallContext,

@@ -1,8 +1,8 @@
-//! The wire: the only place that knows tonic, and our messages.
+//! The wire: the only place that knows tonic and our messages.
 //!
-//! [`decode`] checks a message and makes plain types of it, [`encode`] makes a message of an answer, [`status`] maps errors
-//! to gRPC statuses, [`services`] and [`admin`] are the handlers, [`operator`] lets operators in, [`codec`] answers bytes that are no message, [`layer`]
-//! counts every call, and [`admit`] lets it in or turns it away before its message is read.
+//! [`decode`] checks messages and converts them to plain types, [`encode`] converts answers to messages, [`status`] maps
+//! errors to gRPC statuses, [`services`] and [`admin`] are the handlers, [`operator`] authenticates operators, [`codec`]
+//! answers invalid messages, [`layer`] counts every call, and [`admit`] admits or sheds a call before its message is read.
 
 pub mod admin;
 pub mod admit;
@@ -14,7 +14,7 @@ pub mod operator;
 pub mod services;
 pub mod status;
 
-/// Messages, clients and servers, generated from `proto/`.
+/// Messages, clients and servers generated from `proto/`.
 #[allow(
     missing_docs,
     unreachable_pub,
@@ -25,6 +25,6 @@ pub mod status;
 pub mod proto {
     tonic::include_proto!("midemb.v1");
 
-    /// The descriptors that reflection answers from.
+    /// The descriptors that reflection serves.
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/midemb_descriptor.bin"));
 }

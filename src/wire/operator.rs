@@ -1,63 +1,69 @@
-//! Who calls the admin listener, and whether they may.
+//! Authentication of the admin listener's callers.
 //!
-//! Where `admin.token_file` is set, a call needs one of its tokens; the file is read at every call, so that tokens come and go
-//! without a restart. Client certificates are checked by the listener's TLS, before any call. Whoever it is, what they change
-//! is logged under their name: the token's, the certificate's fingerprint, or at least their address.
+//! If `admin.token_file` is set, a call needs one of its tokens; the file is read at every call, so tokens can be added and
+//! removed without a restart. Client certificates are checked by the listener's TLS before any call. An operator's changes
+//! are logged under the token's name, the certificate's fingerprint, or the caller's address.
 
 use crate::domain::digest::sha256_hex;
-use std::{fs, io, path::PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 use tonic::{Request, Status, service::Interceptor};
 
-/// The name of who calls.
+/// The name that a caller's changes are logged under.
 #[derive(Debug, Clone)]
 pub struct Operator(String);
 
 impl Operator {
-    /// Who sent `request`, as the [`Guard`] found.
+    /// The name that the [`Guard`] found for the caller of `request`.
     pub fn of<T>(request: &Request<T>) -> String {
         request.extensions().get::<Operator>().map_or_else(|| "unknown".to_owned(), |operator| operator.0.clone())
     }
 }
 
-/// Lets calls in that may come in, and says whose they are.
+/// Checks the token of each call and names its caller.
 #[derive(Debug, Clone)]
 pub struct Guard {
     token_file: Option<PathBuf>,
 }
 
 impl Guard {
-    /// Asks for the tokens in `token_file`, if there is one.
+    /// Requires a token of `token_file` if there is one.
     pub fn new(token_file: Option<PathBuf>) -> Self {
         Guard { token_file }
     }
 
-    /// The name beside the token that was sent.
-    fn name(&self, request: &Request<()>) -> Result<Option<String>, Status> {
+    /// The name of the token that was sent; none if the listener has no token file.
+    fn token_name(&self, request: &Request<()>) -> Result<Option<String>, Status> {
         let Some(file) = &self.token_file else { return Ok(None) };
         let tokens = fs::read_to_string(file).map_err(|error| unreadable(file, &error))?;
         let header = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
         let sent = header.and_then(|value| value.strip_prefix("Bearer ")).map(str::trim).unwrap_or_default();
         let lines = tokens.lines().map(str::trim).filter(|line| !line.starts_with('#'));
-        let named = lines.filter_map(|line| line.rsplit_once(char::is_whitespace));
-        // Hashes compare in the same time wherever they differ, so that no answer tells how much of a guess was right.
+        let mut named_tokens = lines.filter_map(|line| line.rsplit_once(char::is_whitespace));
+        // Comparing hashes takes constant time, so the answer's timing does not tell how much of a guess was right.
         let is_sent = |token: &str| blake3::hash(token.as_bytes()) == blake3::hash(sent.as_bytes());
-        let found = named.filter(|(_, token)| is_sent(token)).map(|(name, _)| name.trim().to_owned()).next();
-        found.map(Some).ok_or_else(|| {
-            Status::unauthenticated("the admin listener needs a bearer token of its admin.token_file (--token-file)")
-        })
+        match named_tokens.find(|(_, token)| is_sent(token)) {
+            Some((name, _)) => Ok(Some(name.trim().to_owned())),
+            None => Err(Status::unauthenticated(
+                "the admin listener needs a bearer token of its admin.token_file (--token-file)",
+            )),
+        }
     }
 }
 
-fn unreadable(file: &std::path::Path, error: &io::Error) -> Status {
-    tracing::error!(file = %file.display(), %error, "admin.token_file cannot be read, nobody is let in");
+fn unreadable(file: &Path, error: &io::Error) -> Status {
+    tracing::error!(file = %file.display(), %error, "admin.token_file cannot be read, every admin call is refused");
     Status::unauthenticated("the server's admin.token_file cannot be read")
 }
 
 impl Interceptor for Guard {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        let address = request.remote_addr().map_or_else(|| "somewhere".to_owned(), |address| address.ip().to_string());
+        let address =
+            request.remote_addr().map_or_else(|| "unknown address".to_owned(), |address| address.ip().to_string());
         let certificate = request.peer_certs().and_then(|certificates| certificates.first().map(fingerprint));
-        let name = self.name(&request).inspect_err(|status| {
+        let name = self.token_name(&request).inspect_err(|status| {
             tracing::warn!(address, reason = status.message(), "admin call refused");
         })?;
         let who = match (name, certificate) {
@@ -70,7 +76,7 @@ impl Interceptor for Guard {
     }
 }
 
-/// As much of a certificate's SHA-256 as a person compares.
+/// The first 16 hex digits of a certificate's SHA-256, short enough for people to compare.
 fn fingerprint(certificate: impl AsRef<[u8]>) -> String {
     sha256_hex(certificate.as_ref())[..16].to_owned()
 }
@@ -82,20 +88,20 @@ mod tests {
 
     fn call(guard: &mut Guard, authorization: Option<&str>) -> Result<String, String> {
         let mut request = Request::new(());
-        authorization.into_iter().for_each(|value| {
+        if let Some(value) = authorization {
             request.metadata_mut().insert("authorization", value.parse().unwrap());
-        });
+        }
         let called = guard.call(request).map_err(|status| status.message().to_owned())?;
         Ok(Operator::of(&called))
     }
 
     #[test]
-    fn only_tokens_of_the_file_come_in_and_the_file_may_change() {
+    fn only_tokens_in_the_file_are_accepted_and_the_file_may_change() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         writeln!(file, "ann from sre s3cret\n\nbroken\n# eve g0ne\nbob  t0ken ").unwrap();
         let mut guard = Guard::new(Some(file.path().to_path_buf()));
-        assert_eq!(call(&mut guard, Some("Bearer s3cret")).unwrap(), "ann from sre from somewhere");
-        assert_eq!(call(&mut guard, Some("Bearer t0ken")).unwrap(), "bob from somewhere");
+        assert_eq!(call(&mut guard, Some("Bearer s3cret")).unwrap(), "ann from sre from unknown address");
+        assert_eq!(call(&mut guard, Some("Bearer t0ken")).unwrap(), "bob from unknown address");
         for wrong in
             [None, Some("Bearer "), Some("Bearer broken"), Some("s3cret"), Some("Bearer s3cre"), Some("Bearer g0ne")]
         {
@@ -103,10 +109,10 @@ mod tests {
             assert!(refused.contains("bearer token") && !refused.contains("s3cret"), "{wrong:?}: {refused}");
         }
         fs::write(file.path(), "eve n3w\n").unwrap();
-        assert!(call(&mut guard, Some("Bearer s3cret")).is_err(), "a token that was taken back");
+        assert!(call(&mut guard, Some("Bearer s3cret")).is_err(), "a removed token was accepted");
         assert!(call(&mut guard, Some("Bearer n3w")).is_ok());
         fs::remove_file(file.path()).unwrap();
         assert!(call(&mut guard, Some("Bearer n3w")).unwrap_err().contains("cannot be read"));
-        assert_eq!(call(&mut Guard::new(None), None).unwrap(), "somewhere");
+        assert_eq!(call(&mut Guard::new(None), None).unwrap(), "unknown address");
     }
 }

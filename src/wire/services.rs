@@ -1,4 +1,4 @@
-//! `MidEmbService`: decode, hand to the pipeline, encode.
+//! `MidEmbService`: decodes requests, runs the pipeline, encodes answers.
 
 use super::{decode, encode, layer::CallContext, proto, status};
 use crate::{
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use tokio::{sync::watch, task::JoinSet};
 use tonic::{Request, Response, Status, Streaming};
 
-/// Messages of one warm-up stream that are under way at once: the encoder always has the next one's items to choose from.
+/// Messages of one warm-up stream that are processed at once, so that the encoder never waits for the next message.
 const CHUNKS_AT_ONCE: usize = 8;
 
 /// The handlers of `MidEmbService`.
@@ -22,18 +22,18 @@ const CHUNKS_AT_ONCE: usize = 8;
 pub struct MidEmb {
     pipeline: Arc<Pipeline>,
     limits: Limits,
-    drained: watch::Receiver<bool>,
+    draining: watch::Receiver<bool>,
 }
 
 impl MidEmb {
-    /// Handlers over `pipeline`. Streams end once `drained` turns true.
-    pub fn new(pipeline: Arc<Pipeline>, limits: Limits, drained: watch::Receiver<bool>) -> Self {
-        MidEmb { pipeline, limits, drained }
+    /// Creates the handlers. Streams end when `draining` becomes true.
+    pub fn new(pipeline: Arc<Pipeline>, limits: Limits, draining: watch::Receiver<bool>) -> Self {
+        MidEmb { pipeline, limits, draining }
     }
 }
 
-/// Logs an error once and makes a status of it.
-pub(super) fn refuse(method: &'static str) -> impl Fn(Error) -> Status {
+/// Converts an error to a status and logs it; errors are logged nowhere else.
+pub(super) fn to_status(method: &'static str) -> impl Fn(Error) -> Status {
     move |error| {
         events::request_failed(method, &error);
         status::from_error(&error)
@@ -46,12 +46,12 @@ impl MidEmbService for MidEmb {
         &self,
         request: Request<proto::GetMidEmbRequest>,
     ) -> Result<Response<proto::GetMidEmbResponse>, Status> {
-        let refuse = refuse("GetMidEmb");
+        let to_status = to_status("GetMidEmb");
         let context = CallContext::of(request.extensions());
         let deadline = decode::deadline(request.metadata().as_ref(), context.arrival, self.limits.default_deadline);
-        let decoded = decode::request(request.into_inner(), deadline, &self.limits).map_err(&refuse)?;
-        let told = |model: &Model| context.routed(&model.reference);
-        let answer = self.pipeline.get_mid_emb(decoded.request, told).await.map_err(&refuse)?;
+        let decoded = decode::request(request.into_inner(), deadline, &self.limits).map_err(&to_status)?;
+        let on_routed = |model: &Model| context.set_model(&model.reference);
+        let answer = self.pipeline.get_mid_emb(decoded.request, on_routed).await.map_err(&to_status)?;
         events::rows_answered(&answer.statuses);
         Ok(Response::new(encode::response(answer, decoded.dtype)))
     }
@@ -61,19 +61,20 @@ impl MidEmbService for MidEmb {
         request: Request<Streaming<proto::WarmItemsRequest>>,
     ) -> Result<Response<proto::WarmItemsResponse>, Status> {
         let mut chunks = request.into_inner();
-        let (refuse, mut drained) = (refuse("WarmItems"), self.drained.clone());
-        // Until something serves, what a snapshot remembers is still to come: nothing may stand in its place.
-        self.pipeline.registry.current().map_err(&refuse)?;
+        let to_status = to_status("WarmItems");
+        let mut draining = self.draining.clone();
+        // Until a model serves, the caches may still be restored from a snapshot, and warm-up must not fill them first.
+        self.pipeline.registry.current().map_err(&to_status)?;
         let mut summary = WarmSummary::default();
-        // Ends with this call. What was queued is encoded and cached all the same.
+        // Its tasks end with this call; items that are already queued are still encoded and cached.
         let mut warming = JoinSet::new();
         let mut is_open = true;
         while is_open || !warming.is_empty() {
             tokio::select! {
-                // Cancel-safe, as is `join_next`: what another branch interrupts goes on at the next turn.
+                // Cancel-safe, as is `join_next`: a branch that another one interrupts continues in the next iteration.
                 chunk = chunks.message(), if is_open && warming.len() < CHUNKS_AT_ONCE => match chunk? {
                     Some(chunk) => {
-                        // In the order of the stream: the newest text of an id wins.
+                        // Here rather than in the task, to keep the stream's order: the newest text of an id wins.
                         let warm_up = self.pipeline.remember(decode::items(chunk.items));
                         let pipeline = Arc::clone(&self.pipeline);
                         warming.spawn(async move { pipeline.warm(warm_up).await });
@@ -82,10 +83,10 @@ impl MidEmbService for MidEmb {
                 },
                 Some(warmed) = warming.join_next() => {
                     let warmed = warmed.unwrap_or_else(|panicked| Err(Error::internal("warming", panicked)));
-                    summary += warmed.map_err(&refuse)?;
+                    summary += warmed.map_err(&to_status)?;
                 }
-                // A stream may go on for ever, a drain may not. What was received is warmed and cached.
-                _ = drained.wait_for(|draining| *draining) => return Err(refuse(Error::Unavailable("draining"))),
+                // A stream may be endless, so a drain ends it. Items that are already queued are still encoded and cached.
+                _ = draining.wait_for(|is_draining| *is_draining) => return Err(to_status(Error::Unavailable("draining"))),
             }
         }
         Ok(Response::new(encode::warm_summary(summary)))
@@ -95,24 +96,24 @@ impl MidEmbService for MidEmb {
         &self,
         _request: Request<proto::GetModelInfoRequest>,
     ) -> Result<Response<proto::GetModelInfoResponse>, Status> {
-        let snapshot = self.pipeline.registry.current().map_err(refuse("GetModelInfo"))?;
+        let models = self.pipeline.registry.current().map_err(to_status("GetModelInfo"))?;
         Ok(Response::new(proto::GetModelInfoResponse {
-            models: snapshot.models.iter().map(model_info).collect(),
+            models: models.live.iter().map(model_info).collect(),
             limits: Some(limits(&self.limits)),
             server_version: env!("CARGO_PKG_VERSION").to_owned(),
         }))
     }
 }
 
-/// What is to be told of one served model.
+/// The public description of a live model.
 pub(super) fn model_info(served: &ServedModel) -> proto::ModelInfo {
     proto::ModelInfo { share: u32::from(served.share), ..info(&served.model) }
 }
 
-/// What is to be told of one shadow.
+/// The public description of a shadow.
 pub(super) fn shadow_info(shadow: &Shadow) -> proto::ModelInfo {
     let shadow_percent = u32::from(shadow.percent);
-    proto::ModelInfo { shadow_of: shadow.of.clone(), shadow_percent, ..info(&shadow.model) }
+    proto::ModelInfo { shadow_of: shadow.shadow_of.clone(), shadow_percent, ..info(&shadow.model) }
 }
 
 fn info(model: &Model) -> proto::ModelInfo {

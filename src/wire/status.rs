@@ -1,10 +1,10 @@
-//! From the closed set of errors to gRPC statuses, with the details that `google.rpc` defines.
+//! Maps the closed set of errors to gRPC statuses with `google.rpc` details.
 
 use crate::{config::ConfigError, domain::error::Error, lifecycle::PushError};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
-/// The status of an error. The message is the client's; causes stay in the log.
+/// The status for a request's error. Its message is fit for clients; causes stay in the log.
 pub fn from_error(error: &Error) -> Status {
     let message = error.to_string();
     match error {
@@ -24,7 +24,7 @@ pub fn from_error(error: &Error) -> Status {
     }
 }
 
-/// The status of a push that was refused. Operators see causes, too: paths, values, what differed by how much.
+/// The status for a refused push. Operators may see the causes, too: paths, values, and by how much they differ.
 pub fn from_push_error(error: &PushError) -> Status {
     let message = error.to_string();
     match error {
@@ -42,12 +42,12 @@ pub fn from_push_error(error: &PushError) -> Status {
         | PushError::Bundle { .. }
         | PushError::Shadow { .. }
         | PushError::Persist { .. }
-        | PushError::Moved { .. }
-        | PushError::NothingBefore => Status::failed_precondition(message),
+        | PushError::BundleReplaced { .. }
+        | PushError::NoPreviousConfig => Status::failed_precondition(message),
     }
 }
 
-/// The name of a code as gRPC writes it, for the metrics' label.
+/// The name of a code in the gRPC specification, for the metrics' label.
 pub fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
@@ -77,7 +77,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn each_error_has_its_code_and_its_details() {
+    fn each_error_maps_to_its_code_and_details() {
         let violation = Violation { field: "candidates[3].id".into(), description: "is empty".into() };
         let status = from_error(&Error::InvalidArgument(vec![violation]));
         assert_eq!((status.code(), status.message()), (Code::InvalidArgument, "candidates[3].id: is empty"));

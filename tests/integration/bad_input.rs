@@ -75,7 +75,7 @@ async fn requests_that_break_the_contract_name_the_field_and_the_bound() {
     let valid = || page(vec![], films("c", 1));
     let one = |field: &str, description: &str| vec![(field.to_owned(), description.to_owned())];
     let cases = [
-        (GetMidEmbRequest { candidates: vec![], ..valid() }, one("candidates", "is empty, at least one is needed")),
+        (GetMidEmbRequest { candidates: vec![], ..valid() }, one("candidates", "is empty, at least one is required")),
         (GetMidEmbRequest { user_id: String::new(), ..valid() }, one("user_id", "is empty")),
         (GetMidEmbRequest { candidates: vec![film("", "x")], ..valid() }, one("candidates[0].id", "is empty")),
         (
@@ -84,15 +84,15 @@ async fn requests_that_break_the_contract_name_the_field_and_the_bound() {
         ),
         (
             GetMidEmbRequest { candidates: vec![film("a", "x"); 10_001], ..valid() },
-            one("candidates", "has 10001 items, at most 10000 are taken"),
+            one("candidates", "has 10001 items, at most 10000 are allowed"),
         ),
         (
             GetMidEmbRequest { history: vec![film("a", "x"); 1001], ..valid() },
-            one("history", "has 1001 items, at most 1000 are taken"),
+            one("history", "has 1001 items, at most 1000 are allowed"),
         ),
-        (GetMidEmbRequest { dtype: 99, ..valid() }, one("dtype", "99 is no element type, 0 to 3 are")),
-        (GetMidEmbRequest { outputs: vec![1, 99], ..valid() }, one("outputs[1]", "99 is no output, 1 to 4 are")),
-        (GetMidEmbRequest { outputs: vec![0], ..valid() }, one("outputs[0]", "0 is no output, 1 to 4 are")),
+        (GetMidEmbRequest { dtype: 99, ..valid() }, one("dtype", "99 is not an element type, use 0 to 3")),
+        (GetMidEmbRequest { outputs: vec![1, 99], ..valid() }, one("outputs[1]", "99 is not an output, use 1 to 4")),
+        (GetMidEmbRequest { outputs: vec![0], ..valid() }, one("outputs[0]", "0 is not an output, use 1 to 4")),
     ];
     for (request, expected) in cases {
         assert_eq!(violations(&server, request).await, expected);

@@ -114,7 +114,10 @@ async fn a_rollback_loads_nothing_and_a_second_one_undoes_it() {
     let request = page(films("h", 5), films("c", 9));
     let first = ask(&server, request.clone()).await;
     let nothing = server.admin().await.rollback(RollbackRequest::default()).await.unwrap_err();
-    assert_eq!((nothing.code(), nothing.message()), (Code::FailedPrecondition, "there is no config before this one"));
+    assert_eq!(
+        (nothing.code(), nothing.message()),
+        (Code::FailedPrecondition, "there is no previous config to roll back to")
+    );
     push(&server, with_bundle(&server, &retrained())).await.unwrap();
     let second = ask(&server, request.clone()).await;
     let in_force = status(&server).await.config.unwrap();

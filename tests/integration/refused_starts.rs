@@ -128,7 +128,7 @@ fn a_manifest_with_a_path_outside_its_folder_or_an_unknown_key() {
     assert_refused(&bundle, "format is 2, this server reads format 1");
     let bundle = BrokenBundle::new();
     bundle.edit("manifest.toml", |manifest| manifest.replace("part = \"item_tower\"", "part = \"cvr\""));
-    assert_refused(&bundle, "\"item_tower.onnx\" is listed as part Cvr, it is used as ItemTower");
+    assert_refused(&bundle, "\"item_tower.onnx\" is listed as part cvr, it is used as item_tower");
 }
 
 #[test]

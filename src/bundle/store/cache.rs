@@ -1,14 +1,15 @@
-//! The local folder that fetched bundles lie in.
+//! The local folder of fetched bundles.
 //!
 //! ```text
-//! <digest>/             a bundle: complete, because it only ever appears by a rename
-//! files/<sha256>        one file of any bundle, hard-linked into the bundles that have it
-//! latest/<sha256>       the digest of the bundle of the URL with this SHA-256 that served last
-//! .new-*  .old-*  *.part-*   work under way, or what a process left when it died
+//! <digest>/             a bundle: always complete, because it is renamed into place
+//! files/<sha256>        one file, hard-linked into every bundle that contains it
+//! latest/<sha256>       the digest of the bundle that served last from the URL with this SHA-256
+//! .new-*  .old-*  *.part-*   work in progress, or left over from a process that died
 //! ```
 //!
-//! Several processes may share the folder: every name that is being worked on has a random end, and of two that finish
-//! the same thing the later finds it done. What has a name of another form is never touched. Nothing here knows a store.
+//! Several processes may share the folder: names of work in progress have random suffixes, and if two processes finish the
+//! same bundle or file, the second one finds it done. Entries with other names are never touched. This module does not use
+//! the network.
 
 use super::StoreError;
 use crate::{
@@ -31,27 +32,31 @@ use tokio::sync::mpsc;
 const FILES: &str = "files";
 const LATEST: &str = "latest";
 const PART: &str = ".part-";
-/// Bundles that [`Cache::prune`] leaves beside those in use: some steps to roll back to.
+/// Bundles that [`Cache::prune`] keeps besides those in use, for rollbacks.
 const N_NEWEST: usize = 5;
-/// What nobody has written to for so long, nobody works on.
-const LEFT_OVER: Duration = Duration::from_hours(1);
+/// An entry that was not written for this long belongs to no running process.
+const LEFT_OVER_AGE: Duration = Duration::from_hours(1);
 
-/// What [`super::Store::prune`] removed.
+/// The numbers of bundles and files that [`super::Store::prune`] removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[expect(missing_docs, reason = "names and types say it all")]
 pub struct Pruned {
-    /// Bundles.
     pub n_bundles: usize,
-    /// Files that no bundle has any more.
     pub n_files: usize,
 }
 
-/// What came when a file was asked for.
+/// The size and the digest of the bytes received for a file.
 pub(super) struct Received {
     pub(super) n_bytes: u64,
     pub(super) sha256: String,
 }
 
-/// The folder.
+/// A cached bundle, and where it is.
+pub(super) struct Located {
+    pub(super) digest: String,
+    pub(super) folder: PathBuf,
+}
+
 #[derive(Debug, Clone)]
 pub(super) struct Cache {
     pub(super) folder: PathBuf,
@@ -62,107 +67,116 @@ impl Cache {
         Cache { folder }
     }
 
+    /// The path of a file in `files/`.
     fn blob(&self, sha256: &str) -> PathBuf {
         self.folder.join(FILES).join(sha256)
     }
 
-    /// The bundle's folder, if it is here: its manifest is the one, and its files have the right sizes.
+    /// The folder of a bundle, if it is cached with this manifest and its files have the right sizes.
     pub(super) fn find(&self, digest: &str) -> Option<PathBuf> {
         let folder = self.folder.join(digest);
         let manifest = self.manifest(digest)?;
-        let has = |file: &FileSpec| fs::metadata(folder.join(&file.path)).is_ok_and(|found| found.len() == file.bytes);
-        manifest.files.iter().all(has).then_some(folder)
+        let has_file =
+            |file: &FileSpec| fs::metadata(folder.join(&file.path)).is_ok_and(|found| found.len() == file.bytes);
+        manifest.files.iter().all(has_file).then_some(folder)
     }
 
-    /// The manifest of a bundle that this module made.
+    /// The manifest of a cached bundle, if its SHA-256 is the bundle's digest.
     fn manifest(&self, digest: &str) -> Option<Manifest> {
         let text = fs::read_to_string(self.folder.join(digest).join(manifest::FILE)).ok()?;
-        (sha256_hex(text.as_bytes()) == digest).then(|| Manifest::parse(&text).ok()).flatten()
+        if sha256_hex(text.as_bytes()) != digest {
+            return None;
+        }
+        Manifest::parse(&text).ok()
     }
 
-    /// Is the file here, as far as its size tells?
-    pub(super) fn holds(&self, file: &FileSpec) -> bool {
+    /// Whether `files/` has the file with the right size.
+    pub(super) fn has_file(&self, file: &FileSpec) -> bool {
         fs::metadata(self.blob(&file.sha256)).is_ok_and(|found| found.len() == file.bytes)
     }
 
-    /// Writes what comes out of `pieces` to the disk; what is the file in the end is kept. Blocks.
+    /// Writes `chunks` to disk, and keeps the file if its size and digest are those of `file`. Blocks.
     pub(super) fn receive(
         &self,
         file: &FileSpec,
-        mut pieces: mpsc::Receiver<impl AsRef<[u8]>>,
+        mut chunks: mpsc::Receiver<impl AsRef<[u8]>>,
     ) -> Result<Received, StoreError> {
         let blob = self.blob(&file.sha256);
-        let part = Doomed(with_suffix(&blob));
-        let mut out = File::create_new(&part.0).map_err(disk(&part.0))?;
+        let part = RemoveOnDrop(part_path(&blob));
+        let mut out = File::create_new(&part.0).map_err(disk_error(&part.0))?;
         let mut hasher = Sha256::new();
         let mut n_bytes = 0;
-        while let Some(piece) = pieces.blocking_recv() {
-            let piece = piece.as_ref();
-            out.write_all(piece).map_err(disk(&part.0))?;
-            hasher.update(piece);
-            n_bytes += piece.len() as u64;
+        while let Some(chunk) = chunks.blocking_recv() {
+            let chunk = chunk.as_ref();
+            out.write_all(chunk).map_err(disk_error(&part.0))?;
+            hasher.update(chunk);
+            n_bytes += chunk.len() as u64;
         }
         let received = Received { n_bytes, sha256: hex(&hasher.finalize()) };
-        // The sender may just have gone away: only the digest tells that this was all.
+        // The sender may have been dropped in the middle of the file, so the digest decides whether the file is complete.
         if received.n_bytes == file.bytes && received.sha256 == file.sha256 {
-            out.sync_all().map_err(disk(&part.0))?;
-            fs::rename(&part.0, &blob).map_err(disk(&blob))?;
+            out.sync_all().map_err(disk_error(&part.0))?;
+            fs::rename(&part.0, &blob).map_err(disk_error(&blob))?;
             sync_folder(&self.folder.join(FILES));
         }
         Ok(received)
     }
 
-    /// Starts a bundle, after what others left is swept away.
-    pub(super) fn begin(&self, digest: &str) -> Result<NewBundle, StoreError> {
+    /// Starts a new bundle, and removes what other processes left over.
+    pub(super) fn start_bundle(&self, digest: &str) -> Result<NewBundle, StoreError> {
         for folder in [&self.folder, &self.folder.join(FILES), &self.folder.join(LATEST)] {
-            fs::create_dir_all(folder).map_err(disk(folder))?;
+            fs::create_dir_all(folder).map_err(disk_error(folder))?;
         }
-        self.sweep();
-        let folder = self.folder.join(format!(".new-{digest}-{}", unique()));
-        fs::create_dir(&folder).map_err(disk(&folder))?;
-        Ok(NewBundle { cache: self.clone(), digest: digest.to_owned(), folder: Doomed(folder) })
+        self.remove_left_overs();
+        let folder = self.folder.join(format!(".new-{digest}-{}", random_suffix()));
+        fs::create_dir(&folder).map_err(disk_error(&folder))?;
+        Ok(NewBundle { cache: self.clone(), digest: digest.to_owned(), folder: RemoveOnDrop(folder) })
     }
 
-    /// Removes what processes left that died. A left-over that cannot be removed is no reason to refuse a bundle.
-    fn sweep(&self) {
+    /// Removes the left-overs of processes that died. One that cannot be removed does not fail a fetch.
+    fn remove_left_overs(&self) {
         for folder in [&self.folder, &self.folder.join(FILES), &self.folder.join(LATEST)] {
             for (name, path) in entries(folder).unwrap_or_default() {
-                if is_left_over(&name) && is_older_than(&path, LEFT_OVER) {
-                    drop(Doomed(path));
+                if is_left_over(&name) && is_older_than(&path, LEFT_OVER_AGE) {
+                    drop(RemoveOnDrop(path));
                 }
             }
         }
     }
 
-    /// Takes a bundle out of sight at once, then removes it.
+    /// Removes a bundle; renames it first, so that it disappears at once.
     fn discard(&self, digest: &str) -> Result<(), StoreError> {
         let folder = self.folder.join(digest);
-        let old = Doomed(self.folder.join(format!(".old-{digest}-{}", unique())));
+        let old = RemoveOnDrop(self.folder.join(format!(".old-{digest}-{}", random_suffix())));
         match fs::rename(&folder, &old.0) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(disk(&folder)(error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(disk_error(&folder)(error)),
             _ => Ok(()),
         }
     }
 
-    /// Notes what serves from a URL.
+    /// Records which bundle serves from a URL.
     pub(super) fn remember(&self, url: &str, digest: &str) -> Result<(), StoreError> {
         let path = self.folder.join(LATEST).join(sha256_hex(url.as_bytes()));
-        let part = Doomed(with_suffix(&path));
+        let part = RemoveOnDrop(part_path(&path));
         let written = fs::create_dir_all(self.folder.join(LATEST))
             .and_then(|()| File::create_new(&part.0))
             .and_then(|mut file| file.write_all(digest.as_bytes()).and_then(|()| file.sync_all()));
-        written.and_then(|()| fs::rename(&part.0, &path)).map_err(disk(&path))
+        written.and_then(|()| fs::rename(&part.0, &path)).map_err(disk_error(&path))
     }
 
-    /// The bundle of the URL that served last, if it is still here.
-    pub(super) fn last(&self, url: &str) -> Option<(String, PathBuf)> {
+    /// The bundle that served last from a URL, if it is still cached.
+    pub(super) fn last_served(&self, url: &str) -> Option<Located> {
         let digest = fs::read_to_string(self.folder.join(LATEST).join(sha256_hex(url.as_bytes()))).ok()?;
-        let folder = is_digest(&digest).then(|| self.find(&digest)).flatten()?;
-        Some((digest, folder))
+        if !is_digest(&digest) {
+            return None;
+        }
+        let folder = self.find(&digest)?;
+        Some(Located { digest, folder })
     }
 
-    /// Reads every file of the bundle in full; removes those that are damaged, and then the bundle.
-    pub(super) fn heal(&self, digest: &str) -> Result<usize, StoreError> {
+    /// Checks every file of the bundle against its digest; removes the damaged ones, and then the bundle's folder. Returns
+    /// the number of damaged files.
+    pub(super) fn remove_damaged(&self, digest: &str) -> Result<usize, StoreError> {
         let folder = self.folder.join(digest);
         let Some(manifest) = self.manifest(digest) else { return Ok(0) };
         let damaged = manifest.files.iter().filter(|file| digest::check(&folder, file).is_err());
@@ -176,99 +190,115 @@ impl Cache {
         Ok(blobs.len())
     }
 
-    /// Removes the bundles that are neither in `keep` nor among the newest, then the files that no bundle has.
+    /// Removes the bundles that are neither in `keep` nor among the newest, then the files that no bundle uses.
     pub(super) fn prune(&self, keep: &[String]) -> Result<Pruned, StoreError> {
-        let mut bundles: Vec<(SystemTime, String, Manifest)> = entries(&self.folder)?
-            .into_iter()
-            .filter(|(name, path)| is_digest(name) && fs::symlink_metadata(path).is_ok_and(|found| found.is_dir()))
-            .filter_map(|(name, path)| Some((modified(&path)?, self.manifest(&name)?, name)))
-            .map(|(time, manifest, name)| (time, name, manifest))
-            .collect();
-        bundles.sort_by_key(|(time, ..)| std::cmp::Reverse(*time));
         let mut pruned = Pruned::default();
         let mut used = HashSet::new();
-        for (i, (_, digest, manifest)) in bundles.into_iter().enumerate() {
-            if i < N_NEWEST || keep.contains(&digest) {
-                used.extend(manifest.files.into_iter().map(|file| file.sha256));
+        for (i, bundle) in self.bundles_newest_first()?.into_iter().enumerate() {
+            if i < N_NEWEST || keep.contains(&bundle.digest) {
+                used.extend(bundle.manifest.files.into_iter().map(|file| file.sha256));
             } else {
-                self.discard(&digest)?;
+                self.discard(&bundle.digest)?;
                 pruned.n_bundles += 1;
             }
         }
         for (name, path) in entries(&self.folder.join(FILES))? {
-            // A young one may belong to a bundle that is being fetched.
-            if is_digest(&name) && !used.contains(&name) && is_older_than(&path, LEFT_OVER) {
+            // A recent file may belong to a bundle that is being fetched.
+            if is_digest(&name) && !used.contains(&name) && is_older_than(&path, LEFT_OVER_AGE) {
                 remove_file(&path)?;
                 pruned.n_files += 1;
             }
         }
         Ok(pruned)
     }
+
+    fn bundles_newest_first(&self) -> Result<Vec<CachedBundle>, StoreError> {
+        let mut bundles = Vec::new();
+        for (digest, path) in entries(&self.folder)? {
+            let is_folder = fs::symlink_metadata(&path).is_ok_and(|found| found.is_dir());
+            if !is_digest(&digest) || !is_folder {
+                continue;
+            }
+            if let (Some(modified), Some(manifest)) = (modified(&path), self.manifest(&digest)) {
+                bundles.push(CachedBundle { digest, modified, manifest });
+            }
+        }
+        bundles.sort_by_key(|bundle| std::cmp::Reverse(bundle.modified));
+        Ok(bundles)
+    }
 }
 
-/// A bundle that is being put together; gone when dropped before [`NewBundle::finish`].
+struct CachedBundle {
+    digest: String,
+    modified: SystemTime,
+    manifest: Manifest,
+}
+
+/// A bundle that is being assembled. Its folder is removed if this is dropped before [`NewBundle::finish`].
 pub(super) struct NewBundle {
     cache: Cache,
     digest: String,
-    folder: Doomed,
+    folder: RemoveOnDrop,
 }
 
 impl NewBundle {
-    /// Puts a file into the bundle, unless it has to be fetched first. From then on the bundle has it, even where
-    /// another process prunes `files/`.
+    /// Adds a file to the bundle if it is cached; returns false if it has to be fetched first. A linked file stays in the
+    /// bundle even if another process prunes `files/`.
     pub(super) fn link(&self, file: &FileSpec) -> Result<bool, StoreError> {
-        let (blob, place) = (self.cache.blob(&file.sha256), self.folder.0.join(&file.path));
-        if !self.cache.holds(file) {
-            // Of another size it is damaged, and in the way.
+        let (blob, target) = (self.cache.blob(&file.sha256), self.folder.0.join(&file.path));
+        if !self.cache.has_file(file) {
+            // A file of the wrong size is damaged, and its name is needed.
             remove_file(&blob)?;
             return Ok(false);
         }
-        if let Some(parent) = place.parent() {
-            fs::create_dir_all(parent).map_err(disk(parent))?;
+        if let Some(parent) = target.parent() {
+            fs::create_dir_all(parent).map_err(disk_error(parent))?;
         }
-        match fs::hard_link(&blob, &place) {
+        match fs::hard_link(&blob, &target) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            // Not every file system has hard links.
-            Err(_) => copy(&blob, &place).map(|()| true).map_err(disk(&place)),
+            // Some file systems have no hard links.
+            Err(_) => copy(&blob, &target).map(|()| true).map_err(disk_error(&target)),
         }
     }
 
-    /// Makes the bundle appear, as a whole.
+    /// Writes the manifest and renames the complete bundle into place.
     pub(super) fn finish(&self, text: &str, files: &[FileSpec]) -> Result<PathBuf, StoreError> {
         let path = self.folder.0.join(manifest::FILE);
         File::create_new(&path)
             .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
-            .map_err(disk(&path))?;
+            .map_err(disk_error(&path))?;
         let folders: BTreeSet<&Path> =
             files.iter().flat_map(|file| Path::new(&file.path).ancestors().skip(1)).collect();
-        folders.into_iter().for_each(|folder| sync_folder(&self.folder.0.join(folder)));
+        for folder in folders {
+            sync_folder(&self.folder.0.join(folder));
+        }
         let bundle = self.cache.folder.join(&self.digest);
         if fs::rename(&self.folder.0, &bundle).is_err() {
-            // Another process was faster, or what is there is damaged.
+            // Either another process was faster, or the existing bundle is damaged.
             if let Some(folder) = self.cache.find(&self.digest) {
                 return Ok(folder);
             }
             self.cache.discard(&self.digest)?;
-            fs::rename(&self.folder.0, &bundle).map_err(disk(&bundle))?;
+            fs::rename(&self.folder.0, &bundle).map_err(disk_error(&bundle))?;
         }
         sync_folder(&self.cache.folder);
         Ok(bundle)
     }
 }
 
-/// A file or folder that is removed when this is dropped; one that was renamed in time stays.
-struct Doomed(PathBuf);
+/// Removes a file or folder when dropped, unless it has been renamed.
+struct RemoveOnDrop(PathBuf);
 
-impl Drop for Doomed {
+impl Drop for RemoveOnDrop {
     fn drop(&mut self) {
-        // What cannot be removed now is swept away later.
+        // If removing fails, a later fetch removes it as a left-over.
         let is_folder = fs::symlink_metadata(&self.0).is_ok_and(|found| found.is_dir());
         let _ = if is_folder { fs::remove_dir_all(&self.0) } else { fs::remove_file(&self.0) };
     }
 }
 
-/// Lower-case hex of a SHA-256: safe as a name, too.
+/// Whether the text is a SHA-256 in lower-case hex, which is also safe as a file name.
 pub(super) fn is_digest(text: &str) -> bool {
     text.len() == 64 && is_hex(text)
 }
@@ -283,13 +313,13 @@ fn is_left_over(name: &str) -> bool {
     halves.is_some_and(|(digest, end)| is_digest(digest) && end.len() == 16 && is_hex(end))
 }
 
-fn unique() -> String {
+fn random_suffix() -> String {
     format!("{:016x}", fastrand::u64(..))
 }
 
-fn with_suffix(path: &Path) -> PathBuf {
+fn part_path(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
-    name.push(format!("{PART}{}", unique()));
+    name.push(format!("{PART}{}", random_suffix()));
     name.into()
 }
 
@@ -301,12 +331,12 @@ fn is_older_than(path: &Path, age: Duration) -> bool {
     modified(path).and_then(|time| time.elapsed().ok()).is_some_and(|since| since > age)
 }
 
-/// Names and paths in a folder, none where there is no folder.
+/// The names and paths of a folder's entries; none if the folder does not exist.
 fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, StoreError> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(disk(folder)(error)),
+        Err(error) => return Err(disk_error(folder)(error)),
     };
     let named = entries.flatten().filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path())));
     Ok(named.collect())
@@ -314,24 +344,24 @@ fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, StoreError> {
 
 fn remove_file(path: &Path) -> Result<(), StoreError> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(disk(path)(error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(disk_error(path)(error)),
         _ => Ok(()),
     }
 }
 
-/// Never onto a file that is there: it may be linked to another bundle's.
+/// Fails if `to` exists: it may be a hard link to another bundle's file.
 fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let mut to = File::create_new(to)?;
     io::copy(&mut File::open(from)?, &mut to)?;
     to.sync_all()
 }
 
-/// Some file systems refuse this for a folder; their renames have to be trusted.
+/// Makes renames in a folder durable. Errors are ignored, because some file systems cannot sync a folder.
 fn sync_folder(folder: &Path) {
     let _ = File::open(folder).and_then(|folder| folder.sync_all());
 }
 
-fn disk(path: &Path) -> impl FnOnce(io::Error) -> StoreError + use<> {
+fn disk_error(path: &Path) -> impl FnOnce(io::Error) -> StoreError + use<> {
     let path = path.to_path_buf();
     move |source| StoreError::Disk { path, source }
 }

@@ -1,7 +1,7 @@
-//! One bundle as its store gives it out: the manifest as text, every other file as pieces.
+//! Reads one bundle from its store: the manifest as text, every other file as a stream of chunks.
 //!
-//! All of `object_store` that the server uses is here and in `source`. It is told how long to wait and how often to try
-//! again; its errors become one line each, with the file's URL. What the bytes are worth is not judged here.
+//! The server uses `object_store` only here and in `source`. Timeouts and retries are set here, and each of its errors becomes
+//! one line with the file's URL. The contents are not checked here.
 
 use super::{BundleUrl, StoreError};
 use crate::bundle::manifest;
@@ -11,22 +11,41 @@ use object_store::{
     path::Path as Key,
 };
 use std::{error::Error, time::Duration};
+use thiserror::Error as ThisError;
 use tokio::time::timeout;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// A transfer may take hours; what it may not do is stand still.
+/// A transfer may take hours, but it fails if no data arrives for this long.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a store may take over the manifest, tries and credentials included: a dead store refuses a push within it.
+/// The time limit for fetching the manifest, including retries and credentials: if the store is dead, a push is refused
+/// within this time.
 pub(super) const MANIFEST_TIMEOUT: Duration = Duration::from_secs(60);
 const MAX_RETRIES: usize = 3;
-/// A transfer that breaks is resumed however old it is; [`MAX_RETRIES`] bounds how often.
+/// An interrupted transfer may be resumed even hours after its start; [`MAX_RETRIES`] limits how often.
 const RETRY_FOR: Duration = Duration::from_hours(24);
-/// Manifests have some kilobytes.
+/// A manifest has a few kilobytes.
 const MAX_MANIFEST: u64 = 1 << 20;
-/// A store's answer may be a page of HTML; a log line is no place for it.
+/// A store's answer may be a whole HTML page, so it is cut to this many characters for the log.
 const MAX_REASON: usize = 400;
-/// The one option that is not `object_store`'s own.
+/// The only option that is not one of `object_store`'s own.
 const AUTHORIZATION: &str = "http_authorization";
+
+/// Why an option of a store is invalid.
+#[derive(Debug, ThisError)]
+enum OptionError {
+    #[error("{0} does not start with a slash")]
+    NoSlash(String),
+    #[error("{0} is not a URL")]
+    NotUrl(String),
+    #[error("{0} is not a URL that starts with http:// or https://")]
+    NotHttpUrl(String),
+    #[error("{0} holds credentials")]
+    Credentials(String),
+    #[error("{0} is not a valid header value")]
+    HeaderValue(String),
+    #[error("{0}")]
+    Client(String),
+}
 
 /// A bundle in its store.
 pub(super) struct Remote {
@@ -36,23 +55,22 @@ pub(super) struct Remote {
 }
 
 impl Remote {
-    /// Makes a client; nothing is asked yet. Options that this kind of store does not know are ignored.
+    /// Creates a client without sending a request. Options that this kind of store does not know are ignored.
     pub(super) fn open(url: &BundleUrl, options: &[(String, String)]) -> Result<Self, StoreError> {
-        let refused = |reason: String| StoreError::Options { url: url.to_string(), reason };
-        let client = client_options(url, options).map_err(refused)?;
-        let store = connect(url, client, options).map_err(refused)?;
+        let invalid = |error: OptionError| StoreError::Options { url: url.to_string(), reason: error.to_string() };
+        let client = client_options(url, options).map_err(invalid)?;
+        let store = build_client(url, client, options).map_err(invalid)?;
         // The generic http store has the whole URL as its root, the others only the bucket.
         let is_http = url.scheme == ObjectStoreScheme::Http;
         let prefix = if is_http { Key::default() } else { url.prefix.clone() };
         Ok(Remote { url: url.clone(), store, prefix })
     }
 
-    /// What it was opened for.
     pub(super) fn url(&self) -> &BundleUrl {
         &self.url
     }
 
-    /// The manifest's text.
+    /// Fetches the manifest's text.
     pub(super) async fn manifest(&self) -> Result<String, StoreError> {
         let file = self.url.file(manifest::FILE);
         let unreachable = |reason: String| StoreError::Unreachable { file: file.clone(), reason };
@@ -62,71 +80,72 @@ impl Remote {
             if found.meta.size > MAX_MANIFEST {
                 return Err(invalid(format!("it has {} bytes, at most {MAX_MANIFEST} are read", found.meta.size)));
             }
-            found.bytes().await.map_err(|error| self.refusal(manifest::FILE, &error))
+            found.bytes().await.map_err(|error| self.store_error(manifest::FILE, &error))
         };
-        let late = |_| unreachable(format!("no answer within {} s", MANIFEST_TIMEOUT.as_secs()));
-        let bytes = timeout(MANIFEST_TIMEOUT, read).await.map_err(late)??;
+        let timed_out = |_| unreachable(format!("no answer within {} s", MANIFEST_TIMEOUT.as_secs()));
+        let bytes = timeout(MANIFEST_TIMEOUT, read).await.map_err(timed_out)??;
         String::from_utf8(bytes.into()).map_err(|error| invalid(error.to_string()))
     }
 
-    /// Starts to read one file; gives its size, too.
+    /// Starts to fetch one file; the result contains its size and its stream.
     pub(super) async fn get(&self, path: &str) -> Result<GetResult, StoreError> {
         let key = if self.prefix.is_root() { path.to_owned() } else { format!("{}/{path}", self.prefix) };
-        // As it stands in the manifest: `Key::from` would percent-encode what the bucket has as it is.
+        // Not `Key::from`, which would percent-encode characters that the object's name contains as they are.
         let key = Key::parse(key).map_err(|error| StoreError::Manifest {
             file: self.url.file(manifest::FILE),
-            reason: format!("file path {path:?} is no object's name: {error}"),
+            reason: format!("file path {path:?} is not a valid object name: {error}"),
         })?;
-        self.store.get(&key).await.map_err(|error| self.refusal(path, &error))
+        self.store.get(&key).await.map_err(|error| self.store_error(path, &error))
     }
 
-    /// Why one file cannot be had.
-    pub(super) fn refusal(&self, path: &str, error: &object_store::Error) -> StoreError {
+    /// Converts the error of fetching one file.
+    pub(super) fn store_error(&self, path: &str, error: &object_store::Error) -> StoreError {
         let file = self.url.file(path);
         match error {
             object_store::Error::NotFound { .. } => StoreError::Missing { file },
             object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
-                StoreError::Denied { file, reason: reason(error) }
+                StoreError::Denied { file, reason: one_line(error) }
             }
-            _ => StoreError::Unreachable { file, reason: reason(error) },
+            _ => StoreError::Unreachable { file, reason: one_line(error) },
         }
     }
 }
 
-/// Parts of the names of options that hold a URL.
+/// An option whose name contains one of these holds a URL.
 const URL_OPTIONS: &[&str] = &["endpoint", "_url", "full_uri", "authority_host"];
 
-/// `object_store` panics over an endpoint that is no URL, and shows one that holds a password. A proxy's it does not.
-fn check_option(key: &str, value: &str) -> Result<(), String> {
+/// Checks URLs, because `object_store` panics if an endpoint is not a URL and shows its password in errors. It does neither
+/// for proxies.
+fn check_option(key: &str, value: &str) -> Result<(), OptionError> {
     if key.ends_with("relative_uri") && !value.starts_with('/') {
-        return Err(format!("{key} does not start with a slash"));
+        return Err(OptionError::NoSlash(key.to_owned()));
     }
     if key.contains("proxy") || !URL_OPTIONS.iter().any(|part| key.contains(part)) {
         return Ok(());
     }
-    let uri: http::Uri = value.parse().map_err(|_| format!("{key} is not a URL"))?;
+    let uri: http::Uri = value.parse().map_err(|_| OptionError::NotUrl(key.to_owned()))?;
     match uri.authority() {
-        Some(authority) if authority.as_str().contains('@') => Err(format!("{key} holds credentials")),
+        Some(authority) if authority.as_str().contains('@') => Err(OptionError::Credentials(key.to_owned())),
         Some(_) if matches!(uri.scheme_str(), Some("http" | "https")) => Ok(()),
-        _ => Err(format!("{key} is not a URL that starts with http:// or https://")),
+        _ => Err(OptionError::NotHttpUrl(key.to_owned())),
     }
 }
 
-fn client_options(url: &BundleUrl, options: &[(String, String)]) -> Result<ClientOptions, String> {
+fn client_options(url: &BundleUrl, options: &[(String, String)]) -> Result<ClientOptions, OptionError> {
     let plain = url.as_str().starts_with("http://");
     let client = ClientOptions::new()
         .with_timeout_disabled()
         .with_connect_timeout(CONNECT_TIMEOUT)
         .with_read_timeout(STALL_TIMEOUT)
-        // A container without certificates can still speak plain http; otherwise there has to be one.
+        // Plain http must work in a container without certificates; https needs them.
         .with_no_system_certificates(plain)
-        // Google's own client speaks http to the metadata service.
+        // Google's client talks http to the metadata service.
         .with_allow_http(plain || url.scheme == ObjectStoreScheme::GoogleCloudStorage);
     let authorization = options.iter().find(|(key, _)| key.eq_ignore_ascii_case(AUTHORIZATION));
     match authorization.filter(|_| url.scheme == ObjectStoreScheme::Http) {
         None => Ok(client),
         Some((key, value)) => {
-            let mut value = HeaderValue::from_str(value).map_err(|_| format!("{key} is no value of a header"))?;
+            let mut value = HeaderValue::from_str(value).map_err(|_| OptionError::HeaderValue(key.clone()))?;
             value.set_sensitive(true);
             let mut headers = HeaderMap::new();
             headers.insert(http::header::AUTHORIZATION, value);
@@ -135,15 +154,15 @@ fn client_options(url: &BundleUrl, options: &[(String, String)]) -> Result<Clien
     }
 }
 
-fn connect(
+fn build_client(
     url: &BundleUrl,
     client: ClientOptions,
     options: &[(String, String)],
-) -> Result<Box<dyn ObjectStore>, String> {
+) -> Result<Box<dyn ObjectStore>, OptionError> {
     let backoff =
         BackoffConfig { init_backoff: Duration::from_millis(100), max_backoff: Duration::from_secs(5), base: 2.0 };
     let retry = RetryConfig { backoff, max_retries: MAX_RETRIES, retry_timeout: RETRY_FOR };
-    // `parse_url_opts` knows no way to bound the retries. The builders have the same methods, and no trait for them.
+    // `parse_url_opts` cannot limit the retries, and the builders have the same methods but no common trait.
     macro_rules! build {
         ($builder:ty) => {{
             let mut builder = <$builder>::new().with_url(url.as_str()).with_client_options(client).with_retry(retry);
@@ -154,7 +173,7 @@ fn connect(
                     builder = builder.with_config(key, value);
                 }
             }
-            Ok(Box::new(builder.build().map_err(|error| reason(&error))?))
+            Ok(Box::new(builder.build().map_err(|error| OptionError::Client(one_line(&error)))?))
         }};
     }
     match url.scheme {
@@ -165,13 +184,13 @@ fn connect(
     }
 }
 
-/// What happened, in one line: what was tried, and the cause at the bottom of it.
-fn reason(error: &object_store::Error) -> String {
+/// Writes an error as one line: what was attempted, and the root cause.
+fn one_line(error: &object_store::Error) -> String {
     // The outermost error only names the kind of store.
-    let tried = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+    let attempt = error.source().map_or_else(|| error.to_string(), ToString::to_string);
     let chain = std::iter::successors(Some(error as &(dyn Error + 'static)), |&error| error.source());
-    let cause = chain.last().map_or_else(String::new, ToString::to_string);
-    let text = if tried.contains(&cause) { tried } else { format!("{tried}: {cause}") };
+    let root_cause = chain.last().map_or_else(String::new, ToString::to_string);
+    let text = if attempt.contains(&root_cause) { attempt } else { format!("{attempt}: {root_cause}") };
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     match line.char_indices().nth(MAX_REASON) {
         Some((end, _)) => format!("{}…", &line[..end]),

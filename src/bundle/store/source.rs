@@ -1,19 +1,20 @@
-//! Where a bundle is kept: a text of the config becomes a folder or a URL that a store can be opened for.
+//! The location of a bundle, parsed from the config: a local folder or the URL of an object store.
 //!
-//! A URL that got through here holds no secret: it can stand in errors and logs as it is. What would be lost on the way
-//! to a bundle's files (a query, a fragment) is refused, too. Nothing is opened or looked up here.
+//! A parsed URL contains no secrets and is safe to show in errors and logs. A query or a fragment is refused, because it would
+//! be lost when a file name is appended. Nothing is opened or resolved here.
 
 use object_store::{ObjectStoreScheme, path::Path as Key};
 use std::{
     fmt,
     path::{Path, PathBuf},
 };
+use thiserror::Error;
 
 /// Schemes whose user part names a container, not a user.
 const AZURE: &[&str] = &["az", "azure", "adl", "abfs", "abfss"];
 const OTHERS: &[&str] = &["s3", "s3a", "gs", "http", "https"];
 
-/// Where a bundle is kept.
+/// The location of a bundle.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
     /// On this machine.
@@ -22,20 +23,36 @@ pub enum Source {
     Url(BundleUrl),
 }
 
+/// What is wrong with a bundle's location; the predicate of a sentence about it. The message does not repeat the location,
+/// which may contain a password.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[expect(missing_docs, reason = "the messages say it all")]
+pub enum SourceError {
+    #[error("is empty")]
+    Empty,
+    #[error("has the scheme {0:?}: a bundle is a folder, or a URL that starts with s3, gs, az, abfs, http or https")]
+    Scheme(String),
+    #[error("is not a URL")]
+    NotUrl,
+    #[error("holds credentials: they belong in the environment, where no log shows them")]
+    Credentials,
+    #[error("has a query or a fragment, which would not reach the bundle's files")]
+    QueryOrFragment,
+    #[error("names no bucket or host, or has a path that no object can have")]
+    NoBucket,
+}
+
 impl Source {
-    /// Reads a folder (a relative one starts from `base`) or a URL. The error is what is wrong with `text`, and does not
-    /// repeat it: it may hold a password.
-    pub fn parse(text: &str, base: &Path) -> Result<Self, String> {
+    /// Parses a folder or a URL. A relative folder is resolved against `base`.
+    pub fn parse(text: &str, base: &Path) -> Result<Self, SourceError> {
         match text {
-            "" => Err("is empty".to_owned()),
+            "" => Err(SourceError::Empty),
             url if url.contains("://") => BundleUrl::parse(url).map(Source::Url),
             folder => Ok(Source::Folder(base.join(folder))),
         }
     }
-}
 
-impl Source {
-    /// The same, wherever the process stands.
+    /// The same location, with a folder made absolute.
     pub fn absolute(&self) -> Source {
         match self {
             Source::Folder(folder) => Source::Folder(std::path::absolute(folder).unwrap_or_else(|_| folder.clone())),
@@ -53,7 +70,7 @@ impl fmt::Display for Source {
     }
 }
 
-/// The URL that a bundle's files lie under, without credentials and without a slash at its end.
+/// The URL of a bundle's folder in a store, without credentials and without a trailing slash.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BundleUrl {
     text: String,
@@ -62,35 +79,31 @@ pub struct BundleUrl {
 }
 
 impl BundleUrl {
-    /// Reads a URL; the error does not repeat it.
-    pub fn parse(text: &str) -> Result<Self, String> {
+    #[expect(missing_docs, reason = "name and types say it all")]
+    pub fn parse(text: &str) -> Result<Self, SourceError> {
         let scheme = text.split("://").next().unwrap_or_default().to_ascii_lowercase();
         let is_azure = AZURE.contains(&scheme.as_str());
         if !is_azure && !OTHERS.contains(&scheme.as_str()) {
-            return Err(format!(
-                "has the scheme {scheme:?}: a bundle is a folder, or a URL that starts with s3, gs, az, abfs, http or https"
-            ));
+            return Err(SourceError::Scheme(scheme));
         }
-        let Ok(url) = text.trim_end_matches('/').parse() else { return Err("is not a URL".to_owned()) };
+        let Ok(url) = text.trim_end_matches('/').parse() else { return Err(SourceError::NotUrl) };
         let recognised = ObjectStoreScheme::parse(&url);
         if url.password().is_some() || (!url.username().is_empty() && !is_azure) {
-            return Err("holds credentials: they belong into the environment, where no log shows them".to_owned());
+            return Err(SourceError::Credentials);
         }
         if url.query().is_some() || url.fragment().is_some() {
-            return Err("has a query or a fragment, which would not reach the bundle's files".to_owned());
+            return Err(SourceError::QueryOrFragment);
         }
-        let Ok((scheme, prefix)) = recognised else {
-            return Err("names no bucket or host, or has a path that no object can have".to_owned());
-        };
+        let Ok((scheme, prefix)) = recognised else { return Err(SourceError::NoBucket) };
         Ok(BundleUrl { text: url.as_str().trim_end_matches('/').to_owned(), scheme, prefix })
     }
 
-    /// The URL.
+    #[expect(missing_docs, reason = "name and type say it all")]
     pub fn as_str(&self) -> &str {
         &self.text
     }
 
-    /// The URL of one of its files.
+    /// The URL of one of the bundle's files.
     pub(super) fn file(&self, path: &str) -> String {
         format!("{}/{path}", self.text)
     }
