@@ -8,7 +8,7 @@ use crate::{
     content::EncoderModel,
     domain::{ItemText, Vector, cosine},
     inference::{Graph, GraphError},
-    towers::{TowerGraphs, fusion, item_tower, user_tower, user_tower::UserDims},
+    towers::{TowerGraphs, fusion, fusion::FusionDims, item_tower, user_tower, user_tower::UserDims},
 };
 use serde::Deserialize;
 use std::{fmt, path::Path};
@@ -257,7 +257,7 @@ fn check_pairs(
     graphs: &mut TowerGraphs,
 ) -> Result<[StageReport; 2], BundleError> {
     let (mut mid_emb, mut cvr) = (Stage::new("mid_emb"), Stage::new("cvr"));
-    let dims = (manifest.user_tower.dim, manifest.cvr.dim);
+    let dims = FusionDims { embedding: manifest.user_tower.dim, mid: manifest.cvr.dim };
     // Together and one by one, for the same reason: each row has to read its own user.
     let users: Vec<f32> = golden.users.iter().flat_map(|user| &user.user).copied().collect();
     let items: Vec<f32> = golden.pairs.iter().flat_map(|pair| &golden.items[pair.item].item).copied().collect();
