@@ -176,7 +176,8 @@ impl Running {
         let took = self.step_began.elapsed();
         if let Some(step) = self.report.steps.last_mut().filter(|step| step.is_ok.is_none()) {
             (step.took, step.is_ok) = (took, Some(is_ok));
-            events::reload_step_finished(step.step.as_str(), is_ok, took);
+            let result = if is_ok { "ok" } else { "failed" };
+            events::reload_step_finished(step.step.as_str(), result, took);
         }
     }
 }

@@ -73,12 +73,15 @@ impl Lifecycle {
         let retired = std::mem::replace(&mut state.previous, old.clone());
         drop(state);
         if let Some(old) = &old {
-            let all = old.snapshot.all();
-            all.for_each(|model| events::model_served(&model.reference, model.provider.as_str(), false));
-            events::config_applied(&old.digest, false);
+            for model in old.snapshot.all() {
+                events::model_retired(&model.reference, model.provider.as_str());
+            }
+            events::config_replaced(&old.digest);
         }
-        new.snapshot.all().for_each(|model| events::model_served(&model.reference, model.provider.as_str(), true));
-        events::config_applied(&new.digest, true);
+        for model in new.snapshot.all() {
+            events::model_served(&model.reference, model.provider.as_str());
+        }
+        events::config_applied(&new.digest);
         Replaced { old, retired }
     }
 
