@@ -119,7 +119,9 @@ mod tests {
     fn the_limit_holds_in_bytes() {
         let cache = UserCache::new(100 * u64::from(entry_bytes(64)));
         let key = |i: u8| UserKey::from_bytes([i; 16]);
-        (0..=255).for_each(|i| cache.insert(key(i), vec![1.0; 64].into()));
+        for i in 0..=255 {
+            cache.insert(key(i), vec![1.0; 64].into());
+        }
         let contents = cache.measure();
         assert!(contents.n_entries == 100 && contents.n_bytes <= contents.max_bytes, "{contents:?}");
         assert!(cache.get(&key(255)).is_some(), "the newest entry was evicted");
