@@ -49,11 +49,14 @@ pub enum TextFault {
 /// Checks that `text` is not empty and has at most `max_bytes`, as [`ItemText::n_bytes`] counts them.
 pub fn check(text: &ItemText, max_bytes: usize) -> Result<(), TextFault> {
     let n_separators = text.keywords.len() + text.attributes.len();
-    match text.n_bytes() {
-        n_bytes if n_bytes == n_separators => Err(TextFault::Empty),
-        n_bytes if n_bytes > max_bytes => Err(TextFault::TooLong { n_bytes, max: max_bytes }),
-        _ => Ok(()),
+    let n_bytes = text.n_bytes();
+    if n_bytes == n_separators {
+        return Err(TextFault::Empty);
     }
+    if n_bytes > max_bytes {
+        return Err(TextFault::TooLong { n_bytes, max: max_bytes });
+    }
+    Ok(())
 }
 
 /// A bundle's Jinja template, compiled once.
