@@ -34,6 +34,7 @@ bench-reload: setup build .venv/.bench-installed
 test: setup test-setup
 	$(PYTHON) -m unittest discover -s tests/setup
 	cargo test --quiet --locked
+	cargo test --quiet --locked --lib --features loom interleavings
 	@command -v prometheus > /dev/null || echo "SKIPPED: the test against a real Prometheus, as there is no binary of that name (Debian: apt-get install prometheus)"
 
 lint: lint-setup
