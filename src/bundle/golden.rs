@@ -7,7 +7,7 @@ use crate::{
     content::EncoderModel,
     domain::{ItemText, Vector, cosine},
     inference::{Graph, GraphError},
-    towers::{TowerGraphs, fusion, item_tower, user_tower, user_tower::UserDims},
+    towers::{TowerGraphs, fusion, fusion::FusionDims, item_tower, user_tower, user_tower::UserDims},
 };
 use serde::Deserialize;
 use std::{fmt, path::Path};
@@ -257,7 +257,7 @@ fn check_pairs(
     graphs: &mut TowerGraphs,
 ) -> Result<[StageReport; 2], BundleError> {
     let (mut mid_emb, mut cvr) = (StageCheck::new("mid_emb"), StageCheck::new("cvr"));
-    let dims = (manifest.user_tower.dim, manifest.cvr.dim);
+    let dims = FusionDims { embedding: manifest.user_tower.dim, mid: manifest.cvr.dim };
     // Once in one batch and once one by one: in a batch each row must read its own user.
     let users: Vec<f32> = golden.users.iter().flat_map(|user| &user.user).copied().collect();
     let items: Vec<f32> = golden.pairs.iter().flat_map(|pair| &golden.items[pair.item].item).copied().collect();

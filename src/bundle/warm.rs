@@ -6,7 +6,7 @@ use crate::{
     content::EncoderModel,
     domain::{Vector, all_finite},
     inference::Graph,
-    towers::{TowerGraphs, fusion, item_tower, user_tower, user_tower::UserDims},
+    towers::{TowerGraphs, fusion, fusion::FusionDims, item_tower, user_tower, user_tower::UserDims},
 };
 
 /// Candidates per run.
@@ -33,6 +33,7 @@ pub(super) fn run(
     let history: Vec<f32> =
         contents.iter().cycle().take(manifest.user_tower.max_history).flat_map(|v| v.iter().copied()).collect();
     let dims = UserDims { content: manifest.encoder.dim, user: manifest.user_tower.dim };
+    let fusion_dims = FusionDims { embedding: dims.user, mid: manifest.cvr.dim };
     for graphs in towers {
         let items = item_tower::embed(graphs, &batch, manifest.item_tower.dim)?;
         for item in &items {
@@ -41,7 +42,7 @@ pub(super) fn run(
         let user = user_tower::embed(graphs, vec![history.clone()], dims)?;
         check_finite("user tower", &user)?;
         let candidates: Vec<f32> = items.iter().cycle().take(CANDIDATES).flat_map(|v| v.iter().copied()).collect();
-        let fused = fusion::fuse(graphs, &user, &candidates, &[0; CANDIDATES], (dims.user, manifest.cvr.dim))?;
+        let fused = fusion::fuse(graphs, &user, &candidates, &[0; CANDIDATES], fusion_dims)?;
         check_finite("cvr", &fused.mid_emb.data)?;
         check_finite("cvr", &fused.cvr)?;
     }

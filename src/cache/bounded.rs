@@ -1,25 +1,26 @@
-//! A cache bounded in bytes, made to be read in bulk: one hot request looks a thousand keys up.
+//! A cache with a limit in bytes, designed for bulk reads: one hot request looks up a thousand keys.
 //!
-//! What such a look-up costs is waiting for memory: in a catalogue of a million items nothing that it touches lies in the
-//! processor's caches. So [`BoundedCache::read_many`] takes every shard's lock once, for reading, and then works in passes
-//! over all keys, first through the tables, then through the entries. Within a pass no step depends on the one before, and
-//! all that is written is an entry's count of uses, so that the processor waits for many entries at once. A loop of single
-//! look-ups, with a lock and a counted reference each, waits for one after the other: see `cargo bench --bench hot_path`.
+//! The cost of such a look-up is memory latency: with a catalogue of a million items, nothing it touches is in the processor's
+//! caches. So [`BoundedCache::read_many`] takes every shard's read lock once and then makes two passes over all keys, first
+//! through the tables, then through the entries. Within a pass no step depends on the previous one, and the only write is an
+//! entry's use count, so the processor can wait for many entries at once. A loop of single look-ups, each with a lock and a
+//! reference count, waits for one entry after another: see `cargo bench --bench hot_path`.
 //!
-//! Eviction is S3-FIFO (Yang et al., SOSP 2023): three queues, and a read that moves nothing. A new entry goes into a
-//! queue of a tenth of the room, from which it leaves for good unless it was read again meanwhile; then it goes into the
-//! main queue, where each read (up to three) is worth another round. What left the first queue is remembered by its hash,
-//! and if it comes back while it is, it goes into the main queue at once. So what is asked for once, as in a flood of new
-//! items, never displaces what is asked for often, and still nothing is refused: what was put in can be read right
-//! afterwards, also where the cache is full. What is put in ahead of its first reader, by a warm-up, starts in the main
-//! queue: probation would end before the traffic comes. `cargo bench --bench hit_rate` compares it with LRU and TinyLFU.
+//! Eviction is S3-FIFO (Yang et al., SOSP 2023): three queues, and a read moves nothing. A new entry starts in the probation
+//! queue, which has a tenth of the space. If it is read there, it moves on to the main queue, where each read (up to three)
+//! earns it another round; otherwise it is evicted. The ghost queue remembers the hashes of entries evicted on probation: one
+//! that returns while it is remembered goes straight into the main queue. So items that are asked for once, as in a flood of
+//! new items, never displace items that are asked for often, and yet no insertion is refused: an entry can be read right after
+//! it was inserted, even if the cache is full. Entries inserted ahead of their first reader, by a warm-up, start in the main
+//! queue because probation would end before the traffic comes. `cargo bench --bench hit_rate` compares this cache with LRU and
+//! TinyLFU.
 //!
-//! What counts against the bound is what the caller's `weigh` says: payload, key and bookkeeping.
+//! The caller's `weigh` decides how many bytes an entry counts: payload, key and bookkeeping.
 //!
-//! Locks: a reader holds all shards' locks for some microseconds and takes them in order; a writer holds one and waits for
-//! no other. Nothing here is held across an await.
+//! Locks: `read_many` takes all shards' locks in order and holds them for some microseconds; a writer holds one lock and waits
+//! for no other. No lock is held across an await. `interleavings` checks this with loom (`--features loom`).
 //!
-//! Which entries matter most, for who saves or refreshes them, is [`BoundedCache::hottest_keys`], in a file of its own.
+//! [`BoundedCache::hottest_keys`], in a file of its own, says which entries are most worth saving or refreshing.
 
 mod ghosts;
 mod heat;
@@ -29,14 +30,21 @@ use crate::telemetry::events;
 use foldhash::fast::RandomState;
 use ghosts::GhostQueue;
 use hashbrown::HashTable;
+#[cfg(feature = "loom")]
+use loom::sync::{
+    RwLock, RwLockReadGuard, RwLockWriteGuard,
+    atomic::{AtomicU8, AtomicU32},
+};
+#[cfg(not(feature = "loom"))]
+use std::sync::{
+    RwLock, RwLockReadGuard, RwLockWriteGuard,
+    atomic::{AtomicU8, AtomicU32},
+};
 use std::{
     collections::VecDeque,
     fmt,
     hash::{BuildHasher, Hash},
-    sync::{
-        Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-        atomic::{AtomicU8, AtomicU32, Ordering},
-    },
+    sync::{Arc, PoisonError, atomic::Ordering},
 };
 
 /// Values by key. Cheap to clone: clones share their entries.
@@ -47,75 +55,79 @@ pub struct BoundedCache<K, V> {
 struct Shared<K, V> {
     name: CacheName,
     weigh: fn(&K, &V) -> u64,
-    /// The bound of each shard.
+    /// The limit of each shard.
     max_bytes: u64,
     hasher: RandomState,
-    /// Counts what joins a queue, in all shards together: that tells which of two entries joined later.
-    turns: AtomicU32,
+    /// How often an entry joined a queue, in all shards together. Orders entries by when they joined.
+    n_joins: AtomicU32,
     shards: Box<[RwLock<Shard<K, V>>]>,
 }
 
 struct Shard<K, V> {
-    /// Places in `slots`, by key.
+    /// Indices into `slots`, by key.
     table: HashTable<u32>,
     slots: Vec<Slot<K, V>>,
-    /// Slots without an entry.
+    /// Indices of slots without an entry.
     vacant: Vec<u32>,
-    /// Places of entries on probation, oldest first.
-    new: VecDeque<u32>,
-    n_new_bytes: u64,
-    /// Places of entries that proved themselves, the next to be looked at first.
+    /// Indices of entries on probation, oldest first.
+    probation: VecDeque<u32>,
+    n_probation_bytes: u64,
+    /// Indices of entries that passed or skipped probation, the next to be reviewed first.
     main: VecDeque<u32>,
     n_bytes: u64,
     ghosts: GhostQueue,
 }
 
 struct Slot<K, V> {
-    /// Reads that still count, at most [`MAX_USES`].
+    /// Reads that were not yet spent on another round, at most [`MAX_USES`].
     uses: AtomicU8,
-    /// The queue that it is in.
     queue: Queue,
-    /// When it joined that queue.
-    turn: u32,
+    /// The value of `n_joins` when the entry joined its queue.
+    joined: u32,
     entry: Option<(K, V)>,
 }
 
-/// The queues of a shard.
+/// The queues of entries in a shard.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Queue {
-    /// Entries on probation.
-    New,
-    /// Entries that were read while on probation, or that did not have to pass it.
+    Probation,
     Main,
 }
 
-/// What became of an entry that stood in the way of a new one.
+/// The result of reviewing an entry to make room.
 enum Verdict {
     Evicted,
     Spared,
 }
 
-/// A frequent entry outlives so many rounds of the main queue without being read.
+/// The most rounds of the main queue that an entry can stay without being read.
 const MAX_USES: u8 = 3;
-/// A new entry has to be read so often to stay.
+/// The reads that an entry needs to pass probation.
 const USES_TO_STAY: u8 = 1;
-/// So many entries may be spared for one that comes: readers wait meanwhile, and where all have been read one of them has to
+/// The most entries that one insertion may spare. Readers wait meanwhile, and if all entries have been read, one of them has to
 /// go anyway.
 const MAX_SPARED: u64 = 256;
-/// New entries have one part in so many of the room.
-const NEW_PART: u64 = 10;
-/// Writers wait for writers of the same shard only; readers take all locks, so there are not many of them.
+/// The probation queue has one part in this many of the space.
+const PROBATION_PART: u64 = 10;
+/// A writer waits only for writers of its own shard, but `read_many` takes all locks, so the number of shards is small.
 const MAX_SHARDS: u64 = 8;
-/// A shard has room for a good number of entries, or their sizes would leave much of it unused.
+/// A shard must have room for many entries, or their different sizes would leave much of it unused.
 const MIN_SHARD_BYTES: u64 = 1 << 20;
 
 impl<K: Copy + Eq + Hash, V> BoundedCache<K, V> {
-    /// An empty cache of at most `max_bytes`, as `weigh` counts them, for metrics to count under `name`.
+    /// An empty cache of at most `max_bytes`, as `weigh` counts them.
     pub fn new(name: CacheName, max_bytes: u64, weigh: fn(&K, &V) -> u64) -> Self {
         let n_shards = (max_bytes / MIN_SHARD_BYTES).clamp(1, MAX_SHARDS);
         let shards = (0..n_shards).map(|_| RwLock::new(Shard::default())).collect();
-        let (max_bytes, hasher, turns) = (max_bytes / n_shards, RandomState::default(), AtomicU32::new(0));
-        BoundedCache { shared: Arc::new(Shared { name, weigh, max_bytes, hasher, turns, shards }) }
+        let shared = Shared {
+            name,
+            weigh,
+            max_bytes: max_bytes / n_shards,
+            hasher: RandomState::default(),
+            n_joins: AtomicU32::new(0),
+            shards,
+        };
+        BoundedCache { shared: Arc::new(shared) }
     }
 
     /// The name that metrics use.
@@ -123,17 +135,17 @@ impl<K: Copy + Eq + Hash, V> BoundedCache<K, V> {
         self.shared.name
     }
 
-    /// Calls `read` once for each of `keys`, in their order, with its place and the value under it.
+    /// Calls `read` once per key, in the order of `keys`, with the key's index and its value.
     ///
-    /// `read` runs while all shards are locked: it copies what it needs and does nothing else.
+    /// `read` runs while all shards are locked: it must only copy what it needs.
     pub fn read_many(&self, keys: &[K], mut read: impl FnMut(usize, Option<&V>)) {
         let hashes: Vec<u64> = keys.iter().map(|key| self.shared.hasher.hash_one(key)).collect();
         let shards: Vec<RwLockReadGuard<'_, Shard<K, V>>> = self.shared.shards.iter().map(read_lock).collect();
         let shard = |hash: u64| &shards[shard_of(hash, shards.len())];
-        let places: Vec<Option<u32>> =
+        let found: Vec<Option<u32>> =
             keys.iter().zip(&hashes).map(|(key, hash)| shard(*hash).find(key, *hash)).collect();
-        for (i, (place, hash)) in places.iter().zip(&hashes).enumerate() {
-            read(i, place.and_then(|place| shard(*hash).value(place)));
+        for (i, (slot, hash)) in found.iter().zip(&hashes).enumerate() {
+            read(i, slot.and_then(|slot| shard(*hash).value(slot)));
         }
     }
 
@@ -141,50 +153,55 @@ impl<K: Copy + Eq + Hash, V> BoundedCache<K, V> {
     pub fn read<T>(&self, key: &K, read: impl FnOnce(&V) -> T) -> Option<T> {
         let hash = self.shared.hasher.hash_one(key);
         let shard = read_lock(self.shared.shard(hash));
-        shard.find(key, hash).and_then(|place| shard.value(place)).map(read)
+        shard.find(key, hash).and_then(|index| shard.value(index)).map(read)
     }
 
-    /// Whether there is a value under `key`; does not count as a use.
+    /// Whether there is a value under `key`. Does not count as a use.
     pub fn contains(&self, key: &K) -> bool {
         let hash = self.shared.hasher.hash_one(key);
         read_lock(self.shared.shard(hash)).find(key, hash).is_some()
     }
 
-    /// Puts a value in; one that is there under the same key is replaced. Others make room for it.
+    /// Inserts a value, in place of the one under the same key if there is one. Evicts others to make room.
     pub fn insert(&self, key: K, value: V) {
-        self.put(key, value, Queue::New);
+        self.insert_into(Queue::Probation, key, value);
     }
 
-    /// Like [`BoundedCache::insert`], for what nobody has asked for yet: it has a whole round to be read in.
+    /// Inserts a value that nobody has asked for yet. It stays for a whole round of the main queue even if it is not read.
     pub fn insert_ahead(&self, key: K, value: V) {
-        self.put(key, value, Queue::Main);
+        self.insert_into(Queue::Main, key, value);
     }
 
-    fn put(&self, key: K, value: V, first: Queue) {
+    fn insert_into(&self, queue: Queue, key: K, value: V) {
         let shared = &*self.shared;
         let hash = shared.hasher.hash_one(key);
-        let n_evicted = write_lock(shared.shard(hash)).insert((key, value), hash, first, shared);
+        let n_evicted = write_lock(shared.shard(hash)).insert((key, value), hash, queue, shared);
         if n_evicted > 0 {
             events::cache_evicted(shared.name.as_str(), n_evicted);
         }
     }
 
-    /// Entries, bytes and the bound.
+    /// The number of entries, their bytes and the limit.
     pub fn measure(&self) -> Usage {
         let shared = &*self.shared;
         let max_bytes = shared.max_bytes * shared.shards.len() as u64;
         let mut usage = Usage { cache: shared.name.as_str(), n_entries: 0, n_bytes: 0, max_bytes };
-        for shard in shared.shards.iter().map(read_lock) {
+        for shard in &shared.shards {
+            let shard = read_lock(shard);
             usage.n_entries += shard.table.len() as u64;
             usage.n_bytes += shard.n_bytes;
         }
         usage
     }
 
-    /// Drops everything; returns how many entries there were.
+    /// Drops all entries and returns how many there were.
     pub fn flush(&self) -> u64 {
-        let empty = |shard| std::mem::take(&mut *write_lock(shard));
-        self.shared.shards.iter().map(empty).map(|shard| shard.table.len() as u64).sum()
+        let mut n_entries = 0;
+        for shard in &self.shared.shards {
+            let dropped = std::mem::take(&mut *write_lock(shard));
+            n_entries += dropped.table.len() as u64;
+        }
+        n_entries
     }
 }
 
@@ -193,18 +210,18 @@ impl<K, V> Shared<K, V> {
         &self.shards[shard_of(hash, self.shards.len())]
     }
 
-    fn next_turn(&self) -> u32 {
-        self.turns.fetch_add(1, Ordering::Relaxed)
+    fn next_join(&self) -> u32 {
+        self.n_joins.fetch_add(1, Ordering::Relaxed)
     }
 }
 
-/// The table within a shard uses a hash's highest and lowest bits: these are others.
+/// The table within a shard uses the hash's highest and lowest bits, so the shard is chosen by bits in the middle.
 fn shard_of(hash: u64, n_shards: usize) -> usize {
     ((hash >> 32) as u16 as usize * n_shards) >> 16
 }
 
-/// A shard is changed by moves of whole entries, between which only the caller's `weigh` runs: a panic there cannot leave
-/// it half-changed.
+/// A poisoned lock is used as it is: a shard is changed by moving whole entries, and the only foreign code that runs in between
+/// is the caller's `weigh`, so a panic there cannot leave the shard half-changed.
 fn read_lock<K, V>(shard: &RwLock<Shard<K, V>>) -> RwLockReadGuard<'_, Shard<K, V>> {
     shard.read().unwrap_or_else(PoisonError::into_inner)
 }
@@ -219,8 +236,8 @@ impl<K, V> Default for Shard<K, V> {
             table: HashTable::new(),
             slots: Vec::new(),
             vacant: Vec::new(),
-            new: VecDeque::new(),
-            n_new_bytes: 0,
+            probation: VecDeque::new(),
+            n_probation_bytes: 0,
             main: VecDeque::new(),
             n_bytes: 0,
             ghosts: GhostQueue::default(),
@@ -230,43 +247,43 @@ impl<K, V> Default for Shard<K, V> {
 
 impl<K: Copy + Eq + Hash, V> Shard<K, V> {
     fn find(&self, key: &K, hash: u64) -> Option<u32> {
-        self.table.find(hash, |place| self.is_at(*place, key)).copied()
+        self.table.find(hash, |index| self.has_key(*index, key)).copied()
     }
 
-    fn is_at(&self, place: u32, key: &K) -> bool {
-        self.slots[place as usize].entry.as_ref().is_some_and(|(found, _)| found == key)
+    fn has_key(&self, index: u32, key: &K) -> bool {
+        self.slots[index as usize].entry.as_ref().is_some_and(|(found, _value)| found == key)
     }
 
-    /// The value in a slot, counted as used. A lost count of two that race is no loss.
-    fn value(&self, place: u32) -> Option<&V> {
-        let slot = &self.slots[place as usize];
+    /// The value in a slot. Counts a use; of two readers that race, one may not be counted, which does no harm.
+    fn value(&self, index: u32) -> Option<&V> {
+        let slot = &self.slots[index as usize];
         let uses = slot.uses.load(Ordering::Relaxed);
         if uses < MAX_USES {
             slot.uses.store(uses + 1, Ordering::Relaxed);
         }
-        slot.entry.as_ref().map(|(_, value)| value)
+        slot.entry.as_ref().map(|(_key, value)| value)
     }
 
-    /// Returns how many entries had to go.
-    fn insert(&mut self, entry: (K, V), hash: u64, first: Queue, shared: &Shared<K, V>) -> u64 {
+    /// Inserts an entry and returns how many others were evicted.
+    fn insert(&mut self, entry: (K, V), hash: u64, queue: Queue, shared: &Shared<K, V>) -> u64 {
         let n_bytes = (shared.weigh)(&entry.0, &entry.1);
-        if let Some(place) = self.find(&entry.0, hash) {
-            let slot = &mut self.slots[place as usize];
+        if let Some(index) = self.find(&entry.0, hash) {
+            let slot = &mut self.slots[index as usize];
             let n_old_bytes = slot.entry.replace(entry).map_or(0, |(key, value)| (shared.weigh)(&key, &value));
-            if slot.queue == Queue::New {
-                self.n_new_bytes = self.n_new_bytes + n_bytes - n_old_bytes;
+            if slot.queue == Queue::Probation {
+                self.n_probation_bytes = self.n_probation_bytes + n_bytes - n_old_bytes;
             }
             self.n_bytes = self.n_bytes + n_bytes - n_old_bytes;
-            return self.make_room(0, Some(place), shared);
+            return self.make_room(0, Some(index), shared);
         }
         let n_evicted = self.make_room(n_bytes, None, shared);
         // An entry that returns soon after its eviction is asked for more often than probation could see.
-        let queue = if self.ghosts.take(hash) { Queue::Main } else { first };
-        let slot = Slot { uses: AtomicU8::new(0), queue, turn: shared.next_turn(), entry: Some(entry) };
-        let place = match self.vacant.pop() {
-            Some(place) => {
-                self.slots[place as usize] = slot;
-                place
+        let queue = if self.ghosts.take(hash) { Queue::Main } else { queue };
+        let slot = Slot { uses: AtomicU8::new(0), queue, joined: shared.next_join(), entry: Some(entry) };
+        let index = match self.vacant.pop() {
+            Some(index) => {
+                self.slots[index as usize] = slot;
+                index
             }
             None => {
                 self.slots.push(slot);
@@ -275,30 +292,29 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
         };
         self.n_bytes += n_bytes;
         match queue {
-            Queue::New => {
-                self.n_new_bytes += n_bytes;
-                self.new.push_back(place);
+            Queue::Probation => {
+                self.n_probation_bytes += n_bytes;
+                self.probation.push_back(index);
             }
-            Queue::Main => self.main.push_back(place),
+            Queue::Main => self.main.push_back(index),
         }
         let slots = &self.slots;
         let rehash =
-            |place: &u32| slots[*place as usize].entry.as_ref().map_or(0, |(key, _)| shared.hasher.hash_one(key));
-        self.table.insert_unique(hash, place, rehash);
+            |index: &u32| slots[*index as usize].entry.as_ref().map_or(0, |(key, _)| shared.hasher.hash_one(key));
+        self.table.insert_unique(hash, index, rehash);
         n_evicted
     }
 
-    /// Evicts until `n_bytes` more fit, or nothing is left but the entry at `keep`. Returns how many entries went.
+    /// Evicts entries until `n_bytes` more fit or only the entry at `keep` is left. Returns how many were evicted.
     fn make_room(&mut self, n_bytes: u64, keep: Option<u32>, shared: &Shared<K, V>) -> u64 {
         let (mut n_evicted, mut n_spared) = (0, 0);
         while self.n_bytes + n_bytes > shared.max_bytes && self.table.len() > usize::from(keep.is_some()) {
-            let may_spare = n_spared < MAX_SPARED;
-            let new_has_its_part = self.n_new_bytes > shared.max_bytes / NEW_PART;
-            let nothing_in_main = self.main.iter().all(|place| keep == Some(*place));
-            let verdict = if new_has_its_part || nothing_in_main {
-                self.review_oldest_new(keep, may_spare, shared)
+            let probation_is_full = self.n_probation_bytes > shared.max_bytes / PROBATION_PART;
+            let main_is_empty = self.main.iter().all(|index| keep == Some(*index));
+            let verdict = if probation_is_full || main_is_empty {
+                self.review_probation(keep, n_spared, shared)
             } else {
-                self.review_next_of_main(keep, may_spare, shared)
+                self.review_main(keep, n_spared, shared)
             };
             match verdict {
                 Verdict::Evicted => n_evicted += 1,
@@ -308,53 +324,53 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
         n_evicted
     }
 
-    /// Moves the oldest new entry to the main queue if it was read; evicts it otherwise.
-    fn review_oldest_new(&mut self, keep: Option<u32>, may_spare: bool, shared: &Shared<K, V>) -> Verdict {
-        let Some(place) = self.new.pop_front() else { return Verdict::Spared };
-        let slot = &mut self.slots[place as usize];
-        self.n_new_bytes -= slot.entry.as_ref().map_or(0, |(key, value)| (shared.weigh)(key, value));
-        let was_read = *slot.uses.get_mut() >= USES_TO_STAY;
-        if keep == Some(place) || (may_spare && was_read) {
+    /// Moves the oldest entry on probation to the main queue if it was read, else evicts it.
+    fn review_probation(&mut self, keep: Option<u32>, n_spared: u64, shared: &Shared<K, V>) -> Verdict {
+        let Some(index) = self.probation.pop_front() else { return Verdict::Spared };
+        let slot = &mut self.slots[index as usize];
+        self.n_probation_bytes -= slot.entry.as_ref().map_or(0, |(key, value)| (shared.weigh)(key, value));
+        let was_read = slot.uses.load(Ordering::Relaxed) >= USES_TO_STAY;
+        if keep == Some(index) || (was_read && n_spared < MAX_SPARED) {
             slot.queue = Queue::Main;
-            self.requeue(place, shared);
+            self.requeue(index, shared);
             return Verdict::Spared;
         }
-        if let Some(hash) = self.remove(place, shared) {
+        if let Some(hash) = self.remove(index, shared) {
             self.ghosts.add(hash, self.main.len());
         }
         Verdict::Evicted
     }
 
-    /// Gives the next entry of the main queue another round if it was read; evicts it otherwise.
-    fn review_next_of_main(&mut self, keep: Option<u32>, may_spare: bool, shared: &Shared<K, V>) -> Verdict {
-        let Some(place) = self.main.pop_front() else { return Verdict::Spared };
-        let was_read = *self.slots[place as usize].uses.get_mut() > 0;
-        if keep == Some(place) || (may_spare && was_read) {
-            self.requeue(place, shared);
+    /// Gives the next entry of the main queue another round if it was read, else evicts it.
+    fn review_main(&mut self, keep: Option<u32>, n_spared: u64, shared: &Shared<K, V>) -> Verdict {
+        let Some(index) = self.main.pop_front() else { return Verdict::Spared };
+        let was_read = self.slots[index as usize].uses.load(Ordering::Relaxed) > 0;
+        if keep == Some(index) || (was_read && n_spared < MAX_SPARED) {
+            self.requeue(index, shared);
             return Verdict::Spared;
         }
-        self.remove(place, shared);
+        self.remove(index, shared);
         Verdict::Evicted
     }
 
-    /// Puts an entry at the end of the main queue. That costs it one of its reads.
-    fn requeue(&mut self, place: u32, shared: &Shared<K, V>) {
-        let slot = &mut self.slots[place as usize];
-        slot.turn = shared.next_turn();
-        let uses = slot.uses.get_mut();
-        *uses = uses.saturating_sub(1);
-        self.main.push_back(place);
+    /// Puts an entry at the end of the main queue, which costs it one use.
+    fn requeue(&mut self, index: u32, shared: &Shared<K, V>) {
+        let slot = &mut self.slots[index as usize];
+        slot.joined = shared.next_join();
+        let uses = slot.uses.load(Ordering::Relaxed);
+        slot.uses.store(uses.saturating_sub(1), Ordering::Relaxed);
+        self.main.push_back(index);
     }
 
-    /// Empties a slot that has left its queue; returns its entry's hash.
-    fn remove(&mut self, place: u32, shared: &Shared<K, V>) -> Option<u64> {
-        let (key, value) = self.slots[place as usize].entry.take()?;
+    /// Removes the entry of a slot that has left its queue, and returns the entry's hash.
+    fn remove(&mut self, index: u32, shared: &Shared<K, V>) -> Option<u64> {
+        let (key, value) = self.slots[index as usize].entry.take()?;
         self.n_bytes -= (shared.weigh)(&key, &value);
         let hash = shared.hasher.hash_one(key);
-        if let Ok(found) = self.table.find_entry(hash, |at| *at == place) {
+        if let Ok(found) = self.table.find_entry(hash, |other| *other == index) {
             found.remove();
         }
-        self.vacant.push(place);
+        self.vacant.push(index);
         Some(hash)
     }
 }
@@ -371,5 +387,7 @@ impl<K, V> fmt::Debug for BoundedCache<K, V> {
     }
 }
 
+#[cfg(all(test, feature = "loom"))]
+mod interleavings;
 #[cfg(test)]
 mod tests;

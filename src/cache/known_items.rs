@@ -1,12 +1,12 @@
-//! Text by item id: text sent once is remembered, so that later requests may send ids alone.
+//! Text by item id: a text that was sent once is remembered, so that later requests may send only the id.
 //!
-//! Bounded in bytes; the newest text of an id wins. What an id that fell out costs is one UNKNOWN_ITEM row, upon which the
-//! caller sends the text again. A hot request needs the digests alone: its texts stay where they are.
+//! The cache has a limit in bytes, and the newest text of an id wins. A forgotten id costs one UNKNOWN_ITEM row, after which the
+//! caller sends the text again. A hot request needs only the digests, so its texts are not copied.
 //!
-//! Ids are kept as 128 bits of SipHash under a secret key: as sure as the digests of texts, of one size whatever the ids
-//! look like, and nobody outside can make two of them meet. The key is this process's own, or that of the process whose
-//! items are restored here; it changes only while nothing is known. A request reads it once, so what it asks for while the
-//! key changes is unknown, or is remembered where nobody will look for it, but is never taken for another item.
+//! Ids are kept as 128 bits of SipHash under a secret key: as unlikely to collide as text digests, of the same size whatever the
+//! ids look like, and nobody outside can construct a collision. The key is random, or taken over from the process whose items
+//! are restored; it changes only while no item is known. A request reads the key once. If the key changes during the request,
+//! its items are unknown or remembered under hashes that nobody will look up, but never confused with other items.
 
 use super::{CacheName, Usage, bounded::BoundedCache};
 use crate::{
@@ -25,26 +25,27 @@ use std::{
 };
 use thiserror::Error;
 
-/// What an entry costs beside its letters: its place in the cache, and the text's own six fields on the heap. Measured by
+/// The bytes of an entry besides its text: its slot in the cache and the six heap-allocated fields. Measured with
 /// `cargo bench --bench cache_memory`.
 const ENTRY_OVERHEAD: usize = 330;
 
-/// The texts of the items seen so far.
+/// Remembers the texts of items by id.
 #[derive(Debug)]
 pub struct KnownItems {
     cache: BoundedCache<IdKey, Known>,
-    /// Locked for as long as it takes to copy it, or to see that nothing is known.
+    /// Held only to copy the key, or to change it after checking that no item is known.
     hash_key: RwLock<HashKey>,
     max_text_bytes: usize,
 }
 
-/// The key that ids are hashed under. Whoever has it can make ids that meet: it goes where the items go, and into no log.
+/// The key under which ids are hashed. Whoever knows it can construct colliding ids: it is saved with the items, never logged.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct HashKey(pub [u64; 2]);
 
 impl HashKey {
     fn random() -> Self {
-        HashKey([(); 2].map(|()| RandomState::new().hash_one(0)))
+        let random = || RandomState::new().hash_one(0);
+        HashKey([random(), random()])
     }
 
     fn hash(self, id: &str) -> IdKey {
@@ -62,10 +63,10 @@ impl fmt::Debug for HashKey {
     }
 }
 
-/// Items are known already, under another key.
+/// Items are already known under another hash key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("items are known already, and their ids are hashed under another key")]
-pub struct OtherHashKey;
+#[error("items are already known, and their ids are hashed under another key")]
+pub struct HashKeyMismatch;
 
 #[derive(Debug)]
 struct Known {
@@ -74,18 +75,20 @@ struct Known {
 }
 
 impl KnownItems {
-    /// Nothing known. Texts of more than `max_text_bytes` are refused.
+    /// An empty cache. A text of more than `max_text_bytes` is invalid.
     pub fn new(max_bytes: u64, max_text_bytes: usize) -> Self {
         let cache = BoundedCache::new(CacheName::KnownItems, max_bytes, |_id, known: &Known| entry_bytes(&known.text));
         KnownItems { cache, hash_key: RwLock::new(HashKey::random()), max_text_bytes }
     }
 
-    /// The text's digest of each item, sent now (for whom, says `priority`) or known from before; else the row's status.
+    /// Resolves each item to the digest of its text, which was sent now or is remembered, or else to the row's status.
+    ///
+    /// New texts are remembered. With [`Priority::WarmUp`] they are kept longer until they are first read.
     pub fn resolve(&self, items: Vec<Item>, priority: Priority) -> Vec<Result<KnownItem, RowStatus>> {
         let mut lookups = Lookups::default();
         let hash_key = self.hash_key();
         let mut resolved = Vec::with_capacity(items.len());
-        // In the order of the request: an id that stands before its text is not known yet.
+        // Items are resolved in the order of the request: an id that precedes its text is not known yet.
         let mut ids = Vec::with_capacity(items.len());
         for item in items {
             let id = hash_key.hash(&item.id);
@@ -102,7 +105,7 @@ impl KnownItems {
         resolved
     }
 
-    /// Looks `ids` up, appends what was found and leaves `ids` empty.
+    /// Looks up `ids`, appends one row per id to `rows` and empties `ids`.
     fn resolve_ids(&self, ids: &mut Vec<IdKey>, rows: &mut Vec<Result<KnownItem, RowStatus>>, lookups: &mut Lookups) {
         if ids.is_empty() {
             return;
@@ -134,34 +137,35 @@ impl KnownItems {
         Ok(KnownItem { id, digest, text: Some(text) })
     }
 
-    /// All known items with their texts, the hottest first.
+    /// All known items with their texts, hottest first.
     pub fn hottest(&self) -> Vec<KnownItem> {
         let ids = self.cache.hottest_keys();
         let mut items = Vec::with_capacity(ids.len());
         self.cache.peek_many(&ids, |i, known| {
-            let item = |known: &Known| KnownItem { id: ids[i], digest: known.digest, text: Some(known.text.clone()) };
-            items.extend(known.map(item));
+            if let Some(Known { digest, text }) = known {
+                items.push(KnownItem { id: ids[i], digest: *digest, text: Some(Arc::clone(text)) });
+            }
         });
         items
     }
 
-    /// The key of the ids in [`KnownItems::hottest`].
+    /// The key under which the ids are hashed.
     pub fn hash_key(&self) -> HashKey {
         *self.hash_key.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hashes ids under `key` from now on, so that items of the process that had it can be restored. Refused where items
-    /// are known under another.
-    pub fn adopt_hash_key(&self, key: HashKey) -> Result<(), OtherHashKey> {
+    /// Hashes ids under `key` from now on, so that the items of the process that used it can be restored. Fails if items are
+    /// already known under another key.
+    pub fn adopt_hash_key(&self, key: HashKey) -> Result<(), HashKeyMismatch> {
         let mut own = self.hash_key.write().unwrap_or_else(PoisonError::into_inner);
         if *own != key && self.cache.measure().n_entries > 0 {
-            return Err(OtherHashKey);
+            return Err(HashKeyMismatch);
         }
         *own = key;
         Ok(())
     }
 
-    /// Remembers an item of [`KnownItems::hottest`], ahead of who asks for it. `id` was hashed under the key in use.
+    /// Remembers an item from [`KnownItems::hottest`] ahead of its first reader. `id` must be hashed under the current key.
     pub fn restore(&self, id: IdKey, text: ItemText) -> Result<(), TextFault> {
         item_text::check(&text, self.max_text_bytes)?;
         let known = Known { digest: TextDigest::of(&text), text: Arc::new(text) };
@@ -174,16 +178,16 @@ impl KnownItems {
         if let Some(text) = &item.text {
             return Some(Arc::clone(text));
         }
-        let same = |known: &Known| (known.digest == item.digest).then(|| Arc::clone(&known.text));
-        self.cache.read(&item.id, same).flatten()
+        let if_same = |known: &Known| (known.digest == item.digest).then(|| Arc::clone(&known.text));
+        self.cache.read(&item.id, if_same).flatten()
     }
 
-    /// Entries, bytes and the bound.
+    /// The number of entries, their bytes and the limit.
     pub fn measure(&self) -> Usage {
         self.cache.measure()
     }
 
-    /// Forgets everything; returns how many items were known.
+    /// Forgets all items and returns how many were known.
     pub fn flush(&self) -> u64 {
         self.cache.flush()
     }
@@ -219,25 +223,28 @@ mod tests {
         let old = known.resolve(vec![item("a", None)], Priority::Request).remove(0).unwrap();
         let second = titles(&known, vec![item("a", Some("new")), item("a", None), item("b", None)]);
         assert_eq!(second, [Ok("new".into()), Ok("new".into()), Err(RowStatus::UnknownItem)]);
-        assert!(known.text(&old).is_none(), "an item that was resolved before got another text's");
-        assert_eq!(titles(&known, vec![item("a", Some("new"))]), [Ok("new".into())], "sent again, not stored again");
+        assert!(known.text(&old).is_none(), "an item that was resolved earlier got the text of another");
+        assert_eq!(titles(&known, vec![item("a", Some("new"))]), [Ok("new".into())], "the same text was sent again");
     }
 
     #[test]
-    fn a_new_item_is_remembered_even_where_the_memory_is_full() {
+    fn a_new_item_is_remembered_even_if_the_cache_is_full() {
         let known = KnownItems::new(20 * 1024, 100);
         for i in 0..1000 {
             let id = format!("item-{i}");
             assert!(known.resolve(vec![item(&id, Some("text"))], Priority::Request)[0].is_ok());
             known.measure();
-            assert!(known.resolve(vec![item(&id, None)], Priority::Request)[0].is_ok(), "{id} was forgotten at once");
+            assert!(
+                known.resolve(vec![item(&id, None)], Priority::Request)[0].is_ok(),
+                "{id} was forgotten immediately"
+            );
         }
         let measured = known.measure();
         assert!(measured.n_entries < 100 && measured.n_bytes <= measured.max_bytes, "{measured:?}");
     }
 
     #[test]
-    fn text_that_cannot_be_used_does_not_replace_what_is_known() {
+    fn an_invalid_text_does_not_replace_a_known_one() {
         let known = KnownItems::new(1 << 20, 5);
         let long = item("a", Some("too long"));
         let resolved = titles(&known, vec![item("a", Some("short")), long, item("a", Some("")), item("a", None)]);
@@ -246,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn items_of_another_process_are_found_by_their_ids_under_its_key() {
+    fn items_of_another_process_are_found_by_id_under_its_key() {
         let old = KnownItems::new(1 << 20, 100);
         titles(&old, vec![item("a", Some("1")), item("b", Some("2")), item("a", None)]);
         let dumped = old.hottest();
@@ -256,14 +263,16 @@ mod tests {
         let new = KnownItems::new(1 << 20, 100);
         assert_ne!(new.hash_key(), old.hash_key());
         new.adopt_hash_key(old.hash_key()).unwrap();
-        dumped.iter().zip(texts()).rev().for_each(|(item, text)| new.restore(item.id, text).unwrap());
+        for (item, text) in dumped.iter().zip(texts()).rev() {
+            new.restore(item.id, text).unwrap();
+        }
         assert_eq!(titles(&new, vec![item("a", None), item("b", None)]), [Ok("1".into()), Ok("2".into())]);
         assert_eq!(new.hottest()[0].digest, dumped[0].digest);
         assert_eq!(new.restore(dumped[0].id, ItemText::default()), Err(TextFault::Empty));
 
         assert_eq!(new.adopt_hash_key(old.hash_key()), Ok(()));
-        assert_eq!(new.adopt_hash_key(KnownItems::new(0, 0).hash_key()), Err(OtherHashKey));
+        assert_eq!(new.adopt_hash_key(KnownItems::new(0, 0).hash_key()), Err(HashKeyMismatch));
         assert_eq!(format!("{:?}", new.hash_key()), "HashKey(..)");
-        assert!(titles(&new, vec![item("a", None)])[0].is_ok(), "a key that was refused was taken");
+        assert!(titles(&new, vec![item("a", None)])[0].is_ok(), "a refused key was adopted");
     }
 }

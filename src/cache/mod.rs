@@ -1,10 +1,10 @@
-//! The caches of the process: embeddings by what they depend on, and item texts by id.
+//! The caches of the process: embeddings by everything they depend on, and item texts by id.
 //!
-//! [`Caches`] holds all four and is shared by the requests, the operator's calls and the snapshots. [`bounded`] is the cache
-//! below three of them, [`vectors`] keeps content and item embeddings in it, [`known_items`] the texts; [`users`] keeps user
+//! [`Caches`] holds all four and is shared by requests, operators' calls and snapshots. [`bounded`] is the implementation of
+//! three of them: [`vectors`] keeps content and item embeddings, [`known_items`] keeps the texts. [`users`] keeps user
 //! embeddings, which expire. [`snapshot`] writes the caches to files and reads them back.
 //!
-//! Not here: what is computed when an entry is missing (`content`, `towers`), and when that happens (`pipeline`).
+//! Not here: computing a missing entry (`content`, `towers`) and deciding when to compute it (`pipeline`).
 
 pub mod bounded;
 pub mod known_items;
@@ -20,7 +20,7 @@ use known_items::KnownItems;
 use users::UserCache;
 use vectors::VectorCache;
 
-/// The bounds of the caches.
+/// The limits of the caches.
 #[derive(Debug, Clone, Copy)]
 pub struct CacheLimits {
     /// Bytes of content embeddings.
@@ -31,11 +31,11 @@ pub struct CacheLimits {
     pub user_bytes: u64,
     /// Bytes of remembered texts.
     pub known_items_bytes: u64,
-    /// Bytes of one item's text; longer texts are not remembered.
+    /// Bytes of a single text; a longer text is invalid and not remembered.
     pub max_text_bytes: usize,
 }
 
-/// All caches of the process. Those of vectors are cheap to clone: clones share their entries.
+/// All caches of the process.
 #[derive(Debug)]
 pub struct Caches {
     /// Content embeddings, by encoder and text.
@@ -55,9 +55,9 @@ pub struct Usage {
     pub cache: &'static str,
     /// How many entries it has.
     pub n_entries: u64,
-    /// Their bytes, as the bound counts them: payload, key and bookkeeping.
+    /// Their bytes, as the limit counts them: payload, key and bookkeeping.
     pub n_bytes: u64,
-    /// The bound.
+    /// The limit.
     pub max_bytes: u64,
 }
 
@@ -114,7 +114,7 @@ impl Caches {
         usages
     }
 
-    /// Empties one cache; returns how many entries it had.
+    /// Empties one cache and returns how many entries it had.
     pub fn flush(&self, cache: CacheName) -> u64 {
         match cache {
             CacheName::Content => self.contents.flush(),
@@ -124,7 +124,7 @@ impl Caches {
         }
     }
 
-    /// Empties all caches; returns how many entries they had.
+    /// Empties all caches and returns how many entries they had.
     pub fn flush_all(&self) -> u64 {
         CacheName::ALL.into_iter().map(|cache| self.flush(cache)).sum()
     }

@@ -1,9 +1,9 @@
-//! User embeddings of the sessions under way: the pages of one session send the same history again and again.
+//! User embeddings of running sessions: the pages of one session send the same history again and again.
 //!
-//! A user embedding depends on the user tower, on the encoder, and on the history's texts in their order, and on nothing
-//! else; the key is a digest of all of it. So an entry is never stale, and what is answered from it is what the tower
-//! would answer. It is only worth keeping for as long as a session lasts: entries go after ten minutes without a reader.
-//! One request looks up one user, so moka's strict recency and its expiry cost nothing here.
+//! A user embedding depends on the user tower, the encoder, and the history's texts in their order. Its key is a digest of all
+//! of these, so an entry is never stale: it is exactly what the tower would compute. An entry is worth keeping only as long as a
+//! session lasts, so it expires after ten minutes without a reader. A request looks up one user, so moka's strict LRU order and
+//! expiry cost nothing here.
 
 use super::{CacheName, Usage};
 use crate::{
@@ -14,22 +14,22 @@ use moka::{notification::RemovalCause, policy::EvictionPolicy, sync::Cache};
 use std::{mem::size_of, time::Duration};
 
 const NAME: &str = CacheName::User.as_str();
-/// A session that was silent for so long is over.
+/// A session that was silent for this long is over.
 const TIME_TO_IDLE: Duration = Duration::from_secs(600);
-/// What one entry costs beside its payload and key: moka's nodes, with its expiry on, the vector's counts and length, and
-/// the allocator's rounding. Measured by `cargo bench --bench cache_memory`.
+/// The bytes of an entry besides its payload and key: moka's nodes (with expiry on), the vector's counts and length, and the
+/// allocator's rounding. Measured with `cargo bench --bench cache_memory`.
 const ENTRY_OVERHEAD: usize = 340;
 
 impl UserKey {
-    /// The key of a history, oldest first, under the user tower `tower` (whose digest covers the encoder).
+    /// The key of a history, oldest item first, under a user tower whose digest covers the encoder.
     pub fn of<'a>(tower: TowerDigest, history: impl Iterator<Item = &'a TextDigest>) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(tower.as_bytes());
-        // Digests have one width, so no two histories share the bytes that are hashed.
+        // All digests have the same width, so different histories never feed the same bytes to the hash.
         for text in history {
             hasher.update(text.as_bytes());
         }
-        UserKey::of_blake3(&hasher)
+        UserKey::from_blake3(&hasher)
     }
 }
 
@@ -55,7 +55,7 @@ impl UserCache {
         UserCache(cache)
     }
 
-    /// The user embedding under `key`. Counted.
+    /// The user embedding under `key`. Counts as a look-up in the metrics.
     pub fn get(&self, key: &UserKey) -> Option<Vector> {
         let found = self.0.get(key);
         let (n_hits, n_misses) = if found.is_some() { (1, 0) } else { (0, 1) };
@@ -63,13 +63,13 @@ impl UserCache {
         found
     }
 
-    /// Caches a user embedding. The caller has checked that it is finite.
+    /// Caches a user embedding. The caller must have checked that it is finite.
     pub fn insert(&self, key: UserKey, user: Vector) {
         debug_assert!(all_finite(&user));
         self.0.insert(key, user);
     }
 
-    /// Entries, bytes and the bound, after pending work was done.
+    /// The number of entries, their bytes and the limit, after running moka's pending tasks.
     pub fn measure(&self) -> Usage {
         self.0.run_pending_tasks();
         Usage {
@@ -80,7 +80,7 @@ impl UserCache {
         }
     }
 
-    /// Drops everything; returns how many entries there were.
+    /// Drops all entries and returns how many there were.
     pub fn flush(&self) -> u64 {
         let n_entries = self.measure().n_entries;
         self.0.invalidate_all();
@@ -116,13 +116,15 @@ mod tests {
     }
 
     #[test]
-    fn the_bound_is_held_in_bytes() {
+    fn the_limit_holds_in_bytes() {
         let cache = UserCache::new(100 * u64::from(entry_bytes(64)));
         let key = |i: u8| UserKey::from_bytes([i; 16]);
-        (0..=255).for_each(|i| cache.insert(key(i), vec![1.0; 64].into()));
+        for i in 0..=255 {
+            cache.insert(key(i), vec![1.0; 64].into());
+        }
         let contents = cache.measure();
         assert!(contents.n_entries == 100 && contents.n_bytes <= contents.max_bytes, "{contents:?}");
-        assert!(cache.get(&key(255)).is_some(), "the newest entry was thrown away");
+        assert!(cache.get(&key(255)).is_some(), "the newest entry was evicted");
         assert_eq!(cache.flush(), 100);
         assert!(cache.get(&key(255)).is_none());
     }

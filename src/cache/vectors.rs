@@ -1,15 +1,14 @@
-//! A bounded cache of embeddings.
+//! A cache of embeddings with a limit in bytes.
 //!
-//! Keys are digests of everything a vector depends on, so an entry is never stale: it is only ever dropped for want of
-//! room.
+//! A key is a digest of everything its vector depends on, so an entry is never stale and is dropped only to make room.
 
 use super::{CacheName, Usage, bounded::BoundedCache};
 use crate::domain::{Vector, all_finite};
 use std::{hash::Hash, mem::size_of, sync::Arc};
 
-/// What one entry costs beside its payload and key: the vector's counts and length, its place in the cache's tables, the
-/// allocator's rounding, and tables that have room to grow (measured by `cargo bench --bench cache_memory`); and, once
-/// the cache is full, the hash of one that is gone.
+/// The bytes of an entry besides its payload and key: the vector's counts and length, its slot in the cache's tables, the
+/// allocator's rounding, spare room in the tables (measured with `cargo bench --bench cache_memory`) and, once the cache is
+/// full, the hash of one evicted entry.
 const ENTRY_OVERHEAD: usize = 90;
 
 /// Vectors by digest. Cheap to clone: clones share their entries.
@@ -17,12 +16,12 @@ const ENTRY_OVERHEAD: usize = 90;
 pub struct VectorCache<K>(BoundedCache<K, Vector>);
 
 impl<K: Copy + Eq + Hash> VectorCache<K> {
-    /// An empty cache of at most `max_bytes`, which metrics call `name`.
+    /// An empty cache of at most `max_bytes`.
     pub fn new(name: CacheName, max_bytes: u64) -> Self {
         VectorCache(BoundedCache::new(name, max_bytes, |_key, vector| Self::entry_bytes(vector.len())))
     }
 
-    /// What a vector of `dim` numbers counts against the bound: payload, key and bookkeeping.
+    /// The bytes that a vector of `dim` numbers counts against the limit: payload, key and bookkeeping.
     pub fn entry_bytes(dim: usize) -> u64 {
         (dim * size_of::<f32>() + size_of::<K>() + ENTRY_OVERHEAD) as u64
     }
@@ -32,13 +31,13 @@ impl<K: Copy + Eq + Hash> VectorCache<K> {
         self.0.name()
     }
 
-    /// Calls `read` once for each of `keys`, in their order, with its place and the vector under it. `read` runs while the
-    /// cache is locked: it copies what it needs and does nothing else.
+    /// Calls `read` once per key, in the order of `keys`, with the key's index and its vector. `read` runs while the cache is
+    /// locked: it must only copy what it needs.
     pub fn read_many(&self, keys: &[K], mut read: impl FnMut(usize, Option<&[f32]>)) {
         self.0.read_many(keys, |i, vector| read(i, vector.map(|vector| &**vector)));
     }
 
-    /// The vector under each of `keys`, in their order.
+    /// The vector under each key, in the order of `keys`.
     pub fn get_many(&self, keys: &[K]) -> Vec<Option<Vector>> {
         let mut found = Vec::with_capacity(keys.len());
         self.0.read_many(keys, |_, vector| found.push(vector.map(Arc::clone)));
@@ -50,41 +49,41 @@ impl<K: Copy + Eq + Hash> VectorCache<K> {
         self.0.read(key, Arc::clone)
     }
 
-    /// Whether there is a vector under `key`; does not count as a use.
+    /// Whether there is a vector under `key`. Does not count as a use.
     pub fn contains(&self, key: &K) -> bool {
         self.0.contains(key)
     }
 
-    /// Caches a vector. The caller has checked that it is finite.
+    /// Caches a vector. The caller must have checked that it is finite.
     pub fn insert(&self, key: K, vector: Vector) {
         debug_assert!(all_finite(&vector));
         self.0.insert(key, vector);
     }
 
-    /// Like [`VectorCache::insert`], for what nobody has asked for yet.
+    /// Caches a vector that nobody has asked for yet; see [`BoundedCache::insert_ahead`].
     pub fn insert_ahead(&self, key: K, vector: Vector) {
         debug_assert!(all_finite(&vector));
         self.0.insert_ahead(key, vector);
     }
 
-    /// All keys, the hottest first: see [`BoundedCache::hottest_keys`].
+    /// All keys, hottest first; see [`BoundedCache::hottest_keys`].
     pub fn hottest_keys(&self) -> Vec<K> {
         self.0.hottest_keys()
     }
 
-    /// The vector under each of `keys`, in their order; does not count as a use.
+    /// The vector under each key, in the order of `keys`. Does not count as a use.
     pub fn peek_many(&self, keys: &[K]) -> Vec<Option<Vector>> {
         let mut found = Vec::with_capacity(keys.len());
         self.0.peek_many(keys, |_, vector| found.push(vector.map(Arc::clone)));
         found
     }
 
-    /// Entries, bytes and the bound.
+    /// The number of entries, their bytes and the limit.
     pub fn measure(&self) -> Usage {
         self.0.measure()
     }
 
-    /// Drops everything; returns how many entries there were.
+    /// Drops all entries and returns how many there were.
     pub fn flush(&self) -> u64 {
         self.0.flush()
     }
@@ -95,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_bound_is_held_in_bytes_and_vectors_are_read_in_order() {
+    fn the_limit_holds_in_bytes_and_vectors_are_read_in_order() {
         let cache = VectorCache::new(CacheName::Item, 100 * VectorCache::<u64>::entry_bytes(64));
         for key in 0..1000_u64 {
             cache.insert(key, vec![key as f32; 64].into());
@@ -112,9 +111,11 @@ mod tests {
     }
 
     #[test]
-    fn the_hottest_are_read_first_and_stay_as_hot_as_they_were() {
+    fn reading_keys_by_heat_does_not_change_their_heat() {
         let cache = VectorCache::new(CacheName::Item, 1 << 20);
-        (0..4_u64).for_each(|key| cache.insert_ahead(key, vec![key as f32].into()));
+        for key in 0..4_u64 {
+            cache.insert_ahead(key, vec![key as f32].into());
+        }
         assert!(cache.get(&2).is_some());
         for _ in 0..5 {
             assert_eq!(cache.hottest_keys(), [2, 3, 1, 0]);

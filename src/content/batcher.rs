@@ -1,16 +1,16 @@
-//! What the encoder's threads do next: a queue that makes batches of texts of like length.
+//! The queue of the encoder's threads, which forms batches of texts of similar length.
 //!
-//! Jobs enter raw, are tokenized by whichever thread is free, and are then encoded in batches. A batch starts from the
-//! oldest job of the highest priority and takes in the jobs nearest to it in length, so that little is padded, until
-//! the token budget is used up. The budget shrinks to what can be encoded before the oldest job's caller stops waiting: a
-//! full batch that is late answers nothing, half of one that is in time does. No timer waits for company: an idle thread
-//! takes what is there, a busy one finds more.
+//! Jobs enter raw, are tokenized by whichever thread is free, and are then encoded in batches. A batch starts from the oldest
+//! job of the highest priority and takes the jobs nearest to it in length, so that there is little padding, until the token
+//! budget is used up. The budget shrinks to what can be encoded before the caller of the oldest job stops waiting: a full batch
+//! that is late answers nobody, half of it in time answers some. No timer holds jobs back to fill a batch: an idle thread takes
+//! what is queued, and while threads are busy more jobs gather.
 //!
-//! Invariants (property-tested): every job is handed out exactly once at each step; no batch is over its limits, nor longer
-//! than its caller waits, unless it is a single job; requests go before warm-up; the oldest request is in the next batch, so
-//! none starves. A job's priority may change while it waits: a request may join a warm-up, or run out of time.
+//! Invariants (property-tested): every job is handed out exactly once for each step; no batch exceeds its limits or takes
+//! longer than its oldest caller waits, unless it is a single job; requests go before warm-up; the oldest request is in the next
+//! batch, so none starves. A job's priority may change while it waits: a request may join a warm-up job, or run out of time.
 //!
-//! The queue's bound is not here: a job holds a place of `encoder`'s semaphore for as long as it lives.
+//! The queue's length is not limited here: a job holds a permit of `encoder`'s semaphore until it is done.
 
 use crate::{domain::Priority, inference::Pace};
 use std::{
@@ -19,27 +19,27 @@ use std::{
     time::Duration,
 };
 
-/// What the batcher has to know of a job.
+/// What the batcher must know about a job.
 pub trait Queued {
-    /// Who waits for it. May change while it is queued.
+    /// Who waits for the job. May change while it is queued.
     fn priority(&self) -> Priority;
-    /// Its length; zero as long as it is raw.
+    /// The number of tokens; 0 until it is tokenized.
     fn n_tokens(&self) -> usize;
-    /// How long a request will still wait for it; zero where none does.
+    /// How long a request will still wait for the job; zero if none does.
     fn time_left(&self) -> Duration;
 }
 
-/// How much one run of the encoder takes.
+/// The limits of one run of the encoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchLimits {
-    /// Items at most.
+    /// The most items.
     pub max_items: usize,
-    /// Items times the longest one's tokens at most.
+    /// The most tokens, counting every item as long as the longest one.
     pub max_tokens: usize,
 }
 
 impl BatchLimits {
-    /// What can surely be done of it in `time_left`. Where nobody waits (none is left) there is no hurry.
+    /// The part of the limits that can safely be encoded in `time_left`. If nobody waits (zero), there is no hurry.
     fn within(self, time_left: Duration, token_time: Duration) -> Self {
         if time_left.is_zero() || token_time.is_zero() {
             return self;
@@ -58,19 +58,19 @@ pub enum Work<J> {
     Encode(Vec<J>),
 }
 
-/// So many raw jobs are tokenized in one go: long enough to be worth a lock, short enough that threads share the work.
+/// The most raw jobs that are tokenized together: enough to be worth taking the lock, few enough that threads share the work.
 const TOKENIZE_AT_ONCE: usize = 32;
-/// A batch is cut to this part of the time that its oldest job has: one that is just too late is worth nothing, and what
-/// time is left is good for another.
+/// A batch may take this fraction (one half) of the time that its oldest job has left. A batch that is slightly late is worth
+/// nothing, and spare time serves the next one.
 const SAFETY: u32 = 2;
-/// A batch is chosen among so many of the oldest jobs: enough for like lengths, and the choice stays cheap.
+/// A batch is chosen among this many of the oldest jobs: enough to find similar lengths, few enough to choose quickly.
 const WINDOW: usize = 256;
 
 /// The queue between requests and the encoder's threads.
 #[derive(Debug)]
 pub struct Batcher<J> {
     limits: BatchLimits,
-    /// Of one token, padding included.
+    /// The time per token, including padding.
     pace: Pace,
     state: Mutex<State<J>>,
     more: Condvar,
@@ -78,15 +78,17 @@ pub struct Batcher<J> {
 
 #[derive(Debug)]
 struct State<J> {
+    /// Indexed by priority.
     raw: [VecDeque<J>; 2],
+    /// Indexed by priority.
     tokenized: [VecDeque<J>; 2],
-    closed: bool,
+    is_closed: bool,
 }
 
 impl<J: Queued> Batcher<J> {
     /// An empty queue.
     pub fn new(limits: BatchLimits) -> Self {
-        let state = State { raw: Default::default(), tokenized: Default::default(), closed: false };
+        let state = State { raw: Default::default(), tokenized: Default::default(), is_closed: false };
         Batcher { limits, pace: Pace::default(), state: Mutex::new(state), more: Condvar::new() }
     }
 
@@ -99,7 +101,7 @@ impl<J: Queued> Batcher<J> {
         self.more.notify_all();
     }
 
-    /// Queues jobs that were tokenized.
+    /// Queues tokenized jobs.
     pub fn push_tokenized(&self, jobs: Vec<J>) {
         let mut state = self.lock();
         for job in jobs {
@@ -108,7 +110,7 @@ impl<J: Queued> Batcher<J> {
         self.more.notify_all();
     }
 
-    /// What to do next. Waits for work; `None` once the queue is closed and empty.
+    /// The next work. Waits for jobs; returns `None` once the queue is closed and empty.
     pub fn next(&self) -> Option<Work<J>> {
         let mut state = self.lock();
         loop {
@@ -118,44 +120,45 @@ impl<J: Queued> Batcher<J> {
                     return Some(work);
                 }
             }
-            if state.closed {
+            if state.is_closed {
                 return None;
             }
             state = self.more.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Learns how long the encoder takes.
+    /// Records how long the encoder took for `n_tokens`.
     pub fn record(&self, n_tokens: usize, took: Duration) {
         if n_tokens > 0 {
             self.pace.record(took / n_tokens as u32);
         }
     }
 
-    /// No more jobs will come. What is queued is still handed out.
+    /// Declares that no more jobs will come. Jobs that are queued are still handed out.
     pub fn close(&self) {
-        self.lock().closed = true;
+        self.lock().is_closed = true;
         self.more.notify_all();
     }
 
-    /// The state is only ever changed by moves of whole jobs, so a panic elsewhere cannot leave it half-changed.
+    /// A poisoned lock is used as it is: the state only changes by moving whole jobs, so a panic cannot leave it half-changed.
     fn lock(&self) -> MutexGuard<'_, State<J>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<J: Queued> State<J> {
-    /// Moves jobs whose priority has changed while they waited behind those that have it.
+    /// Moves each job whose priority has changed to the end of the other queue.
     fn refile(&mut self) {
         for queues in [&mut self.raw, &mut self.tokenized] {
-            for (i, priority) in [Priority::Request, Priority::WarmUp].into_iter().enumerate() {
-                if queues[i].iter().any(|job| job.priority() != priority) {
-                    let (stay, moved) =
-                        std::mem::take(&mut queues[i]).into_iter().partition(|job| job.priority() == priority);
-                    queues[i] = stay;
-                    let moved: VecDeque<J> = moved;
-                    queues[1 - i].extend(moved);
+            for priority in [Priority::Request, Priority::WarmUp] {
+                let own = priority as usize;
+                if queues[own].iter().all(|job| job.priority() == priority) {
+                    continue;
                 }
+                let jobs = std::mem::take(&mut queues[own]).into_iter();
+                let (unchanged, changed): (VecDeque<J>, VecDeque<J>) = jobs.partition(|job| job.priority() == priority);
+                queues[own] = unchanged;
+                queues[1 - own].extend(changed);
             }
         }
     }
@@ -164,20 +167,20 @@ impl<J: Queued> State<J> {
         let (raw, tokenized) = (&mut self.raw[priority as usize], &self.tokenized[priority as usize]);
         let oldest = tokenized.front().or(raw.front())?;
         let in_time = limits.within(oldest.time_left(), token_time);
-        // More to choose from than a batch looks at only delays the first one; in a hurry, like lengths matter less.
+        // Tokenizing more than a batch can choose from only delays the batch. In a hurry, similar lengths matter less.
         let n_ahead = if in_time == limits { WINDOW } else { limits.max_items };
         if !raw.is_empty() && tokenized.len() < n_ahead {
             let n = raw.len().min(TOKENIZE_AT_ONCE);
             return Some(Work::Tokenize(raw.drain(..n).collect()));
         }
         let limits = in_time;
-        // Requests stand first in what is chosen among; room that they leave is filled with warm-up.
+        // The chosen jobs are requests first; warm-up fills the room that they leave.
         let chosen = choose(self.tokenized.iter().flatten(), limits);
         Some(Work::Encode(remove(&mut self.tokenized, &chosen)))
     }
 }
 
-/// The places, in queue order, of the jobs of the next batch: the first one and those nearest to it in length.
+/// The positions, in ascending order, of the jobs of the next batch: the first job and those nearest to it in length.
 fn choose<'a, J: Queued + 'a>(jobs: impl Iterator<Item = &'a J>, limits: BatchLimits) -> Vec<usize> {
     let mut by_length: Vec<(usize, usize)> =
         jobs.take(WINDOW).enumerate().map(|(place, job)| (job.n_tokens(), place)).collect();
@@ -201,7 +204,7 @@ fn choose<'a, J: Queued + 'a>(jobs: impl Iterator<Item = &'a J>, limits: BatchLi
     chosen
 }
 
-/// Takes the jobs at `places` (ascending, counted through both queues) out.
+/// Removes the jobs at `places`, which are ascending and counted through both queues.
 fn remove<J>(queues: &mut [VecDeque<J>; 2], places: &[usize]) -> Vec<J> {
     let n_requests = queues[0].len();
     let mut taken: Vec<J> = Vec::with_capacity(places.len());

@@ -1,4 +1,4 @@
-//! The encoder: its model (template, tokenizer, graph) and the threads that run it.
+//! The encoder: its model (template, tokenizer, graph) and the threads that run the model.
 
 use super::{
     Tokenizer, TokenizerError,
@@ -22,32 +22,32 @@ use std::{
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// A text could not be turned into a vector.
+/// Why a text could not be encoded.
 #[derive(Debug, Error)]
 pub enum EncodeError {
-    /// Text to prompt.
+    /// The prompt could not be rendered.
     #[error(transparent)]
     Template(#[from] TemplateError),
-    /// Prompt to ids.
+    /// The prompt could not be tokenized.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// Ids to vector.
+    /// The graph failed.
     #[error(transparent)]
     Graph(#[from] GraphError),
 }
 
-/// What turns text into vectors; the graph itself is each thread's own.
+/// Everything that turns text into vectors except the graph: each thread has its own.
 #[derive(Debug)]
 pub struct EncoderModel {
-    /// Text to prompt.
+    /// Renders a text as a prompt.
     pub template: Template,
-    /// Prompt to ids.
+    /// Turns a prompt into token ids.
     pub tokenizer: Tokenizer,
-    /// Fills rows up to the longest of a batch; masked out in the graph.
+    /// Pads rows to the longest of a batch. The graph ignores padding.
     pub pad_id: i64,
     /// `C`, the width of a content embedding.
     pub dim: usize,
-    /// What its vectors are cached under.
+    /// Identifies the encoder in cache keys.
     pub digest: EncoderDigest,
 }
 
@@ -57,13 +57,13 @@ impl EncoderModel {
         Ok(self.tokenizer.encode(&self.template.render(text)?)?)
     }
 
-    /// What the longest text counts in the queue. A bundle may cut at whatever it likes; nothing is ever counted as more than
-    /// a million tokens.
-    fn longest(&self) -> usize {
+    /// What the longest text counts against the queue's limits. A bundle may have any token limit, but no text counts more than
+    /// 2^20 tokens.
+    fn max_cost(&self) -> usize {
         self.tokenizer.max_tokens().clamp(1, 1 << 20)
     }
 
-    /// Runs the graph over one batch: `[n, C]`, row-major, L2-normalised by the graph.
+    /// Runs the graph over one batch of token ids. Returns `[n, C]`, row-major, L2-normalised by the graph.
     pub fn encode(&self, graph: &mut Graph, batch: &[&[i64]]) -> Result<Vec<f32>, GraphError> {
         let n_columns = batch.iter().map(|ids| ids.len()).max().unwrap_or(0);
         let mut ids = vec![self.pad_id; batch.len() * n_columns];
@@ -80,7 +80,7 @@ impl EncoderModel {
     }
 }
 
-/// One text on its way through the queue.
+/// The job to encode one text.
 #[derive(Debug)]
 pub(super) struct EncodeJob {
     text: Arc<ItemText>,
@@ -90,7 +90,7 @@ pub(super) struct EncodeJob {
     _place: Place,
 }
 
-/// A place in the encoder's queue, held until the job is done.
+/// A place in the encoder's queue. Held until the job is done.
 #[derive(Debug)]
 #[expect(dead_code, reason = "held for its drop, never read")]
 pub(super) struct Place(OwnedSemaphorePermit);
@@ -102,7 +102,7 @@ impl EncodeJob {
 }
 
 impl Queued for EncodeJob {
-    /// A job is a request's for as long as a request waits for it, whoever queued it.
+    /// A job has the priority of a request as long as a request waits for it, even if warm-up queued it.
     fn priority(&self) -> Priority {
         if self.flight.has_waiting_request() { Priority::Request } else { Priority::WarmUp }
     }
@@ -116,46 +116,47 @@ impl Queued for EncodeJob {
     }
 }
 
-/// Texts of the longest kind that requests may have in the queue, or several times as many short ones: a page or two of nothing
-/// but cold items, a minute of work for a few cores. What no request has time for any more is done after what one has.
+/// How many texts of the maximum length requests may queue (several times as many short ones): a page or two of cold items, a
+/// minute of work for a few cores. Jobs whose requests have run out of time are done after the others.
 const MAX_REQUEST_TEXTS: usize = 2048;
-/// The same for warm-up: enough for full batches, and no more than that of its text in memory.
+/// The same for warm-up: enough for full batches, few enough to keep little text in memory.
 const MAX_WARM_UP_TEXTS: usize = 256;
-/// A text is counted before it is tokenized: so many bytes of it as one token, and as many for the template's own words. That is
-/// an estimate, to bound the time that a full queue stands for.
+/// The cost of a text is estimated before it is tokenized, as its bytes divided by `BYTES_PER_TOKEN` plus `TEMPLATE_TOKENS`. The
+/// estimate limits the time that it takes to work off a full queue.
 const BYTES_PER_TOKEN: usize = 4;
 const TEMPLATE_TOKENS: usize = 16;
 const QUEUE: &str = "encoder";
 
 fn batch_limits(provider: Provider) -> BatchLimits {
     match provider {
-        // One core is busy with a few short texts already; longer batches fall out of its cache.
+        // A few short texts keep one core busy; larger batches do not fit into its cache.
         Provider::Cpu => BatchLimits { max_items: 16, max_tokens: 512 },
         Provider::Cuda => BatchLimits { max_items: 256, max_tokens: 16_384 },
     }
 }
 
-/// A running encoder: a queue and the threads behind it, which end with it.
+/// A running encoder: a queue and the threads that work on it. The threads end when it is dropped and the queue is empty.
 #[derive(Debug)]
 pub struct Encoder {
     model: Arc<EncoderModel>,
     batcher: Arc<Batcher<EncodeJob>>,
-    /// Tokens that there is still room for.
+    /// One permit per token that requests may still queue.
     request_room: Arc<Semaphore>,
+    /// One permit per token that warm-up may still queue.
     warm_up_room: Arc<Semaphore>,
 }
 
 impl Encoder {
-    /// Starts one thread for each graph.
+    /// Starts one thread per graph.
     pub fn start(model: EncoderModel, graphs: Vec<Graph>, provider: Provider) -> io::Result<Self> {
         let model = Arc::new(model);
-        let longest = model.longest();
+        let max_cost = model.max_cost();
         let batcher = Arc::new(Batcher::new(batch_limits(provider)));
         let encoder = Encoder {
             model: Arc::clone(&model),
             batcher: Arc::clone(&batcher),
-            request_room: Arc::new(Semaphore::new(MAX_REQUEST_TEXTS * longest)),
-            warm_up_room: Arc::new(Semaphore::new(MAX_WARM_UP_TEXTS * longest)),
+            request_room: Arc::new(Semaphore::new(MAX_REQUEST_TEXTS * max_cost)),
+            warm_up_room: Arc::new(Semaphore::new(MAX_WARM_UP_TEXTS * max_cost)),
         };
         for (i, graph) in graphs.into_iter().enumerate() {
             let (model, batcher) = (Arc::clone(&model), Arc::clone(&batcher));
@@ -168,22 +169,22 @@ impl Encoder {
         Ok(encoder)
     }
 
-    /// What its vectors are cached under.
+    /// Identifies the encoder in cache keys.
     pub fn digest(&self) -> EncoderDigest {
         self.model.digest
     }
 
-    /// What turns text into its vectors, graph aside.
+    /// The encoder's model.
     pub fn model(&self) -> &EncoderModel {
         &self.model
     }
 
-    /// The width of its vectors.
+    /// `C`, the width of its vectors.
     pub fn dim(&self) -> usize {
         self.model.dim
     }
 
-    /// A place for `text` in the queue, if there is room. Requests and warm-up have room of their own.
+    /// Reserves a place for `text` in the queue, if there is room. Requests and warm-up have separate room.
     pub(super) fn try_reserve(&self, text: &ItemText, priority: Priority) -> Option<Place> {
         let room = match priority {
             Priority::Request => &self.request_room,
@@ -192,19 +193,19 @@ impl Encoder {
         Arc::clone(room).try_acquire_many_owned(self.cost(text)).ok().map(Place)
     }
 
-    /// A place for `text` as warm-up, as soon as there is room. Cancel-safe.
+    /// Reserves a place for a warm-up `text` and waits until there is room. Cancel-safe.
     pub(super) async fn reserve_warm_up(&self, text: &ItemText) -> Place {
         loop {
-            // The semaphore is never closed, so this succeeds on its first turn.
+            // The semaphore is never closed, so the first attempt succeeds.
             if let Ok(permit) = Arc::clone(&self.warm_up_room).acquire_many_owned(self.cost(text)).await {
                 return Place(permit);
             }
         }
     }
 
-    /// About how many tokens `text` is. Never more than there is room for when nothing is queued.
+    /// An estimate of the number of tokens of `text`, at most the room of an empty queue.
     fn cost(&self, text: &ItemText) -> u32 {
-        (TEMPLATE_TOKENS + text.n_bytes() / BYTES_PER_TOKEN).min(self.model.longest()) as u32
+        (TEMPLATE_TOKENS + text.n_bytes() / BYTES_PER_TOKEN).min(self.model.max_cost()) as u32
     }
 
     pub(super) fn submit(&self, mut jobs: Vec<EncodeJob>) {
@@ -225,19 +226,15 @@ impl Drop for Encoder {
 
 fn work(model: &EncoderModel, mut graph: Graph, batcher: &Batcher<EncodeJob>) {
     while let Some(work) = batcher.next() {
-        // A panic drops the jobs it had, and with them their flights: whoever waits is told.
+        // A panic drops the jobs and with them their flights, so everyone who waits learns of the failure.
         let _ = run_guarded(QUEUE, || match work {
             Work::Tokenize(jobs) => batcher.push_tokenized(tokenize(model, jobs)),
-            Work::Encode(jobs) => {
-                if let Some((n_tokens, took)) = encode(model, &mut graph, jobs) {
-                    batcher.record(n_tokens, took);
-                }
-            }
+            Work::Encode(jobs) => encode(model, &mut graph, jobs, batcher),
         });
     }
 }
 
-/// Jobs that cannot be tokenized are dropped here, and fail.
+/// Tokenizes jobs. A job whose text cannot be tokenized is dropped, which fails it.
 fn tokenize(model: &EncoderModel, jobs: Vec<EncodeJob>) -> Vec<EncodeJob> {
     let start = Instant::now();
     let mut tokenized = Vec::with_capacity(jobs.len());
@@ -247,37 +244,39 @@ fn tokenize(model: &EncoderModel, jobs: Vec<EncodeJob>) -> Vec<EncodeJob> {
                 job.tokens = tokens;
                 tokenized.push(job);
             }
-            Err(error) => {
-                events::encode_failed(1, &error);
-            }
+            Err(error) => events::encode_failed(1, &error),
         }
     }
     events::stage_finished("tokenize", start);
     tokenized
 }
 
-/// Returns how many tokens were run, padding included, and how long that took; nothing where the graph failed.
-fn encode(model: &EncoderModel, graph: &mut Graph, mut jobs: Vec<EncodeJob>) -> Option<(usize, Duration)> {
+/// Encodes one batch and tells `batcher` how long it took.
+fn encode(model: &EncoderModel, graph: &mut Graph, mut jobs: Vec<EncodeJob>, batcher: &Batcher<EncodeJob>) {
     let start = Instant::now();
-    jobs.iter_mut().for_each(|job| drop(job.stay.take()));
+    for job in &mut jobs {
+        job.stay = None;
+    }
     let batch: Vec<&[i64]> = jobs.iter().map(|job| job.tokens.as_slice()).collect();
     let n_columns = batch.iter().map(|ids| ids.len()).max().unwrap_or(0);
     let n_tokens = batch.len() * n_columns;
     events::encoder_batch_ran(batch.len(), n_tokens);
-    let encoded = model.encode(graph, &batch);
-    let took = encoded.is_ok().then(|| start.elapsed());
-    match encoded {
+    match model.encode(graph, &batch) {
         Ok(vectors) => {
+            batcher.record(n_tokens, start.elapsed());
             for (job, vector) in jobs.into_iter().zip(vectors.chunks_exact(model.dim)) {
                 land(job, vector);
             }
         }
         Err(error) if jobs.len() == 1 => events::encode_failed(1, &error),
-        // One text may be to blame. The others are not to fail with it.
-        Err(_) => jobs.into_iter().for_each(|job| encode_alone(model, graph, job)),
+        // A single text may be the cause, and the others should not fail with it.
+        Err(_) => {
+            for job in jobs {
+                encode_alone(model, graph, job);
+            }
+        }
     }
     events::stage_finished("encode", start);
-    took.map(|took| (n_tokens, took))
 }
 
 fn encode_alone(model: &EncoderModel, graph: &mut Graph, job: EncodeJob) {

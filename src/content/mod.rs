@@ -1,16 +1,16 @@
 //! CEG, content embedding generation: item text in, the frozen LLM's vectors out.
 //!
 //! ```text
-//! known item ──> cache ──hit──────────────────────────────────────────> vector
-//!                  └─miss─> flight ──somebody is at it─> wait ─────────> vector
-//!                             └─first─> queue ─> tokenize ─> batch ─> encode, cache, wake all who wait
+//! known item ──> cache ──hit─────────────────────────────────────────> vector
+//!                  └─miss─> flight ──already under way──> wait ──────> vector
+//!                             └─new──> queue ─> tokenize ─> batch ─> encode, cache, wake everyone who waits
 //! ```
 //!
 //! Invariants:
 //! - A vector is cached under the encoder's digest and the text's digest: everything it depends on.
 //! - Identical misses, within and across requests, are encoded once.
-//! - A flight belongs to the job in the queue, not to a request. Work that was queued is finished and cached whoever stays
-//!   to wait for it, so a caller that leaves strands nobody.
+//! - A flight belongs to the job in the queue, not to a request. A queued job is finished and its result cached even if all
+//!   its callers have left, so a caller that leaves strands nobody.
 //! - A failure or a vector that is not finite is never cached.
 
 pub mod batcher;
@@ -27,7 +27,7 @@ use crate::{
     telemetry::events::{self, Lookups},
 };
 use encoder::EncodeJob;
-use flight::{Boarding, Flights, Landing};
+use flight::{Boarding, Flights, Ticket};
 use std::{sync::Arc, time::Instant};
 
 /// How one content embedding was obtained, or why it was not.
@@ -35,17 +35,17 @@ use std::{sync::Arc, time::Instant};
 pub enum Content {
     /// It was cached.
     Cached(Vector),
-    /// It was encoded just now, for this caller.
+    /// It was encoded for this call.
     Encoded(Vector),
-    /// It was being encoded already, for another caller.
+    /// It was already being encoded for another call.
     Joined(Vector),
-    /// It is being encoded, and will be cached.
+    /// It was not ready in time. It is still being encoded and will be cached.
     NotInTime,
     /// The encoder failed on it.
     Failed,
     /// The encoder's queue is full.
     Shed,
-    /// Its text was forgotten between being looked up and being needed.
+    /// Its text was forgotten after the item was resolved.
     NoText,
 }
 
@@ -59,58 +59,58 @@ impl Content {
     }
 }
 
-/// The items whose content embeddings one call asks for.
+/// A request for the content embeddings of some items.
 #[derive(Debug, Clone, Copy)]
 pub struct EmbedRequest<'a> {
     /// The items.
     pub items: &'a [KnownItem],
     /// Who waits for them.
     pub priority: Priority,
-    /// The caller stops waiting then. Encoding that is under way goes on, and its result is cached.
+    /// When the caller stops waiting. Jobs that are not done by then go on, and their results are cached.
     pub until: Instant,
 }
 
-/// One item on its way.
-enum Slot {
+/// How far one item of a call has got.
+enum ItemState {
     Cached(Vector),
-    Led(Landing),
-    Followed(Landing),
+    Led(Ticket),
+    Followed(Ticket),
     Shed,
     NoText,
 }
 
-impl Slot {
-    fn now(self) -> Content {
+impl ItemState {
+    fn into_content(self) -> Content {
         match self {
-            Slot::Cached(vector) => Content::Cached(vector),
-            Slot::Led(landing) => landing.now(),
-            Slot::Followed(landing) => match landing.now() {
+            ItemState::Cached(vector) => Content::Cached(vector),
+            ItemState::Led(ticket) => ticket.content(),
+            ItemState::Followed(ticket) => match ticket.content() {
                 Content::Encoded(vector) => Content::Joined(vector),
                 other => other,
             },
-            Slot::Shed => Content::Shed,
-            Slot::NoText => Content::NoText,
+            ItemState::Shed => Content::Shed,
+            ItemState::NoText => Content::NoText,
         }
     }
 
     fn count(&self, lookups: &mut Lookups) {
         match self {
-            Slot::Cached(_) => lookups.n_hits += 1,
-            Slot::Followed(_) => lookups.n_coalesced += 1,
-            Slot::Led(_) | Slot::Shed | Slot::NoText => lookups.n_misses += 1,
+            ItemState::Cached(_) => lookups.n_hits += 1,
+            ItemState::Followed(_) => lookups.n_coalesced += 1,
+            ItemState::Led(_) | ItemState::Shed | ItemState::NoText => lookups.n_misses += 1,
         }
     }
 }
 
-async fn settle(slots: &mut [Slot]) {
-    for slot in slots {
-        if let Slot::Led(landing) | Slot::Followed(landing) = slot {
-            landing.settled().await;
+async fn wait_for_all(states: &mut [ItemState]) {
+    for state in states {
+        if let ItemState::Led(ticket) | ItemState::Followed(ticket) = state {
+            ticket.settled().await;
         }
     }
 }
 
-/// Where content embeddings come from: one cache, one table of flights for all encoders, and the texts to encode.
+/// The source of content embeddings: the cache, one table of flights for all encoders, and the texts to encode.
 #[derive(Debug)]
 pub struct Contents {
     caches: Arc<Caches>,
@@ -118,70 +118,70 @@ pub struct Contents {
 }
 
 impl Contents {
-    /// Reads and fills the content cache of `caches`, and takes texts from its known items.
+    /// Uses the content cache and the known items of `caches`.
     pub fn new(caches: Arc<Caches>) -> Self {
         Contents { caches, flights: Flights::default() }
     }
 
     /// The content embedding of each item of `request`, in order, or why there is none.
     ///
-    /// A full queue turns a request away ([`Content::Shed`]); warm-up waits for room. Cancel-safe: encoding that was queued
-    /// goes on, and its result is cached.
+    /// If the encoder's queue is full, a request is refused ([`Content::Shed`]), while warm-up waits for room. Cancel-safe: jobs
+    /// that were queued go on, and their results are cached.
     pub async fn embed(&self, encoder: &Encoder, request: EmbedRequest<'_>) -> Vec<Content> {
         let cache = &self.caches.contents;
         let key = |item: &KnownItem| ContentKey { part: encoder.digest(), text: item.digest };
         let cached = cache.get_many(&request.items.iter().map(key).collect::<Vec<_>>());
         let mut lookups = Lookups::default();
-        let mut slots = Vec::with_capacity(cached.len());
+        let mut states = Vec::with_capacity(cached.len());
         let mut jobs = Vec::new();
         for (item, cached) in request.items.iter().zip(cached) {
-            let slot = match cached {
-                Some(vector) => Slot::Cached(vector),
+            let state = match cached {
+                Some(vector) => ItemState::Cached(vector),
                 None => self.begin(encoder, item, &request, &mut jobs).await,
             };
-            slot.count(&mut lookups);
-            slots.push(slot);
+            state.count(&mut lookups);
+            states.push(state);
         }
         encoder.submit(jobs);
         events::cache_looked_up(cache.name().as_str(), lookups);
-        // One timer for all: after it only what has arrived counts, and thousands of late rows cost nothing more.
-        let _ = tokio::time::timeout_at(request.until.into(), settle(&mut slots)).await;
-        slots.into_iter().map(Slot::now).collect()
+        // One timer serves all items. When it fires, items that are ready are returned and the others cost nothing more.
+        let _ = tokio::time::timeout_at(request.until.into(), wait_for_all(&mut states)).await;
+        states.into_iter().map(ItemState::into_content).collect()
     }
 
-    /// Joins or opens the flight of an item that is not cached.
+    /// Joins the flight of an item that is not cached, or opens one and appends its job to `jobs`.
     async fn begin(
         &self,
         encoder: &Encoder,
         item: &KnownItem,
         request: &EmbedRequest<'_>,
         jobs: &mut Vec<EncodeJob>,
-    ) -> Slot {
+    ) -> ItemState {
         let key = ContentKey { part: encoder.digest(), text: item.digest };
         let until = (request.priority == Priority::Request).then_some(request.until);
-        // Following needs no room in the queue: the text is in it already.
-        if let Some(landing) = self.flights.follow(&key, until) {
-            return Slot::Followed(landing);
+        // Following needs no room in the queue: the text is already in it.
+        if let Some(ticket) = self.flights.follow(&key, until) {
+            return ItemState::Followed(ticket);
         }
-        let Some(text) = self.caches.known_items.text(item) else { return Slot::NoText };
+        let Some(text) = self.caches.known_items.text(item) else { return ItemState::NoText };
         let place = match (encoder.try_reserve(&text, request.priority), request.priority) {
             (Some(place), _) => place,
             (None, Priority::Request) => {
                 events::shed(ShedReason::EncoderQueue, 1);
-                return Slot::Shed;
+                return ItemState::Shed;
             }
             (None, Priority::WarmUp) => {
-                // What this call queued so far has to run before there is room.
+                // There may be no room until the jobs of this call have run, so they are queued first.
                 encoder.submit(std::mem::take(jobs));
                 encoder.reserve_warm_up(&text).await
             }
         };
         match self.flights.board(key, until, &self.caches.contents) {
-            Boarding::Cached(vector) => Slot::Cached(vector),
-            Boarding::Followed(landing) => Slot::Followed(landing),
-            Boarding::Led(flight, landing) => {
+            Boarding::Cached(vector) => ItemState::Cached(vector),
+            Boarding::Followed(ticket) => ItemState::Followed(ticket),
+            Boarding::Led(flight, ticket) => {
                 jobs.push(EncodeJob::new(text, flight, place));
-                Slot::Led(landing)
+                ItemState::Led(ticket)
             }
         }
     }

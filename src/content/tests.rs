@@ -1,4 +1,4 @@
-//! Single flight: one leader, everybody served, nobody stranded.
+//! Single flight: one leader per key, and every caller is answered.
 
 use super::*;
 use crate::{
@@ -23,32 +23,32 @@ fn key(n: u8) -> ContentKey {
     ContentKey { part: EncoderDigest::from_bytes([7; 16]), text }
 }
 
-fn led(boarding: Boarding) -> (flight::Flight, Landing) {
+fn led(boarding: Boarding) -> (flight::Flight, Ticket) {
     match boarding {
-        Boarding::Led(flight, landing) => (flight, landing),
+        Boarding::Led(flight, ticket) => (flight, ticket),
         Boarding::Cached(_) | Boarding::Followed(_) => panic!("expected to lead"),
     }
 }
 
-fn followed(boarding: Boarding) -> Landing {
+fn followed(boarding: Boarding) -> Ticket {
     match boarding {
-        Boarding::Followed(landing) => landing,
+        Boarding::Followed(ticket) => ticket,
         Boarding::Cached(_) | Boarding::Led(..) => panic!("expected to follow"),
     }
 }
 
-async fn arrived(mut landing: Landing) -> Content {
-    landing.settled().await;
-    landing.now()
+async fn arrived(mut ticket: Ticket) -> Content {
+    ticket.settled().await;
+    ticket.content()
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_flight_serves_everybody_and_fills_the_cache() {
+async fn one_flight_answers_every_caller_and_fills_the_cache() {
     let contents = contents();
     let (flight, leader) = led(contents.flights.board(key(1), None, &contents.caches.contents));
     let follower = followed(contents.flights.board(key(1), None, &contents.caches.contents));
     led(contents.flights.board(key(2), None, &contents.caches.contents));
-    // The request that led goes away: its flight is the job's, so the follower is still served.
+    // The leading request leaves. Its flight belongs to the job, so the follower is still answered.
     drop(leader);
     flight.land(vec![0.5; 4].into());
     assert!(matches!(arrived(follower).await, Content::Encoded(v) if v[..] == [0.5; 4]));
@@ -56,7 +56,7 @@ async fn one_flight_serves_everybody_and_fills_the_cache() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_flight_that_is_dropped_fails_everybody_and_the_next_caller_leads() {
+async fn a_dropped_flight_fails_for_every_caller_and_the_next_caller_leads() {
     let contents = contents();
     let (flight, leader) = led(contents.flights.board(key(1), None, &contents.caches.contents));
     let follower = followed(contents.flights.board(key(1), None, &contents.caches.contents));
@@ -68,33 +68,33 @@ async fn a_flight_that_is_dropped_fails_everybody_and_the_next_caller_leads() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_caller_waits_until_its_deadline_and_the_result_is_cached_for_the_next() {
+async fn a_caller_waits_until_its_deadline_and_the_late_result_is_cached() {
     let contents = contents();
-    let (flight, landing) = led(contents.flights.board(key(1), None, &contents.caches.contents));
+    let (flight, ticket) = led(contents.flights.board(key(1), None, &contents.caches.contents));
     let (other_flight, other) = led(contents.flights.board(key(2), None, &contents.caches.contents));
     other_flight.land(vec![0.25; 4].into());
     let before = tokio::time::Instant::now();
-    let mut slots = [Slot::Led(landing), Slot::Followed(other), Slot::Shed];
-    let settled = tokio::time::timeout_at(before + Duration::from_millis(50), settle(&mut slots)).await;
+    let mut states = [ItemState::Led(ticket), ItemState::Followed(other), ItemState::Shed];
+    let settled = tokio::time::timeout_at(before + Duration::from_millis(50), wait_for_all(&mut states)).await;
     assert!(settled.is_err());
     assert_eq!(before.elapsed(), Duration::from_millis(50));
-    let [late, in_time, shed] = slots.map(Slot::now);
+    let [late, in_time, shed] = states.map(ItemState::into_content);
     assert!(matches!(late, Content::NotInTime), "{late:?}");
-    assert!(matches!(in_time, Content::Joined(_)), "what arrived behind a late one was lost: {in_time:?}");
+    assert!(matches!(in_time, Content::Joined(_)), "a result behind a late one was lost: {in_time:?}");
     assert!(matches!(shed, Content::Shed));
     flight.land(vec![0.5; 4].into());
     assert!(contents.caches.contents.contains(&key(1)));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_joins_raises_a_warm_up_until_it_leaves() {
+async fn a_warm_up_has_priority_while_a_request_waits_for_it() {
     let contents = contents();
-    let (flight, _landing) = led(contents.flights.board(key(1), None, &contents.caches.contents));
+    let (flight, _ticket) = led(contents.flights.board(key(1), None, &contents.caches.contents));
     assert!(!flight.has_waiting_request());
     let in_an_hour = Some(Instant::now() + Duration::from_secs(3600));
     assert!(contents.flights.follow(&key(1), in_an_hour).is_some());
-    assert!(flight.has_waiting_request(), "a request waits behind warm-up");
-    let (abandoned, _landing) = led(contents.flights.board(key(2), Some(Instant::now()), &contents.caches.contents));
-    assert!(!abandoned.has_waiting_request(), "work that everybody left keeps its place before those who wait");
+    assert!(flight.has_waiting_request(), "a joined request does not raise the priority");
+    let (abandoned, _ticket) = led(contents.flights.board(key(2), Some(Instant::now()), &contents.caches.contents));
+    assert!(!abandoned.has_waiting_request(), "a job that nobody waits for keeps its priority");
     assert!(contents.flights.follow(&key(3), in_an_hour).is_none());
 }

@@ -4,26 +4,26 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 use tokenizers::{TruncationDirection, TruncationParams, TruncationStrategy};
 
-/// `tokenizer.json` cannot be used, or a text cannot be tokenized.
+/// Why a tokenizer cannot be loaded, or a text cannot be tokenized.
 #[derive(Debug, Error)]
 pub enum TokenizerError {
-    /// The file.
+    /// The file is missing or not a tokenizer.
     #[error("{} cannot be loaded: {source}", path.display())]
     Load {
-        /// The file.
+        /// The path of `tokenizer.json`.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: tokenizers::Error,
     },
-    /// The text.
-    #[error("tokenizer: {0}")]
+    /// The tokenizer failed on a text.
+    #[error("a text cannot be tokenized: {0}")]
     Encode(tokenizers::Error),
-    /// A mean over no token is not a number.
-    #[error("tokenizer gave no token")]
+    /// The text has no tokens. The mean over no tokens would not be a number.
+    #[error("a text has no tokens")]
     Empty,
 }
 
-/// A Hugging Face tokenizer that cuts at the bundle's token limit and never pads (the batcher does).
+/// A Hugging Face tokenizer that truncates at the bundle's token limit and does not pad: the encoder does.
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -31,7 +31,7 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Loads `tokenizer.json`. What the file says of truncation and padding is replaced.
+    /// Loads `tokenizer.json`. The file's own settings for truncation and padding are replaced.
     pub fn load(path: &Path, max_tokens: usize) -> Result<Self, TokenizerError> {
         let failed = |source| TokenizerError::Load { path: path.to_path_buf(), source };
         let mut inner = tokenizers::Tokenizer::from_file(path).map_err(failed)?;
@@ -46,12 +46,12 @@ impl Tokenizer {
         Ok(Tokenizer { inner, max_tokens })
     }
 
-    /// Where texts are cut.
+    /// The token limit at which texts are truncated.
     pub fn max_tokens(&self) -> usize {
         self.max_tokens
     }
 
-    /// Between 1 and `max_tokens` ids, special tokens included.
+    /// Returns between 1 and `max_tokens` token ids, including special tokens.
     pub fn encode(&self, prompt: &str) -> Result<Vec<i64>, TokenizerError> {
         let encoding = self.inner.encode_fast(prompt, true).map_err(TokenizerError::Encode)?;
         let ids: Vec<i64> = encoding.get_ids().iter().map(|id| i64::from(*id)).collect();

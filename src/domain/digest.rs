@@ -1,60 +1,60 @@
-//! Digests: 128 bits where they are keys of a cache, SHA-256 in hex where people and other tools compare them.
+//! Digests: 128 bits where they are cache keys, SHA-256 in hex where people and other tools compare them.
 //!
-//! 128 bits, because a bare 64-bit hash of a million texts could return another item's vector.
+//! Cache keys have 128 bits because a 64-bit hash could collide among millions of texts and return another item's vector.
 
 use sha2::{Digest as _, Sha256};
 use std::{fmt, io, marker::PhantomData};
 
-/// 128 bits that identify an `Of`: an item text, an encoder, a tower. Digests of different things are different types, so that
+/// 128 bits that identify a `T`: an item text, an encoder, a tower. Digests of different things are different types, so that
 /// one cannot be looked up in place of another. Displayed as 32 hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Digest<Of> {
+pub struct Digest<T> {
     bytes: [u8; 16],
-    of: PhantomData<Of>,
+    identified: PhantomData<T>,
 }
 
-impl<Of> Digest<Of> {
-    /// The size of every digest.
+impl<T> Digest<T> {
+    /// The size of every digest in bytes.
     pub const N_BYTES: usize = 16;
 
-    /// The digest with these bytes, as a hash function or a file gave them.
+    /// Wraps bytes that a hash function or a file gave.
     pub const fn from_bytes(bytes: [u8; 16]) -> Self {
-        Digest { bytes, of: PhantomData }
+        Digest { bytes, identified: PhantomData }
     }
 
-    /// The first 128 bits of what `hasher` has read.
-    pub fn of_blake3(hasher: &blake3::Hasher) -> Self {
+    /// The first 128 bits of the hash of everything `hasher` was given.
+    pub fn from_blake3(hasher: &blake3::Hasher) -> Self {
         let mut bytes = [0; 16];
         hasher.finalize_xof().fill(&mut bytes);
         Digest::from_bytes(bytes)
     }
 
-    /// The first 128 bits of what `hasher` has read.
-    pub fn of_sha256(hasher: Sha256) -> Self {
+    /// The first 128 bits of the hash of everything `hasher` was given.
+    pub fn from_sha256(hasher: Sha256) -> Self {
         let mut bytes = [0; 16];
         bytes.copy_from_slice(&hasher.finalize()[..16]);
         Digest::from_bytes(bytes)
     }
 
-    /// Its bytes, in the order of its hex digits.
+    /// The bytes, in the order of the hex digits.
     pub fn as_bytes(&self) -> &[u8; 16] {
         &self.bytes
     }
 }
 
-impl<Of> fmt::Display for Digest<Of> {
+impl<T> fmt::Display for Digest<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&hex(&self.bytes))
     }
 }
 
-impl<Of> fmt::Debug for Digest<Of> {
+impl<T> fmt::Debug for Digest<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
 }
 
-/// Bytes in lower-case hex, as `sha256sum` prints them.
+/// Formats bytes as lower-case hex, as `sha256sum` prints them.
 pub fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut text = String::with_capacity(bytes.len() * 2);
@@ -70,16 +70,16 @@ pub fn sha256_hex(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-/// The length of what `reader` gives, and its SHA-256 in hex. Reads in pieces, so that a file of any size fits in memory.
-pub fn sha256_hex_of(mut reader: impl io::Read) -> io::Result<(u64, String)> {
+/// Reads `reader` to its end and returns the number of bytes and their SHA-256 in hex. Holds at most 1 MiB at a time.
+pub fn sha256_hex_of_reader(mut reader: impl io::Read) -> io::Result<(u64, String)> {
     let mut hasher = Sha256::new();
-    let mut piece = vec![0; 1 << 20];
+    let mut buffer = vec![0; 1 << 20];
     let mut n_bytes = 0;
     loop {
-        match reader.read(&mut piece)? {
+        match reader.read(&mut buffer)? {
             0 => return Ok((n_bytes, hex(&hasher.finalize()))),
             n => {
-                hasher.update(&piece[..n]);
+                hasher.update(&buffer[..n]);
                 n_bytes += n as u64;
             }
         }
@@ -104,11 +104,11 @@ mod tests {
     }
 
     #[test]
-    fn sha256_is_the_one_that_sha256sum_prints() {
-        let of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!(sha256_hex(b"abc"), of_abc);
-        assert_eq!(sha256_hex_of(b"abc".as_slice()).unwrap(), (3, of_abc.to_owned()));
+    fn sha256_equals_what_sha256sum_prints() {
+        let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(sha256_hex(b"abc"), expected);
+        assert_eq!(sha256_hex_of_reader(b"abc".as_slice()).unwrap(), (3, expected.to_owned()));
         let long = vec![7; (1 << 20) + 1];
-        assert_eq!(sha256_hex_of(long.as_slice()).unwrap(), (long.len() as u64, sha256_hex(&long)));
+        assert_eq!(sha256_hex_of_reader(long.as_slice()).unwrap(), (long.len() as u64, sha256_hex(&long)));
     }
 }

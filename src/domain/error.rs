@@ -1,47 +1,47 @@
 //! The closed set of errors that a request can end with.
 //!
-//! Each variant is one gRPC status code (`wire::status` holds the mapping). The message is fit for a client; a cause
-//! that is not stays in `source` and goes to the log, once, at the edge.
+//! Each variant maps to one gRPC status code (`wire::status` holds the mapping). The message is safe to send to a client; a
+//! cause that is not stays in `source` and is logged once, at the edge.
 
 use std::{error::Error as StdError, time::Duration};
 use thiserror::Error;
 
-/// Why a request failed as a whole. What costs only one row is a `RowStatus`.
+/// Why a request failed as a whole. A failure that costs only one row is a `RowStatus` instead.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The request breaks the contract. The caller has to change it.
+    /// The request breaks the contract. The caller must change it.
     #[error("{}", describe(.0))]
     InvalidArgument(Vec<FieldViolation>),
     /// No model of this name is served.
     #[error("no model named {0:?} is served")]
     ModelNotFound(String),
-    /// Too much work is under way. Worth another try after `retry_after`.
+    /// The server is overloaded. The caller may try again after `retry_after`.
     #[error("overloaded: {reason}")]
     Shed {
-        /// Which bound was reached, as the metric's label has it.
+        /// Which bound was reached.
         reason: ShedReason,
-        /// When another try makes sense.
+        /// How long the caller should wait before it tries again.
         retry_after: Duration,
     },
-    /// Not one row was ready in time.
+    /// The deadline passed before any row was ready.
     #[error("deadline exceeded before any row was ready")]
     DeadlineExceeded,
     /// The server is starting or draining.
     #[error("not serving: {0}")]
     Unavailable(&'static str),
-    /// A fault of ours.
+    /// The server failed. The fault is ours, not the caller's.
     #[error("internal error in {stage}")]
     Internal {
-        /// Where it happened, for the client's report.
+        /// The stage that failed, for the client's bug report.
         stage: &'static str,
-        /// What happened, for the log.
+        /// The cause, for the log.
         #[source]
         source: Box<dyn StdError + Send + Sync>,
     },
 }
 
 impl Error {
-    /// A fault of ours in `stage`.
+    /// An internal error in `stage`.
     pub fn internal(stage: &'static str, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         Error::Internal { stage, source: source.into() }
     }
@@ -52,22 +52,22 @@ impl Error {
 pub struct FieldViolation {
     /// The field's path, for example `candidates[3].id`.
     pub field: String,
-    /// What it was and what it may be.
+    /// The value it had and the values it may have.
     pub description: String,
 }
 
 fn describe(violations: &[FieldViolation]) -> String {
-    let lines: Vec<_> = violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect();
-    lines.join("; ")
+    let descriptions: Vec<String> = violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect();
+    descriptions.join("; ")
 }
 
-/// Which bound made the server turn work away.
+/// Which bound made the server refuse work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum ShedReason {
-    /// `limits.max_in_flight` requests are under way.
+    /// `limits.max_in_flight` requests are being served.
     #[error("too many requests in flight")]
     InFlight,
-    /// The scoring queue is full, or longer than the request has time.
+    /// The scoring queue is full, or its expected wait exceeds the request's deadline.
     #[error("the scoring queue is too long")]
     TowerQueue,
     /// The encoder's queue is full.
@@ -76,7 +76,7 @@ pub enum ShedReason {
 }
 
 impl ShedReason {
-    /// The metric's label.
+    /// The label that metrics use.
     pub fn as_str(self) -> &'static str {
         match self {
             ShedReason::InFlight => "in_flight",

@@ -1,6 +1,6 @@
-//! Identities: what vectors and texts are cached under.
+//! The keys under which vectors and texts are cached.
 //!
-//! A vector is cached under a digest of everything it depends on, so an entry is never stale.
+//! A vector's key is a digest of everything the vector depends on, so an entry is never stale.
 
 use super::{Digest, ItemText};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ pub enum Encoder {}
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Tower {}
 
-/// Marks the digest of a history under a user tower.
+/// Marks the digest of a user tower together with a history.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum History {}
 
@@ -25,23 +25,23 @@ pub enum History {}
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ItemId {}
 
-/// BLAKE3 over the six fields of an item's text: see [`super::item_text`].
+/// BLAKE3 over the six fields of an item's text; see [`super::item_text`].
 pub type TextDigest = Digest<Text>;
 
-/// Everything that a content embedding depends on besides the text: graph, weights, tokenizer, template, token limit.
+/// Covers everything that a content embedding depends on besides the text: graph, weights, tokenizer, template, token limit.
 pub type EncoderDigest = Digest<Encoder>;
 
-/// Everything that an item or user embedding depends on besides the texts: the tower (which of the two is meant is clear from
-/// where it is used) and the encoder.
+/// Covers everything that an item or user embedding depends on besides the texts: the tower and the encoder. The context tells
+/// whether the user tower or the item tower is meant.
 pub type TowerDigest = Digest<Tower>;
 
-/// Everything that a user embedding depends on: the user tower, and the history's texts in their order.
+/// Covers everything that a user embedding depends on: the user tower, and the history's texts in their order.
 pub type UserKey = Digest<History>;
 
-/// A keyed hash of an item's id, the same only within one process or those that restore its snapshots.
+/// A keyed hash of an item's id. Comparable only within one process and those that restored its snapshots.
 pub type IdKey = Digest<ItemId>;
 
-/// What an item's vector is cached under: the part of a model that computed it (`Part` is [`Encoder`] or [`Tower`]), and the text.
+/// The cache key of an item's vector: the part of a model that computed it (`Part` is [`Encoder`] or [`Tower`]) and the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct EmbeddingKey<Part> {
     /// The encoder or the tower.
@@ -50,28 +50,28 @@ pub struct EmbeddingKey<Part> {
     pub text: TextDigest,
 }
 
-/// What a content embedding is cached under.
+/// The cache key of a content embedding.
 pub type ContentKey = EmbeddingKey<Encoder>;
 
-/// What an item embedding is cached under.
+/// The cache key of an item embedding.
 pub type ItemKey = EmbeddingKey<Tower>;
 
-/// An item whose text is known. The text itself is fetched only where it has to be encoded.
+/// An item whose text is known. The text itself is fetched only if it has to be encoded.
 #[derive(Debug, Clone)]
 pub struct KnownItem {
-    /// What its text is remembered under.
+    /// The key under which its text is remembered.
     pub id: IdKey,
     /// The digest of its text.
     pub digest: TextDigest,
-    /// The text, if it came with this request and was new.
+    /// The text, if it came with this request and was not known before.
     pub text: Option<Arc<ItemText>>,
 }
 
-/// Who waits for a result.
+/// Who waits for a result. `Request` sorts first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Priority {
     /// A request with a deadline.
     Request,
-    /// Nobody yet: the caches are filled ahead of traffic.
+    /// Nobody yet: the caches are being filled ahead of traffic.
     WarmUp,
 }

@@ -1,8 +1,8 @@
-//! Item text: six fields in, a digest and (where it has to be encoded) a prompt out. Pure.
+//! Item text: computes its digest and, where it has to be encoded, renders the encoder's prompt. No I/O, no state.
 //!
-//! The digest is taken over the fields, not over the rendered prompt: on the hot path, where the vector is cached, no
-//! template runs. The template belongs to the encoder's digest, so a new template still is a new cache key. Fields
-//! are hashed with their lengths, so that no two different texts share the bytes that are hashed.
+//! The digest covers the fields, not the rendered prompt: on the hot path, where the vector is cached, no template runs. The
+//! template is part of the encoder's digest, so a new template still changes the cache key. Each field is hashed with its
+//! length, so that two different texts never feed the same bytes to the hash.
 
 use super::{Digest, ItemText, TextDigest};
 use minijinja::{Environment, UndefinedBehavior, value::Serde};
@@ -21,7 +21,7 @@ impl TextDigest {
                 hash_str(&mut hasher, entry);
             }
         }
-        Digest::of_blake3(&hasher)
+        Digest::from_blake3(&hasher)
     }
 }
 
@@ -30,30 +30,33 @@ fn hash_str(hasher: &mut blake3::Hasher, field: &str) {
     hasher.update(field.as_bytes());
 }
 
-/// Why a text cannot be used. Costs its own row: `RowStatus::InvalidItem`.
+/// Why a text cannot be used. It costs only its own row, as `RowStatus::InvalidItem`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum TextFault {
     /// All six fields are empty.
     #[error("all text fields are empty")]
     Empty,
-    /// The fields together are over `limits.max_text_bytes`.
-    #[error("{n_bytes} bytes of text, at most {max} are taken")]
+    /// The fields together exceed `limits.max_text_bytes`.
+    #[error("{n_bytes} bytes of text, the limit is {max}")]
     TooLong {
-        /// Bytes of all fields together.
+        /// Bytes of all fields together, as [`ItemText::n_bytes`] counts them.
         n_bytes: usize,
-        /// The configured bound.
+        /// The configured limit.
         max: usize,
     },
 }
 
-/// Checks that `text` says something and stays within `max_bytes`, as [`ItemText::n_bytes`] counts them.
+/// Checks that `text` is not empty and has at most `max_bytes`, as [`ItemText::n_bytes`] counts them.
 pub fn check(text: &ItemText, max_bytes: usize) -> Result<(), TextFault> {
     let n_separators = text.keywords.len() + text.attributes.len();
-    match text.n_bytes() {
-        n_bytes if n_bytes == n_separators => Err(TextFault::Empty),
-        n_bytes if n_bytes > max_bytes => Err(TextFault::TooLong { n_bytes, max: max_bytes }),
-        _ => Ok(()),
+    let n_bytes = text.n_bytes();
+    if n_bytes == n_separators {
+        return Err(TextFault::Empty);
     }
+    if n_bytes > max_bytes {
+        return Err(TextFault::TooLong { n_bytes, max: max_bytes });
+    }
+    Ok(())
 }
 
 /// A bundle's Jinja template, compiled once.
@@ -70,7 +73,7 @@ pub struct TemplateError(#[from] minijinja::Error);
 const NAME: &str = "item_text";
 
 impl Template {
-    /// Compiles `source`. A name that the template uses and no field has is an error when it renders.
+    /// Compiles `source`. A variable that is no field of [`ItemText`] is an error in [`Template::render`], not here.
     pub fn new(source: &str) -> Result<Self, TemplateError> {
         let mut environment = Environment::new();
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
@@ -78,7 +81,7 @@ impl Template {
         Ok(Template { environment })
     }
 
-    /// The prompt that the encoder reads: the same bytes as Jinja2 gives in training.
+    /// The prompt that the encoder reads, byte for byte what Jinja2 rendered in training.
     pub fn render(&self, text: &ItemText) -> Result<String, TemplateError> {
         Ok(self.environment.get_template(NAME)?.render(Serde(text))?)
     }

@@ -1,7 +1,7 @@
 //! The plain types of a request: what the wire decodes into and the pipeline works on.
 //!
-//! Nothing here knows protobuf, ONNX or a cache. Invariant: a [`MidEmbRequest`] was validated by
-//! `wire::decode`, so its ids are not empty and its sizes are within the configured limits.
+//! Nothing here depends on protobuf, ONNX or a cache. Invariant: a [`MidEmbRequest`] was validated by `wire::decode`, so its
+//! ids are not empty and its sizes are within the configured limits.
 
 pub mod digest;
 pub mod error;
@@ -16,29 +16,26 @@ pub use ids::{
 use serde::{Deserialize, Serialize};
 use std::{fmt, sync::Arc, time::Instant};
 
-/// One embedding, shared between caches and the requests that read it.
+/// One embedding, shared by the caches and the requests that read it.
 pub type Vector = Arc<[f32]>;
 
 /// The six text fields of an item, as the caller sent them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[expect(missing_docs, reason = "the names say it all")]
 pub struct ItemText {
-    /// The item's title.
     pub title: String,
-    /// The category it belongs to.
     pub category: String,
-    /// Its brand.
     pub brand: String,
-    /// Its price, with the unit, as a reader would see it.
+    /// With its unit, as a reader would see it.
     pub price: String,
-    /// Its keywords.
     pub keywords: Vec<String>,
-    /// What it supports: guarantees, services, properties.
+    /// What the item offers: guarantees, services, properties.
     pub attributes: Vec<String>,
 }
 
 impl ItemText {
-    /// Bytes of all fields together, and one more for each list entry: its separator is not free, even where it is empty.
+    /// Bytes of all fields, plus one per list entry: even an empty entry costs a separator.
     pub fn n_bytes(&self) -> usize {
         let fields = [&self.title, &self.category, &self.brand, &self.price];
         let entries = self.keywords.iter().chain(&self.attributes);
@@ -46,18 +43,18 @@ impl ItemText {
     }
 }
 
-/// One history item or candidate: an id, and its text where the caller sent it.
+/// One history item or candidate: an id and, if the caller sent it, the text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Item {
     /// The caller's stable id, never empty.
     pub id: String,
-    /// Absent: the server is expected to know the id.
+    /// `None` if the caller expects the server to know the id.
     #[serde(default)]
     pub text: Option<ItemText>,
 }
 
-/// What the caller wants back.
+/// Which outputs the caller asked for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Outputs {
     /// `[n, mid_dim]`
@@ -71,13 +68,13 @@ pub struct Outputs {
 }
 
 impl Outputs {
-    /// Whether the CVR graph has to run at all.
+    /// Whether any output needs the CVR graph.
     pub fn needs_fusion(self) -> bool {
         self.mid_emb || self.cvr
     }
 }
 
-/// The element type of the answer's tensors.
+/// The element type of the response's tensors.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum DType {
     /// IEEE 754 single precision.
@@ -89,12 +86,12 @@ pub enum DType {
     Bf16,
 }
 
-/// What became of one row. Degrading one item is data, not an error.
+/// The outcome of one row. An item that fails costs its row, not the request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RowStatus {
     /// The row holds its vector.
     Ok,
-    /// No text was sent and the id was never seen with text.
+    /// No text was sent, and the id is not known.
     UnknownItem,
     /// Still being encoded at the deadline.
     NotInTime,
@@ -139,67 +136,67 @@ impl fmt::Display for RowStatus {
 /// One validated `GetMidEmb` request.
 #[derive(Debug, Clone)]
 pub struct MidEmbRequest {
-    /// Routes the user to a model.
+    /// Decides which model answers if `model` is `None`.
     pub user_id: String,
     /// Oldest first.
     pub history: Vec<Item>,
     /// At least one.
     pub candidates: Vec<Item>,
-    /// The model asked for by name; `None` routes by user.
+    /// The model's name; `None` lets the router choose by user.
     pub model: Option<String>,
     /// What to return.
     pub outputs: Outputs,
-    /// The answer has to be ready to send by then.
+    /// When the response must be ready to send.
     pub deadline: Instant,
 }
 
 /// A dense row-major matrix.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Matrix {
-    /// Columns of a row.
+    /// The length of a row.
     pub n_cols: usize,
     /// `n_rows * n_cols` values.
     pub data: Vec<f32>,
 }
 
 impl Matrix {
-    /// A matrix of zeros: rows that are not OK stay as they are here.
+    /// A matrix of zeros. Rows whose status is not OK keep them.
     pub fn zeros(n_rows: usize, n_cols: usize) -> Self {
         Matrix { n_cols, data: vec![0.0; n_rows * n_cols] }
     }
 
-    /// How many rows there are.
+    /// The number of rows; 0 if rows have no columns.
     pub fn n_rows(&self) -> usize {
         self.data.len().checked_div(self.n_cols).unwrap_or(0)
     }
 
-    /// Row `i`, `n_cols` long.
+    /// Row `i`, a slice of `n_cols` values.
     pub fn row(&self, i: usize) -> &[f32] {
         &self.data[i * self.n_cols..(i + 1) * self.n_cols]
     }
 
-    /// Row `i`, to be written.
+    /// Row `i` as a mutable slice.
     pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
         &mut self.data[i * self.n_cols..(i + 1) * self.n_cols]
     }
 }
 
-/// Whether none of `values` is infinite or not a number.
+/// Whether no value is infinite or NaN.
 ///
-/// Looks at all of them, whatever it finds: without a way out of the loop the compiler does several at once, which on a
-/// whole answer is three times as fast (`cargo bench --bench hot_path`).
+/// Always reads the whole slice: without an early exit the compiler vectorises the loop, which is three times as fast on a
+/// whole response (`cargo bench --bench hot_path`).
 pub fn all_finite(values: &[f32]) -> bool {
     const EXPONENT: u32 = 0x7f80_0000;
     values.iter().fold(true, |finite, x| finite & (x.to_bits() & EXPONENT != EXPONENT))
 }
 
-/// The cosine of two vectors of one length; NaN where one of them is all zeros.
+/// The cosine of two vectors of the same length; NaN if one of them is all zeros.
 pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(p, q)| f64::from(*p) * f64::from(*q)).sum::<f64>();
     dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
 }
 
-/// Which model produced an answer, exactly.
+/// Identifies the model that produced a response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelRef {
     /// The name it is served under.
@@ -211,20 +208,20 @@ pub struct ModelRef {
 }
 
 impl ModelRef {
-    /// As much of the digest as a person compares.
+    /// The first 12 digits, for people to compare.
     pub fn short_digest(&self) -> &str {
         self.digest.get(..12).unwrap_or(&self.digest)
     }
 }
 
-/// One answer. What was not asked for is `None`.
+/// One response. An output that was not asked for is `None`.
 #[derive(Debug, Clone)]
 pub struct MidEmbResponse {
-    /// The one model behind everything here.
+    /// The model that computed all of it.
     pub model: Arc<ModelRef>,
-    /// One a candidate, in order.
+    /// One per candidate, in order.
     pub statuses: Vec<RowStatus>,
-    /// One a history item sent, in order.
+    /// One per history item that was sent, in order.
     pub history_statuses: Vec<RowStatus>,
     /// How many history items the user tower read.
     pub n_history_used: usize,
@@ -238,18 +235,18 @@ pub struct MidEmbResponse {
     pub item_emb: Option<Matrix>,
 }
 
-/// What became of a stream of items to warm. The four outcomes add up to `n_items`.
+/// The result of a stream of items to warm. The four outcomes add up to `n_items`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct WarmSummary {
     /// Items received.
     pub n_items: u64,
     /// Encoded for at least one served model.
     pub n_encoded: u64,
-    /// Cached for every served model already.
+    /// Already cached for every served model.
     pub n_cached: u64,
-    /// No id, no text, or text that cannot be used.
+    /// Without an id, without text, or with text that cannot be used.
     pub n_invalid: u64,
-    /// The server failed on them.
+    /// Failed in the server.
     pub n_failed: u64,
 }
 
@@ -268,7 +265,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_value_that_is_not_finite_is_found_wherever_it_is() {
+    fn a_single_value_that_is_not_finite_is_found_at_any_position() {
         let mut values = vec![f32::MAX; 1000];
         values[..4].copy_from_slice(&[f32::MIN, 0.0, -0.0, f32::MIN_POSITIVE / 2.0]);
         assert!(all_finite(&values) && all_finite(&[]));

@@ -1,11 +1,11 @@
 //! Jobs that a thread may run together.
 //!
-//! A job joins the others that wait and leaves a task of its own in the pool's queue. The thread that comes to such a task
-//! takes what waits, oldest first and up to the limits; who comes after it and finds nothing goes on. So batches form
-//! where threads are busy and nowhere else: no timer holds a job back for company.
+//! A job is added to the waiting jobs, and a task for it to the pool's queue. The thread that gets to such a task runs the
+//! waiting jobs, oldest first, as many as the limits allow; a task that finds no job left does nothing. So batches form only
+//! while threads are busy: no timer holds a job back to wait for others.
 //!
-//! Invariants (tested): every job is answered exactly once; there are at least as many tasks in the queue as jobs that wait,
-//! so none is left behind; a job whose deadline passed, or whose caller left, is dropped before it joins a batch.
+//! Invariants (tested): every job is answered exactly once; there are at least as many tasks in the queue as waiting jobs, so
+//! none is left behind; a job whose deadline has passed or whose caller has left is dropped before it joins a batch.
 
 use super::{JobError, job::run_guarded};
 use crate::telemetry::events::QueueStay;
@@ -17,16 +17,16 @@ use std::{
 };
 use tokio::sync::oneshot;
 
-/// How much one run may take.
+/// The limits of one run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Jobs at most; at least one.
+    /// The most jobs. At least one.
     pub max_jobs: usize,
-    /// The sum of their sizes at most, unless it is a single job.
+    /// The largest sum of job sizes. A single job may exceed it.
     pub max_size: usize,
 }
 
-/// Runs jobs `J` on a state `S`: as many results as there were jobs, in their order.
+/// Runs jobs `J` on a state `S`. Must return one result per job, in order.
 pub type RunTogether<S, J, T> = Box<dyn Fn(&mut S, Vec<J>) -> Vec<T> + Send + Sync>;
 
 /// Jobs that wait to be run together.
@@ -37,7 +37,7 @@ pub struct Batches<S, J, T> {
     run: RunTogether<S, J, T>,
 }
 
-/// One job that waits.
+/// A job that waits.
 pub(super) struct Waiting<J, T> {
     pub(super) job: J,
     pub(super) deadline: Instant,
@@ -52,18 +52,18 @@ impl<S, J, T> fmt::Debug for Batches<S, J, T> {
 }
 
 impl<S, J, T> Batches<S, J, T> {
-    /// No job waits. `size` is what `limits.max_size` counts.
+    /// Creates an empty collection. `size` computes what `limits.max_size` limits.
     pub fn new(limits: Limits, size: fn(&J) -> usize, run: RunTogether<S, J, T>) -> Self {
         Batches { waiting: Mutex::default(), limits, size, run }
     }
 
-    /// Lets a job wait, if `queue_task` finds room for its task.
+    /// Adds a job, if `queue_task` succeeds in queueing its task.
     pub(super) fn join(
         &self,
         waiting: Waiting<J, T>,
         queue_task: impl FnOnce() -> Result<(), JobError>,
     ) -> Result<(), JobError> {
-        // Locked until the task is queued: no thread may come to it before its job is there.
+        // The lock is held until the task is queued, so that no thread gets to the task before its job is there.
         let mut jobs = self.lock();
         if let Err(error) = queue_task() {
             waiting.stay.refuse();
@@ -73,27 +73,32 @@ impl<S, J, T> Batches<S, J, T> {
         Ok(())
     }
 
-    /// Runs the next batch, if anything waits; returns how many jobs it had.
+    /// Runs the next batch, if any job waits. Returns how many jobs it had.
     pub(super) fn run_next(&self, pool: &str, state: &mut S) -> u32 {
         let (jobs, replies): (Vec<J>, Vec<_>) = self.take().into_iter().unzip();
         let n_jobs = jobs.len();
         if n_jobs == 0 {
             return 0;
         }
-        let mut results = match run_guarded(pool, || (self.run)(state, jobs)) {
-            Ok(results) => results.into_iter().map(Ok).collect::<Vec<_>>(),
-            Err(error) => (0..n_jobs).map(|_| Err(error.clone())).collect::<Vec<_>>(),
-        }
-        .into_iter();
-        for reply in replies {
-            let missing = || Err(JobError::Panicked("a batch gave too few results".to_owned()));
-            // Who asked may have left while the batch ran.
-            let _ = reply.send(results.next().unwrap_or_else(missing));
+        // A reply cannot be sent to a caller that left while the batch ran.
+        match run_guarded(pool, || (self.run)(state, jobs)) {
+            Ok(results) => {
+                let mut results = results.into_iter();
+                for reply in replies {
+                    let missing = || JobError::Panicked("a batch returned too few results".to_owned());
+                    let _ = reply.send(results.next().ok_or_else(missing));
+                }
+            }
+            Err(error) => {
+                for reply in replies {
+                    let _ = reply.send(Err(error.clone()));
+                }
+            }
         }
         n_jobs as u32
     }
 
-    /// The oldest jobs that somebody still waits for, as many as one run may take.
+    /// Takes the oldest jobs whose callers still wait, as many as the limits allow.
     fn take(&self) -> Vec<(J, oneshot::Sender<Result<T, JobError>>)> {
         let (mut jobs, now) = (self.lock(), Instant::now());
         let (mut taken, mut size) = (Vec::new(), 0);
@@ -120,7 +125,7 @@ impl<S, J, T> Batches<S, J, T> {
         taken
     }
 
-    /// What is locked is only ever changed by moves of whole jobs, so a panic elsewhere cannot leave it half-changed.
+    /// A poisoned lock is used as it is: the queue only changes by moving whole jobs, so a panic cannot leave it half-changed.
     fn lock(&self) -> MutexGuard<'_, VecDeque<Waiting<J, T>>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }

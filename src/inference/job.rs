@@ -1,4 +1,4 @@
-//! What becomes of one job on an inference thread: its result, or why it has none.
+//! The outcome of a job on an inference thread.
 
 use crate::telemetry::events;
 use std::{
@@ -16,12 +16,12 @@ pub enum JobError {
     /// The deadline passed before the job was done.
     #[error("the deadline passed")]
     Expired,
-    /// The job panicked, or no thread is left to run it.
+    /// The job panicked, or no thread was left to run it.
     #[error("the job panicked: {0}")]
     Panicked(String),
 }
 
-/// Runs `job`. A panic becomes an error and one log line that names `threads`, the group of threads that it ran on.
+/// Runs `job`. A panic becomes an error and one log line that names `threads`, the group of threads that the job ran on.
 pub fn run_guarded<T>(threads: &str, job: impl FnOnce() -> T) -> Result<T, JobError> {
     catch_unwind(AssertUnwindSafe(job)).map_err(|panic| {
         let message = panic_message(&*panic);

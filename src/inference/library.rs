@@ -1,4 +1,4 @@
-//! Finds `libonnxruntime.so`, loads it once a process and decides which execution provider runs the graphs.
+//! Finds `libonnxruntime.so`, loads it once per process and chooses the execution provider that runs the graphs.
 
 use ort::{
     environment::Environment,
@@ -14,29 +14,29 @@ use std::{
 };
 use thiserror::Error;
 
-/// What the operator asked for.
+/// The provider that the operator asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ProviderChoice {
-    /// CUDA where the library and the machine have it, else CPU.
+    /// CUDA if the library and the machine have it, else the CPU.
     Auto,
-    /// CPU.
+    /// The CPU.
     Cpu,
-    /// CUDA, or an error.
+    /// CUDA. Loading fails if it cannot be used.
     Cuda,
 }
 
-/// What runs the graphs.
+/// The execution provider that runs the graphs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Provider {
-    /// The default provider.
+    /// The CPU.
     Cpu,
     /// An NVIDIA GPU.
     Cuda,
 }
 
 impl Provider {
-    /// The name that metrics and answers use.
+    /// The name that metrics and responses use.
     pub fn as_str(self) -> &'static str {
         match self {
             Provider::Cpu => "cpu",
@@ -51,29 +51,29 @@ impl fmt::Display for Provider {
     }
 }
 
-/// ONNX Runtime cannot be had.
+/// Why ONNX Runtime cannot be used.
 #[derive(Debug, Error)]
 pub enum LibraryError {
-    /// There is no library where we looked.
+    /// No library was found.
     #[error(
-        "ONNX Runtime's library was not found ({looked}): run `make setup`, or set inference.onnxruntime to libonnxruntime.so"
+        "ONNX Runtime's library was not found ({tried}): run `make setup`, or set inference.onnxruntime to libonnxruntime.so"
     )]
     NotFound {
-        /// The places, for the message.
-        looked: String,
+        /// The paths that were tried.
+        tried: String,
     },
-    /// There is a file, but it cannot be used.
+    /// The library was found but cannot be loaded.
     #[error(
         "ONNX Runtime cannot be loaded: {source}: run `make setup`, or set inference.onnxruntime to libonnxruntime.so"
     )]
     Unusable {
-        /// Which file, and why not.
+        /// The cause, with the file's path.
         source: ort::LoadDynamicError,
     },
-    /// The library is loaded, but no session can be had of it.
+    /// The library is loaded but cannot create an environment.
     #[error("ONNX Runtime cannot be started: {0}")]
     Environment(ort::Error),
-    /// CUDA was asked for by name and is not to be had.
+    /// CUDA was asked for by name but cannot be used.
     #[error("inference.provider = \"cuda\", but ONNX Runtime's CUDA provider cannot be used: {0}")]
     NoCuda(ort::Error),
 }
@@ -92,7 +92,7 @@ pub struct Runtime {
 }
 
 impl Runtime {
-    /// Loads the library at `configured`, or the first one found beside the executable or below the current folder.
+    /// Loads the library at `configured`, or else the first one found beside the executable or below the current folder.
     pub fn load(configured: Option<&Path>, choice: ProviderChoice) -> Result<Self, LibraryError> {
         let path = find(configured)?;
         let environment = ort::init_from(&path)
@@ -102,17 +102,14 @@ impl Runtime {
             .with_logger(Arc::new(log))
             .build()
             .map_err(LibraryError::Environment)?;
-        // ONNX Runtime writes several lines about every run, and formats them whether or not anybody reads them.
-        environment.set_log_level(if tracing::enabled!(tracing::Level::DEBUG) {
-            LogLevel::Verbose
-        } else {
-            LogLevel::Warning
-        });
+        // At the verbose level ONNX Runtime formats several lines per run, even if nobody reads them.
+        let is_debug = tracing::enabled!(tracing::Level::DEBUG);
+        environment.set_log_level(if is_debug { LogLevel::Verbose } else { LogLevel::Warning });
         let provider = choose(&environment, choice, &path)?;
         Ok(Runtime { environment, provider, library: path.into() })
     }
 
-    /// What runs the graphs.
+    /// The provider that runs the graphs.
     pub fn provider(&self) -> Provider {
         self.provider
     }
@@ -126,7 +123,7 @@ impl Runtime {
         &self.environment
     }
 
-    /// The providers that a session registers, before the CPU's.
+    /// The providers that a session registers before the CPU's, which is always there.
     pub(super) fn execution_providers(&self) -> Vec<ExecutionProviderDispatch> {
         match self.provider {
             Provider::Cpu => Vec::new(),
@@ -135,7 +132,7 @@ impl Runtime {
     }
 }
 
-/// TF32 would round products to 10 bits of mantissa: outside the golden tolerances.
+/// TF32 is off: it would round products to 10 bits of mantissa, which exceeds the golden tolerances.
 fn cuda() -> ExecutionProviderDispatch {
     CUDA::default().with_tf32(false).build().error_on_failure()
 }
@@ -149,31 +146,38 @@ fn choose(environment: &Environment, choice: ProviderChoice, library: &Path) -> 
         ProviderChoice::Cpu => Ok(Provider::Cpu),
         ProviderChoice::Cuda => try_cuda().map(|()| Provider::Cuda).map_err(LibraryError::NoCuda),
         ProviderChoice::Auto if !library.with_file_name(CUDA_FILE).exists() => Ok(Provider::Cpu),
-        ProviderChoice::Auto => Ok(try_cuda().map_or_else(
-            |error| {
-                tracing::warn!(%error, "the CUDA provider is beside the library but cannot be used, running on the CPU");
-                Provider::Cpu
-            },
-            |()| Provider::Cuda,
-        )),
+        ProviderChoice::Auto => match try_cuda() {
+            Ok(()) => Ok(Provider::Cuda),
+            Err(error) => {
+                tracing::warn!(%error, "the CUDA provider was found but cannot be used, running on the CPU");
+                Ok(Provider::Cpu)
+            }
+        },
     }
 }
 
 fn find(configured: Option<&Path>) -> Result<PathBuf, LibraryError> {
     let places = configured.map_or_else(usual_places, |path| vec![path.to_path_buf()]);
-    let looked = || places.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ");
+    let tried = || places.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ");
     let found = places.iter().find(|path| path.is_file());
-    found.cloned().ok_or_else(|| LibraryError::NotFound { looked: looked() })
+    found.cloned().ok_or_else(|| LibraryError::NotFound { tried: tried() })
 }
 
-/// Beside an installed executable, then where `make setup` puts it: above a built one, then below the current folder.
+/// Where an installed executable has its library: beside it or in `../lib`. Then where `make setup` puts it: above a built
+/// executable or below the current folder.
 fn usual_places() -> Vec<PathBuf> {
     let executable = std::env::current_exe().unwrap_or_default();
-    let folders = executable.ancestors().skip(1);
-    let beside = folders.clone().take(1).map(|folder| folder.join(FILE));
-    let installed = folders.clone().skip(1).take(1).map(|folder| folder.join("lib").join(FILE));
-    let built = folders.skip(2).take(2).map(|folder| folder.join(SETUP_FOLDER).join(FILE));
-    beside.chain(installed).chain(built).chain([Path::new(SETUP_FOLDER).join(FILE)]).collect()
+    let mut places = Vec::new();
+    for (n_levels_up, folder) in executable.ancestors().enumerate() {
+        match n_levels_up {
+            1 => places.push(folder.join(FILE)),
+            2 => places.push(folder.join("lib").join(FILE)),
+            3 | 4 => places.push(folder.join(SETUP_FOLDER).join(FILE)),
+            _ => {}
+        }
+    }
+    places.push(Path::new(SETUP_FOLDER).join(FILE));
+    places
 }
 
 fn log(level: LogLevel, category: &str, _id: &str, _location: &str, message: &str) {
@@ -189,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_library_is_one_line_that_says_what_fetches_it() {
+    fn the_error_for_a_missing_library_is_one_line_and_says_how_to_fetch_it() {
         let error = Runtime::load(Some(Path::new("/nowhere/libonnxruntime.so")), ProviderChoice::Cpu).unwrap_err();
         let line = error.to_string();
         assert!(line.contains("/nowhere/libonnxruntime.so") && line.contains("make setup"), "{line}");

@@ -1,7 +1,7 @@
-//! Inference: the only place that knows `ort`.
+//! Inference: the only module that uses `ort`.
 //!
-//! [`library`] finds and loads ONNX Runtime, [`session`] runs one graph of it, and [`pool`] owns the threads that may do
-//! so: compute never runs on tokio's own threads. [`background`] runs work that gives way to those threads.
+//! [`library`] finds and loads ONNX Runtime, [`session`] runs one graph, and [`pool`] owns the threads that run graphs: compute
+//! never runs on tokio's threads. [`background`] runs work that gives way to those threads.
 
 pub mod background;
 pub mod batches;

@@ -1,19 +1,19 @@
-//! How long work takes, learnt from the work itself.
+//! How long work takes, measured on the work itself.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
-/// A moving average over the last few samples. Threads that race lose one of two samples, which is no loss.
+/// A moving average over recent samples. If two threads race, one of their samples is lost, which does no harm.
 #[derive(Debug, Default)]
 pub struct Pace(AtomicU64);
 
-/// A new sample counts for one part in so many.
+/// A new sample has one part in this many of the average.
 const SAMPLES: u64 = 16;
 
 impl Pace {
-    /// One more sample.
+    /// Adds a sample.
     pub fn record(&self, took: Duration) {
         let (old, took) = (self.0.load(Ordering::Relaxed), took.as_nanos() as u64);
         let new = if old == 0 { took } else { old - old / SAMPLES + took / SAMPLES };

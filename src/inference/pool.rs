@@ -1,12 +1,11 @@
-//! Inference threads of our own: a bounded queue of jobs, each with a deadline, run by threads that each own a state.
+//! Inference threads: a bounded queue of jobs, each with a deadline, and threads that each own a state to run them on.
 //!
 //! Invariants:
 //! - Every job is answered exactly once: with its result, or with the [`JobError`] that says why it has none.
-//! - A job whose deadline passed, or whose caller left, is dropped before it runs.
-//! - A panic fails its own job, or the batch that it was run in; the thread and its state go on.
+//! - A job whose deadline has passed or whose caller has left is dropped before it runs.
+//! - A panic fails only its own job, or the batch in which the job ran. The thread and its state go on.
 //!
-//! Work here was asked for by somebody who waits. Work that must go on after its caller left (encoding) is not here but in
-//! `content::batcher`.
+//! These jobs are for callers that wait. Work that must go on after its caller has left (encoding) is in `content::batcher`.
 
 use super::{
     JobError, Pace,
@@ -24,13 +23,13 @@ use std::{
 use tokio::sync::oneshot;
 
 struct Task<S> {
-    /// Says how many jobs it ran: what has expired, or whose caller left, takes no time.
+    /// Returns how many jobs it ran. A job that has expired or whose caller has left does not count: it takes no time.
     run: Box<dyn FnOnce(&mut S) -> u32 + Send>,
-    /// None where each job of a batch has its own.
+    /// `None` for a job of a batch, which has a stay of its own.
     stay: Option<QueueStay>,
 }
 
-/// Threads that each own one `S`.
+/// A group of threads that each own one `S`.
 pub struct Pool<S> {
     name: &'static str,
     queue: Arc<Queue<Task<S>>>,
@@ -45,12 +44,12 @@ impl<S> fmt::Debug for Pool<S> {
 }
 
 impl<S: Send + 'static> Pool<S> {
-    /// Starts one thread for each of `states`. At most `max_queued` jobs wait.
+    /// Starts one thread per state. At most `max_queued` jobs wait.
     ///
-    /// The threads end when the pool is dropped and its queue is empty.
+    /// The threads end once the pool is dropped and its queue is empty.
     pub fn start(name: &'static str, states: Vec<S>, max_queued: usize) -> io::Result<Self> {
         let n_threads = states.len() as u32;
-        // Dropped on an error below: threads that were started by then end.
+        // If a thread cannot be started, the pool is dropped, which ends those that were started.
         let pool = Pool { name, queue: Arc::new(Queue::new(max_queued)), n_threads, pace: Arc::default() };
         for (i, state) in states.into_iter().enumerate() {
             let (tasks, pace) = (Arc::clone(&pool.queue), Arc::clone(&pool.pace));
@@ -59,14 +58,14 @@ impl<S: Send + 'static> Pool<S> {
         Ok(pool)
     }
 
-    /// How long a job that joins the queue now would wait for a thread, at the pace of the last jobs.
+    /// How long a job that joined the queue now would wait for a thread, at the pace of the most recent jobs.
     pub fn expected_wait(&self) -> Duration {
         self.pace.average() * self.queue.len() as u32 / self.n_threads.max(1)
     }
 
     /// Runs `job` on one of the threads and waits for its result until `deadline`.
     ///
-    /// Cancel-safe: a caller that goes away leaves a job that is skipped unless it runs already.
+    /// Cancel-safe: if the caller leaves, its job is skipped, unless it is already running.
     pub async fn run<T: Send + 'static>(
         &self,
         deadline: Instant,
@@ -79,18 +78,16 @@ impl<S: Send + 'static> Pool<S> {
                 return 0;
             }
             let is_in_time = deadline > Instant::now();
-            // Who asked may leave while the job runs.
-            let _ = reply.send(match is_in_time {
-                true => run_guarded(name, || job(state)),
-                false => Err(JobError::Expired),
-            });
+            let result = if is_in_time { run_guarded(name, || job(state)) } else { Err(JobError::Expired) };
+            // Sending fails if the caller left while the job ran.
+            let _ = reply.send(result);
             is_in_time.into()
         });
         self.queue.push(Task { run, stay: Some(QueueStay::begin(name)) }).map_err(refused)?;
         wait(deadline, answer).await
     }
 
-    /// Like [`Pool::run`], for a job that a thread may run together with others of `batches`.
+    /// Like [`Pool::run`], but a thread may run the job together with other jobs of `batches`.
     pub async fn run_together<J, T>(
         &self,
         batches: &Arc<Batches<S, J, T>>,
@@ -167,7 +164,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_panic_fails_its_own_job_only() {
+    async fn a_panic_fails_only_its_own_job() {
         let pool = Pool::start("test", vec![()], 8).unwrap();
         let failed = pool.run(soon(), |()| -> u8 { panic!("no such row") }).await;
         assert_eq!(failed, Err(JobError::Panicked("no such row".to_owned())));
@@ -191,7 +188,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_full_queue_says_so_and_an_expired_job_never_runs() {
+    async fn a_full_queue_refuses_a_job_and_an_expired_job_never_runs() {
         let pool = Arc::new(Pool::start("test", vec![()], 1).unwrap());
         let (release, busy) = occupy(&pool).await;
         let n_ran = Arc::new(AtomicUsize::new(0));
@@ -205,7 +202,7 @@ mod tests {
         assert_eq!(pool.run(soon(), count(&n_ran)).await, Err(JobError::QueueFull));
         drop(release);
         assert_eq!(busy.await.unwrap(), Ok(()));
-        // The thread may not have thrown the expired job out yet.
+        // The thread may not have dropped the expired job yet.
         let next = loop {
             match pool.run(soon(), count(&n_ran)).await {
                 Err(JobError::QueueFull) => tokio::task::yield_now().await,
@@ -216,7 +213,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_expected_wait_is_the_queue_s_length_at_the_pace_of_the_last_jobs() {
+    async fn the_expected_wait_is_the_queue_length_times_the_recent_pace() {
         let pool = Arc::new(Pool::start("test", vec![()], 8).unwrap());
         assert_eq!(pool.expected_wait(), Duration::ZERO);
         let (release, busy) = occupy(&pool).await;
@@ -242,7 +239,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_job_whose_caller_left_is_skipped() {
+    async fn a_job_whose_caller_has_left_is_skipped() {
         let pool = Arc::new(Pool::start("test", vec![()], 4).unwrap());
         let (release, busy) = occupy(&pool).await;
         let n_ran = Arc::new(AtomicUsize::new(0));

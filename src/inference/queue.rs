@@ -1,17 +1,24 @@
-//! The bounded queue between those who ask and the threads of a pool.
+//! The bounded queue between callers and the threads of a pool.
 //!
-//! Tasks are taken oldest first, but it is the thread that fell asleep last that is woken for one: its weights and buffers
-//! are still in its core's caches, while those who slept longer may go on sleeping. Where fewer requests come than there
-//! are threads, a request costs a tenth less than if the threads took turns.
+//! Tasks are taken oldest first, but the thread that fell asleep last is woken first: its weights and buffers are still in its
+//! core's caches, and the threads that have slept longer can go on sleeping. When there are fewer requests than threads, a
+//! request costs a tenth less than if the threads took turns.
+//!
+//! `interleavings` checks the queue with loom (`--features loom`).
 
+#[cfg(feature = "loom")]
+use loom::{
+    sync::{Mutex, MutexGuard},
+    thread::{self, Thread},
+};
+use std::{collections::VecDeque, fmt, sync::PoisonError};
+#[cfg(not(feature = "loom"))]
 use std::{
-    collections::VecDeque,
-    fmt,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard},
     thread::{self, Thread},
 };
 
-/// Tasks on their way to threads.
+/// Tasks that wait for a thread.
 pub(super) struct Queue<T> {
     state: Mutex<State<T>>,
     max_waiting: usize,
@@ -19,7 +26,7 @@ pub(super) struct Queue<T> {
 
 struct State<T> {
     tasks: VecDeque<T>,
-    /// The last one fell asleep last.
+    /// In the order in which they fell asleep.
     asleep: Vec<Thread>,
     is_closed: bool,
 }
@@ -42,20 +49,22 @@ impl<T> Queue<T> {
         self.lock().tasks.len()
     }
 
-    /// Lets `task` wait for a thread; gives it back where the queue is full.
+    /// Queues `task`, or returns it if the queue is full.
     pub(super) fn push(&self, task: T) -> Result<(), T> {
         let mut state = self.lock();
         if state.tasks.len() >= self.max_waiting {
             return Err(task);
         }
         state.tasks.push_back(task);
-        let woken = state.asleep.pop();
+        let sleeper = state.asleep.pop();
         drop(state);
-        woken.iter().for_each(Thread::unpark);
+        if let Some(sleeper) = sleeper {
+            sleeper.unpark();
+        }
         Ok(())
     }
 
-    /// The oldest task. Waits for one; `None` once the queue is closed and empty.
+    /// Takes the oldest task. Waits until there is one; returns `None` once the queue is closed and empty.
     pub(super) fn pop(&self) -> Option<T> {
         let mut state = self.lock();
         loop {
@@ -70,23 +79,28 @@ impl<T> Queue<T> {
             drop(state);
             thread::park();
             state = self.lock();
-            // A thread may wake up without having been woken.
+            // `park` may return without `unpark`, in which case this thread is still in the list.
             state.asleep.retain(|thread| thread.id() != this.id());
         }
     }
 
-    /// No more tasks will come. Those that wait are still handed out.
+    /// Declares that no more tasks will come. Tasks that wait are still handed out.
     pub(super) fn close(&self) {
         let mut state = self.lock();
         state.is_closed = true;
-        state.asleep.drain(..).for_each(|thread| thread.unpark());
+        for sleeper in state.asleep.drain(..) {
+            sleeper.unpark();
+        }
     }
 
-    /// The state is only ever changed by moves of whole tasks, so a panic elsewhere cannot leave it half-changed.
+    /// A poisoned lock is used as it is: the state only changes by moving whole tasks, so a panic cannot leave it half-changed.
     fn lock(&self) -> MutexGuard<'_, State<T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(all(test, feature = "loom"))]
+mod interleavings;
 
 #[cfg(test)]
 mod tests {
@@ -127,11 +141,13 @@ mod tests {
             wait_for_sleepers(&queue, 3);
         }
         queue.close();
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        for thread in threads {
+            thread.join().unwrap();
+        }
     }
 
     #[test]
-    fn a_full_queue_gives_the_task_back_and_a_closed_one_is_emptied_oldest_first() {
+    fn a_full_queue_returns_the_task_and_a_closed_queue_is_emptied_oldest_first() {
         let queue = Queue::new(2);
         assert_eq!([queue.push(1), queue.push(2), queue.push(3)], [Ok(()), Ok(()), Err(3)]);
         assert_eq!(queue.len(), 2);
@@ -140,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn many_threads_take_every_task_once() {
+    fn many_threads_take_every_task_exactly_once() {
         let queue = Arc::new(Queue::new(usize::MAX));
         let threads: Vec<_> = (0..4)
             .map(|_| {

@@ -1,4 +1,4 @@
-//! One ONNX graph, ready to run on one thread.
+//! One ONNX graph, loaded to run on one thread.
 
 use super::{Runtime, SharedWeights};
 use ort::{
@@ -12,56 +12,56 @@ use std::{
 };
 use thiserror::Error;
 
-/// A graph cannot be loaded or run.
+/// Why a graph cannot be loaded or run.
 #[derive(Debug, Error)]
 pub enum GraphError {
     /// ONNX Runtime refuses the file.
     #[error("{} cannot be loaded: {source}", path.display())]
     Load {
-        /// The file.
+        /// The graph's file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: ort::Error,
     },
-    /// Its weights cannot be read.
+    /// The weights cannot be read.
     #[error("{} cannot be loaded: its weights cannot be read: {source}", path.display())]
     Weights {
         /// The graph's file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The graph lacks an input or output that the manifest names.
     #[error("{} has no {kind} named {name:?} (it has: {found})", path.display())]
     Missing {
-        /// The file.
+        /// The graph's file.
         path: PathBuf,
         /// "input" or "output".
         kind: &'static str,
-        /// As the manifest has it.
+        /// The name in the manifest.
         name: String,
-        /// What there is.
+        /// The names in the graph.
         found: String,
     },
     /// A run failed.
-    #[error("graph run: {0}")]
+    #[error("the graph failed: {0}")]
     Run(#[from] ort::Error),
-    /// An output has another shape than the manifest promises.
+    /// An output has another shape than the manifest says.
     #[error("output {name:?} has shape {found:?}, expected {expected:?}")]
     Shape {
-        /// The output.
+        /// The output's name.
         name: String,
-        /// As computed.
+        /// The shape that was computed.
         found: Vec<i64>,
-        /// As promised.
+        /// The shape according to the manifest.
         expected: Vec<usize>,
     },
     /// The manifest names another number of outputs than the server reads.
-    #[error("graph gives {found} outputs, expected {expected}")]
+    #[error("the graph has {found} outputs, expected {expected}")]
     OutputCount {
-        /// As the manifest names.
+        /// The number of outputs in the manifest.
         found: usize,
-        /// As the server reads.
+        /// The number of outputs that the server reads.
         expected: usize,
     },
 }
@@ -71,14 +71,14 @@ pub enum GraphError {
 pub enum Input<'a> {
     /// Single precision.
     F32 {
-        /// Row-major dimensions.
+        /// The dimensions; `data` is row-major.
         shape: &'a [usize],
         /// As many values as the shape says.
         data: &'a [f32],
     },
     /// Ids, masks and row numbers.
     I64 {
-        /// Row-major dimensions.
+        /// The dimensions; `data` is row-major.
         shape: &'a [usize],
         /// As many values as the shape says.
         data: &'a [i64],
@@ -94,8 +94,8 @@ pub struct Graph {
 }
 
 impl Graph {
-    /// Loads the graph at `path`. It runs on the calling thread alone (intra-op 1, no spinning): parallelism is the
-    /// pool's.
+    /// Loads the graph at `path`. A run uses only the calling thread (one intra-op thread, no spinning): the pool provides the
+    /// parallelism.
     pub fn load(
         runtime: &Runtime,
         weights: &mut SharedWeights,
@@ -104,7 +104,7 @@ impl Graph {
         outputs: &[String],
     ) -> Result<Self, GraphError> {
         let failed = |source| GraphError::Load { path: path.to_path_buf(), source };
-        let mut builder = weights.lend(builder(runtime).map_err(failed)?, path)?;
+        let mut builder = weights.add_to(builder(runtime).map_err(failed)?, path)?;
         let session = builder.commit_from_file(path).map_err(failed)?;
         let names = |outlets: &[ort::value::Outlet]| outlets.iter().map(|o| o.name().to_owned()).collect::<Vec<_>>();
         require(path, "input", inputs, &names(session.inputs()))?;
@@ -112,7 +112,7 @@ impl Graph {
         Ok(Graph { session, inputs: inputs.to_vec(), outputs: outputs.to_vec() })
     }
 
-    /// Runs the graph and copies its outputs out, each checked against its expected shape.
+    /// Runs the graph and returns copies of its outputs, after checking each against its expected shape in `shapes`.
     pub fn run(&mut self, inputs: &[Input<'_>], shapes: &[&[usize]]) -> Result<Vec<Vec<f32>>, GraphError> {
         let mut values: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::with_capacity(inputs.len());
         for (name, input) in self.inputs.iter().zip(inputs) {
@@ -148,8 +148,8 @@ fn builder(runtime: &Runtime) -> ort::Result<SessionBuilder> {
     Ok(builder)
 }
 
-fn require(path: &Path, kind: &'static str, wanted: &[String], found: &[String]) -> Result<(), GraphError> {
-    match wanted.iter().find(|name| !found.contains(name)) {
+fn require(path: &Path, kind: &'static str, required: &[String], found: &[String]) -> Result<(), GraphError> {
+    match required.iter().find(|name| !found.contains(name)) {
         None => Ok(()),
         Some(name) => {
             Err(GraphError::Missing { path: path.to_path_buf(), kind, name: name.clone(), found: found.join(", ") })

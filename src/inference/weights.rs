@@ -1,9 +1,9 @@
-//! The weights of a bundle, once for all threads.
+//! The weights of a bundle, shared by all threads.
 //!
-//! Every thread has a session of its own, and every session reads its file's weights and repacks them for its kernels. ONNX
-//! Runtime lets sessions share both, but only for weights that are handed to it: so those of matrix products, which
-//! are nearly all there is, are read out of the file here. What a graph computes from its weights while it is loaded, a
-//! transposed copy for example, is each session's own.
+//! Every thread has its own session, and by default every session reads its file's weights and repacks them for its kernels.
+//! ONNX Runtime lets sessions share both, but only for weights that it is given. So the weights of matrix products, which are
+//! nearly all of them, are read from the file here. Tensors that a graph computes from its weights while it loads, such as
+//! transposed copies, are not shared.
 
 use super::{GraphError, Provider, Runtime};
 use ort::{
@@ -20,26 +20,27 @@ use std::{
     sync::Arc,
 };
 
-/// Weights by their names.
+/// Weights and their names.
 type Weights = Vec<(String, Arc<DynValue>)>;
 
-/// What the sessions of one bundle share.
+/// The weights that the sessions of one bundle share.
 #[derive(Debug)]
 pub struct SharedWeights {
     prepacked: PrepackedWeights,
-    /// None where a session has nobody to share with.
+    /// The weights by graph file; `None` if nothing is shared.
     by_file: Option<HashMap<PathBuf, Weights>>,
 }
 
 impl SharedWeights {
-    /// Nothing read yet. One session of each graph has nobody to share with, and on a GPU weights do not lie in memory.
+    /// Creates an empty collection. Nothing is shared if there is one session per graph, or on a GPU, whose weights are not in
+    /// main memory.
     pub fn new(runtime: &Runtime, n_sessions: usize) -> Self {
-        let has_company = n_sessions > 1 && runtime.provider() == Provider::Cpu;
-        SharedWeights { prepacked: PrepackedWeights::new(), by_file: has_company.then(HashMap::new) }
+        let is_shared = n_sessions > 1 && runtime.provider() == Provider::Cpu;
+        SharedWeights { prepacked: PrepackedWeights::new(), by_file: is_shared.then(HashMap::new) }
     }
 
-    /// A builder whose session takes the weights of the graph at `path` from here.
-    pub(super) fn lend(&mut self, builder: SessionBuilder, path: &Path) -> Result<SessionBuilder, GraphError> {
+    /// Adds the weights of the graph at `path` to the builder of a session.
+    pub(super) fn add_to(&mut self, builder: SessionBuilder, path: &Path) -> Result<SessionBuilder, GraphError> {
         let failed = |source| GraphError::Load { path: path.to_path_buf(), source };
         let mut builder = builder.with_prepacked_weights(&self.prepacked).map_err(|error| failed(error.into()))?;
         let Some(by_file) = &mut self.by_file else { return Ok(builder) };
@@ -53,7 +54,7 @@ impl SharedWeights {
     }
 }
 
-/// Of an ONNX file as much as is needed here; the numbers are those of onnx.proto.
+/// The parts of an ONNX file that are needed here. The tags are those of onnx.proto.
 #[derive(Clone, PartialEq, Message)]
 struct ModelProto {
     #[prost(message, optional, tag = "7")]
@@ -100,7 +101,7 @@ struct StringStringEntryProto {
 
 /// `TensorProto.DataType.FLOAT`
 const FLOAT: i32 = 1;
-/// The operators whose second input ONNX Runtime repacks.
+/// The operators whose second input ONNX Runtime repacks for its kernels.
 const PRODUCTS: &[&str] = &["MatMul", "Gemm"];
 
 fn read(path: &Path) -> Result<Weights, GraphError> {
@@ -109,9 +110,9 @@ fn read(path: &Path) -> Result<Weights, GraphError> {
     let invalid = |reason: String| unreadable(io::Error::new(io::ErrorKind::InvalidData, reason));
     let graph = ModelProto::decode(&*bytes).map_err(|error| invalid(error.to_string()))?.graph.unwrap_or_default();
     let products = graph.node.iter().filter(|node| PRODUCTS.contains(&node.op_type.as_str()));
-    let wanted: HashSet<&String> = products.filter_map(|node| node.input.get(1)).collect();
+    let shared: HashSet<&String> = products.filter_map(|node| node.input.get(1)).collect();
     let mut weights = Vec::new();
-    for tensor in graph.initializer.iter().filter(|tensor| tensor.data_type == FLOAT && wanted.contains(&tensor.name)) {
+    for tensor in graph.initializer.iter().filter(|tensor| tensor.data_type == FLOAT && shared.contains(&tensor.name)) {
         let Some(values) = values(tensor, path).map_err(unreadable)? else { continue };
         let value = Tensor::from_array((tensor.dims.clone(), values))
             .map_err(|source| GraphError::Load { path: path.to_path_buf(), source })?;
@@ -120,27 +121,38 @@ fn read(path: &Path) -> Result<Weights, GraphError> {
     Ok(weights)
 }
 
-/// The values of a weight, which lie in the graph itself or in another file; none where they lie in neither as bytes.
+/// The values of a weight, from the graph itself or from another file; `None` if neither holds them as raw bytes.
 fn values(tensor: &TensorProto, graph: &Path) -> io::Result<Option<Vec<f32>>> {
-    let entry = |key: &str| tensor.external_data.iter().find(|entry| entry.key == key).map(|entry| &entry.value);
-    let bytes = match entry("location") {
+    let bytes = match external_entry(tensor, "location") {
+        Some(location) => external_bytes(tensor, &graph.with_file_name(location))?,
         None => tensor.raw_data.clone(),
-        Some(location) => {
-            let number = |key: &str| entry(key).map_or(Ok(0), |text| text.parse::<u64>());
-            let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
-            let (offset, length) = (number("offset").map_err(invalid)?, number("length").map_err(invalid)?);
-            let file = File::open(graph.with_file_name(location))?;
-            if offset.checked_add(length).is_none_or(|end| end > file.metadata().map_or(0, |file| file.len())) {
-                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{location} is too short")));
-            }
-            let mut bytes = vec![0; length as usize];
-            file.read_exact_at(&mut bytes, offset)?;
-            bytes
-        }
     };
     let n_values = tensor.dims.iter().try_fold(1_usize, |n, dim| n.checked_mul(usize::try_from(*dim).ok()?));
-    let is_whole = n_values.and_then(|n| n.checked_mul(size_of::<f32>())) == Some(bytes.len());
-    Ok(is_whole.then(|| bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()))
+    let n_bytes = n_values.and_then(|n| n.checked_mul(size_of::<f32>()));
+    if n_bytes != Some(bytes.len()) {
+        return Ok(None);
+    }
+    Ok(Some(bytes.as_chunks().0.iter().map(|value| f32::from_le_bytes(*value)).collect()))
+}
+
+fn external_entry<'a>(tensor: &'a TensorProto, key: &str) -> Option<&'a str> {
+    tensor.external_data.iter().find(|entry| entry.key == key).map(|entry| entry.value.as_str())
+}
+
+fn external_bytes(tensor: &TensorProto, path: &Path) -> io::Result<Vec<u8>> {
+    let number = |key: &str| match external_entry(tensor, key) {
+        Some(text) => text.parse::<u64>().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error)),
+        None => Ok(0),
+    };
+    let (offset, length) = (number("offset")?, number("length")?);
+    let file = File::open(path)?;
+    let n_file_bytes = file.metadata().map_or(0, |file| file.len());
+    if offset.checked_add(length).is_none_or(|end| end > n_file_bytes) {
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{} is too short", path.display())));
+    }
+    let mut bytes = vec![0; length as usize];
+    file.read_exact_at(&mut bytes, offset)?;
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -153,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn values_are_read_from_the_graph_or_from_the_file_beside_it() {
+    fn values_are_read_from_the_graph_or_from_a_file_beside_it() {
         let folder = tempfile::tempdir().unwrap();
         let graph = folder.path().join("graph.onnx");
         let bytes: Vec<u8> = [0.0_f32, 1.0, -2.5, 1e9].iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -165,7 +177,7 @@ mod tests {
             values(&TensorProto { dims: dims.to_vec(), external_data, ..TensorProto::default() }, &graph)
         };
         assert_eq!(beside(&[2, 1], "4", "8").unwrap(), Some(vec![1.0, -2.5]));
-        // A shape that is not the data's is left to ONNX Runtime, which says what it thinks of it.
+        // If the shape does not match the data, ONNX Runtime reports it.
         for dims in [&[3, 1][..], &[-1, 2], &[i64::MAX, i64::MAX], &[]] {
             assert_eq!(beside(dims, "4", "8").unwrap(), None, "{dims:?}");
         }
@@ -178,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_graph_is_refused_by_name() {
+    fn the_error_for_a_file_that_is_not_a_graph_names_the_file() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), [0xff; 40]).unwrap();
         let error = read(file.path()).unwrap_err().to_string();

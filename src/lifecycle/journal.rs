@@ -205,7 +205,7 @@ impl RunningPush {
         let took = self.step_began.elapsed();
         if let Some(step) = self.report.steps.last_mut().filter(|step| step.status == StepStatus::Running) {
             (step.took, step.status) = (took, status);
-            events::reload_step_finished(step.step.as_str(), status == StepStatus::Ok, took);
+            events::reload_step_finished(step.step.as_str(), status.as_str(), took);
         }
     }
 }

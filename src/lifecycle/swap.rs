@@ -73,14 +73,14 @@ impl Lifecycle {
         drop(state);
         if let Some(previous) = &previous {
             for model in previous.models.all() {
-                events::model_served(&model.reference, model.provider.as_str(), false);
+                events::model_retired(&model.reference, model.provider.as_str());
             }
-            events::config_applied(&previous.digest, false);
+            events::config_replaced(&previous.digest);
         }
         for model in new.models.all() {
-            events::model_served(&model.reference, model.provider.as_str(), true);
+            events::model_served(&model.reference, model.provider.as_str());
         }
-        events::config_applied(&new.digest, true);
+        events::config_applied(&new.digest);
         Replaced { previous, retired }
     }
 

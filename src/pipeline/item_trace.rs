@@ -111,8 +111,8 @@ impl Recorder {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let at_ms = since_epoch.as_millis() as u64;
         match self.queue.try_send(Message::Request { at_ms, history, candidates }) {
-            Ok(()) => events::trace_recorded(true),
-            Err(TrySendError::Full(_)) => events::trace_recorded(false),
+            Ok(()) => events::trace_recorded(),
+            Err(TrySendError::Full(_)) => events::trace_left_out(),
             // The writer has logged why it ended.
             Err(TrySendError::Disconnected(_)) => {}
         }

@@ -1,4 +1,4 @@
-//! One function for each thing that happens: it counts it and, where a person should know, logs it.
+//! One function per event. It updates the metrics and, where an operator should know, writes a log line.
 
 use super::names;
 use crate::{
@@ -8,19 +8,24 @@ use crate::{
 use metrics::{Label, counter, gauge, histogram};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// A call was answered; by `model`, where it got as far as that.
+/// A call was answered. `model` is `None` if the call failed before a model was chosen.
 pub fn request_finished(method: &'static str, code: &'static str, model: Option<&ModelRef>, duration: Duration) {
-    let (name, version, digest) =
-        model.map_or(("", "", ""), |model| (model.name.as_str(), model.version.as_str(), model.short_digest()));
-    let model = [("model", name.to_owned()), ("version", version.to_owned()), ("digest", digest.to_owned())];
-    let labels = [("method", method.to_owned())].into_iter().chain(model);
-    let labels: Vec<Label> = labels.map(|(name, value)| Label::new(name, value)).collect();
+    let (name, version, digest) = match model {
+        Some(model) => (model.name.as_str(), model.version.as_str(), model.short_digest()),
+        None => ("", "", ""),
+    };
+    let mut labels = vec![
+        Label::from_static_parts("method", method),
+        Label::new("model", name.to_owned()),
+        Label::new("version", version.to_owned()),
+        Label::new("digest", digest.to_owned()),
+    ];
     histogram!(names::REQUEST_DURATION, labels.clone()).record(duration);
-    let labels = labels.into_iter().chain([Label::from_static_parts("code", code)]).collect::<Vec<_>>();
+    labels.push(Label::from_static_parts("code", code));
     counter!(names::REQUESTS, labels).increment(1);
 }
 
-/// A request failed. Only a fault of ours is worth a line that wakes somebody up.
+/// A request failed. Only an internal error is logged as an error: the others are the caller's or the load's doing.
 pub fn request_failed(method: &'static str, error: &Error) {
     match error {
         Error::Internal { stage, source } => tracing::error!(method, stage, cause = %source, "request failed"),
@@ -28,19 +33,19 @@ pub fn request_failed(method: &'static str, error: &Error) {
     }
 }
 
-/// A stage ended that began at `start`.
+/// A stage that began at `start` ended.
 pub fn stage_finished(stage: &'static str, start: Instant) {
     histogram!(names::STAGE_DURATION, "stage" => stage).record(start.elapsed());
 }
 
-/// How look-ups of one cache ended. Their sum is the number of look-ups.
+/// The results of a request's look-ups in one cache. They add up to the number of look-ups.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Lookups {
-    /// The vector was there.
+    /// The vector was cached.
     pub n_hits: u64,
-    /// It was not, and the caller started the work.
+    /// It was not, and this request started computing it.
     pub n_misses: u64,
-    /// It was not, but somebody else was at it already.
+    /// It was not, but another request was already computing it.
     pub n_coalesced: u64,
 }
 
@@ -54,18 +59,18 @@ pub fn cache_looked_up(cache: &'static str, lookups: Lookups) {
     }
 }
 
-/// A cache dropped entries for want of room.
+/// A cache evicted entries to make room.
 pub fn cache_evicted(cache: &'static str, n_entries: u64) {
     counter!(names::CACHE_EVICTIONS, "cache" => cache).increment(n_entries);
 }
 
-/// What a cache holds now; read before every scrape.
+/// A cache was measured, which happens before every scrape.
 pub fn cache_measured(cache: &'static str, n_entries: u64, n_bytes: u64) {
     gauge!(names::CACHE_ENTRIES, "cache" => cache).set(n_entries as f64);
     gauge!(names::CACHE_BYTES, "cache" => cache).set(n_bytes as f64);
 }
 
-/// Candidate rows are on their way to the caller.
+/// A response with these candidate rows was sent.
 pub fn rows_answered(statuses: &[RowStatus]) {
     for status in RowStatus::ALL {
         let n = statuses.iter().filter(|s| **s == status).count();
@@ -86,7 +91,7 @@ pub fn encoder_batch_ran(n_items: usize, n_tokens: usize) {
     histogram!(names::BATCH_TOKENS).record(n_tokens as f64);
 }
 
-/// One job's stay in a queue. It ends when this is dropped, by whatever way the job left: the depth cannot leak.
+/// One job's stay in a queue. Dropping it ends the stay, however the job left the queue, so the depth cannot leak.
 #[derive(Debug)]
 pub struct QueueStay {
     queue: &'static str,
@@ -101,7 +106,7 @@ impl QueueStay {
         QueueStay { queue, joined: Instant::now(), refused: false }
     }
 
-    /// The queue was full after all: a job that never waited must not make waits look short.
+    /// Ends the stay of a job that the queue refused. Its wait is not recorded: it would make waits look short.
     pub fn refuse(mut self) {
         self.refused = true;
     }
@@ -117,17 +122,17 @@ impl Drop for QueueStay {
     }
 }
 
-/// `n` requests (or rows, where the reason is the encoder's queue) were turned away.
+/// `n` requests (rows, if the encoder's queue is the reason) were refused.
 pub fn shed(reason: ShedReason, n: u64) {
     counter!(names::SHED, "reason" => reason.as_str()).increment(n);
 }
 
-/// Counts a request as in flight for as long as it lives.
+/// Counts one request as in flight until it is dropped.
 #[derive(Debug)]
 pub struct InFlight(());
 
 impl InFlight {
-    /// One more.
+    /// Counts one more request.
     pub fn start() -> Self {
         gauge!(names::IN_FLIGHT).increment(1.0);
         InFlight(())
@@ -140,37 +145,55 @@ impl Drop for InFlight {
     }
 }
 
-/// A request was handed to the trace's writer, or was left out because the writer is behind.
-pub fn trace_recorded(is_written: bool) {
-    let result = if is_written { "recorded" } else { "left_out" };
-    counter!(names::TRACE_REQUESTS, "result" => result).increment(1);
+/// A request was handed to the trace's writer.
+pub fn trace_recorded() {
+    counter!(names::TRACE_REQUESTS, "result" => "recorded").increment(1);
 }
 
-/// A model passed its checks and its threads run.
+/// A request was left out of the trace because the writer is behind.
+pub fn trace_left_out() {
+    counter!(names::TRACE_REQUESTS, "result" => "left_out").increment(1);
+}
+
+/// A model passed its checks, and its threads run.
 pub fn model_loaded(model: &ModelRef, provider: &'static str, load_time: Duration) {
     let ModelRef { name, version, digest } = model;
     tracing::info!(name, version, digest, provider, load_ms = load_time.as_millis() as u64, "model loaded");
 }
 
-/// A model is served from now on, or no longer.
-pub fn model_served(model: &ModelRef, provider: &'static str, is_served: bool) {
+/// A model is served from now on.
+pub fn model_served(model: &ModelRef, provider: &'static str) {
+    set_model_info(model, provider, 1.0);
+}
+
+/// A model is no longer served.
+pub fn model_retired(model: &ModelRef, provider: &'static str) {
+    set_model_info(model, provider, 0.0);
+}
+
+fn set_model_info(model: &ModelRef, provider: &'static str, value: f64) {
     let ModelRef { name, version, digest } = model.clone();
     gauge!(names::MODEL_INFO, "name" => name, "version" => version, "digest" => digest, "provider" => provider)
-        .set(f64::from(u8::from(is_served)));
+        .set(value);
 }
 
-/// A config is in force from now on, or no longer.
-pub fn config_applied(digest: &str, is_in_force: bool) {
-    gauge!(names::CONFIG_INFO, "digest" => digest.to_owned()).set(f64::from(u8::from(is_in_force)));
+/// A config is in force from now on.
+pub fn config_applied(digest: &str) {
+    gauge!(names::CONFIG_INFO, "digest" => digest.to_owned()).set(1.0);
 }
 
-/// A step of a push ended.
-pub fn reload_step_finished(step: &'static str, is_ok: bool, took: Duration) {
+/// A config is no longer in force.
+pub fn config_replaced(digest: &str) {
+    gauge!(names::CONFIG_INFO, "digest" => digest.to_owned()).set(0.0);
+}
+
+/// A step of a push ended. `result` is `ok` or `failed`.
+pub fn reload_step_finished(step: &'static str, result: &'static str, took: Duration) {
     histogram!(names::RELOAD_DURATION, "step" => step).record(took);
-    counter!(names::RELOAD_STEPS, "step" => step, "result" => if is_ok { "ok" } else { "failed" }).increment(1);
+    counter!(names::RELOAD_STEPS, "step" => step, "result" => result).increment(1);
 }
 
-/// A push ended.
+/// A push ended. `result` is `applied`, `unchanged`, `checked`, `refused` or `rolled_back`.
 pub fn reload_finished(result: &'static str) {
     counter!(names::RELOADS, "result" => result).increment(1);
 }
@@ -182,12 +205,12 @@ pub fn snapshot_written() {
     snapshot_finished("written");
 }
 
-/// A snapshot of the caches, or a part of one, was written, restored, refused, or failed.
+/// A snapshot of the caches, or a part of one, was `written`, `restored` or `refused`, or it `failed`.
 pub fn snapshot_finished(result: &'static str) {
     counter!(names::SNAPSHOTS, "result" => result).increment(1);
 }
 
-/// A candidate that a shadow scored, too.
+/// A shadow scored a candidate that was also answered. A value is `None` if that output was not asked for.
 pub fn shadow_row_compared(model: &str, cosine: Option<f64>, cvr_difference: Option<f64>) {
     if let Some(cosine) = cosine {
         histogram!(names::SHADOW_COSINE, "model" => model.to_owned()).record(cosine);
@@ -197,32 +220,32 @@ pub fn shadow_row_compared(model: &str, cosine: Option<f64>, cvr_difference: Opt
     }
 }
 
-/// A request was scored by a shadow, or left out because it had enough to do, or failed there.
+/// A shadow finished a request: `compared`, `left_out` because it was busy, or `failed`.
 pub fn shadow_request_finished(model: &str, result: &'static str) {
     counter!(names::SHADOW_REQUESTS, "model" => model.to_owned(), "result" => result).increment(1);
 }
 
-/// What a shadow says of a request that failed there; nobody waited for it.
+/// A shadow failed on a request. The caller is not affected.
 pub fn shadow_failed(model: &str, error: &Error) {
     tracing::debug!(model, error = %error, "shadow failed");
 }
 
-/// Encoding failed for these items; none of them is cached.
+/// Encoding failed for these items. None of them is cached.
 pub fn encode_failed(n_items: usize, error: &dyn std::fmt::Display) {
     tracing::error!(n_items, cause = %error, "encoding failed");
 }
 
-/// The item tower failed for a whole batch; every item of it fails, none is cached.
+/// The item tower failed for a whole batch. All its items fail, and none of them is cached.
 pub fn item_tower_failed(n_items: usize, error: &dyn std::fmt::Display) {
     tracing::error!(n_items, cause = %error, "item tower failed");
 }
 
-/// A graph gave values that are not finite for one item.
+/// A graph returned a vector with infinite or NaN values for one item.
 pub fn vector_not_finite(stage: &'static str) {
     tracing::error!(stage, "vector is not finite, not cached");
 }
 
-/// A job panicked. Only that job fails.
+/// A job panicked. Only that job, or its batch, fails.
 pub fn job_panicked(pool: &str, message: &str) {
     tracing::error!(pool, message, "job panicked");
 }

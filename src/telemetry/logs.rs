@@ -1,35 +1,35 @@
-//! Log lines: JSON for machines, one readable line for people. Always on standard error; answers go to standard output.
+//! Log lines: JSON for machines, readable lines for people. Always written to standard error.
 
 use serde::Deserialize;
 use std::io::IsTerminal;
 use thiserror::Error;
 use tracing_subscriber::EnvFilter;
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
-    /// `human` where standard error is a terminal, `json` elsewhere.
+    /// `Human` if standard error is a terminal, else `Json`.
     Auto,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
-    /// A line that a person reads.
+    /// Readable lines.
     Human,
 }
 
-/// The log could not be set up.
+/// Why logging could not be set up.
 #[derive(Debug, Error)]
 pub enum LogError {
-    /// `telemetry.log_filter` is no filter.
+    /// The filter cannot be parsed.
     #[error("telemetry.log_filter {filter:?}: {source}")]
     Filter {
-        /// As configured.
+        /// The configured value.
         filter: String,
-        /// What is wrong with it.
+        /// The parser's error.
         source: tracing_subscriber::filter::ParseError,
     },
-    /// A subscriber is installed already.
-    #[error("logs: {0}")]
+    /// A subscriber is already installed.
+    #[error("logging cannot be set up: {0}")]
     Install(Box<dyn std::error::Error + Send + Sync>),
 }
 
@@ -41,16 +41,17 @@ pub fn parse_filter(filter: &str) -> Result<EnvFilter, LogError> {
 /// Installs the process-wide subscriber.
 pub fn install(format: LogFormat, filter: &str) -> Result<(), LogError> {
     let builder = tracing_subscriber::fmt().with_env_filter(parse_filter(filter)?).with_writer(std::io::stderr);
-    let human = format == LogFormat::Human || format == LogFormat::Auto && std::io::stderr().is_terminal();
-    if human {
-        builder.with_ansi(std::io::stderr().is_terminal()).with_target(false).try_init()
+    let is_terminal = std::io::stderr().is_terminal();
+    let is_human = format == LogFormat::Human || format == LogFormat::Auto && is_terminal;
+    let installed = if is_human {
+        builder.with_ansi(is_terminal).with_target(false).try_init()
     } else {
         builder.json().flatten_event(true).with_target(false).try_init()
-    }
-    .map_err(LogError::Install)
+    };
+    installed.map_err(LogError::Install)
 }
 
-/// Logs panics as any other event. They fail their own job and no more; see `inference::pool`.
+/// Makes panics appear in the log like any other event. A panic fails only its own job; see `inference::pool`.
 pub fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         let location = panic.location().map(ToString::to_string).unwrap_or_default();

@@ -1,8 +1,8 @@
-//! Telemetry: the only place that knows the metrics macros.
+//! Telemetry: the only module that uses the metrics macros.
 //!
-//! [`names`] lists every metric with its meaning; [`events`] has one function for each thing that happens, which emits
-//! the metric and, where a person should read of it, the log line; [`recorder`] installs the Prometheus recorder, keeps it
-//! up and renders it; [`logs`] sets up the log format.
+//! [`names`] lists every metric with its meaning. [`events`] has one function per event, which updates the metrics and, where an
+//! operator should know, writes the log line. [`recorder`] installs the Prometheus recorder, runs its upkeep and renders it.
+//! [`logs`] sets up the log format.
 
 pub mod events;
 pub mod logs;

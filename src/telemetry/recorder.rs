@@ -1,4 +1,4 @@
-//! The Prometheus recorder: one a process, installed once, kept up in the background, rendered at every scrape.
+//! The Prometheus recorder: installed once per process, kept tidy in the background, rendered at every scrape.
 
 use super::names::{Kind, METRICS};
 use metrics::{describe_counter, describe_gauge, describe_histogram};
@@ -7,19 +7,19 @@ use metrics_process::Collector;
 use std::time::Duration;
 use thiserror::Error;
 
-/// The recorder could not be set up.
+/// Why the recorder could not be set up.
 #[derive(Debug, Error)]
-#[error("metrics recorder: {0}")]
+#[error("the metrics recorder cannot be set up: {0}")]
 pub struct RecorderError(#[from] BuildError);
 
-/// Renders what was recorded.
+/// Renders the recorded metrics, and those of the process.
 #[derive(Debug, Clone)]
 pub struct Recorder {
     handle: PrometheusHandle,
     process: Collector,
 }
 
-/// Histograms keep their samples until somebody drains them; a server that nobody scrapes must not grow.
+/// Histograms keep their samples until they are drained. A server that nobody scrapes must not grow.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
 impl Recorder {
@@ -44,13 +44,13 @@ impl Recorder {
         Ok(Recorder { handle, process })
     }
 
-    /// The text format that Prometheus scrapes.
+    /// Renders all metrics in the text format that Prometheus scrapes.
     pub fn render(&self) -> String {
         self.process.collect();
         self.handle.render()
     }
 
-    /// Drains histograms now and then. Runs until it is dropped.
+    /// Drains histograms at regular intervals. Never returns; drop the future to stop it.
     pub async fn keep_up(self) {
         let mut ticks = tokio::time::interval(UPKEEP_EVERY);
         loop {

@@ -6,7 +6,7 @@ use crate::{
     inference::{GraphError, Input},
 };
 
-/// What the CVR graph gives.
+/// The outputs of the CVR graph.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fused {
     /// `[n, M]`
@@ -15,23 +15,33 @@ pub struct Fused {
     pub cvr: Vec<f32>,
 }
 
-/// Fuses each of `items` (`[n, E]`, at least one) with one of `users` (`[b, E]`): `rows` (`[n]`) says which. `dim` is `E`,
-/// `mid_dim` is `M`.
+/// The widths of the CVR graph's tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FusionDims {
+    /// `E`, the width of user and item embeddings.
+    pub embedding: usize,
+    /// `M`, the width of a mid-emb.
+    pub mid: usize,
+}
+
+/// Fuses each row of `items` (`[n, E]`, at least one row) with one row of `users` (`[b, E]`). `rows` (`[n]`) holds the user's
+/// row for each item.
 pub fn fuse(
     graphs: &mut TowerGraphs,
     users: &[f32],
     items: &[f32],
     rows: &[i64],
-    (dim, mid_dim): (usize, usize),
+    dims: FusionDims,
 ) -> Result<Fused, GraphError> {
     let n = rows.len();
+    let n_users = users.len() / dims.embedding;
     let inputs = [
-        Input::F32 { shape: &[users.len() / dim, dim], data: users },
-        Input::F32 { shape: &[n, dim], data: items },
+        Input::F32 { shape: &[n_users, dims.embedding], data: users },
+        Input::F32 { shape: &[n, dims.embedding], data: items },
         Input::I64 { shape: &[n], data: rows },
     ];
-    let outputs = graphs.cvr.run(&inputs, &[&[n, mid_dim], &[n]])?;
+    let outputs = graphs.cvr.run(&inputs, &[&[n, dims.mid], &[n]])?;
     let [mid_emb, cvr] = <[Vec<f32>; 2]>::try_from(outputs)
         .map_err(|outputs| GraphError::OutputCount { found: outputs.len(), expected: 2 })?;
-    Ok(Fused { mid_emb: Matrix { n_cols: mid_dim, data: mid_emb }, cvr })
+    Ok(Fused { mid_emb: Matrix { n_cols: dims.mid, data: mid_emb }, cvr })
 }

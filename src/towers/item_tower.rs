@@ -1,4 +1,4 @@
-//! The item tower: each item on its own, whatever else is in the batch.
+//! The item tower: from content embeddings to item embeddings, each item independent of the others in its batch.
 
 use super::TowerGraphs;
 use crate::{
@@ -6,10 +6,10 @@ use crate::{
     inference::{GraphError, Input},
 };
 
-/// Items of one run at most: enough to fill a core, and the activations stay small.
+/// The most items in one run: enough to keep a core busy, few enough to keep the activations small.
 pub const BATCH: usize = 256;
 
-/// The item embedding (`E` wide) of each content embedding (`C` wide), in order.
+/// Computes the item embedding (`dim` = `E` wide) of each content embedding (`C` wide), in order.
 pub fn embed(graphs: &mut TowerGraphs, contents: &[Vector], dim: usize) -> Result<Vec<Vector>, GraphError> {
     let mut items = Vec::with_capacity(contents.len());
     for batch in contents.chunks(BATCH) {

@@ -1,8 +1,8 @@
-//! PCH, preference comprehension, and the CVR head: content embeddings in, user and item embeddings and mid-embs out.
+//! PCH (preference comprehension) and the CVR head: content embeddings in; user embeddings, item embeddings and mid-embs out.
 //!
-//! [`user_tower`], [`item_tower`] and [`fusion`] each run one graph on a pool thread. [`scoring`] is the job of a hot request: user
-//! tower, then CVR graph. [`TowerGraphs`] is what each pool thread owns: all three small graphs, so that a hot request crosses
-//! threads once.
+//! [`user_tower`], [`item_tower`] and [`fusion`] each run one graph on a pool thread. [`scoring`] is the job of a hot request:
+//! user tower, then CVR graph. Each pool thread owns a [`TowerGraphs`], all three small graphs, so that a hot request crosses
+//! threads only once.
 
 pub mod fusion;
 pub mod item_tower;
@@ -11,7 +11,7 @@ pub mod user_tower;
 
 use crate::inference::{Graph, Pool};
 
-/// The three graphs that score a request; every pool thread has its own.
+/// The three graphs that score requests. Every pool thread has its own.
 #[derive(Debug)]
 pub struct TowerGraphs {
     /// History to user embedding.
@@ -22,10 +22,10 @@ pub struct TowerGraphs {
     pub cvr: Graph,
 }
 
-/// The threads that score.
+/// The threads that run [`TowerGraphs`].
 pub type TowerPool = Pool<TowerGraphs>;
 
-/// Jobs that may wait to be scored. At under ten milliseconds a job, more would only be late.
+/// The most jobs that wait to be scored. A job takes under ten milliseconds, so jobs beyond this number would be late anyway.
 pub const MAX_QUEUED: usize = 1024;
-/// What metrics call the pool's queue.
+/// The name of the pool's queue in metrics.
 pub const QUEUE: &str = "towers";

@@ -1,12 +1,12 @@
-//! What an inference thread does for requests: user tower, then CVR graph, each once for all requests of a batch.
+//! The scoring job: user tower, then CVR graph, each run once for all requests of a batch.
 //!
-//! A batch pads its histories to the longest, puts all candidates one below the other, and says with the CVR graph's `row`
-//! input whose each of them is. A batch of one copies and pads nothing. Requests are independent: where a run over several
-//! fails, each is run by itself, and only those that fail alone have failed.
+//! A batch pads its histories to the longest one, stacks all candidates into one tensor, and tells the CVR graph through its
+//! `row` input which user each candidate belongs to. A batch of one request copies and pads nothing. Requests are independent:
+//! if a run over several requests fails, each is run again alone, and only those that fail alone get an error.
 
 use super::{
     TowerGraphs,
-    fusion::{Fused, fuse},
+    fusion::{Fused, FusionDims, fuse},
     user_tower,
 };
 use crate::{
@@ -16,45 +16,45 @@ use crate::{
 };
 use std::{sync::Arc, time::Instant};
 
-/// The widths of what is scored.
+/// The widths of the tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ScoreDims {
-    /// `C`, content embeddings.
+    /// `C`, the width of content embeddings.
     pub content: usize,
-    /// `E`, user and item embeddings.
+    /// `E`, the width of user and item embeddings.
     pub user: usize,
-    /// `M`, mid-embs.
+    /// `M`, the width of mid-embs.
     pub mid: usize,
 }
 
-/// One request, as far as it is scored.
+/// What scoring needs of one request.
 #[derive(Debug, Clone)]
 pub struct ScoreInput {
-    /// Who asks.
+    /// The user.
     pub user: UserInput,
-    /// `[n, E]`; where it is empty only the user is embedded.
+    /// `[n, E]`; if it is empty, only the user embedding is computed.
     pub items: Vec<f32>,
 }
 
 /// Where a user embedding comes from.
 #[derive(Debug, Clone)]
 pub enum UserInput {
-    /// It is known.
+    /// It is already known: `[E]`.
     Known(Vector),
-    /// The user tower reads this history: `[l, C]`, oldest first, empty for a new user.
+    /// The user tower computes it from this history: `[l, C]`, oldest first, empty for a new user.
     History(Vec<f32>),
 }
 
-/// What one request's scoring gave.
+/// The result of scoring one request.
 #[derive(Debug, Clone)]
 pub struct Score {
     /// `[E]`
     pub user: Vector,
-    /// Rows as in [`ScoreInput::items`]; nothing where there was none.
+    /// One row per row of [`ScoreInput::items`]; `None` if there were none.
     pub fused: Option<Fused>,
 }
 
-/// Scores all of `inputs` together; the results are in their order.
+/// Scores all of `inputs` together. Results are in the order of the inputs.
 pub fn score_all(graphs: &mut TowerGraphs, inputs: Vec<ScoreInput>, dims: ScoreDims) -> Vec<Result<Score, GraphError>> {
     if inputs.len() == 1 {
         return inputs.into_iter().map(|input| score(graphs, input, dims)).collect();
@@ -80,47 +80,59 @@ fn score(graphs: &mut TowerGraphs, input: ScoreInput, dims: ScoreDims) -> Result
 }
 
 fn score_together(graphs: &mut TowerGraphs, inputs: &[ScoreInput], dims: ScoreDims) -> Result<Vec<Score>, GraphError> {
-    let history = |input: &ScoreInput| match &input.user {
-        UserInput::Known(_) => None,
-        UserInput::History(history) => Some(history.clone()),
-    };
-    let histories: Vec<Vec<f32>> = inputs.iter().filter_map(history).collect();
-    let embedded = if histories.is_empty() { Vec::new() } else { run_user_tower(graphs, histories, dims)? };
-    let mut embedded = embedded.chunks_exact(dims.user);
-    let mut user = |input: &ScoreInput| match &input.user {
-        UserInput::Known(user) => Arc::clone(user),
-        // As many rows as there were histories: the graph's output was held to that.
-        UserInput::History(_) => embedded.next().unwrap_or_default().into(),
-    };
-    let users: Vec<Vector> = inputs.iter().map(&mut user).collect();
+    let users = embed_users(graphs, inputs, dims)?;
     let n_items = |input: &ScoreInput| input.items.len() / dims.user;
-    let rows: Vec<i64> =
-        inputs.iter().zip(0..).flat_map(|(input, row)| std::iter::repeat_n(row, n_items(input))).collect();
+    let mut rows: Vec<i64> = Vec::new();
+    for (row, input) in (0..).zip(inputs) {
+        rows.extend(std::iter::repeat_n(row, n_items(input)));
+    }
     if rows.is_empty() {
         return Ok(users.into_iter().map(|user| Score { user, fused: None }).collect());
     }
     let items: Vec<f32> = inputs.iter().flat_map(|input| &input.items).copied().collect();
     let fused = run_cvr(graphs, &users.concat(), &items, &rows, dims)?;
     let (mut mid_emb, mut cvr) = (fused.mid_emb.data.as_slice(), fused.cvr.as_slice());
-    let mut part = |n: usize| Fused {
-        mid_emb: Matrix { n_cols: dims.mid, data: split_off(&mut mid_emb, n * dims.mid) },
-        cvr: split_off(&mut cvr, n),
-    };
-    let mut score = |(user, input): (Vector, &ScoreInput)| {
+    let mut scores = Vec::with_capacity(inputs.len());
+    for (user, input) in users.into_iter().zip(inputs) {
         let n = n_items(input);
-        Score { user, fused: (n > 0).then(|| part(n)) }
-    };
-    Ok(users.into_iter().zip(inputs).map(&mut score).collect())
+        let fused = (n > 0).then(|| Fused {
+            mid_emb: Matrix { n_cols: dims.mid, data: take_first(&mut mid_emb, n * dims.mid) },
+            cvr: take_first(&mut cvr, n),
+        });
+        scores.push(Score { user, fused });
+    }
+    Ok(scores)
 }
 
-/// The first `n` values, which `values` loses.
-fn split_off(values: &mut &[f32], n: usize) -> Vec<f32> {
+/// The user embedding `[E]` of each input, in order.
+fn embed_users(graphs: &mut TowerGraphs, inputs: &[ScoreInput], dims: ScoreDims) -> Result<Vec<Vector>, GraphError> {
+    let mut histories: Vec<Vec<f32>> = Vec::new();
+    for input in inputs {
+        if let UserInput::History(history) = &input.user {
+            histories.push(history.clone());
+        }
+    }
+    let embedded = if histories.is_empty() { Vec::new() } else { run_user_tower(graphs, histories, dims)? };
+    let mut embedded = embedded.chunks_exact(dims.user);
+    let mut users = Vec::with_capacity(inputs.len());
+    for input in inputs {
+        users.push(match &input.user {
+            UserInput::Known(user) => Arc::clone(user),
+            // There is one row per history: the graph's output shape was checked.
+            UserInput::History(_) => embedded.next().unwrap_or_default().into(),
+        });
+    }
+    Ok(users)
+}
+
+/// Removes the first `n` values from `values` and returns a copy of them.
+fn take_first(values: &mut &[f32], n: usize) -> Vec<f32> {
     let (first, rest) = values.split_at(n.min(values.len()));
     *values = rest;
     first.to_vec()
 }
 
-/// `[b, E]`
+/// Returns the user embeddings, `[b, E]`.
 fn run_user_tower(graphs: &mut TowerGraphs, histories: Vec<Vec<f32>>, dims: ScoreDims) -> Result<Vec<f32>, GraphError> {
     let start = Instant::now();
     events::batch_ran("user_tower", histories.len());
@@ -138,7 +150,7 @@ fn run_cvr(
 ) -> Result<Fused, GraphError> {
     let start = Instant::now();
     events::batch_ran("cvr", rows.len());
-    let fused = fuse(graphs, users, items, rows, (dims.user, dims.mid))?;
+    let fused = fuse(graphs, users, items, rows, FusionDims { embedding: dims.user, mid: dims.mid })?;
     events::stage_finished("cvr", start);
     Ok(fused)
 }

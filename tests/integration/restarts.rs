@@ -123,5 +123,5 @@ async fn exported_vectors_are_imported_by_another_server() {
     let other = Server::start_with(&reencoded(), "");
     let foreign = run(&["cache", "import", "--admin", &other.admin, &file("item").display().to_string()]);
     let line = String::from_utf8(foreign.stderr).unwrap();
-    assert!(!foreign.status.success() && line.contains("no model that serves") && line.lines().count() == 1, "{line}");
+    assert!(!foreign.status.success() && line.contains("no served model") && line.lines().count() == 1, "{line}");
 }

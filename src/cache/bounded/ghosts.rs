@@ -3,23 +3,23 @@
 use foldhash::fast::RandomState;
 use std::collections::{HashSet, VecDeque};
 
-/// Remembers as many evicted entries as its owner allows, oldest forgotten first.
+/// Remembers the hashes of a limited number of evicted entries. Forgets the oldest first.
 #[derive(Default)]
 pub(super) struct GhostQueue {
     hashes: HashSet<u32, RandomState>,
-    /// Oldest first. Some of them may have returned since and are no longer in `hashes`.
+    /// Oldest first. May hold hashes that are no longer in `hashes`, because their entries returned.
     order: VecDeque<u32>,
 }
 
 impl GhostQueue {
-    /// Half of the hash is enough: if two entries share it, one of them stays for longer than it should.
-    fn short(hash: u64) -> u32 {
+    /// Half of the hash is enough: if two entries share it, one of them merely stays longer than it should.
+    fn shorten(hash: u64) -> u32 {
         (hash >> 8) as u32
     }
 
-    /// Remembers an evicted entry, and forgets the oldest ones until at most `max` are left.
+    /// Remembers an evicted entry and forgets the oldest ones until at most `max` are left.
     pub(super) fn add(&mut self, hash: u64, max: usize) {
-        let short = Self::short(hash);
+        let short = Self::shorten(hash);
         if self.hashes.insert(short) {
             self.order.push_back(short);
         }
@@ -30,8 +30,8 @@ impl GhostQueue {
         }
     }
 
-    /// Forgets an entry that has returned; returns whether it was remembered.
+    /// Forgets an entry that has returned. Returns whether it was remembered.
     pub(super) fn take(&mut self, hash: u64) -> bool {
-        self.hashes.remove(&Self::short(hash))
+        self.hashes.remove(&Self::shorten(hash))
     }
 }

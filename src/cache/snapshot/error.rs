@@ -1,77 +1,76 @@
-//! Why a part of a snapshot, or a file of vectors, is refused.
+//! Why a part of a snapshot, or a file of vectors made elsewhere, is refused.
 
 use super::Kind;
-use crate::cache::known_items::OtherHashKey;
+use crate::cache::known_items::HashKeyMismatch;
 use std::io;
 use thiserror::Error;
 
-/// Why a part is not taken.
+/// Why a part is refused.
 #[derive(Debug, Error)]
 pub enum ReadError {
     /// The file or its folder cannot be read.
     #[error("it cannot be read: {0}")]
     File(#[from] io::Error),
     /// The file is larger than any part.
-    #[error("it is larger than {max} bytes, which no part of a snapshot is")]
+    #[error("it is larger than {max} bytes, the limit for a part of a snapshot")]
     FileTooLarge {
-        /// The bound.
+        /// The limit.
         max: u64,
     },
-    /// It ends within its header.
-    #[error("it is no safetensors file, or was cut off: it ends within its header")]
+    /// The file ends within its header.
+    #[error("it is not a safetensors file, or it is incomplete: it ends within its header")]
     CutOff,
     /// The header is longer than any part's.
-    #[error(
-        "it is no safetensors file of this format: its header is said to have {n_bytes} bytes, at most {max} are taken"
-    )]
+    #[error("it is not a safetensors file of this format: its header has {n_bytes} bytes, the limit is {max}")]
     HeaderTooLong {
-        /// As the file says.
+        /// The length that the file states.
         n_bytes: u64,
-        /// The bound.
+        /// The limit.
         max: usize,
     },
-    /// The header is no safetensors header.
+    /// The header is not valid.
     #[error("its safetensors header cannot be read: {0}")]
     Header(String),
-    /// The header and the file's size do not agree.
-    #[error("its header describes {said} bytes of tensors, and {found} follow it")]
+    /// The header and the file's size disagree.
+    #[error("its header describes {described} bytes of tensors, but {found} bytes follow it")]
     DataLength {
-        /// As the header says.
-        said: usize,
-        /// In the file.
+        /// The number of bytes that the header describes.
+        described: usize,
+        /// The number of bytes in the file.
+        /// The number of bytes that follow it.
         found: usize,
     },
     /// An entry of the metadata is missing.
     #[error("its metadata has no {0:?}")]
     NoEntry(&'static str),
-    /// An entry of the metadata has a name that means nothing here.
+    /// The metadata has an entry that the format does not define.
     #[error("its metadata has an unknown entry {0:?}")]
     UnknownEntry(String),
-    /// An entry of the metadata is not what it must be: another format, version or kind, or a count that is wrong.
-    #[error("its metadata says {key} {found:?}, this must be {expected}")]
+    /// An entry of the metadata has the wrong value: another format, version or kind, or a wrong count.
+    #[error("its metadata has {key} {found:?}, it must be {expected}")]
     Entry {
         /// The entry.
         key: &'static str,
         /// Its value.
         found: String,
-        /// What it may be.
+        /// The values that are allowed.
         expected: String,
     },
-    /// Not the bytes that were written.
-    #[error("it was damaged: its checksum is not that of its content")]
+    /// The content is not what was written.
+    #[error("it is damaged: its checksum does not match its content")]
     Checksum,
-    /// Vectors of an encoder or tower that no model uses.
-    #[error("no model that serves uses its {} vectors, of {digest}", kind.as_str())]
+    /// The vectors belong to an encoder or tower that no served model uses.
+    #[error("no served model uses its {} vectors, of {digest}", kind.as_str())]
     Foreign {
         /// Content or item embeddings.
         kind: Kind,
-        /// The digest it has.
+        /// The digest of the encoder or tower.
         digest: String,
     },
     /// A tensor is missing.
     #[error("it has no tensor {0:?}")]
     NoTensor(&'static str),
-    /// There is a tensor that means nothing here.
+    /// There is a tensor that the format does not define.
     #[error("it has an unknown tensor {0:?}")]
     UnknownTensor(String),
     /// A tensor has another type or shape.
@@ -81,30 +80,30 @@ pub enum ReadError {
         name: &'static str,
         /// Its type and shape.
         found: String,
-        /// What these may be.
+        /// The types and shapes that are allowed.
         expected: String,
     },
-    /// A vector is not finite.
+    /// A vector has an infinite or NaN value.
     #[error("vector {row} has a value that is not finite")]
     NotFinite {
         /// Counted from 0.
         row: usize,
     },
-    /// The ends of the texts do not lie in order within the texts.
-    #[error("text {row} does not end after the one before it and within the texts")]
+    /// The texts' ends are not in ascending order within the texts.
+    #[error("text {row} does not end after the previous text and within the texts")]
     TextEnd {
         /// Counted from 0.
         row: usize,
     },
-    /// A text is not the JSON of one.
-    #[error("text {row} is no item text: {error}")]
+    /// A text is not valid JSON of an item text.
+    #[error("text {row} is not an item text: {error}")]
     Text {
         /// Counted from 0.
         row: usize,
-        /// Why.
+        /// The parser's error.
         error: String,
     },
-    /// Items are known already, under another key.
+    /// Items are already known under another hash key.
     #[error(transparent)]
-    HashKey(#[from] OtherHashKey),
+    HashKey(#[from] HashKeyMismatch),
 }

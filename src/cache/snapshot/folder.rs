@@ -1,8 +1,8 @@
-//! Which folders there are, and in what order they appear and go, so that a snapshot is whole or is not there.
+//! The folders of snapshots: how they are named, created and removed, so that a snapshot is complete or absent.
 //!
-//! A snapshot grows in a folder whose name begins with `.new-` and gets its own name once all of it is on the disk. Its
-//! number is Unix time in milliseconds, or one more than the last where the clock went back: the highest is the newest.
-//! What is removed is known by its name; everything else in the folder is somebody else's and stays.
+//! A snapshot is written in a folder whose name begins with `.new-` and is renamed once all of it is on the disk. Its number is
+//! Unix time in milliseconds, or one more than the previous number if the clock went back, so the highest number is the newest.
+//! Only folders with these names are ever removed; everything else in the folder belongs to somebody else and stays.
 
 use super::SnapshotError;
 use std::{
@@ -18,14 +18,16 @@ const SNAPSHOT: &str = "snapshot-";
 const NEW: &str = ".new-";
 const N_DIGITS: usize = 15;
 
-/// Has `fill` write a new snapshot into an empty folder, and gives that its name. If anything fails, nothing is left of it.
-pub(super) fn replace<T>(
+/// Creates a snapshot: calls `fill` with an empty folder, then renames the folder. If anything fails, the folder is removed.
+///
+/// Returns the snapshot's folder and the result of `fill`.
+pub(super) fn create<T>(
     folder: &Path,
     fill: impl FnOnce(&Path) -> Result<T, SnapshotError>,
 ) -> Result<(PathBuf, T), SnapshotError> {
     fs::create_dir_all(folder).map_err(SnapshotError::at(folder))?;
-    // A process that was killed while it wrote left this: it may be what fills the disk.
-    for left_over in named(folder, is_new).map_err(SnapshotError::at(folder))? {
+    // A process that was killed while it wrote left these behind, and they may be what fills the disk.
+    for left_over in entries_named(folder, is_new).map_err(SnapshotError::at(folder))? {
         fs::remove_dir_all(&left_over).map_err(SnapshotError::at(&left_over))?;
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
@@ -35,7 +37,7 @@ pub(super) fn replace<T>(
     let snapshot = folder.join(format!("{SNAPSHOT}{number:0N_DIGITS$}"));
     let filled = fill_and_rename(&new, &snapshot, fill);
     if filled.is_err() {
-        // It is left for the next snapshot where this fails, too: the first error says what is wrong.
+        // If this fails too, the next snapshot removes the folder. The first error says what is wrong.
         let _ = fs::remove_dir_all(&new);
     }
     let filled = filled?;
@@ -55,38 +57,43 @@ fn fill_and_rename<T>(
     Ok(filled)
 }
 
-/// The names in a folder are on the disk after this.
+/// Makes sure that the names in a folder are on the disk.
 fn sync_folder(folder: &Path) -> Result<(), SnapshotError> {
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(SnapshotError::at(folder))
 }
 
-/// Removes all snapshots but `kept`; returns those that would not go.
+/// Removes all snapshots except `kept` and returns those that could not be removed.
 pub(super) fn remove_all_but(folder: &Path, kept: &Path) -> Vec<PathBuf> {
-    let older = named(folder, |name| snapshot_number(name).is_some()).unwrap_or_default();
-    older.into_iter().filter(|path| path != kept && fs::remove_dir_all(path).is_err()).collect()
+    let mut not_removed = Vec::new();
+    for snapshot in entries_named(folder, |name| snapshot_number(name).is_some()).unwrap_or_default() {
+        if snapshot != kept && fs::remove_dir_all(&snapshot).is_err() {
+            not_removed.push(snapshot);
+        }
+    }
+    not_removed
 }
 
-/// The newest snapshot, if there is one.
+/// The newest snapshot, or `None` if there is none.
 pub(super) fn newest(folder: &Path) -> io::Result<Option<PathBuf>> {
-    match named(folder, |name| snapshot_number(name).is_some()) {
+    match entries_named(folder, |name| snapshot_number(name).is_some()) {
         Ok(snapshots) => Ok(snapshots.into_iter().max_by_key(|path| number(path))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-/// The files of a snapshot's parts by name, which within a kind is the order in which they were written.
+/// The files of a snapshot's parts, ordered by name. Within one kind this is the order in which they were written.
 pub(super) fn parts(snapshot: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut files = named(snapshot, |name| name.ends_with(".safetensors"))?;
+    let mut files = entries_named(snapshot, |name| name.ends_with(".safetensors"))?;
     files.sort_unstable();
     Ok(files)
 }
 
-fn named(folder: &Path, is_wanted: impl Fn(&str) -> bool) -> io::Result<Vec<PathBuf>> {
+fn entries_named(folder: &Path, matches: impl Fn(&str) -> bool) -> io::Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
-        if entry.file_name().to_str().is_some_and(&is_wanted) {
+        if entry.file_name().to_str().is_some_and(&matches) {
             paths.push(entry.path());
         }
     }
@@ -99,7 +106,10 @@ fn number(snapshot: &Path) -> Option<u64> {
 
 fn snapshot_number(name: &str) -> Option<u64> {
     let digits = name.strip_prefix(SNAPSHOT)?;
-    (digits.len() == N_DIGITS && is_digits(digits)).then(|| digits.parse().ok()).flatten()
+    if digits.len() != N_DIGITS || !is_digits(digits) {
+        return None;
+    }
+    digits.parse().ok()
 }
 
 fn is_new(name: &str) -> bool {

@@ -1,7 +1,7 @@
-//! When snapshots are written and read: at a start before the first request, on a timer, and when the server has drained.
+//! When snapshots are read and written: at the start, before the first request; on a timer; and after the server has drained.
 //!
-//! All of it runs on threads that give way to those that serve. Nothing is written before the first item is known, so that
-//! a snapshot which could not be read is not replaced by that of a server which nobody has called yet.
+//! Snapshots are written on threads that give way to those that serve. Nothing is written before the first item is known, so
+//! that the snapshot of a server that nobody has called yet does not replace one that could not be read.
 
 use super::{Counts, Served};
 use crate::{
@@ -16,13 +16,13 @@ use std::{
 };
 use tokio::sync::Mutex;
 
-/// Writes the caches into a folder and fills them from it. Every outcome is logged and counted; none is an error for the
-/// server.
+/// Writes snapshots of the caches into a folder and restores them. Every outcome is logged and counted; none is an error for
+/// the server.
 #[derive(Debug)]
 pub struct SnapshotKeeper {
     caches: Arc<Caches>,
     folder: PathBuf,
-    /// Held while a snapshot is written.
+    /// Held while a snapshot is written, so that only one is written at a time.
     writing: Mutex<()>,
 }
 
@@ -32,7 +32,7 @@ impl SnapshotKeeper {
         SnapshotKeeper { caches, folder, writing: Mutex::new(()) }
     }
 
-    /// Fills the caches from the newest snapshot, as far as the models in `served` can use it.
+    /// Fills the caches from the newest snapshot with everything that the models in `served` can use.
     pub async fn restore(&self, served: Vec<Served>) {
         let (caches, folder) = (Arc::clone(&self.caches), self.folder.clone());
         let began = Instant::now();
@@ -46,7 +46,7 @@ impl SnapshotKeeper {
         };
         for refused in &restored.refused {
             let (file, reason) = (refused.file.display(), &refused.reason);
-            tracing::warn!(%file, %reason, "a part of the snapshot of the caches is refused");
+            tracing::warn!(%file, %reason, "a part of the snapshot of the caches was refused");
             events::snapshot_finished("refused");
         }
         if let Some(folder) = &restored.snapshot {
@@ -55,7 +55,7 @@ impl SnapshotKeeper {
         }
     }
 
-    /// Writes a snapshot `every` so often, of what the models that `served` gives have cached. Never ends.
+    /// Writes a snapshot of the caches of the models that `served` returns, once per `every`. Never returns.
     pub async fn write_regularly(&self, every: Duration, served: impl Fn() -> Vec<Served>) {
         loop {
             tokio::time::sleep(every).await;
@@ -63,10 +63,10 @@ impl SnapshotKeeper {
         }
     }
 
-    /// Writes a snapshot of what the models in `served` have cached, if there is anything to write.
+    /// Writes a snapshot of the caches of the models in `served`, if at least one item is known.
     pub async fn write(&self, served: Vec<Served>) {
         let _one_at_a_time = self.writing.lock().await;
-        // Before the first request, what is cached are the golden texts; a snapshot that is there may hold much more.
+        // Before the first request the caches hold only the golden texts, and an existing snapshot may hold much more.
         if served.is_empty() || self.caches.known_items.measure().n_entries == 0 {
             return;
         }
@@ -77,16 +77,16 @@ impl SnapshotKeeper {
             Ok(Ok(written)) => {
                 log("caches written", &written.snapshot, written.counts, began.elapsed());
                 for path in &written.not_removed {
-                    tracing::warn!(path = %path.display(), "an older snapshot cannot be removed");
+                    tracing::warn!(path = %path.display(), "an older snapshot of the caches cannot be removed");
                 }
                 events::snapshot_written();
             }
             Ok(Err(error)) => {
-                tracing::error!(%error, "the snapshot of the caches cannot be written, the previous one stays");
+                tracing::error!(%error, "the snapshot of the caches cannot be written, the previous one is kept");
                 events::snapshot_finished("failed");
             }
             Err(error) => {
-                tracing::error!(%error, "the snapshot of the caches cannot be written");
+                tracing::error!(%error, "the snapshot of the caches cannot be written, the previous one is kept");
                 events::snapshot_finished("failed");
             }
         }

@@ -1,34 +1,34 @@
-//! The caches in files: what was hot before a restart is hot after it, and vectors computed in bulk elsewhere come in.
+//! The caches in files: entries that were hot before a restart are hot after it, and vectors computed elsewhere can be imported.
 //!
 //! ```text
 //! caches ──hottest first──> parts ──> <folder>/.new-…/ ──synced, renamed──> <folder>/snapshot-<unix millis>/
 //! caches <──coldest first── checked parts <──────────────────────────────── the newest snapshot
 //! ```
 //!
-//! A *part* is one safetensors file, which numpy and PyTorch open, too. There are three kinds; `n` is a count of entries:
+//! A *part* is one safetensors file, which numpy and PyTorch can open too. There are three kinds; `n` is the number of entries:
 //!
-//! | kind | tensors | metadata of its own |
+//! | kind | tensors | metadata of this kind |
 //! |---|---|---|
 //! | `content` | `vectors` F32 `[n, dim]`, `text_digests` U8 `[n, 16]` | `digest` (the encoder's, in hex), `dim` |
 //! | `item` | the same | `digest` (the tower's, in hex), `dim` |
-//! | `known_items` | `text_ends` U64 `[n]`, `id_keys` U8 `[n, 16]`, `texts` U8 (JSON, one after the other) | `id_hash_key` |
+//! | `known_items` | `text_ends` U64 `[n]`, `id_keys` U8 `[n, 16]`, `texts` U8 (concatenated JSON) | `id_hash_key` |
 //!
-//! All have `format` = `midemb-vectors`, `format_version` = `1`, `kind`, `n`, `made_by` and `checksum`, and no other metadata.
-//! The checksum is BLAKE3 in hex over a line `key=value` and a line feed for each other entry of the metadata, in the order of
-//! their keys, and then over all bytes behind the header. A vectors file that was made elsewhere may hold `texts` and
-//! `text_ends` in place of `text_digests`, vectors in F16 or BF16, and neither `made_by` nor `checksum`.
+//! Every part has the metadata `format` = `midemb-vectors`, `format_version` = `1`, `kind`, `n`, `made_by` and `checksum`, and
+//! no other. The checksum is BLAKE3 in hex over one line `key=value`, ended by a line feed, per other metadata entry in the
+//! order of the keys, and then over all bytes behind the header. A file of vectors made elsewhere may hold `texts` and
+//! `text_ends` instead of `text_digests`, may hold vectors in F16 or BF16, and may lack `made_by` and `checksum`.
 //!
 //! Invariants:
-//! - Memory stays bounded: a part has at most 64 MB and is read and written alone; beside it there are the keys only.
-//! - A snapshot is whole or is not there. Whatever fails while one is written, the one before stays.
-//! - What a file says is believed once it was checked: no bytes at all can make the reader panic, or allocate more than a
-//!   small multiple of what was read. A part is taken whole or refused whole, with its reason.
-//! - Known items are worth nothing without the secret key that their ids are hashed under. So that is written with them, and
-//!   all files are for their owner's eyes only.
+//! - Memory is bounded: a part has at most 64 MB and is read and written on its own; besides it, only the keys are in memory.
+//! - A snapshot is complete or absent. If writing one fails, the previous one is kept.
+//! - Nothing in a file is trusted before it is checked: no bytes can make the reader panic, or allocate more than a small
+//!   multiple of what was read. A part is taken as a whole or refused as a whole, with the reason.
+//! - Known items are useless without the secret key under which their ids are hashed, so the key is written with them, and only
+//!   the files' owner can read them.
 //!
-//! Everything here blocks, and takes seconds for large caches: it belongs on a thread of its own. One process writes into a
-//! folder at a time, and the disk has room for two snapshots. Not here: when a snapshot is taken, logs, metrics, and the
-//! users' embeddings, which expire.
+//! All functions here block, for seconds if the caches are large: call them on a thread of their own. Only one process may
+//! write into a folder at a time, and the disk must have room for two snapshots. Not here: when a snapshot is taken, logs and
+//! metrics ([`keeper`]), and the user embeddings, which expire.
 
 mod error;
 mod folder;
@@ -49,20 +49,20 @@ use std::{
 };
 use thiserror::Error;
 
-/// What a model that serves has vectors of: those of others are neither written nor taken.
+/// What a served model caches. Vectors of other models are neither written nor restored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Served {
-    /// Its encoder.
+    /// The digest of its encoder.
     pub encoder: EncoderDigest,
-    /// Numbers of a content embedding.
+    /// The width of a content embedding.
     pub content_dim: usize,
-    /// Its item tower.
+    /// The digest of its item tower.
     pub tower: TowerDigest,
-    /// Numbers of an item embedding.
+    /// The width of an item embedding.
     pub item_dim: usize,
 }
 
-/// What a part holds.
+/// The kind of entries in a part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// Content embeddings of one encoder.
@@ -76,7 +76,7 @@ pub enum Kind {
 impl Kind {
     const ALL: [Kind; 3] = [Kind::Content, Kind::Item, Kind::KnownItems];
 
-    /// As the metadata and the files' names have it.
+    /// The name in metadata and file names.
     pub fn as_str(self) -> &'static str {
         match self {
             Kind::Content => "content",
@@ -86,9 +86,9 @@ impl Kind {
     }
 }
 
-/// A part of a model whose vectors are written to files.
+/// A part of a model whose vectors can be written to files.
 pub trait VectorSource: Copy + Eq + Hash {
-    /// What its vectors are.
+    /// The kind of its vectors.
     const KIND: Kind;
 }
 
@@ -100,7 +100,7 @@ impl VectorSource for ids::Tower {
     const KIND: Kind = Kind::Item;
 }
 
-/// How many entries of each kind were written or restored, and their files' bytes.
+/// How many entries of each kind were written or restored, and the size of their files.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Content embeddings.
@@ -109,7 +109,7 @@ pub struct Counts {
     pub n_items: u64,
     /// Texts by item id.
     pub n_known_items: u64,
-    /// Of the files that hold them.
+    /// Bytes of the files.
     pub n_bytes: u64,
 }
 
@@ -129,19 +129,19 @@ impl Counts {
 pub struct Written {
     /// Its folder.
     pub snapshot: PathBuf,
-    /// What is in it.
+    /// The number of entries and bytes in it.
     pub counts: Counts,
     /// Older snapshots that could not be removed.
     pub not_removed: Vec<PathBuf>,
 }
 
-/// A snapshot cannot be written. The one before is still there.
+/// A snapshot could not be written. The previous one is kept.
 #[derive(Debug, Error)]
 #[error("cache snapshot {}: {source}", path.display())]
 pub struct SnapshotError {
     /// The file or folder that failed.
     pub path: PathBuf,
-    /// Why.
+    /// The cause.
     pub source: io::Error,
 }
 
@@ -151,81 +151,77 @@ impl SnapshotError {
     }
 }
 
-/// What was restored.
+/// The result of restoring a snapshot.
 #[derive(Debug, Default)]
 pub struct Restored {
-    /// The newest snapshot's folder; none where there is no snapshot.
+    /// The newest snapshot's folder; `None` if there is no snapshot.
     pub snapshot: Option<PathBuf>,
-    /// What was put into the caches. A smaller cache than before keeps the hottest of it.
+    /// What was put into the caches. If a cache is smaller than before, it keeps the hottest entries.
     pub counts: Counts,
-    /// Known items whose text is over the limit of this process.
+    /// Known items whose text exceeds this process's limit.
     pub n_skipped: u64,
-    /// Parts that were not taken.
+    /// The parts that were refused.
     pub refused: Vec<Refused>,
 }
 
-/// A part that was not taken.
+/// A part that was refused.
 #[derive(Debug)]
 pub struct Refused {
-    /// The part's file.
+    /// The part's file, or the folder of the snapshots if it cannot be read.
     pub file: PathBuf,
-    /// Why.
+    /// The reason.
     pub reason: ReadError,
 }
 
 /// A part that was taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Imported {
-    /// What it holds.
+    /// The kind of its entries.
     pub kind: Kind,
     /// How many entries were put into the cache.
     pub n_entries: u64,
-    /// Known items whose text is empty or over the limit of this process.
+    /// Known items whose text is empty or exceeds this process's limit.
     pub n_skipped: u64,
 }
 
-/// What an export wrote.
+/// The size of an export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exported {
-    /// How many vectors.
+    /// The number of entries.
     pub n_entries: u64,
     /// The file's size.
     pub n_bytes: u64,
 }
 
-/// Bytes of a part's tensors, at most.
+/// The most bytes of a part's tensors.
 const PART_BYTES: usize = 64 << 20;
 
-/// Writes a snapshot of what the served models use into `folder`, which is made if need be, and removes those before it.
+/// Writes a snapshot of everything that the served models have cached into `folder`, which is created if it does not exist, and
+/// removes the previous snapshots.
 pub fn write(folder: &Path, caches: &Caches, served: &[Served]) -> Result<Written, SnapshotError> {
-    let fill = |new: &Path| write::Parts::new(new, PART_BYTES).write(caches, served);
-    let (snapshot, counts) = folder::replace(folder, fill)?;
+    let fill = |new: &Path| write::PartsWriter::new(new, PART_BYTES).write(caches, served);
+    let (snapshot, counts) = folder::create(folder, fill)?;
     let not_removed = folder::remove_all_but(folder, &snapshot);
     Ok(Written { snapshot, counts, not_removed })
 }
 
-/// Puts the newest snapshot in `folder` into the caches: whatever of it is sound and of a model in `served`.
+/// Puts the newest snapshot in `folder` into the caches, except parts that are damaged or of a model that is not in `served`.
 ///
-/// Known items are restored where none are known yet.
+/// Known items are restored only if no items are known yet.
 pub fn restore(folder: &Path, caches: &Caches, served: &[Served]) -> Restored {
     let mut restored = Restored::default();
-    let files = folder::newest(folder).and_then(|newest| match &newest {
-        Some(snapshot) => Ok((folder::parts(snapshot)?, newest)),
-        None => Ok((Vec::new(), None)),
-    });
-    match files {
-        Ok((files, snapshot)) => {
-            restored.snapshot = snapshot;
-            restore_parts(&files, &mut restored, caches, served);
-        }
-        Err(error) => restored.refused.push(Refused { file: folder.to_path_buf(), reason: ReadError::File(error) }),
+    if let Err(error) = restore_newest(folder, &mut restored, caches, served) {
+        restored.refused.push(Refused { file: folder.to_path_buf(), reason: ReadError::File(error) });
     }
     restored
 }
 
-/// The last file holds the coldest entries.
-fn restore_parts(files: &[PathBuf], restored: &mut Restored, caches: &Caches, served: &[Served]) {
+fn restore_newest(folder: &Path, restored: &mut Restored, caches: &Caches, served: &[Served]) -> io::Result<()> {
+    let Some(snapshot) = folder::newest(folder)? else { return Ok(()) };
+    let files = folder::parts(&snapshot)?;
+    restored.snapshot = Some(snapshot);
     let mut buffer = Vec::new();
+    // The last file holds the coldest entries, and the hottest must be inserted last.
     for file in files.iter().rev() {
         let taken = read::load(file, &mut buffer).and_then(|()| read::take_own(&buffer, caches, served));
         match taken {
@@ -236,9 +232,10 @@ fn restore_parts(files: &[PathBuf], restored: &mut Restored, caches: &Caches, se
             Err(reason) => restored.refused.push(Refused { file: file.clone(), reason }),
         }
     }
+    Ok(())
 }
 
-/// Puts one part, which is all of `bytes`, into the caches. It may come from elsewhere, and then need not have a checksum.
+/// Puts one part, given as all of its bytes, into the caches. It may be made elsewhere and then needs no checksum.
 pub fn import(bytes: &[u8], caches: &Caches, served: &[Served]) -> Result<Imported, ReadError> {
     read::take(bytes, caches, served)
 }

@@ -1,11 +1,13 @@
-//! Parts in, caches filled: everything that a file says is checked before the first entry of it is put in.
+//! Reads parts into the caches. Everything in a file is checked before its first entry is inserted.
 //!
-//! Entries go in coldest first and ahead of their readers, so the hottest end where eviction comes last.
+//! Entries are inserted coldest first and ahead of their readers, so the hottest are evicted last.
 
 use super::{
     Imported, Kind, PART_BYTES, Served, VectorSource,
     error::ReadError,
-    format::{DIGEST, DIM, Found, ID_HASH_KEY, ID_KEYS, Origin, Part, TEXT_DIGESTS, TEXT_ENDS, TEXTS, VECTORS, short},
+    format::{
+        DIGEST, DIM, ID_HASH_KEY, ID_KEYS, Origin, Part, TEXT_DIGESTS, TEXT_ENDS, TEXTS, TensorView, VECTORS, truncate,
+    },
 };
 use crate::{
     cache::{
@@ -19,31 +21,31 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use std::{fs::File, io::Read, path::Path};
 
-/// A file of ours with one text in it may be larger than others.
+/// A part may exceed [`PART_BYTES`] if it holds a single, long text.
 const MAX_FILE_BYTES: u64 = 2 * PART_BYTES as u64;
 
-/// Reads a part's file into `buffer`, in place of what is there.
+/// Reads a part's file into `buffer`, replacing its content.
 pub(super) fn load(path: &Path, buffer: &mut Vec<u8>) -> Result<(), ReadError> {
     let file = File::open(path)?;
     let n_bytes = file.metadata()?.len();
     buffer.clear();
     if n_bytes <= MAX_FILE_BYTES {
         buffer.reserve(n_bytes as usize + 1);
-        // One byte more than is taken tells that there are too many, also where the file has no size.
+        // One byte more than the limit shows that the file is too long, even if its metadata states no size.
         file.take(MAX_FILE_BYTES + 1).read_to_end(buffer)?;
     }
-    match n_bytes.max(buffer.len() as u64) > MAX_FILE_BYTES {
-        true => Err(ReadError::FileTooLarge { max: MAX_FILE_BYTES }),
-        false => Ok(()),
+    if n_bytes.max(buffer.len() as u64) > MAX_FILE_BYTES {
+        return Err(ReadError::FileTooLarge { max: MAX_FILE_BYTES });
     }
+    Ok(())
 }
 
-/// Takes a part that we wrote.
+/// Puts a part that this program wrote into the caches.
 pub(super) fn take_own(bytes: &[u8], caches: &Caches, served: &[Served]) -> Result<Imported, ReadError> {
     take_part(&Part::parse(bytes, Origin::Own)?, caches, served)
 }
 
-/// Takes a part that may be made elsewhere.
+/// Puts a part that may be made elsewhere into the caches.
 pub(super) fn take(bytes: &[u8], caches: &Caches, served: &[Served]) -> Result<Imported, ReadError> {
     take_part(&Part::parse(bytes, Origin::Elsewhere)?, caches, served)
 }
@@ -61,13 +63,13 @@ fn take_vectors<P: VectorSource>(
     cache: &VectorCache<EmbeddingKey<P>>,
     mut served: impl Iterator<Item = (Digest<P>, usize)>,
 ) -> Result<Imported, ReadError> {
-    let said = part.entry(DIGEST)?;
-    let served = served.find(|(digest, _dim)| digest.to_string() == said);
-    let (digest, dim) = served.ok_or_else(|| ReadError::Foreign { kind: P::KIND, digest: short(said) })?;
-    part.expect(DIM, &dim.to_string())?;
+    let stated = part.entry(DIGEST)?;
+    let served = served.find(|(digest, _dim)| digest.to_string() == stated);
+    let (digest, dim) = served.ok_or_else(|| ReadError::Foreign { kind: P::KIND, digest: truncate(stated) })?;
+    part.expect_entry(DIM, &dim.to_string())?;
     let found = part.tensor(VECTORS)?;
     let vectors = widen(&found, dim)?;
-    part.has_entries(vectors.len())?;
+    part.expect_n_entries(vectors.len())?;
     let texts = text_digests(part, vectors.len())?;
     if let Some(row) = vectors.iter().position(|vector| !all_finite(vector)) {
         return Err(ReadError::NotFinite { row });
@@ -79,8 +81,8 @@ fn take_vectors<P: VectorSource>(
     Ok(Imported { kind: P::KIND, n_entries, n_skipped: 0 })
 }
 
-/// The rows of `vectors`, which has to be `[n, dim]`.
-fn widen(found: &Found<'_>, dim: usize) -> Result<Vec<Vector>, ReadError> {
+/// The rows of a tensor, which must be `[n, dim]`, as F32.
+fn widen(found: &TensorView<'_>, dim: usize) -> Result<Vec<Vector>, ReadError> {
     let has_rows = dim > 0 && matches!(found.shape, [_n, n_columns] if *n_columns == dim);
     let vectors = match found.dtype {
         Dtype::F32 if has_rows => rows(found.data, dim, |value| f32::from_le_bytes(*value)),
@@ -88,35 +90,35 @@ fn widen(found: &Found<'_>, dim: usize) -> Result<Vec<Vector>, ReadError> {
         Dtype::BF16 if has_rows => rows(found.data, dim, |value| bf16::from_le_bytes(*value).to_f32()),
         _ => {
             let expected = format!("F32, F16 or BF16 [n, {dim}]");
-            return Err(ReadError::Tensor { name: VECTORS, found: found.described(), expected });
+            return Err(ReadError::Tensor { name: VECTORS, found: found.describe(), expected });
         }
     };
     Ok(vectors)
 }
 
-/// Each row goes from the file's bytes into its vector at once.
+/// Converts each row from the file's bytes into its vector directly.
 fn rows<const N: usize>(data: &[u8], dim: usize, value: impl Fn(&[u8; N]) -> f32) -> Vec<Vector> {
     data.chunks_exact(dim * N).map(|row| row.as_chunks().0.iter().map(&value).collect()).collect()
 }
 
 fn text_digests(part: &Part<'_>, n: usize) -> Result<Vec<TextDigest>, ReadError> {
-    if part.has(TEXT_DIGESTS) {
-        part.has_only(&[VECTORS, TEXT_DIGESTS])?;
-        let digests = part.tensor_of(TEXT_DIGESTS, Dtype::U8, &[n, 16])?;
+    if part.has_tensor(TEXT_DIGESTS) {
+        part.expect_only_tensors(&[VECTORS, TEXT_DIGESTS])?;
+        let digests = part.tensor_data(TEXT_DIGESTS, Dtype::U8, &[n, 16])?;
         return Ok(digests.as_chunks().0.iter().map(|bytes| TextDigest::from_bytes(*bytes)).collect());
     }
-    part.has_only(&[VECTORS, TEXTS, TEXT_ENDS])?;
-    if !part.has(TEXTS) && !part.has(TEXT_ENDS) {
+    part.expect_only_tensors(&[VECTORS, TEXTS, TEXT_ENDS])?;
+    if !part.has_tensor(TEXTS) && !part.has_tensor(TEXT_ENDS) {
         return Err(ReadError::NoTensor(TEXT_DIGESTS));
     }
     texts(part, n)?.map(|text| text.map(|text| TextDigest::of(&text))).collect()
 }
 
-/// The `n` texts, each read when its turn comes.
+/// The `n` texts. Each is parsed when the iterator reaches it.
 fn texts(part: &Part<'_>, n: usize) -> Result<impl Iterator<Item = Result<ItemText, ReadError>>, ReadError> {
     let found = part.tensor(TEXTS)?;
-    let all = part.tensor_of(TEXTS, Dtype::U8, &[found.data.len()])?;
-    let ends = part.tensor_of(TEXT_ENDS, Dtype::U64, &[n])?.as_chunks().0;
+    let all = part.tensor_data(TEXTS, Dtype::U8, &[found.data.len()])?;
+    let ends = part.tensor_data(TEXT_ENDS, Dtype::U64, &[n])?.as_chunks().0;
     if ends.last().map_or(0, |end| u64::from_le_bytes(*end)) != all.len() as u64 {
         return Err(ReadError::TextEnd { row: n.saturating_sub(1) });
     }
@@ -125,15 +127,15 @@ fn texts(part: &Part<'_>, n: usize) -> Result<impl Iterator<Item = Result<ItemTe
         let end = u64::from_le_bytes(*end) as usize;
         let text = all.get(start..end).ok_or(ReadError::TextEnd { row })?;
         start = end;
-        serde_json::from_slice(text).map_err(|error| ReadError::Text { row, error: short(&error) })
+        serde_json::from_slice(text).map_err(|error| ReadError::Text { row, error: truncate(&error) })
     }))
 }
 
 fn take_known_items(part: &Part<'_>, known: &KnownItems) -> Result<Imported, ReadError> {
-    part.has_only(&[TEXT_ENDS, ID_KEYS, TEXTS])?;
+    part.expect_only_tensors(&[TEXT_ENDS, ID_KEYS, TEXTS])?;
     let n = part.tensor(TEXT_ENDS)?.shape.first().copied().unwrap_or_default();
-    part.has_entries(n)?;
-    let ids = part.tensor_of(ID_KEYS, Dtype::U8, &[n, 16])?.as_chunks().0;
+    part.expect_n_entries(n)?;
+    let ids = part.tensor_data(ID_KEYS, Dtype::U8, &[n, 16])?.as_chunks().0;
     let texts: Vec<ItemText> = texts(part, n)?.collect::<Result<_, _>>()?;
     known.adopt_hash_key(hash_key(part)?)?;
     let mut imported = Imported { kind: Kind::KnownItems, n_entries: 0, n_skipped: 0 };

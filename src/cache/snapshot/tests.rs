@@ -1,6 +1,6 @@
-//! What is written comes back, bit by bit and in its order; what is not sound is refused with its reason, and nothing panics.
+//! What was written is restored bit for bit and in order; a file that is not valid is refused with the reason; nothing panics.
 
-use super::{write::Parts, *};
+use super::{write::PartsWriter, *};
 use crate::{
     cache::{CacheLimits, vectors::VectorCache},
     domain::{ContentKey, Item, ItemKey, ItemText, Priority, TextDigest, Vector},
@@ -33,7 +33,7 @@ impl Caches {
         Caches::new(limits())
     }
 
-    /// Entry `i` was read `i % 3` times, and there is one of a model that does not serve.
+    /// Entry `i` was read `i % 3` times. One more content embedding belongs to a model that is not served.
     fn filled(n: usize) -> Self {
         let caches = Caches::empty();
         caches.contents.insert(ContentKey { part: OLD_ENCODER, text: digest(0) }, vec![7.0; 6].into());
@@ -45,14 +45,14 @@ impl Caches {
             assert!(caches.known_items.resolve(vec![known], Priority::WarmUp)[0].is_ok());
             for _ in 0..i % 3 {
                 assert!(caches.contents.get(&content).is_some() && caches.items.get(&item).is_some());
-                assert!(caches.title(i).is_some());
+                assert!(caches.known_text(i).is_some());
             }
         }
         caches
     }
 
-    /// What is known under the id of entry `i`.
-    fn title(&self, i: usize) -> Option<TextDigest> {
+    /// The digest of the text that is known under the id of entry `i`.
+    fn known_text(&self, i: usize) -> Option<TextDigest> {
         let items = vec![Item { id: format!("id-{i}"), text: None }];
         self.known_items.resolve(items, Priority::Request).remove(0).ok().map(|known| known.digest)
     }
@@ -91,7 +91,7 @@ fn item_key(i: usize) -> ItemKey {
     ItemKey { part: SERVED.tower, text: digest(i) }
 }
 
-/// With values that a careless conversion would change.
+/// A vector with values that a careless conversion would change.
 fn vector(i: usize, dim: usize) -> Vector {
     let odd = [-0.0, f32::MIN_POSITIVE / 3.0, f32::MAX];
     (0..dim).map(|j| if j < 3 { odd[(i + j) % 3] } else { 1.0 / (i * dim + j) as f32 }).collect()
@@ -104,7 +104,7 @@ fn bits(vectors: &[Option<Vector>]) -> Vec<Vec<u32>> {
 /// The parts of a snapshot of `caches`, by name.
 fn parts_of(caches: &Caches, max_bytes: usize) -> Vec<(String, Vec<u8>)> {
     let folder = tempfile::tempdir().unwrap();
-    Parts::new(folder.path(), max_bytes).write(&caches, &[SERVED]).unwrap();
+    PartsWriter::new(folder.path(), max_bytes).write(&caches, &[SERVED]).unwrap();
     let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_owned();
     folder::parts(folder.path()).unwrap().iter().map(|path| (name(path), fs::read(path).unwrap())).collect()
 }
@@ -116,13 +116,13 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// A vectors file as others make it, with the crate's own writer; `change` makes it wrong.
-struct Foreign {
+/// A file of vectors as other programs write it, here with the safetensors crate's own writer. `with` makes it invalid.
+struct ExternalFile {
     entries: HashMap<String, String>,
     tensors: Vec<(&'static str, Dtype, Vec<usize>, Vec<u8>)>,
 }
 
-impl Foreign {
+impl ExternalFile {
     fn new() -> Self {
         let entries = [
             ("format", "midemb-vectors"),
@@ -142,7 +142,7 @@ impl Foreign {
             ("texts", Dtype::U8, vec![texts.concat().len()], texts.concat()),
             ("text_ends", Dtype::U64, vec![2], bytemuck::cast_slice(&ends).to_vec()),
         ];
-        Foreign { entries: entries.into(), tensors }
+        ExternalFile { entries: entries.into(), tensors }
     }
 
     fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
@@ -168,18 +168,18 @@ impl Foreign {
     fn refusal(&self) -> String {
         let caches = Caches::empty();
         let reason = caches.import(&self.bytes()).unwrap_err().to_string();
-        assert_eq!(caches.n_entries(), [0; 3], "a part that was refused was taken: {reason}");
+        assert_eq!(caches.n_entries(), [0; 3], "a refused part was inserted: {reason}");
         assert!(!reason.contains('\n') && reason.len() < 400, "{reason}");
         reason
     }
 }
 
 #[test]
-fn all_that_was_hot_comes_back_as_hot_as_it_was() {
+fn every_entry_is_restored_with_its_heat() {
     let (old, new) = (Caches::filled(50), Caches::empty());
     let folder = tempfile::tempdir().unwrap();
-    let folder = folder.path().join("made/if/need/be");
-    // Two models share their parts: nothing is written twice.
+    let folder = folder.path().join("created/by/the/writer");
+    // Two models share their encoder and tower: their vectors are written once.
     let written = write(&folder, &old, &[SERVED, SERVED]).unwrap();
     let restored = restore(&folder, &new, &[SERVED]);
     assert!(restored.refused.is_empty(), "{restored:?}");
@@ -192,7 +192,7 @@ fn all_that_was_hot_comes_back_as_hot_as_it_was() {
         caches.contents.hottest_keys().into_iter().filter(|key| key.part == SERVED.encoder).collect()
     };
     assert_eq!(hottest(&new), hottest(&old));
-    assert_eq!(hottest(&new)[0], content_key(47), "not the latest of those that were read twice");
+    assert_eq!(hottest(&new)[0], content_key(47), "the hottest is the last of those that were read twice");
     assert_eq!(new.items.hottest_keys(), old.items.hottest_keys());
     assert_eq!(bits(&new.contents.peek_many(&hottest(&old))), bits(&old.contents.peek_many(&hottest(&old))));
     let keys = old.items.hottest_keys();
@@ -200,13 +200,13 @@ fn all_that_was_hot_comes_back_as_hot_as_it_was() {
     let known = |caches: &Caches| caches.known_items.hottest().into_iter().map(|k| (k.id, k.text)).collect::<Vec<_>>();
     assert_eq!(known(&new), known(&old));
     for i in 0..50 {
-        assert_eq!(new.title(i), Some(digest(i)), "id-{i} is unknown after a restart");
+        assert_eq!(new.known_text(i), Some(digest(i)), "id-{i} is unknown after a restart");
     }
-    assert_eq!(new.title(50), None);
+    assert_eq!(new.known_text(50), None);
 }
 
 #[test]
-fn files_are_their_owners_and_the_key_of_the_ids_stands_in_one_kind_only() {
+fn only_the_owner_can_read_the_files_and_only_known_items_hold_the_hash_key() {
     let folder = tempfile::tempdir().unwrap();
     let caches = Caches::filled(3);
     let snapshot = write(folder.path(), &caches, &[SERVED]).unwrap().snapshot;
@@ -222,7 +222,7 @@ fn files_are_their_owners_and_the_key_of_the_ids_stands_in_one_kind_only() {
 }
 
 #[test]
-fn a_smaller_cache_keeps_the_hottest() {
+fn a_smaller_cache_keeps_the_hottest_entries() {
     let folder = tempfile::tempdir().unwrap();
     let old = Caches::filled(90);
     write(folder.path(), &old, &[SERVED]).unwrap();
@@ -233,9 +233,9 @@ fn a_smaller_cache_keeps_the_hottest() {
 }
 
 #[test]
-fn parts_are_split_at_their_bound_and_restored_in_order() {
+fn parts_are_split_at_their_limit_and_restored_in_order() {
     let old = Caches::filled(50);
-    // A content embedding with its digest has 40 bytes: 12 of them fit.
+    // A content embedding has 40 bytes with its digest, so 12 fit into a part.
     let parts = parts_of(&old, 480);
     let n_parts = |kind: &str| parts.iter().filter(|(name, _)| name.starts_with(kind)).count();
     assert_eq!((n_parts("content-"), n_parts("item-")), (5, 3));
@@ -245,17 +245,19 @@ fn parts_are_split_at_their_bound_and_restored_in_order() {
         assert!(tensors.data_len() <= 480 && header < 1000, "{name}");
     }
     let new = Caches::empty();
-    parts.iter().rev().for_each(|(_name, file)| assert!(new.import(file).is_ok()));
+    for (name, file) in parts.iter().rev() {
+        assert!(new.import(file).is_ok(), "{name}");
+    }
     assert_eq!(new.items.hottest_keys(), old.items.hottest_keys());
     assert_eq!(new.n_entries(), [50; 3]);
-    assert!((0..50).all(|i| new.title(i).is_some()));
+    assert!((0..50).all(|i| new.known_text(i).is_some()));
 }
 
 #[test]
-fn an_older_snapshot_goes_once_the_new_one_is_there_and_what_is_not_ours_stays() {
+fn a_new_snapshot_replaces_older_ones_and_leaves_other_files_alone() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path();
-    // The clock went back since this was written.
+    // The clock went back since the first of these was written.
     for name in
         ["snapshot-900000000000000", "snapshot-000000000000001", ".new-000000000000002-1", "snapshot-1", ".new-x"]
     {
@@ -270,12 +272,12 @@ fn an_older_snapshot_goes_once_the_new_one_is_there_and_what_is_not_ours_stays()
 }
 
 #[test]
-fn the_older_snapshot_stays_where_a_new_one_fails() {
+fn the_previous_snapshot_is_kept_if_a_new_one_fails() {
     let folder = tempfile::tempdir().unwrap();
     let old = Caches::filled(2);
     let before = write(folder.path(), &old, &[SERVED]).unwrap();
-    let full = folder::replace(folder.path(), |new| -> Result<(), SnapshotError> {
-        let parts = Parts::new(new, PART_BYTES).write(&old, &[SERVED]).unwrap();
+    let full = folder::create(folder.path(), |new| -> Result<(), SnapshotError> {
+        let parts = PartsWriter::new(new, PART_BYTES).write(&old, &[SERVED]).unwrap();
         assert_eq!(parts, before.counts);
         Err(SnapshotError { path: new.join("item"), source: io::ErrorKind::StorageFull.into() })
     });
@@ -287,14 +289,14 @@ fn the_older_snapshot_stays_where_a_new_one_fails() {
     fs::write(&file, "").unwrap();
     let error = write(&file, &old, &[SERVED]).unwrap_err().to_string();
     assert!(error.starts_with(&format!("cache snapshot {}", file.display())), "{error}");
-    assert!(Parts::new(&file, PART_BYTES).write(&old, &[SERVED]).unwrap_err().path.starts_with(&file));
+    assert!(PartsWriter::new(&file, PART_BYTES).write(&old, &[SERVED]).unwrap_err().path.starts_with(&file));
     let mut full = fs::File::options().write(true).open("/dev/full").unwrap();
     let error = export(&mut full, &old.contents, SERVED.encoder, SERVED.content_dim).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::StorageFull);
 }
 
 #[test]
-fn a_part_that_is_refused_costs_itself_only() {
+fn a_refused_part_does_not_affect_the_others() {
     let folder = tempfile::tempdir().unwrap();
     let (old, new) = (Caches::filled(5), Caches::empty());
     let snapshot = write(folder.path(), &old, &[SERVED]).unwrap().snapshot;
@@ -303,17 +305,17 @@ fn a_part_that_is_refused_costs_itself_only() {
     let mut file = fs::read(&part).unwrap();
     *file.last_mut().unwrap() ^= 1;
     fs::write(&part, file).unwrap();
-    fs::write(snapshot.join("made-elsewhere.safetensors"), Foreign::new().bytes()).unwrap();
+    fs::write(snapshot.join("made-elsewhere.safetensors"), ExternalFile::new().bytes()).unwrap();
     let restored = restore(folder.path(), &new, &[SERVED]);
     let refused: Vec<_> = restored.refused.iter().map(|r| (r.file.clone(), r.reason.to_string())).collect();
     let no_checksum = "its metadata has no \"checksum\"".to_owned();
-    let damaged = "it was damaged: its checksum is not that of its content".to_owned();
+    let damaged = "it is damaged: its checksum does not match its content".to_owned();
     assert_eq!(refused, [(snapshot.join("made-elsewhere.safetensors"), no_checksum), (part, damaged)]);
     assert_eq!(new.n_entries(), [5, 0, 5]);
 }
 
 #[test]
-fn where_there_is_no_snapshot_nothing_is_restored_and_nothing_is_wrong() {
+fn a_missing_snapshot_is_not_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let caches = Caches::empty();
     for path in [folder.path().to_path_buf(), folder.path().join("none")] {
@@ -330,41 +332,41 @@ fn vectors_of_another_model_or_size_are_refused() {
     let file = Caches::filled(3).export();
     let other = |served: Served| import(&file, &Caches::empty(), &[served]).unwrap_err().to_string();
     let foreign = other(Served { encoder: OLD_ENCODER, ..SERVED });
-    assert_eq!(foreign, format!("no model that serves uses its content vectors, of {}", SERVED.encoder));
+    assert_eq!(foreign, format!("no served model uses its content vectors, of {}", SERVED.encoder));
     let larger = other(Served { content_dim: 8, ..SERVED });
-    assert_eq!(larger, "its metadata says dim \"6\", this must be 8");
+    assert_eq!(larger, "its metadata has dim \"6\", it must be 8");
     assert!(import(&file, &Caches::empty(), &[]).is_err());
     let zero = Served { content_dim: 0, ..SERVED };
-    assert!(import(&Foreign::new().entry("dim", "0").bytes(), &Caches::empty(), &[zero]).is_err());
+    assert!(import(&ExternalFile::new().entry("dim", "0").bytes(), &Caches::empty(), &[zero]).is_err());
 }
 
 #[test]
-fn known_items_are_not_mixed_with_those_under_another_key() {
+fn known_items_are_not_mixed_with_items_under_another_key() {
     let parts = parts_of(&Caches::filled(3), PART_BYTES);
     let (_name, file) = parts.iter().find(|(name, _)| name.starts_with("known_items")).unwrap();
     let busy = Caches::filled(1);
     assert!(matches!(busy.import(file), Err(ReadError::HashKey(_))));
-    assert_eq!((busy.n_entries()[2], busy.title(0)), (1, Some(digest(0))));
+    assert_eq!((busy.n_entries()[2], busy.known_text(0)), (1, Some(digest(0))));
     busy.known_items.flush();
     let imported = Imported { kind: Kind::KnownItems, n_entries: 3, n_skipped: 0 };
-    assert_eq!((busy.import(file).unwrap(), busy.title(2)), (imported, Some(digest(2))));
+    assert_eq!((busy.import(file).unwrap(), busy.known_text(2)), (imported, Some(digest(2))));
 
     let strict = Caches::new(CacheLimits { max_text_bytes: 10, ..limits() });
     assert_eq!(strict.import(file).unwrap(), Imported { n_entries: 0, n_skipped: 3, ..imported });
 }
 
 #[test]
-fn a_file_made_elsewhere_may_have_texts_and_half_the_precision() {
+fn a_file_made_elsewhere_may_have_texts_and_half_precision() {
     let caches = Caches::empty();
     let imported = Imported { kind: Kind::Content, n_entries: 2, n_skipped: 0 };
-    assert_eq!(caches.import(&Foreign::new().bytes()).unwrap(), imported);
+    assert_eq!(caches.import(&ExternalFile::new().bytes()).unwrap(), imported);
     let keys = [content_key(0), content_key(1)];
     assert_eq!(caches.contents.hottest_keys(), keys);
     assert_eq!(bits(&caches.contents.peek_many(&keys)), bits(&[Some(vector(0, 6)), Some(vector(1, 6))]));
 
-    // 1.5 in both: the halves of a float's bits differ in where they are cut.
+    // These are the bits of 1.5 in each type.
     for (dtype, value) in [(Dtype::F16, 0x3e00_u16), (Dtype::BF16, 0x3fc0)] {
-        let file = Foreign::new().with(|file| {
+        let file = ExternalFile::new().with(|file| {
             file.tensors[0] = ("vectors", dtype, vec![2, 6], value.to_le_bytes().repeat(12));
         });
         let caches = Caches::empty();
@@ -374,30 +376,33 @@ fn a_file_made_elsewhere_may_have_texts_and_half_the_precision() {
 }
 
 #[test]
-fn what_is_wrong_with_a_file_is_said_in_one_line() {
+fn every_defect_of_a_file_is_reported_in_one_line() {
     let tensor = |i: usize, tensor: (&'static str, Dtype, Vec<usize>, Vec<u8>)| {
-        Foreign::new().with(|file| file.tensors[i] = tensor).refusal()
+        ExternalFile::new().with(|file| file.tensors[i] = tensor).refusal()
     };
-    let without = |i: usize| Foreign::new().with(|file| drop(file.tensors.remove(i))).refusal();
-    let entry = |key: &str, value: &str| Foreign::new().entry(key, value).refusal();
+    let without = |i: usize| ExternalFile::new().with(|file| drop(file.tensors.remove(i))).refusal();
+    let entry = |key: &str, value: &str| ExternalFile::new().entry(key, value).refusal();
     let nan = |value: f32| {
-        Foreign::new().with(|file| file.tensors[0].3[44..].copy_from_slice(&value.to_le_bytes())).refusal()
+        ExternalFile::new().with(|file| file.tensors[0].3[44..].copy_from_slice(&value.to_le_bytes())).refusal()
     };
     let texts = |texts: &[u8], ends: [u64; 2]| {
-        let file = Foreign::new().with(|file| {
+        let file = ExternalFile::new().with(|file| {
             file.tensors[1] = ("texts", Dtype::U8, vec![texts.len()], texts.to_vec());
             file.tensors[2].3 = bytemuck::cast_slice(&ends).to_vec();
         });
         file.refusal()
     };
     let cases = [
-        (entry("format_version", "2"), "its metadata says format_version \"2\", this must be 1"),
-        (entry("format", "x\ny"), "its metadata says format \"x y\", this must be midemb-vectors"),
-        (entry("kind", "user"), "its metadata says kind \"user\", this must be content, item, known_items"),
-        (entry("n", "3"), "its metadata says n \"3\", this must be 2"),
+        (entry("format_version", "2"), "its metadata has format_version \"2\", it must be 1"),
+        (entry("format", "x\ny"), "its metadata has format \"x y\", it must be midemb-vectors"),
+        (entry("kind", "user"), "its metadata has kind \"user\", it must be content, item or known_items"),
+        (entry("n", "3"), "its metadata has n \"3\", it must be 2"),
         (entry("chekcsum", ""), "its metadata has an unknown entry \"chekcsum\""),
-        (entry("checksum", "00"), "it was damaged: its checksum is not that of its content"),
-        (Foreign::new().with(|file| drop(file.entries.remove("digest"))).refusal(), "its metadata has no \"digest\""),
+        (entry("checksum", "00"), "it is damaged: its checksum does not match its content"),
+        (
+            ExternalFile::new().with(|file| drop(file.entries.remove("digest"))).refusal(),
+            "its metadata has no \"digest\"",
+        ),
         (nan(f32::NAN), "vector 1 has a value that is not finite"),
         (nan(f32::INFINITY), "vector 1 has a value that is not finite"),
         (without(0), "it has no tensor \"vectors\""),
@@ -417,9 +422,9 @@ fn what_is_wrong_with_a_file_is_said_in_one_line() {
             tensor(2, ("text_ends", Dtype::I64, vec![2], vec![0; 16])),
             "its tensor \"text_ends\" is I64 [2], it must be U64 [2]",
         ),
-        (texts(b"{}{}", [2, 5]), "text 1 does not end after the one before it and within the texts"),
-        (texts(b"{}{}", [5, 4]), "text 0 does not end after the one before it and within the texts"),
-        (texts(b"{}{}", [3, 4]), "text 0 is no item text: trailing characters at line 1 column 3"),
+        (texts(b"{}{}", [2, 5]), "text 1 does not end after the previous text and within the texts"),
+        (texts(b"{}{}", [5, 4]), "text 0 does not end after the previous text and within the texts"),
+        (texts(b"{}{}", [3, 4]), "text 0 is not an item text: trailing characters at line 1 column 3"),
     ];
     for (found, expected) in cases {
         assert_eq!(found, expected);
@@ -427,13 +432,13 @@ fn what_is_wrong_with_a_file_is_said_in_one_line() {
 }
 
 #[test]
-fn a_header_that_lies_about_sizes_is_refused_without_room_being_made_for_them() {
+fn a_header_with_wrong_sizes_is_refused_before_anything_is_allocated() {
     let file = |header: &str, data: &[u8]| [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat();
     let tensor = |shape: &str, offsets: &str| {
         file(&format!("{{\"vectors\":{{\"dtype\":\"U8\",\"shape\":{shape},\"data_offsets\":{offsets}}}}}"), b"1234")
     };
     let huge = 1_u64 << 61;
-    // Sizes that add up to more than 64 bits have room for, once the header's own are added.
+    // The sizes add up to more than 64 bits can hold, once the header's own size is added.
     let all: Vec<String> = (0..8_u64)
         .map(|i| (i * huge, if i < 7 { (i + 1) * huge } else { u64::MAX }))
         .map(|(start, end)| {
@@ -460,26 +465,26 @@ fn a_header_that_lies_about_sizes_is_refused_without_room_being_made_for_them() 
     }
 }
 
-static GOOD: LazyLock<Vec<(String, Vec<u8>)>> = LazyLock::new(|| parts_of(&Caches::filled(4), PART_BYTES));
+static VALID_PARTS: LazyLock<Vec<(String, Vec<u8>)>> = LazyLock::new(|| parts_of(&Caches::filled(4), PART_BYTES));
 
-/// Where the blanks behind a header are: they say nothing, and other white space in their place says as little.
+/// The range of the spaces at the end of a header. They carry no meaning, and neither does other white space in their place.
 fn padding(file: &[u8]) -> std::ops::Range<usize> {
     let end = 8 + u64::from_le_bytes(*file.first_chunk().unwrap()) as usize;
-    let n_blanks = file[..end].iter().rev().take_while(|byte| **byte == b' ').count();
-    end - n_blanks..end
+    let n_spaces = file[..end].iter().rev().take_while(|byte| **byte == b' ').count();
+    end - n_spaces..end
 }
 
-/// Each byte of each kind of part, with each of its bits flipped.
+/// Flips each bit of each byte of each kind of part.
 #[test]
 fn one_flipped_bit_anywhere_is_refused() {
     let caches = Caches::empty();
-    for (name, file) in GOOD.iter() {
+    for (name, file) in VALID_PARTS.iter() {
         let (mut flipped, padding) = (file.clone(), padding(file));
         for i in (0..file.len()).filter(|i| !padding.contains(i)) {
             for bit in 0..8 {
                 flipped[i] ^= 1 << bit;
                 let taken = caches.import(&flipped);
-                assert!(taken.is_err(), "{name}: bit {bit} of byte {i} was flipped, and it was taken");
+                assert!(taken.is_err(), "{name}: the part was taken although bit {bit} of byte {i} was flipped");
                 flipped[i] = file[i];
             }
         }
@@ -495,22 +500,22 @@ proptest! {
         prop_assert!(Caches::empty().import(&header).is_err());
     }
 
-    /// Of a file without a checksum, too: there the rest of the checks stand alone.
+    /// Includes a file without a checksum, which only the other checks can refuse.
     #[test]
     fn no_change_of_a_file_makes_the_reader_panic(
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
         length in any::<prop::sample::Index>(),
         which in 0..4_usize,
     ) {
-        let mut file = GOOD.get(which).map_or_else(|| Foreign::new().bytes(), |(_name, file)| file.clone());
-        let (good, padding) = (file.clone(), padding(&file));
+        let mut file = VALID_PARTS.get(which).map_or_else(|| ExternalFile::new().bytes(), |(_name, file)| file.clone());
+        let (valid, padding) = (file.clone(), padding(&file));
         for (i, value) in &changes {
             let i = i.index(file.len());
             file[i] = *value;
         }
-        let is_changed = (0..file.len()).any(|i| !padding.contains(&i) && file[i] != good[i]);
+        let is_changed = (0..file.len()).any(|i| !padding.contains(&i) && file[i] != valid[i]);
         let taken = Caches::empty().import(&file);
-        prop_assert!(taken.is_err() || !is_changed || which == GOOD.len(), "{taken:?}");
+        prop_assert!(taken.is_err() || !is_changed || which == VALID_PARTS.len(), "{taken:?}");
         let cut = length.index(file.len());
         prop_assert!(Caches::empty().import(&file[..cut]).is_err(), "cut off at {cut}");
     }

@@ -1,8 +1,8 @@
-//! Caches in, parts out. No vector is copied on its way into a file.
+//! Writes the caches into parts. No vector is copied on its way into a file.
 
 use super::{
     Counts, Exported, Kind, Served, SnapshotError, VectorSource,
-    format::{self, DIGEST, DIM, ID_HASH_KEY, ID_KEYS, TEXT_DIGESTS, TEXT_ENDS, TEXTS, Tensor, VECTORS},
+    format::{DIGEST, DIM, ID_HASH_KEY, ID_KEYS, NewPart, TEXT_DIGESTS, TEXT_ENDS, TEXTS, Tensor, VECTORS},
 };
 use crate::{
     cache::{
@@ -24,28 +24,28 @@ use std::{
 const DIGEST_BYTES: usize = TextDigest::N_BYTES;
 const BUFFER_BYTES: usize = 256 << 10;
 
-/// Writes parts into a folder and counts what is in them.
-pub(super) struct Parts<'a> {
+/// Writes parts into a folder and counts their entries.
+pub(super) struct PartsWriter<'a> {
     folder: &'a Path,
-    /// Of one part's tensors, where it has more than one entry.
+    /// The most bytes of one part's tensors. A part with a single entry may exceed it.
     max_bytes: usize,
     counts: Counts,
 }
 
-impl<'a> Parts<'a> {
+impl<'a> PartsWriter<'a> {
     pub(super) fn new(folder: &'a Path, max_bytes: usize) -> Self {
-        Parts { folder, max_bytes, counts: Counts::default() }
+        PartsWriter { folder, max_bytes, counts: Counts::default() }
     }
 
     pub(super) fn write(mut self, caches: &Caches, served: &[Served]) -> Result<Counts, SnapshotError> {
-        self.vectors(&caches.contents, served.iter().map(|served| (served.encoder, served.content_dim)))?;
-        self.vectors(&caches.items, served.iter().map(|served| (served.tower, served.item_dim)))?;
-        self.known_items(&caches.known_items)?;
+        self.write_vectors(&caches.contents, served.iter().map(|served| (served.encoder, served.content_dim)))?;
+        self.write_vectors(&caches.items, served.iter().map(|served| (served.tower, served.item_dim)))?;
+        self.write_known_items(&caches.known_items)?;
         Ok(self.counts)
     }
 
-    /// Models may share a digest.
-    fn vectors<P: VectorSource>(
+    /// Writes the vectors of each digest once: models may share one.
+    fn write_vectors<P: VectorSource>(
         &mut self,
         cache: &VectorCache<EmbeddingKey<P>>,
         served: impl Iterator<Item = (Digest<P>, usize)>,
@@ -60,44 +60,45 @@ impl<'a> Parts<'a> {
             let n_rows = (self.max_bytes / (dim * size_of::<f32>() + DIGEST_BYTES)).max(1);
             let mut keys = keys.iter().filter(|key| key.part == digest).copied();
             for number in 0.. {
-                let some: Vec<EmbeddingKey<P>> = keys.by_ref().take(n_rows).collect();
-                if some.is_empty() {
+                let part_keys: Vec<EmbeddingKey<P>> = keys.by_ref().take(n_rows).collect();
+                if part_keys.is_empty() {
                     break;
                 }
-                let rows = rows(cache, some, dim);
+                let rows = rows(cache, part_keys, dim);
                 let name = format!("{}-{digest}-{number:06}", P::KIND.as_str());
-                self.part(&name, P::KIND, |out| write_rows(out, digest, dim, &rows))?;
+                self.write_part(&name, P::KIND, |out| write_rows(out, digest, dim, &rows))?;
             }
         }
         Ok(())
     }
 
-    fn known_items(&mut self, known: &KnownItems) -> Result<(), SnapshotError> {
+    fn write_known_items(&mut self, known: &KnownItems) -> Result<(), SnapshotError> {
         let (hash_key, items) = hottest(known);
         let (mut columns, mut number) = (TextColumns::default(), 0);
-        let mut text = Vec::new();
+        let mut json = Vec::new();
         for item in items {
-            if let KnownItem { id, text: Some(read), .. } = &item {
-                text.clear();
-                let file = self.folder;
-                serde_json::to_writer(&mut text, &**read).map_err(|error| SnapshotError::at(file)(error.into()))?;
-                if columns.n() > 0 && columns.n_bytes() + text.len() > self.max_bytes {
-                    self.texts(number, hash_key, &columns)?;
-                    columns = TextColumns::default();
-                    number += 1;
-                }
-                columns.push(*id, &text);
+            let KnownItem { id, text: Some(text), .. } = item else { continue };
+            json.clear();
+            serde_json::to_writer(&mut json, &*text).map_err(|error| SnapshotError::at(self.folder)(error.into()))?;
+            if columns.n() > 0 && columns.n_bytes() + json.len() > self.max_bytes {
+                self.write_texts(number, hash_key, &columns)?;
+                columns = TextColumns::default();
+                number += 1;
             }
+            columns.push(id, &json);
         }
-        if columns.n() > 0 { self.texts(number, hash_key, &columns) } else { Ok(()) }
+        if columns.n() > 0 {
+            self.write_texts(number, hash_key, &columns)?;
+        }
+        Ok(())
     }
 
-    fn texts(&mut self, number: usize, hash_key: HashKey, columns: &TextColumns) -> Result<(), SnapshotError> {
+    fn write_texts(&mut self, number: usize, hash_key: HashKey, columns: &TextColumns) -> Result<(), SnapshotError> {
         let name = format!("{}-{number:06}", Kind::KnownItems.as_str());
-        self.part(&name, Kind::KnownItems, |out| columns.write(out, hash_key))
+        self.write_part(&name, Kind::KnownItems, |out| columns.write(out, hash_key))
     }
 
-    fn part(
+    fn write_part(
         &mut self,
         name: &str,
         kind: Kind,
@@ -117,7 +118,7 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// All known items with the key that their ids are hashed under: read again where it changed meanwhile.
+/// All known items, and the key under which their ids are hashed. Reads both again if the key changed meanwhile.
 fn hottest(known: &KnownItems) -> (HashKey, Vec<KnownItem>) {
     loop {
         let (hash_key, items) = (known.hash_key(), known.hottest());
@@ -127,9 +128,9 @@ fn hottest(known: &KnownItems) -> (HashKey, Vec<KnownItem>) {
     }
 }
 
-/// Writes the vectors of one digest into one file, whatever its size, the hottest first.
+/// Writes all vectors of one digest into one file, hottest first.
 ///
-/// They cannot leave memory before it is written: until then the vectors that a busy cache drops cost their room twice.
+/// The vectors stay in memory until the file is written, in addition to those that a busy cache inserts in their place.
 pub fn export<P: VectorSource>(
     out: &mut dyn Write,
     cache: &VectorCache<EmbeddingKey<P>>,
@@ -143,7 +144,7 @@ pub fn export<P: VectorSource>(
     Ok(exported)
 }
 
-/// The vectors under `keys` that are still there.
+/// The vectors under `keys` that are still cached.
 fn rows<P: VectorSource>(
     cache: &VectorCache<EmbeddingKey<P>>,
     keys: Vec<EmbeddingKey<P>>,
@@ -162,15 +163,20 @@ fn write_rows<P: VectorSource>(
 ) -> io::Result<Exported> {
     let vectors = rows.iter().map(|(_key, vector)| bytemuck::cast_slice(vector)).collect();
     let text_digests = rows.iter().map(|(key, _vector)| key.text.as_bytes().as_slice()).collect();
-    let tensors = [
-        Tensor { name: VECTORS, dtype: Dtype::F32, shape: vec![rows.len(), dim], pieces: vectors },
-        Tensor { name: TEXT_DIGESTS, dtype: Dtype::U8, shape: vec![rows.len(), DIGEST_BYTES], pieces: text_digests },
-    ];
-    let own_entries = vec![(DIGEST, digest.to_string()), (DIM, dim.to_string())];
-    format::write(out, (P::KIND, rows.len()), own_entries, &tensors)
+    let n = rows.len();
+    let part = NewPart {
+        kind: P::KIND,
+        n_entries: n,
+        own_metadata: vec![(DIGEST, digest.to_string()), (DIM, dim.to_string())],
+        tensors: vec![
+            Tensor { name: VECTORS, dtype: Dtype::F32, shape: vec![n, dim], pieces: vectors },
+            Tensor { name: TEXT_DIGESTS, dtype: Dtype::U8, shape: vec![n, DIGEST_BYTES], pieces: text_digests },
+        ],
+    };
+    part.write(out)
 }
 
-/// Known items on their way into a part.
+/// The tensors of a part of known items.
 #[derive(Default)]
 struct TextColumns {
     id_keys: Vec<u8>,
@@ -196,12 +202,16 @@ impl TextColumns {
     fn write(&self, out: &mut dyn Write, hash_key: HashKey) -> io::Result<Exported> {
         let n = self.n();
         let HashKey([high, low]) = hash_key;
-        let tensors = [
-            Tensor { name: TEXT_ENDS, dtype: Dtype::U64, shape: vec![n], pieces: vec![&self.text_ends] },
-            Tensor { name: ID_KEYS, dtype: Dtype::U8, shape: vec![n, DIGEST_BYTES], pieces: vec![&self.id_keys] },
-            Tensor { name: TEXTS, dtype: Dtype::U8, shape: vec![self.texts.len()], pieces: vec![&self.texts] },
-        ];
-        let own_entries = vec![(ID_HASH_KEY, format!("{high:016x}{low:016x}"))];
-        format::write(out, (Kind::KnownItems, n), own_entries, &tensors)
+        let part = NewPart {
+            kind: Kind::KnownItems,
+            n_entries: n,
+            own_metadata: vec![(ID_HASH_KEY, format!("{high:016x}{low:016x}"))],
+            tensors: vec![
+                Tensor { name: TEXT_ENDS, dtype: Dtype::U64, shape: vec![n], pieces: vec![&self.text_ends] },
+                Tensor { name: ID_KEYS, dtype: Dtype::U8, shape: vec![n, DIGEST_BYTES], pieces: vec![&self.id_keys] },
+                Tensor { name: TEXTS, dtype: Dtype::U8, shape: vec![self.texts.len()], pieces: vec![&self.texts] },
+            ],
+        };
+        part.write(out)
     }
 }

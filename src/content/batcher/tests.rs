@@ -1,8 +1,14 @@
-//! Every job once, requests first, like lengths together, and no batch longer than its caller waits.
+//! Every job is encoded once, requests first, similar lengths together, in batches no longer than the caller waits.
 
 use super::*;
 use proptest::prelude::*;
-use std::collections::HashSet;
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 #[derive(Debug, Clone, PartialEq)]
 struct Job {
@@ -14,7 +20,7 @@ struct Job {
 }
 
 impl Job {
-    /// A request's job, which has all the time.
+    /// A tokenized job of a request without a deadline.
     fn new(id: usize, length: usize) -> Self {
         Job { id, warm_up: false, length, tokenized: true, time_left: Duration::MAX }
     }
@@ -32,14 +38,16 @@ impl Queued for Job {
     }
 }
 
-/// Runs the queue dry on one thread; returns the encoded batches.
-fn run_dry(batcher: &Batcher<Job>) -> Vec<Vec<Job>> {
+/// Works off the queue on one thread and returns the encoded batches.
+fn drain(batcher: &Batcher<Job>) -> Vec<Vec<Job>> {
     batcher.close();
     let mut batches = Vec::new();
     while let Some(work) = batcher.next() {
         match work {
             Work::Tokenize(mut jobs) => {
-                jobs.iter_mut().for_each(|job| job.tokenized = true);
+                for job in &mut jobs {
+                    job.tokenized = true;
+                }
                 batcher.push_tokenized(jobs);
             }
             Work::Encode(jobs) => batches.push(jobs),
@@ -60,13 +68,13 @@ proptest! {
         let new = |(id, (warm_up, length))| Job { warm_up, tokenized: false, ..Job::new(id, length) };
         let jobs: Vec<Job> = shapes.into_iter().enumerate().map(new).collect();
         batcher.push(jobs.clone());
-        let batches = run_dry(&batcher);
+        let batches = drain(&batcher);
         let mut seen = HashSet::new();
         let mut n_requests_left = jobs.iter().filter(|job| !job.warm_up).count();
         for batch in &batches {
             let longest = batch.iter().map(|job| job.length).max().unwrap_or(0);
             prop_assert!(batch.len() == 1 || batch.len() <= max_items && batch.len() * longest <= max_tokens);
-            // A batch without a request may only come when no request is left.
+            // A batch without a request is allowed only if no request is left.
             prop_assert!(n_requests_left == 0 || batch.iter().any(|job| !job.warm_up));
             n_requests_left -= batch.iter().filter(|job| !job.warm_up).count();
             for job in batch {
@@ -77,7 +85,7 @@ proptest! {
     }
 
     #[test]
-    fn a_batch_is_done_before_its_oldest_caller_leaves_or_is_a_single_job(
+    fn a_batch_finishes_before_its_oldest_caller_leaves_unless_it_is_a_single_job(
         jobs in prop::collection::vec((1..100_usize, 0..2000_u64), 1..100),
         token_us in 1..100_u64,
     ) {
@@ -87,7 +95,7 @@ proptest! {
         batcher.push_tokenized(jobs.iter().copied().enumerate().map(new).collect());
         let mut n_encoded = 0;
         let mut left: Vec<usize> = (0..jobs.len()).collect();
-        for batch in run_dry(&batcher) {
+        for batch in drain(&batcher) {
             let oldest = left[0];
             let longest = batch.iter().map(|job| job.length).max().unwrap_or(0);
             let takes = Duration::from_micros(token_us * (batch.len() * longest) as u64);
@@ -105,7 +113,7 @@ proptest! {
         let new = |(id, length)| Job::new(id, length);
         batcher.push_tokenized(lengths.into_iter().enumerate().map(new).collect());
         let mut left: Vec<usize> = Vec::new();
-        for batch in run_dry(&batcher) {
+        for batch in drain(&batcher) {
             if left.is_empty() {
                 prop_assert_eq!(batch[0].id, 0);
             }
@@ -116,12 +124,15 @@ proptest! {
     }
 }
 
-/// A job whose priority is changed from outside.
-struct Fickle(usize, std::sync::Arc<std::sync::atomic::AtomicBool>);
+/// A job whose priority the test changes while it is queued.
+struct SwitchableJob {
+    id: usize,
+    is_request: Arc<AtomicBool>,
+}
 
-impl Queued for Fickle {
+impl Queued for SwitchableJob {
     fn priority(&self) -> Priority {
-        if self.1.load(std::sync::atomic::Ordering::SeqCst) { Priority::Request } else { Priority::WarmUp }
+        if self.is_request.load(Ordering::SeqCst) { Priority::Request } else { Priority::WarmUp }
     }
     fn n_tokens(&self) -> usize {
         1
@@ -132,24 +143,25 @@ impl Queued for Fickle {
 }
 
 #[test]
-fn a_job_that_somebody_has_come_to_wait_for_goes_first_and_one_that_was_left_goes_last() {
-    let flags: Vec<_> = (0..4).map(|_| std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false))).collect();
-    let set = |i: usize, wanted| flags[i].store(wanted, std::sync::atomic::Ordering::SeqCst);
+fn a_job_that_a_request_joins_goes_first_and_one_that_requests_left_goes_last() {
+    let flags: Vec<_> = (0..4).map(|_| Arc::new(AtomicBool::new(false))).collect();
+    let set = |i: usize, is_request| flags[i].store(is_request, Ordering::SeqCst);
     set(0, true);
     let batcher = Batcher::new(BatchLimits { max_items: 1, max_tokens: 1 });
-    batcher.push_tokenized(flags.iter().cloned().enumerate().map(|(i, flag)| Fickle(i, flag)).collect());
+    let new = |(id, is_request)| SwitchableJob { id, is_request };
+    batcher.push_tokenized(flags.iter().cloned().enumerate().map(new).collect());
     set(0, false);
     set(2, true);
     batcher.close();
     let mut order = Vec::new();
     while let Some(Work::Encode(batch)) = batcher.next() {
-        order.extend(batch.iter().map(|job| job.0));
+        order.extend(batch.iter().map(|job| job.id));
     }
     assert_eq!(order, [2, 1, 3, 0]);
 }
 
 #[test]
-fn in_a_hurry_encoding_starts_before_everything_is_tokenized() {
+fn encoding_starts_before_everything_is_tokenized_if_time_is_short() {
     for (time_left, n_expected) in [(Duration::from_millis(5), 32), (Duration::from_secs(5), 256)] {
         let batcher = Batcher::new(BatchLimits { max_items: 16, max_tokens: 512 });
         batcher.record(1, Duration::from_millis(1));
@@ -158,7 +170,9 @@ fn in_a_hurry_encoding_starts_before_everything_is_tokenized() {
         let mut n_tokenized = 0;
         while let Some(Work::Tokenize(mut jobs)) = batcher.next() {
             n_tokenized += jobs.len();
-            jobs.iter_mut().for_each(|job| job.tokenized = true);
+            for job in &mut jobs {
+                job.tokenized = true;
+            }
             batcher.push_tokenized(jobs);
         }
         assert_eq!(n_tokenized, n_expected, "with {time_left:?} left");
@@ -166,24 +180,24 @@ fn in_a_hurry_encoding_starts_before_everything_is_tokenized() {
 }
 
 #[test]
-fn like_lengths_share_a_batch() {
+fn jobs_of_similar_length_share_a_batch() {
     let batcher = Batcher::new(BatchLimits { max_items: 3, max_tokens: 1000 });
     let new = |(id, length)| Job::new(id, length);
     batcher.push_tokenized([50, 9, 52, 10, 49, 11].into_iter().enumerate().map(new).collect());
     let lengths: Vec<Vec<usize>> =
-        run_dry(&batcher).iter().map(|batch| batch.iter().map(|job| job.length).collect()).collect();
+        drain(&batcher).iter().map(|batch| batch.iter().map(|job| job.length).collect()).collect();
     assert_eq!(lengths, [vec![50, 52, 49], vec![9, 10, 11]]);
 }
 
 #[test]
 fn a_closed_queue_is_emptied_before_its_threads_end() {
-    let batcher = std::sync::Arc::new(Batcher::new(BatchLimits { max_items: 1, max_tokens: 1 }));
+    let batcher = Arc::new(Batcher::new(BatchLimits { max_items: 1, max_tokens: 1 }));
     let waiting = {
         let batcher = batcher.clone();
-        std::thread::spawn(move || run_dry(&batcher).len())
+        std::thread::spawn(move || drain(&batcher).len())
     };
     batcher.push_tokenized((0..10).map(|id| Job::new(id, 1)).collect());
     batcher.close();
-    let n_here = run_dry(&batcher).len();
+    let n_here = drain(&batcher).len();
     assert_eq!(waiting.join().unwrap() + n_here, 10);
 }

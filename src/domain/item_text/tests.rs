@@ -1,4 +1,4 @@
-//! Digests keep texts apart; the template gives the bytes that Jinja2 gave in training.
+//! Different texts have different digests; the template renders the bytes that Jinja2 rendered in training.
 
 use super::*;
 use proptest::prelude::*;
@@ -39,18 +39,18 @@ fn moving_a_letter_between_fields_changes_the_digest() {
     let left = ItemText { title: "ab".into(), category: "c".into(), ..ItemText::default() };
     let right = ItemText { title: "a".into(), category: "bc".into(), ..ItemText::default() };
     assert_ne!(TextDigest::of(&left), TextDigest::of(&right));
-    let one = ItemText { keywords: vec!["a".into()], ..ItemText::default() };
-    let other = ItemText { attributes: vec!["a".into()], ..ItemText::default() };
-    assert_ne!(TextDigest::of(&one), TextDigest::of(&other));
+    let keyword = ItemText { keywords: vec!["a".into()], ..ItemText::default() };
+    let attribute = ItemText { attributes: vec!["a".into()], ..ItemText::default() };
+    assert_ne!(TextDigest::of(&keyword), TextDigest::of(&attribute));
 }
 
 #[test]
-fn text_is_bounded_over_all_fields_together() {
+fn the_length_limit_applies_to_all_fields_together() {
     let text = ItemText { title: "a".repeat(6), keywords: vec!["b".repeat(5)], ..ItemText::default() };
     assert_eq!(check(&text, 12), Ok(()));
     assert_eq!(check(&text, 11), Err(TextFault::TooLong { n_bytes: 12, max: 11 }));
-    let hollow = ItemText { title: "a".into(), keywords: vec![String::new(); 100], ..ItemText::default() };
-    assert_eq!(check(&hollow, 100), Err(TextFault::TooLong { n_bytes: 101, max: 100 }));
+    let empty_keywords = ItemText { title: "a".into(), keywords: vec![String::new(); 100], ..ItemText::default() };
+    assert_eq!(check(&empty_keywords, 100), Err(TextFault::TooLong { n_bytes: 101, max: 100 }));
     assert_eq!(check(&ItemText { keywords: vec![String::new()], ..ItemText::default() }, 10), Err(TextFault::Empty));
 }
 
@@ -70,7 +70,7 @@ fn any_text() -> impl Strategy<Value = ItemText> {
 
 proptest! {
     #[test]
-    fn digests_are_equal_exactly_where_texts_are(a in any_text(), b in any_text()) {
+    fn digests_are_equal_if_and_only_if_texts_are(a in any_text(), b in any_text()) {
         prop_assert_eq!(TextDigest::of(&a) == TextDigest::of(&b), a == b);
         prop_assert_eq!(TextDigest::of(&a), TextDigest::of(&a.clone()));
     }

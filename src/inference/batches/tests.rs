@@ -1,4 +1,4 @@
-//! Batches form behind busy threads, keep their limits and answer everybody once.
+//! Batches form behind busy threads, stay within their limits and answer every caller once.
 
 use super::*;
 use crate::inference::Pool;
@@ -8,12 +8,12 @@ use std::{
     time::Duration,
 };
 
-/// Numbers are doubled, and each answer says how many were doubled together. A thousand panics.
+/// Doubles numbers. Each result holds the double and how many numbers were doubled together. The number 1000 panics.
 type Doubling = Batches<(), usize, (usize, usize)>;
 
 fn doubling(limits: Limits) -> Arc<Doubling> {
     let run = |(): &mut (), jobs: Vec<usize>| {
-        assert!(!jobs.contains(&1000), "a thousand is too much");
+        assert!(!jobs.contains(&1000), "1000 is too much");
         jobs.iter().map(|job| (job * 2, jobs.len())).collect()
     };
     Arc::new(Batches::new(limits, |job| *job, Box::new(run)))
@@ -39,26 +39,29 @@ async fn occupy(pool: &Arc<Pool<()>>) -> mpsc::Sender<()> {
     release
 }
 
-/// Lets `jobs` wait behind a busy thread; their answers, once it is free.
+/// Queues `jobs` behind a busy thread, then frees the thread and returns their results.
 async fn behind_a_busy_thread(
     limits: Limits,
     jobs: impl IntoIterator<Item = (usize, Instant)>,
 ) -> Vec<Result<(usize, usize), JobError>> {
     let (pool, batches) = (Arc::new(Pool::start("test", vec![()], 1000).unwrap()), doubling(limits));
     let release = occupy(&pool).await;
-    let mut asked = Vec::new();
+    let mut callers = Vec::new();
     for (job, deadline) in jobs {
         let n_waiting = batches.lock().len();
-        let (pool, of) = (Arc::clone(&pool), Arc::clone(&batches));
-        asked.push(tokio::spawn(async move { pool.run_together(&of, deadline, job).await }));
+        let call = {
+            let (pool, batches) = (Arc::clone(&pool), Arc::clone(&batches));
+            async move { pool.run_together(&batches, deadline, job).await }
+        };
+        callers.push(tokio::spawn(call));
         while batches.lock().len() == n_waiting {
             tokio::task::yield_now().await;
         }
     }
     drop(release);
     let mut answers = Vec::new();
-    for asked in asked {
-        answers.push(asked.await.unwrap());
+    for caller in callers {
+        answers.push(caller.await.unwrap());
     }
     assert_eq!(batches.lock().len(), 0, "a job was left behind");
     answers
@@ -67,7 +70,7 @@ async fn behind_a_busy_thread(
 const NO_LIMIT: Limits = Limits { max_jobs: usize::MAX, max_size: usize::MAX };
 
 #[tokio::test]
-async fn what_waits_behind_a_busy_thread_runs_together_and_what_does_not_runs_alone() {
+async fn jobs_behind_a_busy_thread_run_together_and_others_run_alone() {
     let jobs = [3, 4, 5].map(|job| (job, soon()));
     assert_eq!(behind_a_busy_thread(NO_LIMIT, jobs).await, [Ok((6, 3)), Ok((8, 3)), Ok((10, 3))]);
     let limits = Limits { max_jobs: 2, ..NO_LIMIT };
@@ -84,7 +87,7 @@ async fn what_waits_behind_a_busy_thread_runs_together_and_what_does_not_runs_al
 }
 
 #[tokio::test]
-async fn a_panic_fails_its_batch_and_the_thread_goes_on() {
+async fn a_panic_fails_only_its_batch() {
     let limits = Limits { max_jobs: 2, ..NO_LIMIT };
     let answers = behind_a_busy_thread(limits, [3, 1000, 5].map(|job| (job, soon()))).await;
     assert!(matches!(&answers[0], Err(JobError::Panicked(message)) if message.contains("too much")), "{answers:?}");
@@ -93,14 +96,14 @@ async fn a_panic_fails_its_batch_and_the_thread_goes_on() {
 }
 
 #[tokio::test]
-async fn who_is_late_or_has_left_is_not_in_a_batch() {
+async fn a_job_that_expired_or_whose_caller_left_is_not_run() {
     let (pool, batches) = (Arc::new(Pool::start("test", vec![()], 8).unwrap()), doubling(NO_LIMIT));
     let release = occupy(&pool).await;
     let in_a_moment = Instant::now() + Duration::from_millis(5);
     assert_eq!(pool.run_together(&batches, in_a_moment, 1).await, Err(JobError::Expired));
     let left = pool.run_together(&batches, soon(), 2);
     assert!(tokio::time::timeout(Duration::from_millis(5), left).await.is_err());
-    let stays = {
+    let waiting = {
         let (pool, batches) = (Arc::clone(&pool), Arc::clone(&batches));
         tokio::spawn(async move { pool.run_together(&batches, soon(), 3).await })
     };
@@ -108,11 +111,11 @@ async fn who_is_late_or_has_left_is_not_in_a_batch() {
         tokio::task::yield_now().await;
     }
     drop(release);
-    assert_eq!(stays.await.unwrap(), Ok((6, 1)));
+    assert_eq!(waiting.await.unwrap(), Ok((6, 1)));
 }
 
 #[tokio::test]
-async fn a_full_queue_leaves_nobody_behind() {
+async fn a_job_that_a_full_queue_refused_is_not_run() {
     let (pool, batches) = (Arc::new(Pool::start("test", vec![()], 1).unwrap()), doubling(NO_LIMIT));
     let release = occupy(&pool).await;
     let first = {
@@ -124,7 +127,7 @@ async fn a_full_queue_leaves_nobody_behind() {
     }
     assert_eq!(pool.run_together(&batches, soon(), 2).await, Err(JobError::QueueFull));
     drop(release);
-    assert_eq!(first.await.unwrap(), Ok((2, 1)), "the refused job was run with the first");
+    assert_eq!(first.await.unwrap(), Ok((2, 1)), "the refused job ran with the first");
 }
 
 proptest! {
