@@ -6,23 +6,23 @@ from pathlib import Path
 
 import numpy as np
 
-from learn import results
-from learn.metrics import Ranking
+from learn.evaluation.metrics import Ranking
+from research.retrieval import result_files
 
 N_USERS, N_EVENTS_EACH, N_ITEMS = 40, 3, 500
 COUNTS = np.r_[np.zeros(100), np.arange(400) // 2].astype(int)
 
 
-def made_study(name: str = "ml-small") -> results.Study:
+def made_study(name: str = "ml-small") -> result_files.Study:
     rng = np.random.default_rng(0)
     n = N_USERS * N_EVENTS_EACH
     user = np.repeat(np.arange(N_USERS), N_EVENTS_EACH)
     item = np.where(np.arange(n) % 3 == 0, rng.integers(0, 110, n), rng.integers(110, N_ITEMS, n))
-    return results.Study(
+    return result_files.Study(
         format=1,
         study=name,
-        data=results.Data(n_users=N_USERS, n_items=N_ITEMS, n_events=5000, digest="ab" * 32),
-        protocol=results.Protocol(n_test=N_EVENTS_EACH, n_validation=1),
+        data=result_files.Data(n_users=N_USERS, n_items=N_ITEMS, n_events=5000, digest="ab" * 32),
+        protocol=result_files.Protocol(n_test=N_EVENTS_EACH, n_validation=1),
         user=user.tolist(),
         item=item.tolist(),
         position=(20 + np.arange(n) % N_EVENTS_EACH).tolist(),
@@ -31,7 +31,7 @@ def made_study(name: str = "ml-small") -> results.Study:
     )
 
 
-def made_run(study: results.Study, model: str, seed: int, skill: float, **changes) -> results.Run:
+def made_run(study: result_files.Study, model: str, seed: int, skill: float, **changes) -> result_files.Run:
     """Ranks near `N_ITEMS / skill` and better; all models find the same events easy, so that pairing has a point."""
     ease = np.random.default_rng(1).random(len(study.user))
     luck = np.random.default_rng([seed, *model.encode()]).random(len(study.user))
@@ -50,19 +50,19 @@ def made_run(study: results.Study, model: str, seed: int, skill: float, **change
         "machine": "2 cores",
         "seconds": {"train": 12.5, "evaluate": 0.5},
         "curve": curve,
-        **results.measured(study, Ranking(rank, top), COUNTS),
+        **result_files.measured(study, Ranking(rank, top), COUNTS),
     }
-    return results.Run(**(fields | changes))
+    return result_files.Run(**(fields | changes))
 
 
-def write_made(root: Path, skills: dict[str, float], name: str = "ml-small", seeds=(1, 2, 3)) -> results.Study:
+def write_made(root: Path, skills: dict[str, float], name: str = "ml-small", seeds=(1, 2, 3)) -> result_files.Study:
     """A study with these models. A name with a slash is an ablation of `learn-text`."""
     study = made_study(name)
-    results.write_study(root, study)
+    result_files.write_study(root, study)
     for model, skill in skills.items():
         changes = {}
         if "/" in model:
             changes = {"family": "ablation", "reference": model.split("/")[0], "question": "item tower"}
         for seed in seeds:
-            results.write_run(root, made_run(study, model, seed, skill, **changes))
+            result_files.write_run(root, made_run(study, model, seed, skill, **changes))
     return study
