@@ -23,6 +23,7 @@ ORDER = (
     "learn.cli",
     "learn.__main__",
     "research.bootstrap",
+    "research.record_files",
     "research.baselines",
     "research.retrieval",
     "research.ranking",

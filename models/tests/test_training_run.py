@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 
 import torch
@@ -11,6 +10,8 @@ from live_server import serving
 
 from learn.cli import main
 from learn.serving import bundle, fixture_bundles
+from research import record_files
+from research.ranking.result_files import RankingStudy
 
 
 def test_every_step_in_one_go_with_an_encoder_of_ones_own(tmp_path, capsys):
@@ -166,8 +167,8 @@ def test_a_shop_of_ones_own_from_its_csv_to_bundle_ranking_model_and_report(tmp_
         assert main(["prepare", "--data", str(tmp_path / "in"), *own]) == 0
         assert main(["rank", *own, "--seed", "1"]) == 0
         assert "uauc" in capsys.readouterr().out
-        shared = json.loads((tmp_path / name / "ranking" / "test_events.json").read_text())
-        assert shared["split"]["kind"] == ("global_time" if cut else "per_user") and len(set(shared["label"])) == 2
+        ranking = record_files.read(tmp_path / name / "ranking" / "ranking.npz", RankingStudy)
+        assert ranking.split["kind"] == ("global_time" if cut else "per_user") and len(set(ranking.label.tolist())) == 2
     (tmp_path / "study.toml").write_text(SHOP_STUDY)
     study = ["--config", str(tmp_path / "study.toml"), "--encoders", str(tmp_path), "--run", str(tmp_path / "studied")]
     study += ["--out", str(tmp_path / "results"), "--workers", "1"]

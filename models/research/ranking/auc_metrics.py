@@ -1,13 +1,14 @@
-"""AUC, UAUC and WUAUC, over all test events and by group, and paired intervals for their differences.
+"""AUC, UAUC and WUAUC over all test events and by group, and paired intervals for the gain of one arm over another.
 
-- AUC: the chance that a liked event scores above one that is not, over all pairs, ties half.
-- UAUC: the mean over users of each user's own AUC; users whose events all have one label have none and are left out.
+- AUC: the probability that a liked event scores above one that is not liked; a tie counts as half.
+- UAUC: the mean over users of each user's own AUC. Users whose events all have the same label have no AUC and are left
+  out.
 - WUAUC: the same mean, weighted by the user's number of events (the metrics of LEARN's online test, arXiv 2405.03988).
 
-Within a group, only its events count, so a user's AUC there is over the user's events in the group.
+Within a group only the group's events count, so a user's AUC is over the user's events in the group. Only the order of
+scores matters: callers may pass scores or their ranks.
 
-Intervals: a bootstrap over users, because events of one user are not independent, with the same draw for both arms
-(paired) and for all seeds; seeds are drawn anew too, so that a difference that hangs on one lucky seed shows.
+Intervals come from `research.bootstrap`: users and seeds are drawn, and both arms are measured on the same draw.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
+from research.bootstrap import BootstrapConfig, Draws, Estimate, draw_users_and_seeds, percentile_interval, two_sided_p
+
 METRICS = ("auc", "uauc", "wuauc")
-# Bootstrap replicates whose weights are expanded to events at once.
+# Replicates whose weights are expanded to events at once.
 CHUNK = 64
-# Replicates for the pooled AUC, each of which is a pass over all events; metrics by user take as many as are asked for.
+# The most replicates for the pooled AUC, each of which is a pass over all events. The other metrics use all replicates.
 POOLED_DRAWS = 1000
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The test events, which all arms of a study share: `user` [n] indices, `label` [n] 0 or 1, training counts [n]."""
+    """The test events that all arms of a study share: `user` [n] indices, `label` [n] 0 or 1, training counts [n]."""
 
     user: np.ndarray
     label: np.ndarray
@@ -36,26 +39,16 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """Bounds of the groups. "cold-start" lies below the first bound, "long-tail" below the second, "other" above."""
+    """Bounds of the groups: "cold-start" below the first bound, "long-tail" below the second, "other" above both."""
 
     # Training events of the item.
     item_counts: tuple[int, int] = (5, 20)
-    # Shares of the users with test events, least active (by training events) first; a tie at a bound goes below it.
+    # Shares of the users with test events, by number of training events, fewest first. Ties go to the lower group.
     user_shares: tuple[float, float] = (0.1, 0.3)
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A difference with its 95 % interval and two-sided p value (of the bootstrap)."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
-
-
 def groups(events: HeldOut, config: GroupConfig) -> dict[str, np.ndarray]:
-    """Name -> [n] mask of the events in the group. "all" comes first."""
+    """Group name -> [n] mask of its events. "all" comes first."""
     users, first = np.unique(events.user, return_index=True)
     counts = events.user_train_count[first]
     bounds = [np.sort(counts)[max(0, int(np.ceil(share * len(users))) - 1)] for share in config.user_shares]
@@ -100,118 +93,128 @@ def weighted_auc(scores: np.ndarray, label: np.ndarray, weight: np.ndarray) -> n
     return np.where(pairs > 0, wins / np.maximum(pairs, 1e-300), np.nan)
 
 
-def measure(scores: np.ndarray, events: HeldOut, mask: np.ndarray) -> dict[str, float | int | None]:
-    """All metrics within `mask`; a metric that is not defined there is None."""
+@dataclass(frozen=True)
+class AucFigures:
+    """The metrics of one run within a group of events; None where a metric is not defined there.
+
+    `n_users` counts the users that have events of both labels in the group.
+    """
+
+    auc: float | None
+    uauc: float | None
+    wuauc: float | None
+    n_events: int
+    n_users: int
+
+
+def measure(scores: np.ndarray, events: HeldOut, mask: np.ndarray) -> AucFigures:
+    """All metrics within `mask`."""
     user, label, chosen = events.user[mask], events.label[mask], scores[mask]
     per_user, n_events = user_aucs(chosen, label, user, int(events.user.max()) + 1)
     known = ~np.isnan(per_user)
     auc = weighted_auc(chosen, label, np.ones((1, len(chosen))))[0] if len(chosen) else np.nan
-    figures = {
-        "auc": auc,
-        "uauc": per_user[known].mean() if known.any() else np.nan,
-        "wuauc": np.average(per_user[known], weights=n_events[known]) if known.any() else np.nan,
-    }
-    sizes = {"n_events": len(chosen), "n_users": int(known.sum()), "n_liked": int(label.sum())}
-    return {name: None if np.isnan(value) else round(float(value), 6) for name, value in figures.items()} | sizes
+    uauc = per_user[known].mean() if known.any() else np.nan
+    wuauc = np.average(per_user[known], weights=n_events[known]) if known.any() else np.nan
+    return AucFigures(_rounded(auc), _rounded(uauc), _rounded(wuauc), len(chosen), int(known.sum()))
 
 
-def paired(
-    treated: np.ndarray, control: np.ndarray, events: HeldOut, mask: np.ndarray, draws: tuple[int, int]
-) -> dict[str, Interval]:
-    """Intervals of treated - control, scores [seeds,n] each; `draws` = (replicates, seed of the bootstrap).
+def _rounded(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 6)
 
-    Metrics that are not defined within `mask` are left out.
+
+@dataclass(frozen=True)
+class ArmPair:
+    """Scores [seeds,n] of an arm and of the control, row by row of the same seeds."""
+
+    arm: np.ndarray
+    control: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.arm.shape != self.control.shape:
+            raise ValueError(
+                f"arms have scores of shapes {self.arm.shape} and {self.control.shape}; pairing needs the same"
+            )
+
+
+def gains(pair: ArmPair, events: HeldOut, mask: np.ndarray, config: BootstrapConfig) -> dict[str, Estimate]:
+    """Metric -> how far the arm is ahead of the control within `mask`.
+
+    Metrics that are not defined there are left out.
     """
-    if treated.shape != control.shape:
-        raise ValueError(f"arms have scores of shapes {treated.shape} and {control.shape}; pairing needs the same")
     user, label = events.user[mask], events.label[mask]
     present, user = np.unique(user, return_inverse=True)
     if not 0 < label.sum() < len(label):
         return {}
-    users, seeds = _weights(len(present), len(treated), draws)
-    found = {}
-    for name, replicates in _replicates((treated[:, mask], control[:, mask]), label, user, users, seeds).items():
+    draws = draw_users_and_seeds(len(present), len(pair.arm), config)
+    within = ArmPair(pair.arm[:, mask], pair.control[:, mask])
+    n_users = measure(pair.arm[0], events, mask).n_users
+    estimates = {}
+    for metric, replicates in _replicates(within, label, user, draws).items():
         if not np.isnan(replicates[0]):
-            found[name] = _interval(replicates)
-    return found
+            estimates[metric] = _estimate(replicates, (len(label), n_users, len(pair.arm)), config)
+    return estimates
 
 
-def contrast_name(group: str, other: str) -> str:
-    """What a comparison of the gains in two groups is called."""
-    return f"{group} − {other}"
+def contrast_name(group: str, other_group: str) -> str:
+    """The name of a comparison of the gains in two groups."""
+    return f"{group} − {other_group}"
 
 
 def contrast(
-    treated: np.ndarray,
-    control: np.ndarray,
-    events: HeldOut,
-    masks: tuple[np.ndarray, np.ndarray],
-    draws: tuple[int, int],
-) -> Interval | None:
-    """How much larger the gain in UAUC is within the first mask than within the second; arguments as in `paired`.
+    pair: ArmPair, events: HeldOut, masks: tuple[np.ndarray, np.ndarray], config: BootstrapConfig
+) -> Estimate | None:
+    """By how much the gain in UAUC within the first mask exceeds that within the second, from the same draws.
 
-    Both gains meet the same draws of users and of seeds. None where one of them is not defined.
+    None if one of the two gains is not defined. Sizes of the estimate are the smaller ones of the two groups.
     """
     present, user = np.unique(events.user, return_inverse=True)
     n_users = len(present)
-    users, seeds = _weights(n_users, len(treated), draws)
-    gains = []
+    draws = draw_users_and_seeds(n_users, len(pair.arm), config)
+    gains_of_mask = []
     for mask in masks:
-        label, whose = events.label[mask], user[mask]
-        auc = [np.stack([user_aucs(run[mask], label, whose, n_users)[0] for run in arm]) for arm in (treated, control)]
-        gap = auc[0] - auc[1]  # [seeds,users]
-        if np.isnan(gap[0]).all():
+        label, users = events.label[mask], user[mask]
+        arm, control = (
+            np.stack([user_aucs(run[mask], label, users, n_users)[0] for run in runs])
+            for runs in (pair.arm, pair.control)
+        )
+        gain = arm - control  # [seeds,users]
+        if np.isnan(gain[0]).all():
             return None
-        gains.append(_over_users(gap, np.ones(n_users), users, seeds))
-    return _interval(gains[0] - gains[1])
+        gains_of_mask.append(_mean_over_users(gain, np.ones(n_users), draws))
+    measured = [measure(pair.arm[0], events, mask) for mask in masks]
+    sizes = (min(part.n_events for part in measured), min(part.n_users for part in measured), len(pair.arm))
+    return _estimate(gains_of_mask[0] - gains_of_mask[1], sizes, config)
 
 
-def _weights(n_users: int, n_seeds: int, draws: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """How often each draw has each user [draws + 1, users], and weights of the seeds that sum to 1 [draws + 1, seeds].
-
-    The first row is the sample itself. Weights of seeds are stretched about their mean: a draw of S out of S spreads
-    by (S - 1) / S of the variance that new seeds would have, which matters for five of them.
-    """
-    n_draws, seed = draws
-    rng = np.random.default_rng(seed)
-    users = np.ones((n_draws + 1, n_users), dtype=np.uint16)
-    for begin in range(1, n_draws + 1, CHUNK):
-        rows = users[begin : begin + CHUNK]
-        rows[:] = rng.multinomial(n_users, np.full(n_users, 1 / n_users), size=len(rows))
-    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_draws) / n_seeds
-    stretched = 1 / n_seeds + np.sqrt(n_seeds / max(n_seeds - 1, 1)) * (seeds - 1 / n_seeds)
-    return users, np.vstack([np.full(n_seeds, 1 / n_seeds), stretched])
-
-
-def _replicates(arms, label, user, users, seeds) -> dict[str, np.ndarray]:
-    """Differences [draws + 1] of each metric, the plain sample first; of the pooled AUC no more than `POOLED_DRAWS`."""
-    n_users = users.shape[1]
-    gaps = []
-    pooled = np.zeros(min(len(seeds), POOLED_DRAWS + 1))
-    for place, (treated, control) in enumerate(zip(*arms, strict=True)):
-        with_it, n_events = user_aucs(treated, label, user, n_users)
-        without, _ = user_aucs(control, label, user, n_users)
-        gaps.append(with_it - without)
-        drawn = users[: len(pooled)]
-        change = _pooled(treated, label, user, drawn) - _pooled(control, label, user, drawn)
-        # A draw of users may leave this undefined, and then no other seed is defined either.
-        pooled += seeds[: len(pooled), place] * change
-    gap = np.stack(gaps)  # [seeds,users]
-    weights = {"uauc": np.ones(n_users), "wuauc": n_events}
-    return {"auc": pooled} | {name: _over_users(gap, weight, users, seeds) for name, weight in weights.items()}
+def _replicates(pair: ArmPair, label: np.ndarray, user: np.ndarray, draws: Draws) -> dict[str, np.ndarray]:
+    """Metric -> gains [r+1], the sample first; at most `POOLED_DRAWS` replicates of the pooled AUC."""
+    n_users = draws.users.shape[1]
+    user_gains = []
+    pooled = np.zeros(min(len(draws.seeds), POOLED_DRAWS + 1))
+    for row, (arm, control) in enumerate(zip(pair.arm, pair.control, strict=True)):
+        arm_aucs, n_events = user_aucs(arm, label, user, n_users)
+        control_aucs, _ = user_aucs(control, label, user, n_users)
+        user_gains.append(arm_aucs - control_aucs)
+        users = draws.users[: len(pooled)]
+        change = _pooled(arm, label, user, users) - _pooled(control, label, user, users)
+        # A draw of users can leave this undefined, and then it is undefined for every seed.
+        pooled += draws.seeds[: len(pooled), row] * change
+    gain = np.stack(user_gains)  # [seeds,users]
+    uauc, wuauc = (_mean_over_users(gain, weight, draws) for weight in (np.ones(n_users), n_events))
+    return {"auc": pooled, "uauc": uauc, "wuauc": wuauc}
 
 
-def _over_users(gap: np.ndarray, weight: np.ndarray, users: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """[draws + 1] weighted means over users of a difference [seeds,users]; users without one (NaN) are left out."""
-    known = ~np.isnan(gap[0])
-    found = []
-    for begin in range(0, len(users), CHUNK):
+def _mean_over_users(gain: np.ndarray, weight: np.ndarray, draws: Draws) -> np.ndarray:
+    """[r+1] weighted means over users of a gain [seeds,users]; users without one (NaN) are left out."""
+    known = ~np.isnan(gain[0])
+    means = []
+    for begin in range(0, len(draws.users), CHUNK):
         rows = slice(begin, begin + CHUNK)
-        drawn = users[rows, known] * weight[known]
-        mass = drawn.sum(axis=1)
-        total = ((drawn @ gap[:, known].T) * seeds[rows]).sum(axis=1)
-        found.append(np.where(mass > 0, total / np.maximum(mass, 1e-300), np.nan))
-    return np.concatenate(found)
+        drawn = draws.users[rows, known] * weight[known]
+        total_weight = drawn.sum(axis=1)
+        total = ((drawn @ gain[:, known].T) * draws.seeds[rows]).sum(axis=1)
+        means.append(np.where(total_weight > 0, total / np.maximum(total_weight, 1e-300), np.nan))
+    return np.concatenate(means)
 
 
 def _pooled(scores: np.ndarray, label: np.ndarray, user: np.ndarray, users: np.ndarray) -> np.ndarray:
@@ -219,9 +222,8 @@ def _pooled(scores: np.ndarray, label: np.ndarray, user: np.ndarray, users: np.n
     return np.concatenate(parts)
 
 
-def _interval(replicates: np.ndarray) -> Interval:
-    """Percentile interval; p is twice the smaller tail, each with one added so that it is never 0."""
+def _estimate(replicates: np.ndarray, sizes: tuple[int, int, int], config: BootstrapConfig) -> Estimate:
+    """`replicates` has the sample itself first; `sizes` are the numbers of events, users and seeds."""
     drawn = replicates[1:][~np.isnan(replicates[1:])]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    return Interval(float(replicates[0]), float(low), float(high), float(min(1.0, 2 * (tail + 1) / (len(drawn) + 1))))
+    low, high = percentile_interval(drawn, config.level)
+    return Estimate(float(replicates[0]), float(low), float(high), two_sided_p(drawn), *sizes)

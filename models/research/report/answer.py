@@ -1,7 +1,4 @@
-"""What the report says of claims: the short answer and the tables of verdicts, and what was not tested.
-
-`Report` is what every section is written from.
-"""
+"""The report's sections on claims: the short answer, the tables of verdicts, and the claims that were not tested."""
 
 from __future__ import annotations
 
@@ -12,18 +9,15 @@ from pathlib import Path
 
 from learn.evaluation import metrics
 from research.bootstrap import BootstrapConfig
-from research.ranking.study import Row
+from research.ranking.summary import Row
 from research.report import retrieval_tables
-from research.report.claims import AMAZON, BY_TIME, MAIN, SECTIONS, Section
-from research.report.notes import AMAZON as AMAZON_KEY
-from research.report.notes import Notes
+from research.report.claims import ClaimList, Section
+from research.report.expected_models import expected_models
 from research.report.number_format import difference, paragraphs, plain, prose_table, with_interval
-from research.report.ranking_table import gap
 from research.report.retrieval_tables import label
-from research.report.verdicts import Finding, Record, Verdict
-from research.retrieval.estimates import Evidence
+from research.report.verdicts import MAIN, MAIN_BY_TIME, Finding, Studies, Verdict
+from research.retrieval.estimates import StudyEstimates
 
-AMAZON_ALL, NO_AMAZON = "LEARN beats SASRec on six categories of Amazon reviews", "no study of them has been run yet"
 _GROUPS = (
     ("all", "All test events"),
     (metrics.FEW, "Targets with fewer than five ratings"),
@@ -33,19 +27,23 @@ _GROUPS = (
 
 @dataclass(frozen=True)
 class Report:
-    """What goes into the text: evidence, remarks, and where plots go."""
+    """What every section is written from, and where plots go. `findings` is by the id of the claim."""
 
-    record: Record
-    notes: Notes
+    studies: Studies
+    claims: ClaimList
     findings: dict[str, Finding]
     config: BootstrapConfig
     plots: Path
     written: list[Path]
 
     @property
-    def main(self) -> Evidence | None:
+    def main(self) -> StudyEstimates | None:
         """The main study."""
-        return self.record.studies.get(self.record.main or "")
+        return self.studies.retrieval.get(self.studies.main or "")
+
+    def remark(self, text: str) -> str:
+        """The remark, or "" if it is about another study than the main one of this report."""
+        return text if self.claims.main_study == self.studies.main else ""
 
     def plot(self, name: str, alt: str, draw: Callable[[Path], None]) -> str:
         """Draws a PNG and returns the Markdown that shows it."""
@@ -56,7 +54,7 @@ class Report:
 
 
 def tally(report: Report) -> str:
-    """How many claims came out which way."""
+    """How many claims have which verdict."""
     count = Counter(finding.verdict for finding in report.findings.values())
     words = {Verdict.HOLDS: "hold", Verdict.DOES_NOT_HOLD: "do not hold"}
     parts = (f"{count[verdict]} {words.get(verdict, verdict.value)}" for verdict in Verdict)
@@ -72,106 +70,108 @@ def answer(report: Report) -> str:
         "the number of claims."
     )
     bullets = [f"- {tally(report)}.", *headlines(report)]
-    return paragraphs("\n".join(bullets), legend, *(_section(report, section) for section in SECTIONS))
+    return paragraphs("\n".join(bullets), legend, *(_section(report, section) for section in report.claims.sections))
 
 
 def headlines(report: Report) -> list[str]:
-    """The main comparisons, a bullet each."""
-    record, lines = report.record, ["- The main study has not been run yet."]
+    """The main comparisons, one bullet each."""
+    studies = report.studies
+    lines = ["- The main study has not been run yet."]
     if report.main is not None:
-        lines = [*_lines_of(report.main, ""), _gap_line(report.main)]
-    if (by_time := record.study(BY_TIME)) is not None:
-        lines += _lines_of(by_time, "Cut by time: ")
-    return [*lines, *_ranking_lines(record.rows(MAIN), ""), *_ranking_lines(record.rows(BY_TIME), "Cut by time: ")]
+        lines = [*_group_lines(report.main, ""), _text_line(report.main)]
+    if (by_time := studies.study(MAIN_BY_TIME)) is not None:
+        lines += _group_lines(by_time, "Cut by time: ")
+    lines += _ranking_lines(studies.rows(MAIN), "")
+    return lines + _ranking_lines(studies.rows(MAIN_BY_TIME), "Cut by time: ")
 
 
-def _lines_of(evidence: Evidence, cut: str) -> list[str]:
+def _group_lines(study: StudyEstimates, prefix: str) -> list[str]:
     return [
-        f"- {cut}{what}, NDCG@10: {_against_rivals(evidence, model, group)}."
-        for group, what in _GROUPS
+        f"- {prefix}{title}, NDCG@10: {_against_rivals(study, model, group)}."
+        for group, title in _GROUPS
         for model in ("learn-id", "learn-text")
-        if evidence.groups[group].any()
+        if study.groups[group].any()
     ]
 
 
-def _ranking_lines(rows: Sequence[Row], cut: str) -> list[str]:
-    """One line on a ranking model: UAUC over all events and on cold-start items, where the paper gained most."""
-    gaps = {row.group: gap(row) for row in rows if (row.arm, row.metric) == ("mid_emb", "uauc")}
-    found = [f"{group} {difference(gaps[group])}" for group in ("all", "cold-start items") if group in gaps]
-    return [f"- {cut}What the mid-emb adds to the UAUC of a ranking model: {'; '.join(found)}."] if found else []
-
-
-def _against_rivals(evidence: Evidence, model: str, group: str) -> str:
-    if not evidence.has(model):
-        return f"{label(evidence, model)} has not been run yet"
-    parts = [f"{label(evidence, model)} {with_interval(evidence.figure(model, 'ndcg_at_10', group))}"]
-    for rival in retrieval_tables.RIVALS:
-        gap = evidence.difference(model, rival, "ndcg_at_10", group)
-        name = label(evidence, rival)
-        parts.append(f"against {name} {difference(gap)}" if evidence.has(rival) else f"{name} not run yet")
+def _against_rivals(study: StudyEstimates, model: str, group: str) -> str:
+    if not study.has(model):
+        return f"{label(study, model)} has not been run yet"
+    parts = [f"{label(study, model)} {with_interval(study.mean(model, 'ndcg_at_10', group))}"]
+    for rival in expected_models().rivals:
+        gap = study.difference(model, rival, "ndcg_at_10", group)
+        name = label(study, rival)
+        parts.append(f"against {name} {difference(gap)}" if study.has(rival) else f"{name} not run yet")
     return "; ".join(parts)
 
 
-def _gap_line(evidence: Evidence) -> str:
-    goal = retrieval_tables.goal_of(evidence)
-    texts = [model for model in retrieval_tables.ladder(evidence) if model.startswith("learn-text")]
-    if goal is None or not texts:
+def _text_line(study: StudyEstimates) -> str:
+    """How far the best model over text alone gets."""
+    goal = retrieval_tables.goal_of(study)
+    text_models = [model for model in retrieval_tables.ladder(study) if model.startswith("learn-text")]
+    if goal is None or not text_models:
         return "- How far text alone gets towards ID embeddings: not run yet."
-    best = texts[-1]
-    share = retrieval_tables.way_gone(evidence, best, goal)
+    best = text_models[-1]
+    share = retrieval_tables.share_of_way(study, best, goal)
     way = "" if share is None else f", {100 * share:.0f} % of the way from the bare content mean"
-    left = difference(evidence.difference(best, goal, "ndcg_at_10"))
+    left = difference(study.difference(best, goal, "ndcg_at_10"))
     return (
-        f"- The best run of text alone ({label(evidence, best)}; picked on these test events, so with hindsight) "
-        f"stands against {label(evidence, goal)} at {left}{way}."
+        f"- The best run of text alone ({label(study, best)}; picked on these test events, so with hindsight) "
+        f"stands against {label(study, goal)} at {left}{way}."
     )
 
 
+def _ranking_lines(rows: Sequence[Row], prefix: str) -> list[str]:
+    """One line on a ranking study: UAUC over all events and on cold-start items, where the paper gained most."""
+    gains = {row.group: row.gain for row in rows if (row.arm, row.metric) == ("mid_emb", "uauc")}
+    parts = [f"{group} {difference(gains[group])}" for group in ("all", "cold-start items") if group in gains]
+    return [f"- {prefix}What the mid-emb adds to the UAUC of a ranking model: {'; '.join(parts)}."] if parts else []
+
+
 def _section(report: Report, section: Section) -> str:
-    findings = [report.findings[claim.key] for claim in section.claims]
-    if section is AMAZON and _no_amazon(report):
-        printed = "; ".join(f"{f.claim.key.removeprefix('amazon-')} {f.claim.paper}" for f in findings)
-        found = f"{NO_AMAZON}{_stand_in(report)}"
-        rows = [[AMAZON_ALL, printed, found, f"not tested here{_remark(report, AMAZON_KEY)}"]]
+    if section.until_tested is not None and not _is_tested(report, section):
+        rows = [_row_until_tested(report, section)]
     else:
-        rows = [_claim_row(report, finding) for finding in findings]
+        rows = [_claim_row(report, report.findings[claim.id]) for claim in section.claims]
     return f"### {section.title}\n\n" + prose_table(["claim", "the source", "here", "verdict"], rows)
 
 
-def _stand_in(report: Report) -> str:
-    """The same comparison on the main study's data: what there is until somebody runs Amazon's."""
-    evidence, name = report.main, report.record.main
-    found = None if evidence is None else evidence.difference("learn-text", "sasrec", "recall_at_10")
-    if found is None:
-        return ""
-    pair = " against ".join(plain(evidence.figure(model, "recall_at_10")) for model in ("learn-text", "sasrec"))
-    return f"; on `{name}` in their place, Recall@10 {pair}: {difference(found)}"
+def _is_tested(report: Report, section: Section) -> bool:
+    return any(report.findings[claim.id].verdict is not Verdict.NOT_TESTED for claim in section.claims)
 
 
-def _no_amazon(report: Report) -> bool:
-    return all(report.findings[claim.key].verdict is Verdict.NOT_TESTED for claim in AMAZON.claims)
+def _row_until_tested(report: Report, section: Section) -> list[str]:
+    row, found = section.until_tested, section.until_tested.found
+    pair = (row.instead.model, row.instead.against)
+    gap = report.main and report.main.difference(*pair, row.instead.metric)
+    if gap:
+        means = " against ".join(plain(report.main.mean(model, row.instead.metric)) for model in pair)
+        found += f"; on `{report.studies.main}` in their place, {row.instead.shown_as} {means}: {difference(gap)}"
+    return [row.text, row.source, found, _with_remark(Verdict.NOT_TESTED.value, report.remark(row.remark))]
 
 
 def _claim_row(report: Report, finding: Finding) -> list[str]:
     claim, verdict = finding.claim, finding.verdict.value
     shown = verdict if finding.verdict in (Verdict.NOT_TESTED, Verdict.NOT_SHOWN) else f"**{verdict}**"
-    return [claim.text, claim.paper, finding.found, shown + _remark(report, claim.key)]
+    return [claim.text, claim.source, finding.found, _with_remark(shown, report.remark(claim.remark))]
 
 
-def _remark(report: Report, key: str) -> str:
-    remark = report.notes.claims.get(key)
-    return f". {remark}" if remark else ""
+def _with_remark(verdict: str, remark: str) -> str:
+    return f"{verdict}. {remark}" if remark else verdict
 
 
 def untested(report: Report) -> str:
     """Section 9. Claims that share a reason share a line."""
-    by_reason: dict[str, list[str]] = {}
-    for finding in report.findings.values():
-        if finding.verdict is Verdict.NOT_TESTED:
-            text, key, found = finding.claim.text, finding.claim.key, finding.found
-            if finding.claim in AMAZON.claims and _no_amazon(report):
-                text, key, found = AMAZON_ALL, AMAZON_KEY, NO_AMAZON
-            reason = " ".join(part.rstrip(".") + "." for part in (found, report.notes.claims.get(key)) if part)
-            by_reason.setdefault(reason, []).append(text)
-    lines = [f"- {'; '.join(dict.fromkeys(texts))}: {reason}" for reason, texts in by_reason.items()]
+    texts_by_reason: dict[str, list[str]] = {}
+    for section in report.claims.sections:
+        for claim in section.claims:
+            finding = report.findings[claim.id]
+            if finding.verdict is not Verdict.NOT_TESTED:
+                continue
+            text, found, remark = claim.text, finding.found, claim.remark
+            if (row := section.until_tested) is not None and not _is_tested(report, section):
+                text, found, remark = row.text, row.found, row.remark
+            reason = " ".join(part.rstrip(".") + "." for part in (found, report.remark(remark)) if part)
+            texts_by_reason.setdefault(reason, []).append(text)
+    lines = [f"- {'; '.join(dict.fromkeys(texts))}: {reason}" for reason, texts in texts_by_reason.items()]
     return "\n".join(lines) or f"All {len(report.findings)} claims were tested."

@@ -1,13 +1,13 @@
-"""`learn report`: the JSONs of `results/` -> REPORT.md with its plots. The same JSONs give the same bytes.
+"""`learn report`: the files of `results/` -> REPORT.md and its plots. Equal files give equal bytes.
 
-    retrieval.result_files   files -> studies and runs, checked
-    retrieval.estimates      runs -> estimates with intervals (`bootstrap`)
-    claims, verdicts         what LEARN says -> holds, does not hold, not shown, not tested
-    answer                   the short answer, the verdicts, what was not tested
-    retrieval_tables, ranking_table, plots, number_format      estimates -> Markdown and PNG
-    document                 which of it stands where
+    retrieval.result_files, ranking.result_files    files -> studies and runs, checked
+    retrieval.estimates, ranking.summary            runs -> estimates with intervals
+    claims, verdicts                                what LEARN claims -> holds, does not hold, not shown, not tested
+    answer                                          the short answer, the verdicts, what was not tested
+    retrieval_tables, ranking_table, plots          estimates -> Markdown and PNG
+    document                                        the sections and their order
 
-No figure and no verdict is written down in code: what was not run says so, and the rest is computed.
+No figure and no verdict is written into code: they are computed, and what was not run is named.
 """
 
 from __future__ import annotations
@@ -19,41 +19,39 @@ import numpy as np
 
 from learn.evaluation import metrics
 from research.bootstrap import BootstrapConfig
+from research.ranking.arms import CONTROL
 from research.ranking.auc_metrics import POOLED_DRAWS
-from research.ranking.study import Row
+from research.ranking.summary import Row
 from research.report import plots, ranking_table, retrieval_tables
 from research.report.answer import Report, answer, tally, untested
-from research.report.claims import BY_TIME, SECTIONS
-from research.report.notes import Notes, read_notes
+from research.report.claims import ClaimList, read_claims
+from research.report.expected_models import Model, expected_models
 from research.report.number_format import paragraphs
-from research.report.retrieval_tables import Expected, label
-from research.report.verdicts import Record, find
+from research.report.retrieval_tables import label
+from research.report.verdicts import MAIN_BY_TIME, Studies, decide
 from research.retrieval import result_files
-from research.retrieval.estimates import Evidence
+from research.retrieval.estimates import StudyEstimates
 
-NOTES = "notes.toml"
 PLOTS = "report"
 NO_MAIN = "*Not run yet: there is no study of retrieval.*"
 
 
-def build(results_root: Path, out: Path, config: BootstrapConfig | None = None) -> list[Path]:
-    """Reads `results_root` and writes the report `out` and `report/*.png` beside it; returns what was written.
+def build(
+    results_root: Path, out: Path, config: BootstrapConfig | None = None, claims: ClaimList | None = None
+) -> list[Path]:
+    """Reads `results_root` and writes the report `out` and `report/*.png` beside it; returns the paths written.
 
-    `config` is for tests that want fewer replicates; its level stays .95, which is what the text says. The folder
-    `report/` belongs to the report: PNGs of earlier builds that it no longer shows are removed.
+    `claims` are those of `claims.toml` by default. `config` is for tests that need fewer replicates; its level has to
+    stay .95, which is what the text says. PNGs in `report/` that the new report does not show are removed.
 
-    Raises `DataError` for a file that is not as `result_files` or `notes` says, ValueError if the main study that
-    notes.toml names is not there, FileNotFoundError without the folder.
+    Raises `DataError` for a file that does not have the form that `result_files` describes, FileNotFoundError if the
+    folder is missing.
     """
-    found, notes, config = (
-        result_files.read(results_root),
-        read_notes(results_root / NOTES),
-        config or BootstrapConfig(),
-    )
-    studies = {name: Evidence(study, config) for name, study in found.retrieval.items()}
-    record = Record(studies, _main_study(studies, notes), ranking_table.read_all(found.ranking, config.n_resamples))
-    findings = {claim.key: find(claim, record) for section in SECTIONS for claim in section.claims}
-    report = Report(record, notes, findings, config, out.parent / PLOTS, [])
+    results, config, claims = result_files.read(results_root), config or BootstrapConfig(), claims or read_claims()
+    retrieval = {name: StudyEstimates(study, config) for name, study in results.retrieval.items()}
+    studies = Studies(retrieval, _main_study(retrieval, claims), ranking_table.read_all(results.ranking, config))
+    findings = {claim.id: decide(claim, studies) for claim in claims.claims()}
+    report = Report(studies, claims, findings, config, out.parent / PLOTS, [])
     text = _text(report)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
@@ -65,12 +63,12 @@ def build(results_root: Path, out: Path, config: BootstrapConfig | None = None) 
     return [out, *report.written]
 
 
-def _main_study(studies: dict[str, Evidence], notes: Notes) -> str | None:
-    if notes.main is not None and notes.main not in studies and studies:
-        raise ValueError(f"{NOTES}: main is {notes.main!r}, but the studies are {', '.join(studies)}")
-    others = ("ml-1m", "amazon-")
-    own = [name for name in studies if not name.startswith(others) and not name.endswith(BY_TIME)]
-    return notes.main if notes.main in studies else next(iter(own), None)
+def _main_study(retrieval: dict[str, StudyEstimates], claims: ClaimList) -> str | None:
+    """The main study that the claims name, or else the first one that no claim names as a study of its own."""
+    if claims.main_study in retrieval:
+        return claims.main_study
+    named = {getattr(claim, "study", None) for claim in claims.claims()}
+    return next((name for name in retrieval if name not in named and not name.endswith("-by-time")), None)
 
 
 def _text(report: Report) -> str:
@@ -97,7 +95,7 @@ def _text(report: Report) -> str:
 
 
 def _protocol(report: Report) -> str:
-    lines = [_study_line(name, evidence) for name, evidence in report.record.studies.items()] or [NO_MAIN]
+    lines = [_study_line(name, study) for name, study in report.studies.retrieval.items()] or [NO_MAIN]
     lines += [
         "Held out are the last events of each user, the newest for the test, those before for validation, or, cut by "
         "time, all events from a moment on; training sees neither. Ties in time are broken by a fixed rule.",
@@ -121,18 +119,18 @@ def _protocol(report: Report) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _study_line(name: str, evidence: Evidence) -> str:
-    study = evidence.study
+def _study_line(name: str, estimates: StudyEstimates) -> str:
+    study = estimates.study
     data, protocol = study.data, study.protocol
-    n_users = len(set(study.user))
     held_out = f"{protocol.n_test} held out for the test and {protocol.n_validation} for validation a user"
     if not protocol.n_test:
         held_out = "held out by time, validation before test"
     notes = "".join(f" {note.rstrip('.')}." for note in protocol.notes)
+    n_users, n_new = len(np.unique(study.user)), int(estimates.groups[metrics.NEW].sum())
     return (
         f"Study `{name}`: {data.n_users:,} users, {data.n_items:,} items, {data.n_events:,} events; {held_out}; "
-        f"{len(study.user):,} test events of {n_users:,} users, {int(evidence.groups[metrics.NEW].sum()):,} of them on "
-        f"new items. Digest `{data.digest[:12]}`.{notes}"
+        f"{len(study.user):,} test events of {n_users:,} users, {n_new:,} of them on new items. "
+        f"Digest `{data.digest[:12]}`.{notes}"
     )
 
 
@@ -142,66 +140,66 @@ def _study_line(name: str, evidence: Evidence) -> str:
 def _models(report: Report) -> str:
     if report.main is None:
         return NO_MAIN
-    parts = [f"Study `{report.record.main}`.", *_model_tables(report.main, retrieval_tables.MODELS)]
-    for name, evidence in report.record.studies.items():
-        if name != report.record.main:
-            parts += [f"### Study `{name}`", *_model_tables(evidence)]
+    parts = [f"Study `{report.studies.main}`.", *_model_tables(report.main, expected_models().models)]
+    for name, study in report.studies.retrieval.items():
+        if name != report.studies.main:
+            parts += [f"### Study `{name}`", *_model_tables(study)]
     return paragraphs(*parts)
 
 
-def _model_tables(evidence: Evidence, expected: Sequence[Expected] = ()) -> list[str]:
+def _model_tables(study: StudyEstimates, expected: Sequence[Model] = ()) -> list[str]:
     return [
-        retrieval_tables.main_table(evidence, expected),
+        retrieval_tables.main_table(study, expected),
         "Paired differences to SASRec and to HSTU:",
-        retrieval_tables.rivals_table(evidence),
+        retrieval_tables.rivals_table(study),
         "Other cut-offs, and what the top ten consist of:",
-        retrieval_tables.cutoffs_table(evidence),
+        retrieval_tables.cutoffs_table(study),
     ]
 
 
 def _popularity(report: Report) -> str:
-    evidence = report.main
-    if evidence is None:
+    study = report.main
+    if study is None:
         return NO_MAIN
     parts = [
         "Columns are how often training meets the target; in brackets, the number of test events.",
-        *_popularity_of(report, evidence, "buckets"),
+        *_popularity_of_study(report, study, "buckets"),
         "By how many events training reads of the user:",
-        retrieval_tables.groups_table(evidence, retrieval_tables.USER_GROUPS, "ndcg_at_10"),
+        retrieval_tables.groups_table(study, retrieval_tables.USER_GROUPS, "ndcg_at_10"),
     ]
-    if (by_time := report.record.study(BY_TIME)) is not None:
-        parts += [f"### Study `{by_time.study.study}`", *_popularity_of(report, by_time, "buckets-by-time")]
+    if (by_time := report.studies.study(MAIN_BY_TIME)) is not None:
+        parts += [f"### Study `{by_time.study.study}`", *_popularity_of_study(report, by_time, "buckets-by-time")]
     return paragraphs(*parts)
 
 
-def _popularity_of(report: Report, evidence: Evidence, plot: str) -> list[str]:
+def _popularity_of_study(report: Report, study: StudyEstimates, plot: str) -> list[str]:
     groups = (*retrieval_tables.ITEM_GROUPS, metrics.FEW)
     return [
-        retrieval_tables.groups_table(evidence, groups, "ndcg_at_10"),
-        retrieval_tables.groups_table(evidence, groups, "hr_at_100"),
-        _buckets_plot(report, evidence, plot),
+        retrieval_tables.groups_table(study, groups, "ndcg_at_10"),
+        retrieval_tables.groups_table(study, groups, "hr_at_100"),
+        _buckets_plot(report, study, plot),
         "Differences:",
-        retrieval_tables.group_differences_table(evidence, "ndcg_at_10"),
-        retrieval_tables.group_differences_table(evidence, "hr_at_100"),
+        retrieval_tables.group_differences_table(study, "ndcg_at_10"),
+        retrieval_tables.group_differences_table(study, "hr_at_100"),
     ]
 
 
-def _buckets_plot(report: Report, evidence: Evidence, name: str) -> str:
+def _buckets_plot(report: Report, study: StudyEstimates, name: str) -> str:
     groups = retrieval_tables.ITEM_GROUPS
-    names = [retrieval_tables.group_title(evidence, group) for group in groups]
+    names = [retrieval_tables.group_title(study, group) for group in groups]
     found = {
-        label(evidence, model): [evidence.figure(model, "hr_at_100", group) for group in groups]
-        for model in retrieval_tables.ordered(evidence)
+        label(study, model): [study.mean(model, "hr_at_100", group) for group in groups]
+        for model in retrieval_tables.ordered(study)
     }
     alt = "H@100 by popularity of the target"
     return report.plot(name, alt, lambda path: plots.buckets(path, names, found, "H@100")) if found else ""
 
 
 def _curves(report: Report) -> str:
-    evidence = report.main
-    if evidence is None:
+    study = report.main
+    if study is None:
         return NO_MAIN
-    found = [curve for model in retrieval_tables.ordered(evidence) if (curve := _curve(evidence, model)) is not None]
+    found = [curve for model in retrieval_tables.ordered(study) if (curve := _curve(study, model)) is not None]
     if not found:
         return "*Not run yet: no run left a learning curve.*"
     shown = report.plot(
@@ -212,11 +210,9 @@ def _curves(report: Report) -> str:
     return paragraphs("Mean over seeds; the range of seeds is shaded.", shown)
 
 
-def _curve(evidence: Evidence, model: str) -> plots.Curve | None:
+def _curve(study: StudyEstimates, model: str) -> plots.Curve | None:
     """The checks that all seeds have; None with fewer than two of them."""
-    of_seed = [
-        {check.step: check for check in run.curve if check.ndcg_at_10 is not None} for run in evidence.runs(model)
-    ]
+    of_seed = [{check.step: check for check in run.curve if check.ndcg_at_10 is not None} for run in study.runs(model)]
     steps = sorted(set.intersection(*(set(checks) for checks in of_seed)))
     if len(steps) < 2:
         return None
@@ -224,23 +220,23 @@ def _curve(evidence: Evidence, model: str) -> plots.Curve | None:
         np.array([[getattr(checks[step], name) for step in steps] for checks in of_seed])
         for name in ("seconds", "ndcg_at_10")
     )
-    return plots.Curve(label(evidence, model), np.array(steps), seconds.mean(axis=0), figure)
+    return plots.Curve(label(study, model), np.array(steps), seconds.mean(axis=0), figure)
 
 
 def _ablations(report: Report) -> str:
-    evidence = report.main
-    if evidence is None:
+    study = report.main
+    if study is None:
         return NO_MAIN
     parts, absent = [], []
-    for question, models in retrieval_tables.questions(evidence).items():
-        remark = report.notes.questions.get(question, "")
-        if not any(evidence.has(model) for model in models):
+    for question, models in retrieval_tables.questions(study).items():
+        remark = report.remark(expected_models().remarks.get(question, ""))
+        if not any(study.has(model) for model in models):
             named = ", ".join(f"`{model}`" for model in models)
             absent.append(f"- {question}: {named}. {remark}".rstrip())
             continue
         parts += [
             f"### {question[:1].upper()}{question[1:]}",
-            retrieval_tables.question_table(evidence, models),
+            retrieval_tables.question_table(study, models),
             remark,
         ]
     if absent:
@@ -250,15 +246,15 @@ def _ablations(report: Report) -> str:
         "### How far text gets, and by what",
         "From the weakest to the strongest; each change is measured against its own reference, so steps do not add up. "
         "The way goes from the bare content mean (0 %) to the stronger ID model (100 %), a share of point estimates.",
-        retrieval_tables.ladder_table(evidence),
-        _forest(report, evidence),
+        retrieval_tables.ladder_table(study),
+        _forest(report, study),
     )
 
 
-def _forest(report: Report, evidence: Evidence) -> str:
+def _forest(report: Report, study: StudyEstimates) -> str:
     found = {}
-    for run in evidence.ablations():
-        gap = evidence.difference(run.model, run.reference, "ndcg_at_10")
+    for run in study.ablations():
+        gap = study.difference(run.model, run.reference, "ndcg_at_10")
         if gap is not None:
             found[run.label if run.label not in found else f"{run.label} ({run.model})"] = gap
     found = dict(sorted(found.items(), key=lambda pair: (-pair[1].value, pair[0])))
@@ -272,46 +268,45 @@ def _forest(report: Report, evidence: Evidence) -> str:
 
 
 def _ranking(report: Report) -> str:
-    record = report.record
-    if not record.ranking:
+    studies = report.studies
+    if not studies.ranking:
         return "*Not run yet.*"
     parts = [
         "The label is a proxy made from ratings: there are no impressions, no conversions and no revenue in this data."
     ]
-    for name, rows in sorted(record.ranking.items(), key=lambda pair: (pair[0] != record.main, pair[0])):
-        if name != record.main:
+    for name, rows in sorted(studies.ranking.items(), key=lambda pair: (pair[0] != studies.main, pair[0])):
+        if name != studies.main:
             parts.append(f"### Study `{name}`")
-        parts += _ranking_of(report, rows, "ranking" if name == record.main else f"ranking-{name}")
+        parts += _ranking_study(report, rows, "ranking" if name == studies.main else f"ranking-{name}")
     return paragraphs(*parts)
 
 
-def _ranking_of(report: Report, rows: Sequence[Row], plot: str) -> list[str]:
-    base = ranking_table.control(rows)
-    gaps = {
-        f"{row.group} ({row.n_users} users)": ranking_table.gap(row)
+def _ranking_study(report: Report, rows: Sequence[Row], plot: str) -> list[str]:
+    gains = {
+        f"{row.group} ({row.n_users} users)": row.gain
         for row in rows
-        if row.arm == "mid_emb" and row.metric == "uauc" and row.difference is not None
+        if row.arm == "mid_emb" and row.metric == "uauc" and row.gain is not None
     }
     shown = ""
-    if gaps:
-        xlabel = f"UAUC with the mid-emb less that of `{base}`\n95 % interval; full: p < .05"
-        shown = report.plot(plot, "UAUC by group", lambda path: plots.forest(path, gaps, xlabel))
+    if gains:
+        xlabel = f"UAUC with the mid-emb less that of `{CONTROL}`\n95 % interval; full: p < .05"
+        shown = report.plot(plot, "UAUC by group", lambda path: plots.forest(path, gains, xlabel))
     return [
-        ranking_table.figures_table(rows),
-        f"UAUC less that of `{base}`, by group:",
+        ranking_table.means_table(rows),
+        f"UAUC less that of `{CONTROL}`, by group:",
         ranking_table.groups_table(rows, "uauc"),
         shown,
-        f"WUAUC less that of `{base}`:",
+        f"WUAUC less that of `{CONTROL}`:",
         ranking_table.groups_table(rows, "wuauc"),
-        f"AUC less that of `{base}`:",
+        f"AUC less that of `{CONTROL}`:",
         ranking_table.groups_table(rows, "auc"),
     ]
 
 
 def _costs(report: Report) -> str:
-    if not report.record.studies:
+    if not report.studies.retrieval:
         return NO_MAIN
     parts = []
-    for name, evidence in report.record.studies.items():
-        parts += [f"Study `{name}`, means over seeds:", retrieval_tables.costs_table(evidence)]
+    for name, study in report.studies.retrieval.items():
+        parts += [f"Study `{name}`, means over seeds:", retrieval_tables.costs_table(study)]
     return paragraphs(*parts)

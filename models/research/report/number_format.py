@@ -1,4 +1,4 @@
-"""How numbers and tables look in the report: few digits, no leading zero, intervals in brackets, real minus signs."""
+"""How the report prints numbers and tables: few digits, no leading zero, intervals in brackets, real minus signs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,21 @@ from research.retrieval.estimates import has_interval, is_significant
 
 NOT_RUN = "*not run yet*"
 NONE = "–"
+# Metric -> its name in the report. H@100 and R@100 are the names that LEARN's paper prints.
+METRIC_NAMES = {
+    "hr_at_10": "HR@10",
+    "hr_at_50": "HR@50",
+    "hr_at_100": "H@100",
+    "hr_at_200": "HR@200",
+    "recall_at_100": "R@100",
+    "ndcg_at_10": "NDCG@10",
+    "ndcg_at_50": "NDCG@50",
+    "ndcg_at_200": "NDCG@200",
+    "mrr": "MRR",
+    "mrr_at_10": "MRR@10",
+    "mrr_at_50": "MRR@50",
+    "mrr_at_200": "MRR@200",
+}
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -41,7 +56,7 @@ def with_interval(estimate: Estimate | None) -> str:
 
 
 def plain(estimate: Estimate | None) -> str:
-    """The figure alone."""
+    """The value without its interval."""
     return NONE if estimate is None else number(estimate.value)
 
 
@@ -57,7 +72,7 @@ def difference(estimate: Estimate | None) -> str:
 
 
 def multiplicity(estimates: Sequence[Estimate | None]) -> str:
-    """What a table with many comparisons is worth: how many are bold, by chance would be, and stay after a correction.
+    """How many comparisons of a table are bold, how many would be by chance, and how many stay after a correction.
 
     The correction is that of Benjamini and Hochberg (1995): at most 5 % of those that stay are expected to be false.
     """
@@ -82,7 +97,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def prose_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same with every column to the left, for cells of words."""
+    """A Markdown table with every column to the left, for cells of words."""
     return "\n".join(_line(cells) for cells in [header, ["---"] * len(header), *rows])
 
 
@@ -92,5 +107,5 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def paragraphs(*parts: str) -> str:
-    """Parts with an empty line between them; empty parts vanish."""
+    """The parts that are not empty, with an empty line between them."""
     return "\n\n".join(part for part in parts if part)

@@ -1,47 +1,36 @@
-"""The ranking model's part of the report, from the rows of `ranking.study.summarise`."""
+"""The report's tables of ranking studies, from the rows of `ranking.summary`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from research.bootstrap import Estimate
-from research.ranking import study
+from research.bootstrap import BootstrapConfig
+from research.ranking import summary
+from research.ranking.arms import CONTROL
 from research.ranking.auc_metrics import METRICS
-from research.ranking.study import Row
+from research.ranking.result_files import study_name
+from research.ranking.summary import Row
 from research.report.number_format import NONE, difference, multiplicity, number, table
 
 
-def read_all(folders: Iterable[Path], n_draws: int) -> dict[str, list[Row]]:
-    """The rows of every ranking study, by its name. ValueError if two folders hold a study of one name."""
-    by_name: dict[str, Path] = {}
+def read_all(folders: Iterable[Path], config: BootstrapConfig) -> dict[str, list[Row]]:
+    """The rows of every ranking study, by its name. ValueError if two folders hold studies of the same name."""
+    folder_of: dict[str, Path] = {}
     for folder in folders:
-        name = study.name_of(folder)
-        if name in by_name:
-            raise ValueError(f"{folder}: another folder holds a ranking study called {name!r}, after its run's folder")
-        by_name[name] = folder
-    return {name: study.summarise(folder, n_draws) for name, folder in by_name.items()}
-
-
-def gap(row: Row) -> Estimate | None:
-    """How far the arm is ahead of the control, as the rest of the report has differences."""
-    if row.difference is None:
-        return None
-    return Estimate(row.difference, row.low, row.high, row.p, row.n_events, row.n_users, row.n_seeds)
+        name = study_name(folder)
+        if name in folder_of:
+            raise ValueError(f"{folder}: {folder_of[name]} also holds a ranking study called {name!r}; remove one")
+        folder_of[name] = folder
+    return {name: summary.summarise(folder, config) for name, folder in folder_of.items()}
 
 
 def unique(rows: Iterable[Row], name: str) -> list[str]:
-    """Values of a field, in the order of rows."""
+    """The values of a field, in the order of rows."""
     return list(dict.fromkeys(getattr(row, name) for row in rows))
 
 
-def control(rows: Sequence[Row]) -> str:
-    """The arm that others are compared with: the one without differences."""
-    compared = {row.arm for row in rows if row.difference is not None}
-    return next((arm for arm in unique(rows, "arm") if arm not in compared), "control")
-
-
-def figures_table(rows: Sequence[Row]) -> str:
+def means_table(rows: Sequence[Row]) -> str:
     """All events: AUC, UAUC and WUAUC of every arm."""
     by_key = {(row.arm, row.metric): row for row in rows if row.group == "all"}
     lines = []
@@ -49,23 +38,23 @@ def figures_table(rows: Sequence[Row]) -> str:
         cells = [f"`{arm}`"]
         for metric in METRICS:
             row = by_key.get((arm, metric))
-            cells.append(NONE if row is None or row.figure is None else number(row.figure))
-            cells.append(NONE if row is None else difference(gap(row)))
+            cells.append(NONE if row is None or row.mean is None else number(row.mean))
+            cells.append(NONE if row is None else difference(row.gain))
         lines.append(cells)
-    against = f"less `{control(rows)}`"
+    against = f"less `{CONTROL}`"
     return table(["features", *(cell for metric in METRICS for cell in (metric.upper(), against))], lines)
 
 
 def groups_table(rows: Sequence[Row], metric: str) -> str:
-    """Differences of one metric by group."""
-    arms = [arm for arm in unique(rows, "arm") if arm != control(rows)]
+    """Gains in one metric by group."""
+    arms = [arm for arm in unique(rows, "arm") if arm != CONTROL]
     chosen = [row for row in rows if row.metric == metric]
     by_key = {(row.group, row.arm): row for row in chosen}
     lines, compared = [], []
     for group in unique(chosen, "group"):
-        found = [by_key.get((group, arm)) for arm in arms]
-        compared += [gap(row) for row in found if row is not None]
-        n_users = next((row.n_users for row in found if row is not None), 0)
-        lines.append([group, str(n_users), *(NONE if row is None else difference(gap(row)) for row in found)])
+        arm_rows = [by_key.get((group, arm)) for arm in arms]
+        compared += [row.gain for row in arm_rows if row is not None]
+        n_users = next((row.n_users for row in arm_rows if row is not None), 0)
+        lines.append([group, str(n_users), *(NONE if row is None else difference(row.gain) for row in arm_rows)])
     header = ["events", "users", *(f"`{arm}`" for arm in arms)]
     return f"{table(header, lines)}\n\n{multiplicity(compared)}"

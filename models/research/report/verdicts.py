@@ -1,4 +1,15 @@
-"""Claims meet evidence: what each test found, in words and as one of four verdicts (rules in `claims`)."""
+"""Tests the claims: what was found for each, in words and as one of four verdicts.
+
+For a difference, or a gain of a ranking model, with its 95 % interval:
+
+    holds             p < .05 and the difference is above 0
+    does not hold     p < .05 and it is below 0: the opposite is true
+    not shown         p >= .05: this data set decides nothing; or only one seed was trained
+    not tested here   a run is missing, or nothing offline can test the claim
+
+A figure to be reproduced holds within the tolerance and does not hold outside. A figure to be exceeded is compared with
+the interval of our mean.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +18,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from research.bootstrap import Estimate
-from research.ranking.study import Row
-from research.report.claims import BY_TIME, MAIN, REFERENCE, SHOWN, Above, Ahead, Claim, Near, Ranked, Test, Untestable
-from research.report.number_format import difference, number, with_interval
-from research.report.ranking_table import gap as gap_of
-from research.retrieval.estimates import Evidence, has_interval
+from research.ranking.summary import Row
+from research.report.claims import Claim, Difference, Exceeds, RankingGain, Reproduces, Untestable
+from research.report.number_format import METRIC_NAMES, difference, number, with_interval
+from research.retrieval.estimates import StudyEstimates, has_interval
+
+MAIN = "main"
+MAIN_BY_TIME = "main-by-time"
 
 
 class Verdict(StrEnum):
-    """What came out of a test."""
+    """The outcome of a test."""
 
     HOLDS = "holds"
     DOES_NOT_HOLD = "does not hold"
@@ -33,128 +46,107 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Record:
-    """All evidence: studies of retrieval and of ranking by name, and which name is the main one's."""
+class Studies:
+    """All studies: retrieval and ranking studies by name, and the name of the main one."""
 
-    studies: Mapping[str, Evidence]
+    retrieval: Mapping[str, StudyEstimates]
     main: str | None
     ranking: Mapping[str, Sequence[Row]]
 
     def name(self, study: str) -> str:
-        """The name that `MAIN` or `BY_TIME` stands for, or the name itself; "" if there is no main study."""
-        if study not in (MAIN, BY_TIME):
+        """The name that `MAIN` or `MAIN_BY_TIME` stands for, or the name itself; "" if there is no main study."""
+        if study not in (MAIN, MAIN_BY_TIME):
             return study
         return f"{self.main}{study.removeprefix(MAIN)}" if self.main else ""
 
-    def study(self, name: str) -> Evidence | None:
-        """The study of retrieval of that name."""
-        return self.studies.get(self.name(name))
+    def study(self, name: str) -> StudyEstimates | None:
+        """The retrieval study of that name."""
+        return self.retrieval.get(self.name(name))
 
     def rows(self, name: str) -> Sequence[Row]:
         """The rows of the ranking study of that name."""
         return self.ranking.get(self.name(name), ())
 
 
-def find(claim: Claim, record: Record) -> Finding:
-    """Decides one claim."""
-    verdict, found = _decide(claim.test, record)
+def decide(claim: Claim, studies: Studies) -> Finding:
+    """Tests one claim."""
+    match claim:
+        case Untestable():
+            verdict, found = Verdict.NOT_TESTED, claim.reason
+        case RankingGain():
+            verdict, found = _ranking_gain(claim, studies)
+        case _ if (study := studies.study(claim.study)) is None:
+            name = studies.name(claim.study)
+            which = f"the study `{name}`" if name else "the main study"
+            verdict, found = Verdict.NOT_TESTED, f"{which} has not been run yet"
+        case Difference():
+            verdict, found = _difference(claim, study)
+        case _:
+            verdict, found = _published(claim, study)
     return Finding(claim, verdict, found)
 
 
-def _decide(test: Test, record: Record) -> tuple[Verdict, str]:
-    match test:
-        case Untestable(why):
-            return Verdict.NOT_TESTED, why
-        case Ranked():
-            return _ranked(test, record)
-        case Ahead():
-            evidence = record.study(test.study)
-            return _no_study(test.study, record) if evidence is None else _ahead(test, evidence)
-        case Near() | Above():
-            evidence = record.study(test.study)
-            return _no_study(test.study, record) if evidence is None else _published(test, evidence)
+def _missing(study: StudyEstimates, *models: str) -> str | None:
+    absent = [f"`{model}`" for model in models if not study.has(model)]
+    return f"{' and '.join(absent)} not run yet in the study `{study.study.study}`" if absent else None
 
 
-def _no_study(name: str, record: Record) -> tuple[Verdict, str]:
-    which = f"the study `{record.name(name)}`" if record.name(name) else "the main study"
-    return Verdict.NOT_TESTED, f"{which} has not been run yet"
-
-
-def _missing(evidence: Evidence, *models: str) -> str | None:
-    absent = [f"`{model}`" for model in models if not evidence.has(model)]
-    return f"{' and '.join(absent)} not run yet in the study `{evidence.study.study}`" if absent else None
-
-
-def _ahead(test: Ahead, evidence: Evidence) -> tuple[Verdict, str]:
-    model, other = test.model, test.other
-    ablation = other if model == REFERENCE else model
-    if REFERENCE in (model, other):
-        if absent := _missing(evidence, ablation):
-            return Verdict.NOT_TESTED, absent
-        reference = evidence.one(ablation).reference
-        if reference is None:
-            return Verdict.NOT_TESTED, f"the runs of `{ablation}` name no reference"
-        model, other = (reference, other) if model == REFERENCE else (model, reference)
-    if absent := _missing(evidence, model, other):
+def _difference(claim: Difference, study: StudyEstimates) -> tuple[Verdict, str]:
+    models = (claim.model, claim.against)
+    if absent := _missing(study, *models):
         return Verdict.NOT_TESTED, absent
-    gap = evidence.difference(model, other, test.metric, test.group)
+    gap = study.difference(*models, claim.metric, claim.group)
     if gap is None:
-        return Verdict.NOT_TESTED, f"the study `{evidence.study.study}` has no test events in the group {test.group}"
-    pair = " against ".join(number(evidence.figure(name, test.metric, test.group).value) for name in (model, other))
-    found = f"{SHOWN[test.metric]} {pair}: {difference(gap)}"
-    return _by_seeds(_sign(gap), found, evidence.fewest_seeds(model, other))
+        return Verdict.NOT_TESTED, f"the study `{study.study.study}` has no test events in the group {claim.group}"
+    means = " against ".join(number(study.mean(model, claim.metric, claim.group).value) for model in models)
+    found = f"{METRIC_NAMES[claim.metric]} {means}: {difference(gap)}"
+    return _if_seeds_suffice(_by_sign(gap), found, study.fewest_seeds(*models))
 
 
-def _by_seeds(verdict: Verdict, found: str, n_seeds: int | None) -> tuple[Verdict, str]:
-    """With one seed nothing is shown: how much of a figure is the seed's, nobody knows. None: nothing was trained."""
+def _published(claim: Reproduces | Exceeds, study: StudyEstimates) -> tuple[Verdict, str]:
+    if absent := _missing(study, claim.model):
+        return Verdict.NOT_TESTED, absent
+    mean = study.mean(claim.model, claim.metric)
+    if isinstance(claim, Reproduces):
+        is_near = abs(mean.value - claim.published) <= claim.tolerance
+        verdict = Verdict.HOLDS if is_near else Verdict.DOES_NOT_HOLD
+    elif not has_interval(mean) or mean.low <= claim.published <= mean.high:
+        verdict = Verdict.NOT_SHOWN
+    else:
+        verdict = Verdict.HOLDS if mean.low > claim.published else Verdict.DOES_NOT_HOLD
+    found = f"{METRIC_NAMES[claim.metric]} {with_interval(mean)}"
+    return _if_seeds_suffice(verdict, found, study.fewest_seeds(claim.model))
+
+
+def _ranking_gain(claim: RankingGain, studies: Studies) -> tuple[Verdict, str]:
+    rows, group, metric = studies.rows(claim.study), claim.row_group, claim.metric.upper()
+    if not rows:
+        name = studies.name(claim.study)
+        which = f"the ranking study `{name}`" if name else "the ranking study"
+        return Verdict.NOT_TESTED, f"{which} has not been run yet"
+    row = next((row for row in rows if (row.arm, row.metric, row.group) == (claim.arm, claim.metric, group)), None)
+    if row is None:
+        return Verdict.NOT_TESTED, f"the ranking study has no arm `{claim.arm}` on {group}"
+    if row.gain is None:
+        return Verdict.NOT_TESTED, f"{metric} is not defined on {group} in the ranking study"
+    if row.mean is None:
+        found = f"gain in {metric}, {group}: {difference(row.gain)}"
+    else:
+        without = number(row.mean - row.gain.value)
+        found = f"{metric} {without} -> {number(row.mean)}: {difference(row.gain)}"
+    return _if_seeds_suffice(_by_sign(row.gain), found, row.gain.n_seeds)
+
+
+def _by_sign(gap: Estimate) -> Verdict:
+    if not has_interval(gap) or gap.p >= 0.05:
+        return Verdict.NOT_SHOWN
+    return Verdict.HOLDS if gap.value > 0 else Verdict.DOES_NOT_HOLD
+
+
+def _if_seeds_suffice(verdict: Verdict, found: str, n_seeds: int | None) -> tuple[Verdict, str]:
+    """One seed shows nothing, since its share in the figure is unknown. `n_seeds` is None if nothing was trained."""
+    if n_seeds is None:
+        return verdict, found
     if n_seeds == 1:
         return Verdict.NOT_SHOWN, f"{found}; one seed"
-    return verdict, found if n_seeds is None else f"{found}; {n_seeds} seeds"
-
-
-def _sign(gap: Estimate) -> Verdict:
-    if not has_interval(gap):
-        return Verdict.NOT_SHOWN
-    return by_sign(gap.value, gap.p)
-
-
-def by_sign(value: float, p: float) -> Verdict:
-    """The rule for differences."""
-    if p >= 0.05:
-        return Verdict.NOT_SHOWN
-    return Verdict.HOLDS if value > 0 else Verdict.DOES_NOT_HOLD
-
-
-def _published(test: Near | Above, evidence: Evidence) -> tuple[Verdict, str]:
-    if absent := _missing(evidence, test.model):
-        return Verdict.NOT_TESTED, absent
-    figure = evidence.figure(test.model, test.metric)
-    found = f"{SHOWN[test.metric]} {with_interval(figure)}"
-    return _by_seeds(_against(test, figure), found, evidence.fewest_seeds(test.model))
-
-
-def _against(test: Near | Above, figure: Estimate) -> Verdict:
-    if isinstance(test, Near):
-        return Verdict.HOLDS if abs(figure.value - test.published) <= test.tolerance else Verdict.DOES_NOT_HOLD
-    if not has_interval(figure) or figure.low <= test.published <= figure.high:
-        return Verdict.NOT_SHOWN
-    return Verdict.HOLDS if figure.low > test.published else Verdict.DOES_NOT_HOLD
-
-
-def _ranked(test: Ranked, record: Record) -> tuple[Verdict, str]:
-    rows = record.rows(test.study)
-    if not rows:
-        which = f"the ranking study `{record.name(test.study)}`" if record.name(test.study) else "the ranking study"
-        return Verdict.NOT_TESTED, f"{which} has not been run yet"
-    for row in rows:
-        if (row.arm, row.metric, row.group) == (test.arm, test.metric, test.group):
-            if row.difference is None:
-                return Verdict.NOT_TESTED, f"{test.metric.upper()} is not defined on {test.group} in the ranking study"
-            gap = gap_of(row)
-            if row.figure is None:
-                found = f"gain in {test.metric.upper()}, {test.group}: {difference(gap)}"
-            else:
-                without = number(row.figure - row.difference)
-                found = f"{test.metric.upper()} {without} -> {number(row.figure)}: {difference(gap)}"
-            return _by_seeds(_sign(gap), found, row.n_seeds)
-    return Verdict.NOT_TESTED, f"the ranking study has no arm `{test.arm}` on {test.group}"
+    return verdict, f"{found}; {n_seeds} seeds"

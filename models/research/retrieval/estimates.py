@@ -1,6 +1,7 @@
-"""Estimates from a study's runs, by the names of model, metric and group: what tables, plots and claims ask for.
+"""Estimates from the runs of a study, by the names of model, metric and group.
 
-A model that was not run gives None, and so does a group without events; nothing here raises for what is merely absent.
+Tables, plots and claims take their figures from here. A model that was not run gives None, and so does a group without
+events: nothing here raises because something is absent.
 """
 
 from __future__ import annotations
@@ -11,22 +12,22 @@ from functools import lru_cache
 import numpy as np
 
 from learn.evaluation import metrics
-from research.bootstrap import Bootstrap, BootstrapConfig, Estimate, Group, Runs
+from research.bootstrap import Bootstrap, BootstrapConfig, Estimate, Group, ValuesBySeed
 from research.retrieval.result_files import Run, StudyResults
 
-# With fewer users, percentile intervals are not to be trusted, and a report prints figures without.
+# With fewer users, percentile intervals cannot be trusted, and a report prints figures without them.
 FEWEST_USERS = 10
 
 
-class Evidence:
-    """One study, opened for questions. Answers are kept, since tables and plots ask the same ones."""
+class StudyEstimates:
+    """The estimates of one study. They are kept, because tables and plots need the same ones."""
 
     def __init__(self, results: StudyResults, config: BootstrapConfig | None = None) -> None:
         self.study = results.study
         self._results = results
         self.groups = results.study.groups()
-        self._bootstrap = Bootstrap(np.array(results.study.user), config)
-        self.figure = lru_cache(maxsize=None)(self._figure)
+        self._bootstrap = Bootstrap(results.study.user, config)
+        self.mean = lru_cache(maxsize=None)(self._mean)
         self.difference = lru_cache(maxsize=None)(self._difference)
         self._values = lru_cache(maxsize=None)(self._event_values)
 
@@ -36,58 +37,55 @@ class Evidence:
         return list(self._results.runs)
 
     def has(self, model: str) -> bool:
-        """Whether there is a run."""
+        """Whether the model was run."""
         return model in self._results.runs
 
-    def one(self, model: str) -> Run:
-        """Any run of the model, for label, family, reference, question and number of parameters."""
-        return self._results.one(model)
+    def any_run(self, model: str) -> Run:
+        """A run of the model, for the fields that all of its seeds share."""
+        return self._results.any_run(model)
 
     def runs(self, model: str) -> list[Run]:
-        """All of its runs, by seed."""
+        """All runs of the model, by seed."""
         return list(self._results.runs[model].values())
 
     def fewest_seeds(self, *models: str) -> int | None:
-        """The smallest number of seeds among those of the models that are trained; None if none is."""
-        return min((len(self.runs(model)) for model in models if self.one(model).curve), default=None)
+        """The smallest number of seeds among those of the models that are trained; None if none of them is."""
+        return min((len(self.runs(model)) for model in models if self.any_run(model).curve), default=None)
 
     def ablations(self) -> Iterator[Run]:
         """One run of each ablation."""
         for model in self.models:
-            if self.one(model).family == "ablation":
-                yield self.one(model)
+            if self.any_run(model).family == "ablation":
+                yield self.any_run(model)
 
-    def _figure(self, model: str, metric: str, group: str = "all") -> Estimate | None:
-        """The model's mean with its interval."""
+    def _mean(self, model: str, metric: str, group: str = "all") -> Estimate | None:
+        """The model's mean over events (or users) and seeds."""
         if not self._is_known(group, model):
             return None
         return self._bootstrap.mean(self._values(model, metric), self._group(metric, group))
 
     def _difference(self, model: str, other: str, metric: str, group: str = "all") -> Estimate | None:
-        """How far `model` is ahead of `other`, paired."""
+        """The mean of `model` minus that of `other`, paired."""
         if not self._is_known(group, model, other):
             return None
-        pair = (self._values(name, metric) for name in (model, other))
-        return self._bootstrap.difference(*pair, self._group(metric, group))
+        values, other_values = self._values(model, metric), self._values(other, metric)
+        return self._bootstrap.difference(values, other_values, self._group(metric, group))
 
     def _is_known(self, group: str, *models: str) -> bool:
         return all(self.has(model) for model in models) and bool(self.groups[group].any())
 
-    def _event_values(self, model: str, metric: str) -> Runs:
-        found = {}
-        for run in self.runs(model):
-            found[run.seed] = metrics.event_values(np.array(run.rank), metric)
-        return found
+    def _event_values(self, model: str, metric: str) -> ValuesBySeed:
+        return {run.seed: metrics.event_values(run.rank.astype(np.int64), metric) for run in self.runs(model)}
 
     def _group(self, metric: str, group: str) -> Group:
         return Group(self.groups[group], "users" if metrics.is_over_users(metric) else "events")
 
 
 def has_interval(estimate: Estimate) -> bool:
-    """Whether there are users enough for the interval to mean something."""
+    """Whether there are enough users for the interval to be trusted."""
     return estimate.n_users >= FEWEST_USERS
 
 
 def is_significant(estimate: Estimate | None) -> bool:
-    """A difference from 0 with p < .05, uncorrected."""
+    """Whether a difference has p < .05, without a correction for the number of comparisons."""
     return estimate is not None and estimate.p is not None and has_interval(estimate) and estimate.p < 0.05

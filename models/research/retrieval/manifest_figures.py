@@ -10,8 +10,8 @@ from learn.content import embedding_store
 from learn.run_settings import Settings
 from learn.toml_config import as_read
 from learn.training_run import Prompts, Run
-from research.retrieval.estimates import Evidence
-from research.retrieval.result_files import digest, read_study
+from research.retrieval.estimates import StudyEstimates
+from research.retrieval.result_files import data_digest, read_study
 
 METRICS = ("hr_at_10", "ndcg_at_10", "hr_at_50", "mrr")
 
@@ -31,7 +31,7 @@ class Subject:
 def subject_of(run: Run) -> Subject:
     """What the figures of a study are compared with before a bundle of this run carries them."""
     dataset = run.dataset()
-    data = digest(dataset, run.split(dataset))
+    data = data_digest(dataset, run.split(dataset))
     content = embedding_store.cache_key(run.source, Prompts(dataset.texts))
     return Subject(run.settings, data, content, run.started_from())
 
@@ -50,20 +50,20 @@ def figures_of(folder: Path, model: str, subject: Subject) -> dict[str, Any]:
         raise ValueError(f"{folder}: its figures are of towers trained from random weights; this run's were {how}")
     if study.study.data.digest != subject.data:
         raise ValueError(f"{folder}: its figures are of other data, or of another split, than this run")
-    content = study.one(model).config.get("content") or ""
+    content = study.any_run(model).config.get("content") or ""
     if content.rpartition("-")[2] != subject.content[:32]:
         raise ValueError(f"{folder}: {model} was run with {content!r}, so with another encoder or other texts")
-    theirs, ours = _flat(study.one(model).config), _flat(_as_config(subject.settings))
+    theirs, ours = _flat(study.any_run(model).config), _flat(_as_config(subject.settings))
     for key in sorted(ours.keys() & theirs.keys()):
         if ours[key] != theirs[key]:
             raise ValueError(f"{folder}: {model} was run with {key} = {theirs[key]!r}, this run with {ours[key]!r}")
-    evidence, found = Evidence(study), {}
+    estimates, means = StudyEstimates(study), {}
     for metric in METRICS:
-        estimate = evidence.figure(model, metric)
-        found[metric] = [round(value, 5) for value in (estimate.value, estimate.low, estimate.high)]
+        estimate = estimates.mean(model, metric)
+        means[metric] = [round(value, 5) for value in (estimate.value, estimate.low, estimate.high)]
     facts = {"name": study.study.study, "model": model, "seeds": sorted(study.runs[model])}
     protocol = study.study.protocol
-    return facts | {"n_test": protocol.n_test, "n_validation": protocol.n_validation, "mean_low_high": found}
+    return facts | {"n_test": protocol.n_test, "n_validation": protocol.n_validation, "mean_low_high": means}
 
 
 def _as_config(settings: Settings) -> dict[str, Any]:

@@ -213,7 +213,6 @@ def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> N
         found, costs = _trained(TrainConfig(**config["train"], seed=seed), arm, inputs, split, path.with_suffix(".run"))
     shared = describe(study, inputs.dataset, split)
     record = result_files.Run(
-        format=result_files.FORMAT,
         study=study.study,
         model=name,
         label=arm.label,
@@ -274,8 +273,8 @@ def _trained(config: TrainConfig, arm: Arm, inputs: Inputs, split: data.Split, f
     return found, {"n_parameters": n_parameters, "seconds": seconds, "curve": [_check(record) for record in curve]}
 
 
-def _check(record: Mapping[str, float]) -> result_files.Check:
-    return result_files.Check(
+def _check(record: Mapping[str, float]) -> result_files.CurvePoint:
+    return result_files.CurvePoint(
         step=int(record["step"]),
         seconds=record["seconds"],
         loss=sum(value for key, value in record.items() if key.startswith("loss_")),

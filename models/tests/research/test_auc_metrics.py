@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from research.bootstrap import BootstrapConfig, draw_users_and_seeds
 from research.ranking import auc_metrics
 from research.ranking.auc_metrics import (
+    ArmPair,
     GroupConfig,
     HeldOut,
-    _weights,
     contrast,
+    gains,
     groups,
     measure,
-    paired,
     user_aucs,
     weighted_auc,
 )
@@ -22,6 +23,10 @@ def held_out(user, label, item_count=None, user_count=None):
     n = len(user)
     counts = (np.full(n, 9) if given is None else np.array(given) for given in (item_count, user_count))
     return HeldOut(np.array(user), np.array(label), *counts)
+
+
+def draws(n_resamples):
+    return BootstrapConfig(n_resamples=n_resamples)
 
 
 def everything(events):
@@ -34,11 +39,11 @@ def test_by_hand():
     events = held_out([0, 0, 0, 1, 1, 2, 2, 3], [1, 1, 0, 1, 0, 1, 0, 1])
     scores = np.array([0.9, 0.4, 0.1, 0.2, 0.3, 0.5, 0.5, 0.8])
     figures = measure(scores, events, everything(events))
-    assert figures["uauc"] == pytest.approx(0.5)
-    assert figures["wuauc"] == pytest.approx((3 * 1 + 2 * 0 + 2 * 0.5) / 7, abs=1e-6)
+    assert figures.uauc == pytest.approx(0.5)
+    assert figures.wuauc == pytest.approx((3 * 1 + 2 * 0 + 2 * 0.5) / 7, abs=1e-6)
     # Positives .9 .4 .2 .5 .8 against negatives .1 .3 .5: 3 + 2 + 1 + 2.5 + 3 of 15.
-    assert figures["auc"] == pytest.approx(11.5 / 15, abs=1e-6)
-    assert (figures["n_events"], figures["n_users"], figures["n_liked"]) == (8, 3, 5)
+    assert figures.auc == pytest.approx(11.5 / 15, abs=1e-6)
+    assert (figures.n_events, figures.n_users) == (8, 3)
 
 
 @pytest.mark.parametrize("levels", [3, 10_000])
@@ -59,9 +64,9 @@ def test_agrees_with_sklearn(levels):
 def test_a_group_without_both_labels_has_no_figure():
     events = held_out([0, 0, 1], [1, 1, 1])
     figures = measure(np.zeros(3), events, everything(events))
-    assert figures["auc"] is None and figures["uauc"] is None and figures["wuauc"] is None and figures["n_users"] == 0
-    assert measure(np.zeros(3), events, np.zeros(3, dtype=bool))["n_events"] == 0
-    assert paired(np.zeros((1, 3)), np.zeros((1, 3)), events, everything(events), (10, 0)) == {}
+    assert figures.auc is None and figures.uauc is None and figures.wuauc is None and figures.n_users == 0
+    assert measure(np.zeros(3), events, np.zeros(3, dtype=bool)).n_events == 0
+    assert gains(ArmPair(np.zeros((1, 3)), np.zeros((1, 3))), events, everything(events), draws(10)) == {}
 
 
 def test_groups_by_hand():
@@ -92,11 +97,13 @@ def noisy_arms(n_users, gain, n_seeds=3):
 
 def test_the_difference_is_that_of_the_figures_and_its_interval_holds_it():
     events, control, treated = noisy_arms(60, 0.5)
-    found = paired(treated, control, events, everything(events), (400, 0))
+    found = gains(ArmPair(treated, control), events, everything(events), draws(400))
     for name in ("auc", "uauc", "wuauc"):
-        means = [np.mean([measure(s, events, everything(events))[name] for s in arm]) for arm in (treated, control)]
-        assert found[name].difference == pytest.approx(means[0] - means[1], abs=2e-6)
-        assert 0 < found[name].low < found[name].difference < found[name].high
+        means = [
+            np.mean([getattr(measure(s, events, everything(events)), name) for s in arm]) for arm in (treated, control)
+        ]
+        assert found[name].value == pytest.approx(means[0] - means[1], abs=2e-6)
+        assert 0 < found[name].low < found[name].value < found[name].high
         assert found[name].p == pytest.approx(2 / 401)
 
 
@@ -105,16 +112,16 @@ def test_a_contrast_is_the_gain_here_less_the_gain_there():
     here = np.tile(np.arange(8) < 4, 120)
     # Only within `here` does the arm know more than the control.
     treated = np.where(here, treated, control)
-    found = contrast(treated, control, events, (here, ~here), (400, 0))
-    gains = [paired(treated, control, events, mask, (50, 0))["uauc"].difference for mask in (here, ~here)]
-    assert found.difference == pytest.approx(gains[0] - gains[1]) and gains[1] == 0.0
-    assert 0 < found.low < found.difference < found.high and found.p < 0.01
-    back = contrast(treated, control, events, (~here, here), (400, 0))
-    assert (back.difference, back.low, back.high) == pytest.approx((-found.difference, -found.high, -found.low))
-    same = contrast(treated, control, events, (here, here), (50, 0))
-    assert (same.difference, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+    found = contrast(ArmPair(treated, control), events, (here, ~here), draws(400))
+    gains_by_mask = [gains(ArmPair(treated, control), events, mask, draws(50))["uauc"].value for mask in (here, ~here)]
+    assert found.value == pytest.approx(gains_by_mask[0] - gains_by_mask[1]) and gains_by_mask[1] == 0.0
+    assert 0 < found.low < found.value < found.high and found.p < 0.01
+    back = contrast(ArmPair(treated, control), events, (~here, here), draws(400))
+    assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low))
+    same = contrast(ArmPair(treated, control), events, (here, here), draws(50))
+    assert (same.value, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
     # One seed: a difference of two means over the same users, whose standard error is known.
-    one = contrast(treated[:1], control[:1], events, (here, ~here), (2000, 0))
+    one = contrast(ArmPair(treated[:1], control[:1]), events, (here, ~here), draws(2000))
     aucs = [
         [user_aucs(arm[0][mask], events.label[mask], events.user[mask], 120)[0] for arm in (treated, control)]
         for mask in (here, ~here)
@@ -123,12 +130,13 @@ def test_a_contrast_is_the_gain_here_less_the_gain_there():
     both = [gap[0][~np.isnan(gap[0])], gap[1][~np.isnan(gap[1])]]
     error = np.sqrt(sum(part.var() / len(part) for part in both))
     assert (one.high - one.low) / 2 == pytest.approx(1.96 * error, rel=0.15)
-    assert contrast(treated, control, events, (here, events.label > 0.5), (10, 0)) is None
+    assert contrast(ArmPair(treated, control), events, (here, events.label > 0.5), draws(10)) is None
 
 
 @pytest.mark.parametrize("n_seeds", [2, 5])
 def test_seeds_spread_as_new_seeds_would(n_seeds):
-    users, seeds = _weights(7, n_seeds, (20_000, 3))
+    drawn = draw_users_and_seeds(7, n_seeds, BootstrapConfig(n_resamples=20_000, seed=3))
+    users, seeds = drawn.users, drawn.seeds
     assert (users[0] == 1).all() and (users.sum(axis=1) == 7).all()
     assert seeds[0].tolist() == [1 / n_seeds] * n_seeds
     np.testing.assert_allclose(seeds.sum(axis=1), 1.0)
@@ -139,10 +147,10 @@ def test_seeds_spread_as_new_seeds_would(n_seeds):
 def test_no_difference_is_not_called_one():
     events, control, _ = noisy_arms(60, 0.0)
     other = np.random.default_rng(6).permuted(control.reshape(3, -1, 2), axis=1).reshape(3, -1)
-    found = paired(other, control, events, everything(events), (400, 0))
+    found = gains(ArmPair(other, control), events, everything(events), draws(400))
     assert found["uauc"].low < 0 < found["uauc"].high and found["uauc"].p > 0.05
-    same = paired(control, control, events, everything(events), (50, 0))["uauc"]
-    assert (same.difference, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+    same = gains(ArmPair(control, control), events, everything(events), draws(50))["uauc"]
+    assert (same.value, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
 
 
 def test_the_interval_of_uauc_is_as_wide_as_theory_says(monkeypatch):
@@ -152,13 +160,13 @@ def test_the_interval_of_uauc_is_as_wide_as_theory_says(monkeypatch):
         user_aucs(treated[0], events.label, events.user, 300)[0]
         - user_aucs(control[0], events.label, events.user, 300)[0]
     )
-    every = paired(treated, control, events, everything(events), (2000, 0))
+    every = gains(ArmPair(treated, control), events, everything(events), draws(2000))
     found = every["uauc"]
     # The pooled AUC stops at its own number of draws; nothing else does.
     monkeypatch.setattr(auc_metrics, "POOLED_DRAWS", 300)
-    cut = paired(treated, control, events, everything(events), (2000, 0))
+    cut = gains(ArmPair(treated, control), events, everything(events), draws(2000))
     assert cut["uauc"] == found and cut["auc"] != every["auc"]
-    assert cut["auc"].difference == every["auc"].difference
+    assert cut["auc"].value == every["auc"].value
     assert cut["auc"].low == pytest.approx(every["auc"].low, rel=0.2)
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * gap.std() / np.sqrt(300), rel=0.1)
 
@@ -169,12 +177,12 @@ def test_events_of_one_user_are_not_taken_as_independent():
     grouped = HeldOut(events.user % 4, events.label, events.item_train_count, events.user_train_count)
     rng = np.random.default_rng(0)
     per_user = rng.normal(size=4)[grouped.user] * events.label
-    many = paired(treated + per_user, control, events, everything(events), (400, 0))["auc"]
-    few = paired(treated + per_user, control, grouped, everything(events), (400, 0))["auc"]
+    many = gains(ArmPair(treated + per_user, control), events, everything(events), draws(400))["auc"]
+    few = gains(ArmPair(treated + per_user, control), grouped, everything(events), draws(400))["auc"]
     assert few.high - few.low > 2 * (many.high - many.low)
 
 
 def test_arms_have_to_be_pairs():
     events, control, treated = noisy_arms(5, 0.1)
     with pytest.raises(ValueError, match="pairing needs the same"):
-        paired(treated[:2], control, events, everything(events), (10, 0))
+        gains(ArmPair(treated[:2], control), events, everything(events), draws(10))

@@ -7,6 +7,7 @@ import pytest
 from made_results import made_run, made_study, write_made
 
 from learn.data import TimeSplitConfig
+from learn.evaluation.metrics import event_values
 from learn.run_settings import Settings
 from research.retrieval import result_files
 from research.retrieval.manifest_figures import Subject, figures_of
@@ -29,7 +30,7 @@ def test_the_manifest_gets_means_over_seeds_with_intervals(tmp_path):
         result_files.write_run(tmp_path, made_run(study, "learn-text", seed, 4.0, **run_config(seed=seed)))
     facts = figures_of(tmp_path / "ml-small", "learn-text", subject())
     runs = result_files.read_study(tmp_path / "ml-small").runs["learn-text"]
-    mean = np.mean([run.metrics["all"]["ndcg_at_10"] for run in runs.values()])
+    mean = np.mean([event_values(run.rank, "ndcg_at_10").mean() for run in runs.values()])
     value, low, high = facts["mean_low_high"]["ndcg_at_10"]
     assert value == pytest.approx(mean, abs=1e-5) and low < value < high
     assert facts["seeds"] == [1, 2, 3] and facts["model"] == "learn-text"

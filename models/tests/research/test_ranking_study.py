@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -14,11 +13,15 @@ from learn.data.item_text import ItemText
 from learn.models.pch import PchConfig
 from learn.training.train_cvr_head import CvrTrainConfig
 from learn.training.train_recommender import TrainConfig
+from research import record_files
+from research.bootstrap import BootstrapConfig
 from research.ranking import study as ranking_study
 from research.ranking.event_parts import TEST, cut
-from research.ranking.learn_features import MidEmbeddingConfig
+from research.ranking.learn_features import Features, MidEmbeddingConfig
 from research.ranking.ranker import RankerConfig, Trial
-from research.ranking.study import RankConfig, rank, summarise
+from research.ranking.result_files import RankingRun, RankingStudy, score_ranks
+from research.ranking.study import RankConfig, rank
+from research.ranking.summary import summarise
 
 N_ITEMS, N_USERS, LENGTH = 400, 120, 40
 SIZES = PchConfig(content_dim=12, adaptor_hidden=16, width=16, layers=1, heads=2, ffn=32, out_dim=8, max_history=16)
@@ -63,34 +66,43 @@ def test_taste_that_only_content_shows_raises_the_ranker(study):
     rows, _ = study
     by_key = {(row.arm, row.group, row.metric): row for row in rows}
     mid, plain = by_key["mid_emb", "all", "uauc"], by_key["base", "all", "uauc"]
-    assert mid.figure > plain.figure + 0.1
-    assert mid.difference == pytest.approx(mid.figure - plain.figure, abs=1e-5) and mid.low > 0 and mid.p < 0.05
-    assert plain.difference is None and plain.p is None
-    # The categories say nothing here, so they may not seem to.
+    assert mid.mean > plain.mean + 0.1
+    assert mid.gain.value == pytest.approx(mid.mean - plain.mean, abs=1e-5) and mid.gain.low > 0 and mid.gain.p < 0.05
+    assert (mid.gain.n_users, mid.gain.n_seeds) == (mid.n_users, 3)
+    assert plain.gain is None
+    # The categories carry no information here, so they must not show any.
     control = by_key["categories", "all", "uauc"]
-    assert control.low < 0.05 and control.figure < mid.figure
+    assert control.gain.low < 0.05 and control.mean < mid.mean
     groups = {row.group for row in rows}
     assert groups >= {"all", "cold-start users", "long-tail users", "cold-start items", "other items"}
+
+
+def run_of(folder, arm: str, seed: int) -> RankingRun:
+    return record_files.read(folder / f"{arm}-seed{seed}.npz", RankingRun)
 
 
 def test_files_hold_what_the_report_needs(study, world):
     _, out = study
     dataset, _ = world
-    common = json.loads((out / "test_events.json").read_text())
+    shared = record_files.read(out / "ranking.npz", RankingStudy)
     events = cut(dataset, CONFIG.split)
     rows = events.rows(TEST)
-    assert common["kind"] == "test_events" and common["study"] == "small" and "proxy" in common["label_is"]
-    assert common["item"] == [dataset.item_ids[i] for i in events.item[rows]]
-    assert common["user"] == [str(u) for u in events.user[rows]] and common["label"] == events.label[rows].tolist()
+    assert shared.study == "small" and "proxy" in shared.label_meaning
+    # Users are numbered in the order of their ids as texts: 0, 1, 10, 100, ..
+    names = sorted({str(user) for user in events.user[rows]})
+    assert [names[user] for user in shared.user] == [str(user) for user in events.user[rows]]
+    assert shared.label.tolist() == events.label[rows].tolist()
     training = events.item[events.part <= 1]
-    assert common["item_train_count"] == [int((training == i).sum()) for i in events.item[rows]]
-    assert sum(common["n_events"].values()) == N_USERS * LENGTH
+    assert shared.item_train_count.tolist() == [int((training == i).sum()) for i in events.item[rows]]
+    assert sum(shared.n_events.values()) == N_USERS * LENGTH
     for arm in CONFIG.arms:
-        record = json.loads((out / f"{arm}-seed2.json").read_text())
-        assert (record["format"], record["kind"], record["arm"], record["seed"]) == (1, "ranking", arm, 2)
-        assert set(record["seconds"]) == {"towers", "cvr", "starting_point", "ranker"} and "proxy" in record["label"]
-        assert len(record["scores"]) == len(rows) and record["scores"] == [round(s, 5) for s in record["scores"]]
-        assert record["metrics"]["all"]["n_events"] == len(rows)
+        run = run_of(out, arm, 2)
+        assert (run.arm, run.seed, len(run.score_rank)) == (arm, 2, len(rows))
+        assert set(run.seconds) == {"towers", "cvr", "starting_point", "ranker"}
+
+
+def test_score_ranks_keep_order_and_ties():
+    assert score_ranks(np.array([0.5, -1.0, 0.5, 2.25])).tolist() == [1, 0, 1, 2]
 
 
 def test_a_finished_study_is_read_and_not_run_again(study, world):
@@ -105,8 +117,18 @@ def test_one_seed_gives_one_result(study, world, tmp_path):
     _, out = study
     rank(replace(CONFIG, seeds=(2,), arms=("base", "mid_emb")), *world, tmp_path)
     for arm in ("base", "mid_emb"):
-        first, again = (json.loads((folder / f"{arm}-seed2.json").read_text()) for folder in (out, tmp_path))
-        assert first["scores"] == again["scores"]
+        first, again = (run_of(folder, arm, 2) for folder in (out, tmp_path))
+        assert first.score_rank.tolist() == again.score_rank.tolist()
+
+
+def test_runs_of_other_settings_are_not_put_together(study, world, tmp_path):
+    _, out = study
+    for path in out.glob("*.npz"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    changed = run_of(out, "mid_emb", 3).model_copy(update={"data": "other"})
+    record_files.write(tmp_path / "mid_emb-seed3.npz", changed)
+    with pytest.raises(ValueError, match=r"mid_emb-seed3\.npz: is of other data or another config"):
+        summarise(tmp_path, BootstrapConfig(n_resamples=10))
 
 
 def test_labels_of_the_test_part_change_no_score(study, world, tmp_path):
@@ -120,17 +142,21 @@ def test_labels_of_the_test_part_change_no_score(study, world, tmp_path):
         flipped.append(replace(sequence, values=values))
     config = replace(CONFIG, seeds=(1,))
     rank(config, replace(dataset, sequences=flipped), content, tmp_path)
+    uauc = {}
+    for folder in (out, tmp_path):
+        rows = summarise(folder, BootstrapConfig(n_resamples=10))
+        uauc[folder] = [row.mean for row in rows if (row.group, row.metric) == ("all", "uauc")]
+    assert all(first != again for first, again in zip(uauc[out], uauc[tmp_path], strict=True))
     for arm in CONFIG.arms:
-        first, again = (json.loads((folder / f"{arm}-seed1.json").read_text()) for folder in (out, tmp_path))
-        assert first["scores"] == again["scores"]
-        assert first["metrics"]["all"]["uauc"] != again["metrics"]["all"]["uauc"]
+        first, again = (run_of(folder, arm, 1) for folder in (out, tmp_path))
+        assert first.score_rank.tolist() == again.score_rank.tolist()
 
 
 def test_mistakes_are_named(world, tmp_path):
     dataset, content = world
     with pytest.raises(ValueError, match="unknown arm 'mid'"):
         RankConfig(arms=("base", "mid"))
-    with pytest.raises(ValueError, match="compared with"):
+    with pytest.raises(ValueError, match="all others are compared with it"):
         RankConfig(arms=("mid_emb",))
     with pytest.raises(ValueError, match="3 rows"):
         rank(CONFIG, dataset, content[:3], tmp_path)
@@ -139,13 +165,13 @@ def test_mistakes_are_named(world, tmp_path):
         rank(CONFIG, replace(dataset, sequences=liked), content, tmp_path)
 
 
-def test_extra_columns_are_standardised_over_part_b_and_in_the_order_of_events(world):
+def test_extra_columns_are_standardised_over_the_rankers_part_and_in_the_order_of_events(world):
     dataset, _ = world
     table = ranking_study.tabulate(CONFIG, dataset, cut(dataset, CONFIG.split))
     extra = ranking_study.extra_features(table, no_features(table), ("categories",))
     later = table.events.rows(1, 2, 3)
-    in_b = table.events.part[later] == 1
-    np.testing.assert_allclose(extra[torch.from_numpy(in_b)].mean(dim=0), 0, atol=1e-5)
+    in_ranker_part = table.events.part[later] == 1
+    np.testing.assert_allclose(extra[torch.from_numpy(in_ranker_part)].mean(dim=0), 0, atol=1e-5)
     drama = torch.from_numpy(table.events.item[later] % 3 != 0)
     assert (extra[drama, 0] > 0).all() and (extra[~drama, 0] < 0).all()
     test = table.inputs(extra, TEST)
@@ -154,4 +180,4 @@ def test_extra_columns_are_standardised_over_part_b_and_in_the_order_of_events(w
 
 def no_features(table):
     none = torch.zeros(len(table.events.rows(1, 2, 3)), 0)
-    return ranking_study.Features(none, none, none, none)
+    return Features(none, none, none, none)

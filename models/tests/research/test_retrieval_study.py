@@ -86,7 +86,7 @@ def written(tmp_path, text=TOML):
     return read_study(path)
 
 
-def test_a_study_writes_a_json_a_run_and_does_not_repeat_itself(tmp_path, inputs):
+def test_a_study_writes_a_file_per_run_and_does_not_repeat_itself(tmp_path, inputs):
     root = tmp_path / "results"
     run_study(written(tmp_path), inputs, root, n_workers=1)
     found = result_files.read(root).retrieval["tiny"]
@@ -99,29 +99,31 @@ def test_a_study_writes_a_json_a_run_and_does_not_repeat_itself(tmp_path, inputs
         "sasrec": [1, 2],
     }
     last = inputs.dataset.sequences[3].items[-2:].tolist()
-    assert len(found.study.item) == 16 and found.study.item[6:8] == last and found.study.user[6:8] == [3, 3]
-    assert found.study.item_count[6:8] == [sum(i in s.items[:-3] for s in inputs.dataset.sequences) for i in last]
+    assert len(found.study.item) == 16
+    assert found.study.item[6:8].tolist() == last and found.study.user[6:8].tolist() == [3, 3]
+    counts = [sum(item in sequence.items[:-3] for sequence in inputs.dataset.sequences) for item in last]
+    assert found.study.item_count[6:8].tolist() == counts
     for runs in found.runs.values():
         for run in runs.values():
-            assert run.metrics["all"]["hr_at_10"] == pytest.approx(np.mean(np.array(run.rank) <= 10))
-    variant = found.one("learn-text/variant-3")
+            assert len(run.rank) == 16 and 1 <= run.rank.min() <= run.rank.max() <= 25
+    variant = found.any_run("learn-text/variant-3")
     assert variant.reference == "learn-id" and [check.step for check in variant.curve] == [3, 6]
     # Both seeds train the same model from other random numbers.
-    assert found.runs["sasrec"][1].rank != found.runs["sasrec"][2].rank
+    assert found.runs["sasrec"][1].rank.tolist() != found.runs["sasrec"][2].rank.tolist()
     assert not list(root.glob("tiny/*.run"))
 
-    before = {path: path.stat().st_mtime_ns for path in root.glob("tiny/*-*.json")}
+    before = {path: path.stat().st_mtime_ns for path in root.glob("tiny/*-seed*.npz")}
     changed = TOML.replace("sizes = { width = 8, max_history = 6 }", "sizes = { width = 16, max_history = 6 }")
     run_study(written(tmp_path, changed), inputs, root, n_workers=1)
     again = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
-    assert again == {"sasrec-seed1.json", "sasrec-seed2.json"}
+    assert again == {"sasrec-seed1.npz", "sasrec-seed2.npz"}
 
 
 def test_a_study_cut_by_time_goes_on_where_it_was(tmp_path, inputs):
     text = TOML.replace("[split]\nn_test = 2\nn_validation = 1", "[time_split]\nfractions = [0.6, 0.8]")
     study = only(written(tmp_path, text), ["popularity", "sasrec"])
     run_study(study, inputs, tmp_path / "results", n_workers=1)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "tiny").glob("*-seed*.json")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "tiny").glob("*-seed*.npz")}
     assert len(before) == 3
     run_study(study, inputs, tmp_path / "results", n_workers=1)
     assert {path: path.stat().st_mtime_ns for path in before} == before
