@@ -1,28 +1,34 @@
-"""Studies, claims and the report. Not installed with `learn`: its command line imports this package where it is there.
+"""Studies, claims and the report.
+
+This package is not installed with `learn`; the command line of `learn` imports it if it is there.
 
 bootstrap            paired comparison of two models over users and seeds
+record_files         how results are stored: a JSON header and integer columns in one `.npz` file
 
 baselines            the models that LEARN is compared with
     sasrec, hstu     self-attention over item ids
-    lora             the language model tuned, in place of a transformer over its vectors
+    lora             a tuned language model in place of a transformer over frozen vectors
 
-retrieval
-    study            several models and seeds, a JSON per run (`learn study`)
-    result_files     what stands in those JSONs
-    estimates        means and differences from them, with their intervals
-    manifest_figures what a study says of one model, for the manifest of a bundle
+retrieval            full-ranking studies
+    study            several models and seeds under one protocol (`learn study`)
+    result_files     what their files hold
+    estimates        means and differences with their intervals
+    manifest_figures the figures of one model, for the manifest of a bundle
 
-ranking
-    study            arms with and without mid-emb
-    event_parts      how the log is cut
-    features         what the ranking model knows without LEARN
-    learn_features   what LEARN adds
+ranking              studies of a ranking model with and without the mid-emb
+    study            trains every arm with every seed (`learn rank`, through run_command)
+    arms             the arms and their extra features
+    event_parts      the parts of the log
+    features         the ranking model's own features
+    learn_features   the features that LEARN adds
     ranker           the ranking model
-    auc_metrics      its metrics
-    run_command      `learn rank`
+    auc_metrics      its metrics, and gains of one arm over another
+    result_files     what the files of a study hold
+    summary          all gains of a study in rows
 
-report
-    claims           what the paper and its public record claim, each with the test that decides it here
-    verdicts         what each test found
-    document         REPORT.md (`learn report`); answer, notes, number_format, plots, ranking_table, retrieval_tables
+report               REPORT.md and its plots (`learn report`)
+    claims.toml      the claims of LEARN and the test of each; claims.py reads them
+    expected_models.toml   the models that tables wait for; expected_models.py reads them
+    verdicts         tests the claims
+    document         the sections (answer, retrieval_tables, ranking_table, plots, number_format)
 """

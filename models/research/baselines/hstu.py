@@ -6,9 +6,9 @@ One layer, for x [b,l,D] (their equations 1 to 3):
     a = silu(q k^T + bias) / n            causal; n is the longest sequence, not the number of keys
     y = linear(norm(a v) * u) + x
 
-The bias is learned: one number for each distance in positions and, with `time_bias`, one for each bucket of the time
-that lies between the key's event and the event that is asked for. So with time the model knows when the request is
-made, which a server does too; SASRec and LEARN are not told.
+The bias is learned: one number per distance in positions and, with `time_bias`, one per bucket of the time between the
+key's event and the event to be predicted. So with `time_bias` the model knows the time of the request, as a server
+does; SASRec and LEARN do not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from learn.models.recommender import Recommender
 
-# log(seconds) / this: the paper's bucket width, with which 128 buckets reach beyond any time difference.
+# Buckets are log(seconds) / BUCKET_WIDTH, as in the paper; 128 of them cover every time difference.
 BUCKET_WIDTH = 0.301
 N_BUCKETS = 128
 
@@ -50,7 +50,7 @@ class Hstu(Recommender):
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
 
     def states(self, items: Tensor, times: Tensor) -> Tensor:
-        """State 0 is zero, as in SASRec."""
+        """The state at each event; state 0 is zero, as in SASRec."""
         length = items.shape[1]
         x = self.dropout(self.table[items] * self.config.width**0.5 + self.positions[:length])
         index = torch.arange(length, device=items.device)
@@ -61,12 +61,12 @@ class Hstu(Recommender):
         return F.pad(F.normalize(x, dim=-1), (0, 0, 1, 0))
 
     def item_embeddings(self, items: Tensor) -> Tensor:
-        """The table's rows, at length 1."""
+        """The rows of the item table, scaled to length 1."""
         return F.normalize(self.table[items], dim=-1)
 
 
 def time_buckets(times: Tensor) -> Tensor:
-    """times [b,l+1] -> [b,l,l]: the bucket of (time asked for at i) - (time of event j), for query i and key j."""
+    """times [b,l+1] -> [b,l,l]: the bucket of (time of the request at i) - (time of event j), for query i and key j."""
     apart = (times[:, 1:, None] - times[:, None, :-1]).abs().clamp(min=1)
     return (apart.double().log() / BUCKET_WIDTH).long().clamp(max=N_BUCKETS - 1)
 

@@ -1,10 +1,10 @@
-"""The other way to teach a language model what users do: tune it, where LEARN freezes it.
+"""The alternative to LEARN's frozen language model: one that is tuned on what users do.
 
     prompt -> encoder with LoRA in every linear layer -> mean over tokens -> projection -> item embedding [E]
     user = the mean of the last items' embeddings
 
-There is no transformer over the history: whatever is learned of users has to go into the text encoder. Every item of a
-batch is encoded with gradients, so a step costs hundreds of times as much as one of PCH over stored content.
+There is no transformer over the history: everything that is learned about users goes into the text encoder. Every item
+of a batch is encoded with gradients, so a step costs hundreds of times as much as a step of PCH over stored content.
 LoRA: Hu et al., ICLR 2022, as peft implements it.
 """
 
@@ -28,38 +28,38 @@ from learn.models.recommender import Recommender
 
 @dataclass(frozen=True)
 class LoraSizes:
-    """Rank and strength of the low-rank updates, and what stands around the encoder."""
+    """Rank and strength of the low-rank updates, and sizes around the encoder."""
 
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.05
     out_dim: int = 64
-    # Short, as every item of it is encoded at every step.
+    # Short, because every item of the history is encoded at every step.
     max_history: int = 10
 
 
 class LoraEncoder(Recommender):
-    """A language model that is tuned. Base weights stay frozen; only low-rank updates and the projection learn."""
+    """A tuned language model: base weights stay frozen, low-rank updates and the projection are trained."""
 
     def __init__(self, sizes: LoraSizes, encoder: Encoder, prompts: Iterable[str]) -> None:
         super().__init__()
         self.config, self.max_history = sizes, sizes.max_history
         self.ids = encoder.tokenize(list(prompts))
         self.pad_id, self.batching = encoder.pad_id, encoder.batching
-        wanted = LoraConfig(
+        adapter = LoraConfig(
             r=sizes.rank, lora_alpha=sizes.alpha, lora_dropout=sizes.dropout, target_modules="all-linear"
         )
-        encoder.graph.model = inject_adapter_in_model(wanted, encoder.graph.model)
+        encoder.graph.model = inject_adapter_in_model(adapter, encoder.graph.model)
         self.graph = encoder.graph
         self.projection = nn.Linear(encoder.dim, sizes.out_dim)
-        # While nothing is trained, every item is encoded once.
+        # In inference mode: the embeddings of all items, encoded once.
         self._table: Tensor | None = None
-        # In training: the items that a step's histories were made of, sorted, and their embeddings.
+        # In training: the items of a step's histories, sorted, and their embeddings.
         self._encoded: tuple[Tensor, Tensor] | None = None
         self.register_load_state_dict_post_hook(lambda module, _keys: module._forget())
 
     def train(self, mode: bool = True) -> LoraEncoder:
-        """As in torch; what was encoded with the weights before a step is forgotten."""
+        """As in torch. Embeddings of older weights are dropped."""
         if mode:
             self._forget()
         return super().train(mode)
@@ -68,7 +68,7 @@ class LoraEncoder(Recommender):
         self._table = self._encoded = None
 
     def states(self, items: Tensor, times: Tensor) -> Tensor:
-        """The mean of the first j item embeddings; zeros before the first. `times` is not read."""
+        """State j is the mean of the first j item embeddings; state 0 is zero. `times` is not read."""
         if self.training:
             known = torch.unique(items)
             self._encoded = known, self._encode(known)
@@ -78,11 +78,11 @@ class LoraEncoder(Recommender):
         return F.normalize(F.pad(vectors.cumsum(dim=1), (0, 0, 1, 0)), dim=-1)
 
     def settings(self) -> dict[str, Any]:
-        """Beside its sizes, a digest of the texts."""
+        """Its sizes and a digest of the texts."""
         return super().settings() | {"texts": hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()}
 
     def item_embeddings(self, items: Tensor) -> Tensor:
-        """[n] -> [n,E]. In training, what the same step has encoded for its histories is not encoded again."""
+        """[n] -> [n,E]. In training, items that the step has encoded for its histories are not encoded again."""
         if not self.training:
             return self._all()[items]
         if self._encoded is None:
@@ -91,10 +91,10 @@ class LoraEncoder(Recommender):
         self._encoded = None
         place = torch.searchsorted(known, items).clamp(max=len(known) - 1)
         is_new = known[place] != items
-        found = vectors[place]
+        embeddings = vectors[place]
         if is_new.any():
-            found = found.index_put((is_new,), self._encode(items[is_new]))
-        return found
+            embeddings = embeddings.index_put((is_new,), self._encode(items[is_new]))
+        return embeddings
 
     def _all(self) -> Tensor:
         if self._table is None:

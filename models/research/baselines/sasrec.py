@@ -1,8 +1,8 @@
-"""SASRec (Kang and McAuley, ICDM 2018): self-attention over item ids, the same item table at entrance and exit.
+"""SASRec (Kang and McAuley, ICDM 2018): self-attention over item ids, with one item table for inputs and outputs.
 
-Sizes are a config. Two choices follow the harness and not the paper, so that models differ in what they are and not in
-how they are trained: outputs have length 1 and the loss divides by a temperature (as in the HSTU paper's own SASRec),
-and the loss is whatever the trainer is told.
+Two choices follow our study and not the paper, so that models differ in their architecture and not in their training:
+outputs have length 1 and the loss divides by a temperature (as in the SASRec of the HSTU paper), and the loss is that
+of the trainer's config.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SasRec(Recommender):
         self.norm_out = nn.LayerNorm(config.width)
 
     def states(self, items: Tensor, times: Tensor) -> Tensor:
-        """State 0 is zero: without an event SASRec has nothing to say. `times` is not read."""
+        """The state at each event; state 0 is zero, since SASRec needs an event. `times` is not read."""
         x = self.table[items] * self.config.width**0.5 + self.positions[: items.shape[1]]
         x = self.dropout(x)
         index = torch.arange(items.shape[1], device=items.device)
@@ -51,15 +51,15 @@ class SasRec(Recommender):
         return F.pad(F.normalize(self.norm_out(x), dim=-1), (0, 0, 1, 0))
 
     def item_embeddings(self, items: Tensor) -> Tensor:
-        """The table's rows, at length 1."""
+        """The rows of the item table, scaled to length 1."""
         return F.normalize(self.table[items], dim=-1)
 
 
 class _Block(nn.Module):
     """SASRec's block differs from a usual transformer's in three ways.
 
-    Queries are normed and keys are not, the residual goes around the normed query, and the feed-forward is as narrow as
-    the model.
+    Queries are normalised and keys are not, the residual connection carries the normalised query, and the feed-forward
+    part is as narrow as the model.
     """
 
     def __init__(self, config: SasRecConfig) -> None:

@@ -1,15 +1,15 @@
-"""Cuts a log into the four parts of the ranking study, and flattens it into one table of events.
+"""Cuts a log into the four parts of the ranking study and flattens it into one table of events.
 
     TOWER_PART    trains the towers, the CVR head and the ranker's starting point
-    RANKER_PART   trains the ranker with mid-embs, from models that never saw these events
-    VALIDATION    early stopping and the choice of a trial
+    RANKER_PART   trains the ranker, with mid-embs from towers and a head that never saw these events
+    VALIDATION    for early stopping and the choice of a trial
     TEST          measured once
 
 Mid-embs of the events that trained the towers would be better than any that serving will see, and the ranker would
-learn to trust them too much. So the ranker meets mid-embs of unseen events only, as it does in production.
+learn to trust them too much. So the ranker is trained on mid-embs of unseen events, as it is in production.
 
-"per_user" cuts every user's own events by number, newest last. "global_time" cuts the clock: then most users of the
-test part were never seen before.
+"per_user" splits every user's own events by number, newest last. "global_time" splits the whole log at moments in time:
+then most users of the test part have no earlier events.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from learn.data.splits import check_keywords, time_cuts
 from learn.training.train_cvr_head import LIKED_FROM, label
 
 TOWER_PART, RANKER_PART, VALIDATION, TEST = range(4)
-# Of each label, in what the head is chosen by; with fewer, its AUC says nothing.
+# The fewest events of each label in the head's validation part; with fewer, its AUC is meaningless.
 FEWEST_OF_A_LABEL = 10
 
 
@@ -35,11 +35,11 @@ class RankSplitConfig:
     """How a log is cut. Shares are of a user's events ("per_user") or of all events ("global_time")."""
 
     kind: Literal["per_user", "global_time"] = "per_user"
-    # Share of the TRAINING events that is the towers' part.
+    # The share of the training events that belongs to the towers' part.
     towers: float = 0.6
     validation: float = 0.1
     test: float = 0.1
-    # "per_user" only: at least so many events a user, however short the sequence.
+    # "per_user" only: at least this many events per user, however short the sequence is.
     least_validation: int = 2
     least_test: int = 5
     # An event of this value or more is a conversion.
@@ -53,7 +53,10 @@ class RankSplitConfig:
 
 
 def by_time(sequences: Sequences, config: TimeSplitConfig) -> RankSplitConfig:
-    """Validation and test begin where this split has them begin. ValueError if one of the three would be empty."""
+    """The split whose validation and test begin at the same moments as those of `config`.
+
+    ValueError if training, validation or test would be empty.
+    """
     first, second = time_cuts(sequences, config)
     n_train = n_before = n_events = 0
     for sequence in sequences:
@@ -66,11 +69,10 @@ def by_time(sequences: Sequences, config: TimeSplitConfig) -> RankSplitConfig:
 
 @dataclass(frozen=True)
 class Events:
-    """All events, users in the order of the data set and each user's oldest first; every array has N entries.
+    """All events, users in the order of the data set and each user's oldest event first; every array has N entries.
 
-    `clock` says what came before what across users, in seconds, or is the position in the user's own sequence where
-    the data set has no times (`has_times`). `part` is one of the four above and never falls within a
-    user.
+    `clock` orders events across users: the time in seconds or, if the data set has no times (`has_times`), the position
+    in the user's own sequence. `part` is one of the four parts and never decreases along a user's sequence.
     """
 
     user: np.ndarray
@@ -83,15 +85,15 @@ class Events:
     has_times: bool
 
     def rows(self, *parts: int) -> np.ndarray:
-        """Indices of the events of these parts, ascending."""
+        """Ascending indices of the events of these parts."""
         return np.flatnonzero(np.isin(self.part, parts))
 
     def is_training(self) -> np.ndarray:
-        """[N] whether the event trains the towers or the ranker."""
+        """[N] whether the event trains towers or ranker."""
         return self.part <= RANKER_PART
 
     def spans(self, *parts: int) -> list[tuple[int, int, int]]:
-        """Per user (user, begin, end) in positions; only for parts that follow one another."""
+        """(user, begin, end) per user, in positions of the sequence. The parts have to follow one another."""
         rows = self.rows(*parts)
         users, first, n_events = np.unique(self.user[rows], return_index=True, return_counts=True)
         begin = self.position[rows[first]]
@@ -99,7 +101,7 @@ class Events:
 
 
 def cut(dataset: Dataset, config: RankSplitConfig) -> Events:
-    """Flattens the data set and says which part each event lies in.
+    """Flattens the data set and assigns each event to a part.
 
     ValueError if the items' keywords were counted from events that come after the towers' part.
     """
@@ -109,7 +111,7 @@ def cut(dataset: Dataset, config: RankSplitConfig) -> Events:
     columns = {name: _flat(dataset, name) for name in ("items", "values", "timestamps")}
     user = np.repeat(np.arange(len(n_events)), n_events)
     position = np.concatenate([np.arange(n) for n in n_events])
-    # A log without times is handed on with all of them equal, or with each event's position in their place.
+    # A log without times comes with equal timestamps, or with each event's position as its timestamp.
     has_times = bool(np.ptp(columns["timestamps"]) > 0 and (columns["timestamps"] != position).any())
     clock = columns["timestamps"] if has_times else position
     if config.kind == "per_user":
@@ -124,10 +126,10 @@ def cut(dataset: Dataset, config: RankSplitConfig) -> Events:
 
 
 def tower_split(dataset: Dataset, events: Events) -> Split:
-    """The towers' part as a `Split`: the newest tenth of each user's events in it is the head's validation, at least
-    one event of five.
+    """The towers' part as a `Split`, with the newest tenth of each user's events in it as the head's validation.
 
-    Where that leaves the head too little to be chosen by, one event of two is held out.
+    Users with at least five events there hold out at least one. If that gives the head too few validation events, users
+    with two events hold out one as well.
     """
     in_part = events.part == TOWER_PART
     n_towers = np.bincount(events.user[in_part], minlength=len(dataset.sequences))
@@ -145,8 +147,9 @@ def tower_split(dataset: Dataset, events: Events) -> Split:
 
 
 def _user_bounds(n_events: np.ndarray, config: RankSplitConfig) -> np.ndarray:
-    """[U,3] the positions at which the ranker's part, validation and test begin; users too short for all four
-    only train.
+    """[U,3] the positions at which the ranker's part, validation and test begin.
+
+    Users with too few events for all four parts are in the training parts only.
     """
     n_test = np.maximum(config.least_test, np.round(config.test * n_events).astype(int))
     n_validation = np.maximum(config.least_validation, np.round(config.validation * n_events).astype(int))
@@ -159,7 +162,7 @@ def _user_bounds(n_events: np.ndarray, config: RankSplitConfig) -> np.ndarray:
 
 
 def _clock_parts(clock: np.ndarray, config: RankSplitConfig) -> np.ndarray:
-    """[N]; events of one instant stay together, so that no part begins within a tie."""
+    """[N] the part of each event. Events of the same instant are in the same part."""
     training = 1.0 - config.validation - config.test
     shares = [config.towers * training, training, 1.0 - config.test]
     bounds = np.quantile(clock, shares, method="lower")

@@ -1,11 +1,11 @@
-"""What a ranking model knows without LEARN: ids, simple statistics, the time, and (as a control) the item's categories.
+"""The features of a ranking model without LEARN: ids, simple statistics, times and, for a control arm, categories.
 
-Every statistic of an event is counted from what had happened before it:
+Every statistic of an event is computed from earlier events:
 
-- of the user: events that stand earlier in the user's own sequence;
-- of the item: TRAINING events (the parts of towers and ranker) of any user whose time is strictly earlier.
+- a statistic of the user from the events before it in the user's own sequence;
+- a statistic of the item from training events (of towers and ranker) of any user at a strictly earlier time.
 
-So no label takes part in its own features, neither directly nor through a mean over all (the leak of naive target
+So no label enters its own features, neither directly nor through a mean over all events (the leak of naive target
 encoding; Prokhorenkova et al. 2018, CatBoost, section 3, order events in the same way).
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from learn.data import Dataset
 from research.ranking.event_parts import TOWER_PART, Events
 
-# A mean of few values is pulled to the mean of the towers' part as if by so many more.
+# A mean is shrunk towards that of the towers' part, as if this many more values had that mean.
 SHRINKAGE = 5.0
 DAY = 86400
 NAMES = (
@@ -40,7 +40,7 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per event, before it: how many, their summed value, how many of them were liked. Each [N]."""
+    """For each event, over the events before it: their number, summed value, and number of liked ones. Each [N]."""
 
     count: np.ndarray
     value: np.ndarray
@@ -59,13 +59,13 @@ def numeric(events: Events) -> np.ndarray:
     ]
     table = np.stack(columns, axis=1)
     spread = table[towers].std(axis=0)
-    # A column that never changes (no times, say) says nothing; it becomes 0, not a division by 0.
+    # A constant column (without times, for example) becomes 0 and not a division by 0.
     scaled = (table - table[towers].mean(axis=0)) / np.where(spread > 1e-9, spread, np.inf)
     return scaled.astype(np.float32)
 
 
 def user_statistics(events: Events) -> Statistics:
-    """From the user's own earlier events, of whatever part: they are history when the next one is predicted."""
+    """From the user's own earlier events in any part: they are history when the next one is predicted."""
     start = np.flatnonzero(events.position == 0)
     owner = np.cumsum(events.position == 0) - 1
 
@@ -77,7 +77,7 @@ def user_statistics(events: Events) -> Statistics:
 
 
 def item_statistics(events: Events) -> Statistics:
-    """From training events on the same item at a strictly earlier time; ties in time do not count."""
+    """From training events of the same item at a strictly earlier time; events of the same time are left out."""
     order = np.lexsort((events.clock, events.item))
     item, clock = events.item[order], events.clock[order]
     new_item = np.r_[True, item[1:] != item[:-1]]
@@ -97,14 +97,15 @@ def item_statistics(events: Events) -> Statistics:
 
 
 def training_counts(events: Events, key: np.ndarray, n_keys: int) -> np.ndarray:
-    """[n_keys] how many training events each user (or item) has; `key` is `events.user` or `events.item`."""
+    """[n_keys] the number of training events of each user (or item); `key` is `events.user` or `events.item`."""
     return np.bincount(key[events.is_training()], minlength=n_keys)
 
 
 def hashed_rows(counts: np.ndarray, n_rows: int) -> np.ndarray:
-    """[n] row of each id in an embedding table of `n_rows` rows. Row 0 is for ids that training never saw.
+    """[n] the row of each id in an embedding table of `n_rows` rows. Row 0 is for ids without training events.
 
-    With room for all, every id has its own row; otherwise ids share rows by a multiplicative hash (Knuth, TAOCP 6.4).
+    If there are enough rows, every id has its own; otherwise ids share rows by a multiplicative hash
+    (Knuth, TAOCP 6.4).
     """
     if n_rows < 2:
         raise ValueError(f"an id table has {n_rows} rows, at least 2 are needed")
@@ -114,7 +115,7 @@ def hashed_rows(counts: np.ndarray, n_rows: int) -> np.ndarray:
 
 
 def categories(dataset: Dataset, most: int) -> np.ndarray:
-    """[I,G] float32: 1 where the item has the category, for the `most` commonest of the catalogue (ties by name)."""
+    """[I,G] float32: 1 where the item has the category, for the `most` most frequent ones (ties by name)."""
     lists = [[name.strip() for name in (text.category or "").split(",") if name.strip()] for text in dataset.texts]
     counts = Counter(name for names in lists for name in set(names))
     index = {name: place for place, name in enumerate(sorted(counts, key=lambda name: (-counts[name], name))[:most])}

@@ -1,4 +1,4 @@
-"""LEARN's features for the ranking study: towers and head trained on the towers' part, then read on what follows it."""
+"""LEARN's features for the ranking study: towers and head are trained on the towers' part, then run on later events."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from research.ranking.event_parts import Events
 
 @dataclass(frozen=True)
 class MidEmbeddingConfig:
-    """How the features are made. `cvr.history` also says what the towers are trained on: all events or liked ones."""
+    """How the features are made. `cvr.history` also decides whether the towers train on all events or on liked ones."""
 
     towers: TrainConfig = field(default_factory=TrainConfig)
     pch: PchConfig = field(default_factory=PchConfig)
     standardise: Method = "scale"
     cvr: CvrTrainConfig = field(default_factory=CvrTrainConfig)
-    # Sizes of the CVR head; its input is what the towers give.
+    # Sizes of the CVR head; its inputs are the embeddings of the towers.
     fuse_dim: int = 128
     mid_dim: int = 64
 
 
 @dataclass(frozen=True)
 class Features:
-    """Per event asked for: mid_emb [n,M], user [n,E] and item [n,E] embedding, the head's own logit [n]."""
+    """One row per event: mid_emb [n,M], user [n,E] and item [n,E] embedding, and the head's logit [n]."""
 
     mid_emb: Tensor
     user: Tensor
@@ -48,7 +48,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Learned:
-    """What the towers' part gave: models, their figures (all measured within it), and seconds per stage."""
+    """Towers and head, their figures (measured within the towers' part), and seconds per stage."""
 
     pch: Pch
     head: CvrHead
@@ -59,7 +59,7 @@ class Learned:
 def train_towers(
     config: MidEmbeddingConfig, seed: int, content: Tensor, dataset: Dataset, split: Split, log: Path
 ) -> Pch:
-    """The one place where this study meets the trainer of the towers."""
+    """Trains the towers and returns them on the CPU; the training log goes to `log`."""
     torch.manual_seed(seed)
     model = Learn(Pch(replace(config.pch, content_dim=content.shape[1])), content, config.standardise)
     folder = log.with_suffix(".run")
@@ -73,7 +73,7 @@ def train_towers(
 def learn(
     config: MidEmbeddingConfig, seed: int, content: Tensor, dataset: Dataset, events: Events, log: Path
 ) -> Learned:
-    """Towers, then the head, on the towers' part alone."""
+    """Trains towers and head on the towers' part. ValueError if its labels cannot train or validate the head."""
     split = event_parts.tower_split(dataset, events)
     advice = "the users have too few events for a ranking study, or its cuts are too early"
     check_labels(dataset.sequences, split, ("training", "validation"), config.cvr.liked_from, advice)
@@ -90,13 +90,13 @@ def learn(
 
 
 def histories(dataset: Dataset, split: Split, config: MidEmbeddingConfig) -> tuple[Dataset, Split]:
-    """Data set and split as the towers are shown them: with `history="liked"`, only liked events are there at all."""
+    """Data set and split for the towers; with `history="liked"` they have liked events only."""
     sequences, n_train, validation = [], [], []
     ends = list(split.n_train)
     for event in split.validation:
         ends[event.user] = max(ends[event.user], event.position + 1)
     for user, (sequence, n_known, end) in enumerate(zip(dataset.sequences, split.n_train, ends, strict=True)):
-        # Nothing after the towers' part is handed on, so no mistake further down can read it.
+        # Later events are removed here, so that no mistake further down can read them.
         keep = np.flatnonzero(kept(np.asarray(sequence.values[:end]), config.cvr.history, config.cvr.liked_from))
         columns = (np.asarray(column)[keep] for column in (sequence.items, sequence.values, sequence.timestamps))
         sequences.append(Sequence(sequence.user, *columns))
@@ -109,15 +109,15 @@ def histories(dataset: Dataset, split: Split, config: MidEmbeddingConfig) -> tup
 def features(
     learned: Learned, config: MidEmbeddingConfig, content: Tensor, dataset: Dataset, events: Events
 ) -> Features:
-    """Of every event after the towers' part, in the order of `events.rows(RANKER_PART, VALIDATION, TEST)`.
+    """The features of every event after the towers' part, in the order of `events.rows(RANKER_PART, VALIDATION, TEST)`.
 
-    The user state before an event has read only what stands before it in the user's sequence.
+    The user embedding of an event is computed from the events before it in the user's sequence.
     """
     pch, head = learned.pch, learned.head
     spans = events.spans(event_parts.RANKER_PART, event_parts.VALIDATION, event_parts.TEST)
     longest, cvr = pch.config.max_history, config.cvr
-    found = windows(dataset.sequences, spans, longest, cvr.history, "sliding", cvr.liked_from)
-    seen = examples(pch, content, found)
+    history_windows = windows(dataset.sequences, spans, longest, cvr.history, "sliding", cvr.liked_from)
+    seen = examples(pch, content, history_windows)
     item = pch.alone(content)[seen.item]
     parts = [head(u, i, torch.arange(len(u))) for u, i in zip(seen.user.split(8192), item.split(8192), strict=True)]
     mid_emb, logit = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -4,11 +4,11 @@
     x0 -> cross layers -> [D]
     x0 -> MLP ----------> [H], both -> linear -> logit
 
-A cross layer is x_{l+1} = x0 * (W_l x_l + b_l) + x_l, and cross and deep part stand in parallel (Wang et al., WWW 2021,
-"DCN V2", equations 1 and 4). `extra` is what the arms of the study differ in.
+A cross layer is x_{l+1} = x0 * (W_l x_l + b_l) + x_l; the cross part and the deep part are parallel (Wang et al.,
+WWW 2021, "DCN V2", equations 1 and 4). The arms of the study differ in `extra`.
 
-Training is as in production: a model without extra features exists already and is trained on (`Ranker.widened`): all
-its weights are kept and the new inputs begin with no influence, so every arm starts from the same scores.
+Training is as in production: an existing model without extra features is trained further (`Ranker.widened`). All its
+weights are kept and the new inputs have no influence at first, so every arm starts from the same scores.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ class RankerConfig:
     """Sizes of DCN-V2 and how it is trained."""
 
     id_dim: int = 16
-    # Rows of each id table, row 0 for ids never trained on included; with more ids than rows, ids share rows.
+    # Rows of each id table, including row 0 for unknown ids; with more ids than rows, ids share rows.
     id_rows: int = 100_000
     cross_layers: int = 2
     deep: tuple[int, ...] = (64, 32)
     dropout: float = 0.1
-    # Share of training events whose id is hidden, so that row 0 learns what an unknown user or item is like.
+    # Share of training events whose id is replaced by row 0, so that row 0 learns to stand for unknown ids.
     id_dropout: float = 0.05
     batch: int = 512
     epochs: int = 12
-    # Epochs without a lower validation loss before training stops.
+    # Training stops after this many epochs without a lower validation loss.
     patience: int = 3
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is tuned: every arm tries the same list, and keeps what validation likes best."""
+    """The hyperparameters that are tuned: every arm tries the same list and keeps the best on validation."""
 
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
@@ -63,13 +63,13 @@ class Inputs:
         return len(self.label)
 
     def take(self, rows: Tensor) -> Inputs:
-        """Some of the rows."""
+        """The inputs of these rows."""
         return Inputs(self.user[rows], self.item[rows], self.numeric[rows], self.extra[rows], self.label[rows])
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Sizes that the data give."""
+    """Sizes that depend on the data."""
 
     users: int
     items: int
@@ -92,7 +92,7 @@ class Ranker(nn.Module):
         sizes = [width, *config.deep]
         self.deep = nn.ModuleList(nn.Linear(before, after) for before, after in itertools.pairwise(sizes))
         self.dropout = nn.Dropout(config.dropout)
-        # Cross part, then deep part, so that a widened model can keep both.
+        # One output layer per part, so that a widened model can keep both.
         self.out_cross = nn.Linear(width, 1)
         self.out_deep = nn.Linear(sizes[-1], 1, bias=False)
 
@@ -117,10 +117,10 @@ class Ranker(nn.Module):
 
     @torch.no_grad()
     def widened(self, extra: int) -> Ranker:
-        """The same scores from a model that also takes `extra` more features at the end of its inputs.
+        """A model with `extra` more features at the end of its inputs that gives the same scores.
 
-        New columns begin at 0 (a new feature does not change what was computed before), and new rows of a cross layer
-        keep their random start, or a product of two zeros would never learn.
+        New columns start at 0, so a new feature changes nothing at first. New rows of a cross layer keep their random
+        start, because a product of two zeros would have no gradient.
         """
         wide = Ranker(self.config, replace(self.widths, extra=self.widths.extra + extra))
         fresh = wide.state_dict()
@@ -143,7 +143,7 @@ class Fit:
 
 
 def fit(start: Ranker, train: Inputs, validation: Inputs, trial: Trial, seed: int) -> Fit:
-    """Trains a copy of `start`; stops early and returns the weights of the best epoch, which may be epoch 0."""
+    """Trains a copy of `start` with early stopping; returns the weights of the best epoch, which can be epoch 0."""
     torch.manual_seed(seed)
     model = copy.deepcopy(start)
     config = model.config
@@ -169,7 +169,7 @@ def fit(start: Ranker, train: Inputs, validation: Inputs, trial: Trial, seed: in
 def best_fit(
     start: Ranker, train: Inputs, validation: Inputs, trials: tuple[Trial, ...], seed: int
 ) -> tuple[Fit, Trial]:
-    """Every trial once; the one with the lowest validation loss, the earlier one in a tie."""
+    """Fits every trial and returns the one with the lowest validation loss; in a tie, the earlier one."""
     if not trials:
         raise ValueError("no trials: at least one learning rate and weight decay are needed")
     fits = [fit(start, train, validation, trial, seed) for trial in trials]

@@ -64,9 +64,9 @@ def tally(report: Report) -> str:
 def answer(report: Report) -> str:
     """Section 1: the short answer, and every claim with its verdict."""
     legend = (
-        "*Holds*: ahead with p < .05 (for a published figure to be reproduced: within the tolerance). *Does not hold*: "
+        "*Holds*: ahead with p < .05 (a published figure to be reproduced: within the tolerance). *Does not hold*: "
         "behind with p < .05 (or outside the tolerance). *Not shown*: the interval covers 0, so this data decides "
-        "nothing, or a model has one seed alone. Differences are paired, with 95 % intervals. p is not corrected for "
+        "nothing, or a model has only one seed. Differences are paired, with 95 % intervals. p is not corrected for "
         "the number of claims."
     )
     bullets = [f"- {tally(report)}.", *headlines(report)]
@@ -80,9 +80,9 @@ def headlines(report: Report) -> list[str]:
     if report.main is not None:
         lines = [*_group_lines(report.main, ""), _text_line(report.main)]
     if (by_time := studies.study(MAIN_BY_TIME)) is not None:
-        lines += _group_lines(by_time, "Cut by time: ")
+        lines += _group_lines(by_time, "Split by time: ")
     lines += _ranking_lines(studies.rows(MAIN), "")
-    return lines + _ranking_lines(studies.rows(MAIN_BY_TIME), "Cut by time: ")
+    return lines + _ranking_lines(studies.rows(MAIN_BY_TIME), "Split by time: ")
 
 
 def _group_lines(study: StudyEstimates, prefix: str) -> list[str]:
@@ -107,17 +107,17 @@ def _against_rivals(study: StudyEstimates, model: str, group: str) -> str:
 
 def _text_line(study: StudyEstimates) -> str:
     """How far the best model over text alone gets."""
-    goal = retrieval_tables.goal_of(study)
+    goal = retrieval_tables.stronger_id_model(study)
     text_models = [model for model in retrieval_tables.ladder(study) if model.startswith("learn-text")]
     if goal is None or not text_models:
-        return "- How far text alone gets towards ID embeddings: not run yet."
+        return "- How close text alone comes to ID embeddings: not run yet."
     best = text_models[-1]
     share = retrieval_tables.share_of_way(study, best, goal)
     way = "" if share is None else f", {100 * share:.0f} % of the way from the bare content mean"
     left = difference(study.difference(best, goal, "ndcg_at_10"))
     return (
-        f"- The best run of text alone ({label(study, best)}; picked on these test events, so with hindsight) "
-        f"stands against {label(study, goal)} at {left}{way}."
+        f"- The best run over text alone ({label(study, best)}; chosen on these same test events) against "
+        f"{label(study, goal)}: {left}{way}."
     )
 
 
@@ -125,7 +125,7 @@ def _ranking_lines(rows: Sequence[Row], prefix: str) -> list[str]:
     """One line on a ranking study: UAUC over all events and on cold-start items, where the paper gained most."""
     gains = {row.group: row.gain for row in rows if (row.arm, row.metric) == ("mid_emb", "uauc")}
     parts = [f"{group} {difference(gains[group])}" for group in ("all", "cold-start items") if group in gains]
-    return [f"- {prefix}What the mid-emb adds to the UAUC of a ranking model: {'; '.join(parts)}."] if parts else []
+    return [f"- {prefix}Gain of a ranking model in UAUC by the mid-emb: {'; '.join(parts)}."] if parts else []
 
 
 def _section(report: Report, section: Section) -> str:
@@ -133,7 +133,7 @@ def _section(report: Report, section: Section) -> str:
         rows = [_row_until_tested(report, section)]
     else:
         rows = [_claim_row(report, report.findings[claim.id]) for claim in section.claims]
-    return f"### {section.title}\n\n" + prose_table(["claim", "the source", "here", "verdict"], rows)
+    return f"### {section.title}\n\n" + prose_table(["claim", "source", "here", "verdict"], rows)
 
 
 def _is_tested(report: Report, section: Section) -> bool:
@@ -141,19 +141,19 @@ def _is_tested(report: Report, section: Section) -> bool:
 
 
 def _row_until_tested(report: Report, section: Section) -> list[str]:
-    row, found = section.until_tested, section.until_tested.found
+    row, result = section.until_tested, section.until_tested.result
     pair = (row.instead.model, row.instead.against)
     gap = report.main and report.main.difference(*pair, row.instead.metric)
     if gap:
         means = " against ".join(plain(report.main.mean(model, row.instead.metric)) for model in pair)
-        found += f"; on `{report.studies.main}` in their place, {row.instead.shown_as} {means}: {difference(gap)}"
-    return [row.text, row.source, found, _with_remark(Verdict.NOT_TESTED.value, report.remark(row.remark))]
+        result += f"; on `{report.studies.main}` instead, {row.instead.shown_as} {means}: {difference(gap)}"
+    return [row.text, row.source, result, _with_remark(Verdict.NOT_TESTED.value, report.remark(row.remark))]
 
 
 def _claim_row(report: Report, finding: Finding) -> list[str]:
     claim, verdict = finding.claim, finding.verdict.value
     shown = verdict if finding.verdict in (Verdict.NOT_TESTED, Verdict.NOT_SHOWN) else f"**{verdict}**"
-    return [claim.text, claim.source, finding.found, _with_remark(shown, report.remark(claim.remark))]
+    return [claim.text, claim.source, finding.result, _with_remark(shown, report.remark(claim.remark))]
 
 
 def _with_remark(verdict: str, remark: str) -> str:
@@ -168,10 +168,10 @@ def untested(report: Report) -> str:
             finding = report.findings[claim.id]
             if finding.verdict is not Verdict.NOT_TESTED:
                 continue
-            text, found, remark = claim.text, finding.found, claim.remark
+            text, result, remark = claim.text, finding.result, claim.remark
             if (row := section.until_tested) is not None and not _is_tested(report, section):
-                text, found, remark = row.text, row.found, row.remark
-            reason = " ".join(part.rstrip(".") + "." for part in (found, report.remark(remark)) if part)
+                text, result, remark = row.text, row.result, row.remark
+            reason = " ".join(part.rstrip(".") + "." for part in (result, report.remark(remark)) if part)
             texts_by_reason.setdefault(reason, []).append(text)
     lines = [f"- {'; '.join(dict.fromkeys(texts))}: {reason}" for reason, texts in texts_by_reason.items()]
     return "\n".join(lines) or f"All {len(report.findings)} claims were tested."

@@ -106,7 +106,7 @@ class UntilTested(Strict):
 
     text: str
     source: str
-    found: str
+    result: str
     remark: str = ""
     instead: Instead
 

@@ -33,7 +33,7 @@ from research.retrieval import result_files
 from research.retrieval.estimates import StudyEstimates
 
 PLOTS = "report"
-NO_MAIN = "*Not run yet: there is no study of retrieval.*"
+NO_MAIN = "*Not run yet: there is no retrieval study.*"
 
 
 def build(
@@ -73,20 +73,21 @@ def _main_study(retrieval: dict[str, StudyEstimates], claims: ClaimList) -> str 
 
 def _text(report: Report) -> str:
     parts = (
-        ("1. What was asked, and the short answer", answer),
+        ("1. The claims, and the short answer", answer),
         ("2. Protocol", _protocol),
         ("3. All models", _models),
         ("4. By popularity of the target", _popularity),
         ("5. Learning curves", _curves),
-        ("6. Ablations, and how far text gets", _ablations),
+        ("6. Ablations, and how far text alone gets", _ablations),
         ("7. A ranking model with and without the mid-emb", _ranking),
         ("8. Costs", _costs),
-        ("9. What was not tested, and why", untested),
+        ("9. Claims that were not tested, and why", untested),
     )
     opening = paragraphs(
         "# LEARN, tested",
-        "Written by `learn report` from the JSON files of the runs. Every figure, interval and verdict below is "
-        "computed from them; only the remarks come from a person (`notes.toml`).",
+        "Written by `learn report` from the files of the runs in `results/`. Every figure, interval and verdict is "
+        "computed from them. Only the claims and the remarks on them were written by a person "
+        "(`research/report/claims.toml`).",
     )
     return paragraphs(opening, *(f"## {title}\n\n{write(report)}" for title, write in parts)) + "\n"
 
@@ -97,24 +98,25 @@ def _text(report: Report) -> str:
 def _protocol(report: Report) -> str:
     lines = [_study_line(name, study) for name, study in report.studies.retrieval.items()] or [NO_MAIN]
     lines += [
-        "Held out are the last events of each user, the newest for the test, those before for validation, or, cut by "
-        "time, all events from a moment on; training sees neither. Ties in time are broken by a fixed rule.",
-        "The history is what came before the test event, earlier test events included. Every item that the user has "
-        "not met is ranked, no sampling of candidates; ties count against the model.",
-        "Candidates of the loss are items that training meets, for all models but an ablation that asks what this is "
-        "worth: a new item is not known yet when a model is trained, so it is no negative.",
+        "The last events of each user are held out: the newest for the test, those before them for validation. In a "
+        "study that is split by time, all events after a moment are held out. Training sees none of them. Ties in time "
+        "are broken by a fixed rule.",
+        "The history of a test event is everything before it, earlier test events included. All items that the user "
+        "has not met are ranked, without sampling; ties count against the model.",
+        "The candidates of the loss are the items that training meets, because a new item is not known yet when a "
+        "model is trained and so cannot be a negative. One ablation measures what this choice is worth.",
         "HR, NDCG and MRR are means over test events, then over seeds. R@k is the mean over users of each user's share "
-        "of hits: HR@k where every user has as many test events.",
-        f"Intervals: 95 %, percentile, {report.config.n_resamples:,} replicates (pooled AUC of section 7: "
-        f"{min(POOLED_DRAWS, report.config.n_resamples):,}). A replicate draws users with all their events and, "
-        "independently, seeds; both models of a difference meet the same draw.",
-        "A model with one seed adds no variance of training to its intervals: they are too narrow. Column *seeds* "
-        "tells.",
-        "Groups go by training counts: of the target (0 is a new item), of the user.",
-        "Head share: the part of all top-10 places that the most popular 1 % (5 %) of the catalogue take. Coverage: "
-        "the part of the catalogue that stands in at least one top 10.",
-        "All models of a study share test events, ranked items and history; what else they share is in each JSON's "
-        "`config`.",
+        "of hits; it equals HR@k where all users have equally many test events.",
+        f"Intervals are 95 % percentile intervals of {report.config.n_resamples:,} bootstrap replicates "
+        f"({min(POOLED_DRAWS, report.config.n_resamples):,} for the pooled AUC of section 7). A replicate draws users "
+        "with all their events and, independently, seeds; both models of a difference are measured on the same draw.",
+        "The intervals of a model with one seed (column *seeds*) are too narrow, because they have no variance of "
+        "training.",
+        "Groups of events are formed by the number of training events of the target (0 is a new item) or of the user.",
+        "Head share is the share of all top-10 places that go to the most popular 1 % (5 %) of the catalogue. Coverage "
+        "is the share of the catalogue that is in at least one top 10.",
+        "All models of a study share test events, ranked items and history. The settings of each run are in the header "
+        "of its file.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -122,9 +124,9 @@ def _protocol(report: Report) -> str:
 def _study_line(name: str, estimates: StudyEstimates) -> str:
     study = estimates.study
     data, protocol = study.data, study.protocol
-    held_out = f"{protocol.n_test} held out for the test and {protocol.n_validation} for validation a user"
+    held_out = f"held out per user are {protocol.n_test} for the test and {protocol.n_validation} for validation"
     if not protocol.n_test:
-        held_out = "held out by time, validation before test"
+        held_out = "split by time, validation before test"
     notes = "".join(f" {note.rstrip('.')}." for note in protocol.notes)
     n_users, n_new = len(np.unique(study.user)), int(estimates.groups[metrics.NEW].sum())
     return (
@@ -152,7 +154,7 @@ def _model_tables(study: StudyEstimates, expected: Sequence[Model] = ()) -> list
         retrieval_tables.main_table(study, expected),
         "Paired differences to SASRec and to HSTU:",
         retrieval_tables.rivals_table(study),
-        "Other cut-offs, and what the top ten consist of:",
+        "Other cut-offs, and which items the top ten consist of:",
         retrieval_tables.cutoffs_table(study),
     ]
 
@@ -162,9 +164,10 @@ def _popularity(report: Report) -> str:
     if study is None:
         return NO_MAIN
     parts = [
-        "Columns are how often training meets the target; in brackets, the number of test events.",
+        "A column is a range of the number of training events of the target, with the number of test events in "
+        "brackets.",
         *_popularity_of_study(report, study, "buckets"),
-        "By how many events training reads of the user:",
+        "By the number of training events of the user:",
         retrieval_tables.groups_table(study, retrieval_tables.USER_GROUPS, "ndcg_at_10"),
     ]
     if (by_time := report.studies.study(MAIN_BY_TIME)) is not None:
@@ -187,40 +190,44 @@ def _popularity_of_study(report: Report, study: StudyEstimates, plot: str) -> li
 def _buckets_plot(report: Report, study: StudyEstimates, name: str) -> str:
     groups = retrieval_tables.ITEM_GROUPS
     names = [retrieval_tables.group_title(study, group) for group in groups]
-    found = {
+    by_model = {
         label(study, model): [study.mean(model, "hr_at_100", group) for group in groups]
         for model in retrieval_tables.ordered(study)
     }
     alt = "H@100 by popularity of the target"
-    return report.plot(name, alt, lambda path: plots.buckets(path, names, found, "H@100")) if found else ""
+    return report.plot(name, alt, lambda path: plots.buckets(path, names, by_model, "H@100")) if by_model else ""
 
 
 def _curves(report: Report) -> str:
     study = report.main
     if study is None:
         return NO_MAIN
-    found = [curve for model in retrieval_tables.ordered(study) if (curve := _curve(study, model)) is not None]
-    if not found:
-        return "*Not run yet: no run left a learning curve.*"
+    learning_curves = [
+        curve for model in retrieval_tables.ordered(study) if (curve := _curve(study, model)) is not None
+    ]
+    if not learning_curves:
+        return "*Not run yet: no run has a learning curve.*"
     shown = report.plot(
         "curves",
         "NDCG@10 on validation against seconds and steps",
-        lambda path: plots.curves(path, found, "NDCG@10, validation"),
+        lambda path: plots.curves(path, learning_curves, "NDCG@10, validation"),
     )
-    return paragraphs("Mean over seeds; the range of seeds is shaded.", shown)
+    return paragraphs("Lines are means over seeds, shaded areas the range of the seeds.", shown)
 
 
 def _curve(study: StudyEstimates, model: str) -> plots.Curve | None:
-    """The checks that all seeds have; None with fewer than two of them."""
-    of_seed = [{check.step: check for check in run.curve if check.ndcg_at_10 is not None} for run in study.runs(model)]
-    steps = sorted(set.intersection(*(set(checks) for checks in of_seed)))
+    """The points of the curve that all seeds have; None with fewer than two of them."""
+    points_by_seed = [
+        {point.step: point for point in run.curve if point.ndcg_at_10 is not None} for run in study.runs(model)
+    ]
+    steps = sorted(set.intersection(*(set(points) for points in points_by_seed)))
     if len(steps) < 2:
         return None
-    seconds, figure = (
-        np.array([[getattr(checks[step], name) for step in steps] for checks in of_seed])
+    seconds, ndcg = (
+        np.array([[getattr(points[step], name) for step in steps] for points in points_by_seed])
         for name in ("seconds", "ndcg_at_10")
     )
-    return plots.Curve(label(study, model), np.array(steps), seconds.mean(axis=0), figure)
+    return plots.Curve(label(study, model), np.array(steps), seconds.mean(axis=0), ndcg)
 
 
 def _ablations(report: Report) -> str:
@@ -243,25 +250,26 @@ def _ablations(report: Report) -> str:
         parts += ["### Not run yet", "\n".join(absent)]
     return paragraphs(
         *parts,
-        "### How far text gets, and by what",
-        "From the weakest to the strongest; each change is measured against its own reference, so steps do not add up. "
-        "The way goes from the bare content mean (0 %) to the stronger ID model (100 %), a share of point estimates.",
+        "### How far text alone gets, and by which changes",
+        "From the weakest run to the strongest. Each change is compared with its own reference, so the steps do not "
+        "add up. The share of the way counts from the bare content mean (0 %) to the stronger ID model (100 %), in "
+        "point estimates.",
         retrieval_tables.ladder_table(study),
         _forest(report, study),
     )
 
 
 def _forest(report: Report, study: StudyEstimates) -> str:
-    found = {}
+    gaps = {}
     for run in study.ablations():
         gap = study.difference(run.model, run.reference, "ndcg_at_10")
         if gap is not None:
-            found[run.label if run.label not in found else f"{run.label} ({run.model})"] = gap
-    found = dict(sorted(found.items(), key=lambda pair: (-pair[1].value, pair[0])))
-    if not found:
+            gaps[run.label if run.label not in gaps else f"{run.label} ({run.model})"] = gap
+    gaps = dict(sorted(gaps.items(), key=lambda pair: (-pair[1].value, pair[0])))
+    if not gaps:
         return ""
-    xlabel = "NDCG@10 less that of the reference\n95 % interval; full: p < .05"
-    return report.plot("ablations", "Ablations", lambda path: plots.forest(path, found, xlabel))
+    xlabel = "NDCG@10 minus that of the reference\n95 % interval; filled marker: p < .05"
+    return report.plot("ablations", "Ablations", lambda path: plots.forest(path, gaps, xlabel))
 
 
 # --- 7 and 8 ----------------------------------------------------------------------------------------------------------
@@ -271,9 +279,7 @@ def _ranking(report: Report) -> str:
     studies = report.studies
     if not studies.ranking:
         return "*Not run yet.*"
-    parts = [
-        "The label is a proxy made from ratings: there are no impressions, no conversions and no revenue in this data."
-    ]
+    parts = ["The label is a proxy made from ratings: this data has no impressions, no conversions and no revenue."]
     for name, rows in sorted(studies.ranking.items(), key=lambda pair: (pair[0] != studies.main, pair[0])):
         if name != studies.main:
             parts.append(f"### Study `{name}`")
@@ -289,16 +295,16 @@ def _ranking_study(report: Report, rows: Sequence[Row], plot: str) -> list[str]:
     }
     shown = ""
     if gains:
-        xlabel = f"UAUC with the mid-emb less that of `{CONTROL}`\n95 % interval; full: p < .05"
+        xlabel = f"UAUC with the mid-emb minus that of `{CONTROL}`\n95 % interval; filled marker: p < .05"
         shown = report.plot(plot, "UAUC by group", lambda path: plots.forest(path, gains, xlabel))
     return [
         ranking_table.means_table(rows),
-        f"UAUC less that of `{CONTROL}`, by group:",
+        f"UAUC minus that of `{CONTROL}`, by group:",
         ranking_table.groups_table(rows, "uauc"),
         shown,
-        f"WUAUC less that of `{CONTROL}`:",
+        f"WUAUC minus that of `{CONTROL}`, by group:",
         ranking_table.groups_table(rows, "wuauc"),
-        f"AUC less that of `{CONTROL}`:",
+        f"AUC minus that of `{CONTROL}`, by group:",
         ranking_table.groups_table(rows, "auc"),
     ]
 
@@ -308,5 +314,5 @@ def _costs(report: Report) -> str:
         return NO_MAIN
     parts = []
     for name, study in report.studies.retrieval.items():
-        parts += [f"Study `{name}`, means over seeds:", retrieval_tables.costs_table(study)]
+        parts += [f"Study `{name}`; seconds are means over seeds:", retrieval_tables.costs_table(study)]
     return paragraphs(*parts)

@@ -82,8 +82,8 @@ def multiplicity(estimates: Sequence[Estimate | None]) -> str:
     n_bold = sum(value < 0.05 for value in p)
     n_stay = int((false_discovery_control(p) < 0.05).sum())
     return (
-        f"Bold: p < .05, {n_bold} of {len(p)} comparisons; {number(0.05 * len(p), 1)} would be by chance alone. "
-        f"{n_stay} stay at a false discovery rate of 5 %."
+        f"Bold: p < .05, {n_bold} of {len(p)} comparisons; {number(0.05 * len(p), 1)} are expected by chance alone. "
+        f"{n_stay} remain at a false discovery rate of 5 %."
     )
 
 

@@ -41,7 +41,7 @@ def means_table(rows: Sequence[Row]) -> str:
             cells.append(NONE if row is None or row.mean is None else number(row.mean))
             cells.append(NONE if row is None else difference(row.gain))
         lines.append(cells)
-    against = f"less `{CONTROL}`"
+    against = f"minus `{CONTROL}`"
     return table(["features", *(cell for metric in METRICS for cell in (metric.upper(), against))], lines)
 
 

@@ -147,7 +147,7 @@ def question_table(study: StudyEstimates, models: Sequence[str]) -> str:
         "seeds",
         *(METRIC_NAMES[name] for name in names),
         "NDCG@10 − reference",
-        "of it, items with < 5 ratings",
+        "the same, items with < 5 ratings",
     ]
     return table(header, rows)
 
@@ -165,7 +165,7 @@ def _n_seeds(study: StudyEstimates, model: str) -> str:
     return str(len(study.runs(model)))
 
 
-def goal_of(study: StudyEstimates) -> str | None:
+def stronger_id_model(study: StudyEstimates) -> str | None:
     """The ID model that text is compared with: the stronger of SASRec and our own towers with IDs."""
     candidates = [model for model in ("sasrec", "id-towers") if study.has(model)]
     return max(candidates, key=lambda model: study.mean(model, "ndcg_at_10").value, default=None)
@@ -181,7 +181,7 @@ def ladder(study: StudyEstimates) -> list[str]:
 
 def ladder_table(study: StudyEstimates) -> str:
     """What each change adds, and which share of the way from no training to IDs the model has covered."""
-    goal = goal_of(study)
+    goal = stronger_id_model(study)
     if goal is None or not study.has("learn-text"):
         return "Needs runs of `learn-text` and of `id-towers` or `sasrec`: not run yet."
     rows = []
@@ -219,4 +219,4 @@ def costs_table(study: StudyEstimates) -> str:
         machine = ", ".join(sorted({run.machine for run in runs}))
         size = f"{runs[0].n_parameters:,}"
         rows.append([label(study, model), _n_seeds(study, model), f"{train:.0f}", f"{measure:.1f}", size, machine])
-    return table(["model", "seeds", "seconds of training", "of evaluation", "parameters", "machine"], rows)
+    return table(["model", "seeds", "training (s)", "evaluation (s)", "parameters", "machine"], rows)

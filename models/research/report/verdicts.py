@@ -1,4 +1,4 @@
-"""Tests the claims: what was found for each, in words and as one of four verdicts.
+"""Tests the claims: the result of each, in words and as one of four verdicts.
 
 For a difference, or a gain of a ranking model, with its 95 % interval:
 
@@ -38,11 +38,11 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim with its verdict; `found` is our figure in words, or what is missing."""
+    """A claim with its verdict; `result` is our figure in words, or what is missing."""
 
     claim: Claim
     verdict: Verdict
-    found: str
+    result: str
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,18 @@ def decide(claim: Claim, studies: Studies) -> Finding:
     """Tests one claim."""
     match claim:
         case Untestable():
-            verdict, found = Verdict.NOT_TESTED, claim.reason
+            verdict, result = Verdict.NOT_TESTED, claim.reason
         case RankingGain():
-            verdict, found = _ranking_gain(claim, studies)
+            verdict, result = _ranking_gain(claim, studies)
         case _ if (study := studies.study(claim.study)) is None:
             name = studies.name(claim.study)
             which = f"the study `{name}`" if name else "the main study"
-            verdict, found = Verdict.NOT_TESTED, f"{which} has not been run yet"
+            verdict, result = Verdict.NOT_TESTED, f"{which} has not been run yet"
         case Difference():
-            verdict, found = _difference(claim, study)
+            verdict, result = _difference(claim, study)
         case _:
-            verdict, found = _published(claim, study)
-    return Finding(claim, verdict, found)
+            verdict, result = _published(claim, study)
+    return Finding(claim, verdict, result)
 
 
 def _missing(study: StudyEstimates, *models: str) -> str | None:
@@ -99,8 +99,8 @@ def _difference(claim: Difference, study: StudyEstimates) -> tuple[Verdict, str]
     if gap is None:
         return Verdict.NOT_TESTED, f"the study `{study.study.study}` has no test events in the group {claim.group}"
     means = " against ".join(number(study.mean(model, claim.metric, claim.group).value) for model in models)
-    found = f"{METRIC_NAMES[claim.metric]} {means}: {difference(gap)}"
-    return _if_seeds_suffice(_by_sign(gap), found, study.fewest_seeds(*models))
+    result = f"{METRIC_NAMES[claim.metric]} {means}: {difference(gap)}"
+    return _if_seeds_suffice(_by_sign(gap), result, study.fewest_seeds(*models))
 
 
 def _published(claim: Reproduces | Exceeds, study: StudyEstimates) -> tuple[Verdict, str]:
@@ -114,8 +114,8 @@ def _published(claim: Reproduces | Exceeds, study: StudyEstimates) -> tuple[Verd
         verdict = Verdict.NOT_SHOWN
     else:
         verdict = Verdict.HOLDS if mean.low > claim.published else Verdict.DOES_NOT_HOLD
-    found = f"{METRIC_NAMES[claim.metric]} {with_interval(mean)}"
-    return _if_seeds_suffice(verdict, found, study.fewest_seeds(claim.model))
+    result = f"{METRIC_NAMES[claim.metric]} {with_interval(mean)}"
+    return _if_seeds_suffice(verdict, result, study.fewest_seeds(claim.model))
 
 
 def _ranking_gain(claim: RankingGain, studies: Studies) -> tuple[Verdict, str]:
@@ -130,11 +130,11 @@ def _ranking_gain(claim: RankingGain, studies: Studies) -> tuple[Verdict, str]:
     if row.gain is None:
         return Verdict.NOT_TESTED, f"{metric} is not defined on {group} in the ranking study"
     if row.mean is None:
-        found = f"gain in {metric}, {group}: {difference(row.gain)}"
+        result = f"gain in {metric}, {group}: {difference(row.gain)}"
     else:
         without = number(row.mean - row.gain.value)
-        found = f"{metric} {without} -> {number(row.mean)}: {difference(row.gain)}"
-    return _if_seeds_suffice(_by_sign(row.gain), found, row.gain.n_seeds)
+        result = f"{metric} {without} -> {number(row.mean)}: {difference(row.gain)}"
+    return _if_seeds_suffice(_by_sign(row.gain), result, row.gain.n_seeds)
 
 
 def _by_sign(gap: Estimate) -> Verdict:
@@ -143,10 +143,10 @@ def _by_sign(gap: Estimate) -> Verdict:
     return Verdict.HOLDS if gap.value > 0 else Verdict.DOES_NOT_HOLD
 
 
-def _if_seeds_suffice(verdict: Verdict, found: str, n_seeds: int | None) -> tuple[Verdict, str]:
+def _if_seeds_suffice(verdict: Verdict, result: str, n_seeds: int | None) -> tuple[Verdict, str]:
     """One seed shows nothing, since its share in the figure is unknown. `n_seeds` is None if nothing was trained."""
     if n_seeds is None:
-        return verdict, found
+        return verdict, result
     if n_seeds == 1:
-        return Verdict.NOT_SHOWN, f"{found}; one seed"
-    return verdict, f"{found}; {n_seeds} seeds"
+        return Verdict.NOT_SHOWN, f"{result}; one seed"
+    return verdict, f"{result}; {n_seeds} seeds"

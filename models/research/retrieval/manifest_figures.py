@@ -1,4 +1,4 @@
-"""What a study says of one model, for the manifest of a bundle that is one of its seeds."""
+"""The figures of one model in a study, for the manifest of a bundle that holds one seed of the model."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ METRICS = ("hr_at_10", "ndcg_at_10", "hr_at_50", "mrr")
 
 @dataclass(frozen=True)
 class Subject:
-    """The run that is to carry the figures."""
+    """The run whose bundle will carry the figures.
+
+    `data` is the `data_digest` of its data and split, `content` the key of its content embeddings
+    (`embedding_store.cache_key`), and `started_from` has the runs whose towers it started with.
+    """
 
     settings: Settings
-    # `result_files.digest` of its data and split; the key of its content embeddings (`embedding_store.cache_key`).
     data: str
     content: str
-    # Runs whose towers its own began with.
     started_from: tuple[str, ...] = ()
 
 
 def subject_of(run: Run) -> Subject:
-    """What the figures of a study are compared with before a bundle of this run carries them."""
+    """The facts of a run that have to agree with the study."""
     dataset = run.dataset()
     data = data_digest(dataset, run.split(dataset))
     content = embedding_store.cache_key(run.source, Prompts(dataset.texts))
@@ -37,22 +39,22 @@ def subject_of(run: Run) -> Subject:
 
 
 def figures_of(folder: Path, model: str, subject: Subject) -> dict[str, Any]:
-    """Means over seeds with 95 % intervals, from the JSONs in `folder`.
+    """Means over seeds with 95 % intervals, from the study in `folder`.
 
-    ValueError if the study has no such model, or has it of other data, another encoder or other settings than the run
-    that is to carry its figures, or if that run's towers are not what a study trains.
+    ValueError if the study does not have the model, or has it with other data, another encoder or other settings than
+    the subject, or if the subject's towers were not trained from random weights without the head.
     """
     study = read_study(folder)
     if model not in study.runs:
         raise ValueError(f"{folder} has no runs of {model!r}, only of {', '.join(study.runs)}")
     if subject.started_from or subject.settings.cvr.tune_towers:
-        how = "tuned with the head" if subject.settings.cvr.tune_towers else f"begun with {subject.started_from[-1]}'s"
-        raise ValueError(f"{folder}: its figures are of towers trained from random weights; this run's were {how}")
+        how = f"started from {subject.started_from[-1]}'s" if subject.started_from else "tuned with the head"
+        raise ValueError(f"{folder}: its figures are for towers trained from random weights; this run's were {how}")
     if study.study.data.digest != subject.data:
-        raise ValueError(f"{folder}: its figures are of other data, or of another split, than this run")
+        raise ValueError(f"{folder}: its figures are for other data or another split than this run's")
     content = study.any_run(model).config.get("content") or ""
     if content.rpartition("-")[2] != subject.content[:32]:
-        raise ValueError(f"{folder}: {model} was run with {content!r}, so with another encoder or other texts")
+        raise ValueError(f"{folder}: {model} was run with {content!r}, which is another encoder or other texts")
     theirs, ours = _flat(study.any_run(model).config), _flat(_as_config(subject.settings))
     for key in sorted(ours.keys() & theirs.keys()):
         if ours[key] != theirs[key]:
@@ -67,7 +69,7 @@ def figures_of(folder: Path, model: str, subject: Subject) -> dict[str, Any]:
 
 
 def _as_config(settings: Settings) -> dict[str, Any]:
-    """In the words of a study's runs; what the two cannot share, seed and width of the content, is left out."""
+    """The settings in the form of a study's `config`, without those that differ anyway: seed and content width."""
     sizes, training = asdict(settings.pch), asdict(settings.train)
     del sizes["content_dim"], training["seed"]
     arm = {"standardise": settings.standardise, "ids": "none", "sizes": sizes}

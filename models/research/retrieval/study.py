@@ -1,9 +1,9 @@
-"""A study: several models, several seeds, one protocol; a JSON a run, from which `learn report` is built.
+"""A study: several models and several seeds under one protocol, with one file per run for `learn report`.
 
-Every model of a study has the same split, events, loss, candidates and number of steps unless its entry says otherwise,
-and its best check on validation is what the test events see. They are looked at once, when a run is over.
+All models of a study have the same split, events, loss, candidates and number of steps unless a model's entry says
+otherwise. The weights that are best on validation are measured on the test events, once, at the end of a run.
 
-A run that has its JSON already, from the same config, is not repeated; so a study that was stopped goes on.
+A run whose file exists with the same config is not repeated, so a study that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -41,33 +41,33 @@ from research.baselines.lora import LoraEncoder, LoraSizes
 from research.baselines.sasrec import SasRec, SasRecConfig
 from research.retrieval import result_files
 
-# Tags an item, where a content has keywords.
+# Tags per item, where a content has keywords.
 N_KEYWORDS = 8
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One model of a study, as its TOML has it. `sizes` and `train` change single values of what they belong to."""
+    """One model of a study as its TOML describes it. `sizes` and `train` override single values of the defaults."""
 
     kind: Literal["popularity", "content-mean", "sasrec", "hstu", "id-towers", "learn", "lora"]
     label: str
     family: Literal["baseline", "learn", "ablation"] = "baseline"
     sizes: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
-    # Which content, by its name in the study; how its embeddings are standardised; free vectors beside them.
+    # The name of the content in the study, how its embeddings are standardised, and whether ids are learned too.
     content: str = "minilm"
     standardise: Method = "whiten"
     ids: Ids = "none"
-    # What an ablation is compared with, and what it asks.
+    # The model that an ablation is compared with, and the question that it answers.
     reference: str = ""
     question: str = ""
-    # Fewer seeds than the study has, from the first.
+    # Only the first `n_seeds` seeds of the study.
     n_seeds: int | None = None
 
 
 @dataclass(frozen=True)
 class Content:
-    """Where the content embeddings of one name come from: whose texts, which encoder."""
+    """What content embeddings are made from: the encoder, and whether texts contain keywords."""
 
     encoder: str
     keywords: bool = False
@@ -102,14 +102,14 @@ class Study:
                 strict(_SIZES[arm.kind], arm.sizes, f"models.{name}.sizes")
 
     def runs(self) -> list[tuple[str, int]]:
-        """Every (model, seed): ablations last, then by seed, so that a study that is stopped has some of everything."""
+        """Every (model, seed) by seed, ablations last, so that a study that is stopped has all main models."""
         pairs = [(name, seed) for seed in self.seeds for name in self.models]
         pairs.sort(key=lambda pair: self.models[pair[0]].family == "ablation")
         return [(name, seed) for name, seed in pairs if seed in self._seeds_of(self.models[name])]
 
     def _seeds_of(self, arm: Arm) -> list[int]:
         if arm.kind in ("popularity", "content-mean"):
-            return self.seeds[:1]  # Nothing in them is random.
+            return self.seeds[:1]  # They have no randomness.
         return self.seeds[: arm.n_seeds]
 
 
@@ -127,12 +127,12 @@ def read_study(path: Path) -> Study:
     study = read_toml(Study, path)
     for name, arm in study.models.items():
         if arm.reference and arm.reference not in study.models:
-            raise ValueError(f"{path}: models.{name}.reference: {arm.reference!r} is no model of this study")
+            raise ValueError(f"{path}: models.{name}.reference: {arm.reference!r} is not a model of this study")
     return study
 
 
 def only(study: Study, names: Sequence[str]) -> Study:
-    """The study with some of its models; what they are compared with need not be among them."""
+    """The study with some of its models. Models that these are compared with may be missing."""
     unknown = sorted(set(names) - set(study.models))
     if unknown:
         raise ValueError(f"--only {unknown[0]}: this study has {', '.join(study.models)}")
@@ -141,9 +141,9 @@ def only(study: Study, names: Sequence[str]) -> Study:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all runs of a study read: the prepared data and, by a content's name, its file [I,C] and its encoder.
+    """What all runs of a study read: the prepared data and, by name of content, a file [I,C] and the encoder's folder.
 
-    A file's name holds the digest of weights, tokenizer and texts that it was made from.
+    The name of a file contains the digest of the weights, tokenizer and texts that it was made from.
     """
 
     dataset: data.Dataset
@@ -152,10 +152,10 @@ class Inputs:
 
 
 def inputs_of(study: Study, source: Path, run: Path, encoders: Path) -> Inputs:
-    """Prepares the data set in `source` and encodes its items for every content that a model of the study takes."""
-    wanted = {arm.content for arm in study.models.values() if arm.kind in ("content-mean", "learn")}
+    """Prepares the data set in `source` and encodes its items for every content that a model of the study needs."""
+    needed = {arm.content for arm in study.models.values() if arm.kind in ("content-mean", "learn")}
     content, plain = {}, prepare_config(study.prepare, study.held_out())
-    for name in sorted(wanted):
+    for name in sorted(needed):
         entry = study.contents[name]
         folder = run / ("data-keywords" if entry.keywords else "data")
         data.prepare(source, folder, replace(plain, max_keywords=N_KEYWORDS) if entry.keywords else plain)
@@ -169,7 +169,7 @@ def inputs_of(study: Study, source: Path, run: Path, encoders: Path) -> Inputs:
 
 
 def build(arm: Arm, inputs: Inputs) -> Recommender:
-    """An arm's model with random weights."""
+    """The model of an arm with random weights."""
     n_items = len(inputs.dataset.item_ids)
     if arm.kind == "sasrec":
         return SasRec(strict(SasRecConfig, arm.sizes, "sizes"), n_items)
@@ -185,7 +185,7 @@ def build(arm: Arm, inputs: Inputs) -> Recommender:
     if arm.kind == "id-towers":
         return IdTowers(Pch(sizes), n_items)
     content = _content(arm, inputs)
-    # Variant 3 has no item tower, so the user tower has to end in the content's own space.
+    # Variant 3 has no item tower, so the user tower's outputs have to be in the space of the content embeddings.
     out_dim = content.shape[1] if sizes.item_tower == "content" else sizes.out_dim
     sizes = replace(sizes, content_dim=content.shape[1], out_dim=out_dim)
     return Learn(Pch(sizes), content, arm.standardise, arm.ids)
@@ -200,7 +200,7 @@ def _content(arm: Arm, inputs: Inputs) -> Tensor:
 
 
 def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> None:
-    """Trains one model with one seed and writes its JSON; does nothing if that is there already."""
+    """Trains one model with one seed and writes its file; does nothing if the file exists with the same config."""
     arm, path = study.models[name], result_files.run_path(root, study.study, name, seed)
     config = run_config(study, arm) | {"content": _content_name(arm, inputs), "seed": seed}
     if path.is_file() and result_files.read_run(path).config == config:
@@ -208,9 +208,11 @@ def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> N
     split = data.split(inputs.dataset.sequences, study.held_out())
     counts = popularity(inputs.dataset, split)
     if arm.kind == "popularity":
-        found, costs = _popular(inputs, split, counts)
+        ranking, costs = _popular(inputs, split, counts)
     else:
-        found, costs = _trained(TrainConfig(**config["train"], seed=seed), arm, inputs, split, path.with_suffix(".run"))
+        ranking, costs = _trained(
+            TrainConfig(**config["train"], seed=seed), arm, inputs, split, path.with_suffix(".run")
+        )
     shared = describe(study, inputs.dataset, split)
     record = result_files.Run(
         study=study.study,
@@ -223,14 +225,14 @@ def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> N
         config=config,
         machine=machine(),
         **costs,
-        **result_files.measured(shared, found, counts),
+        **result_files.measured(shared, ranking, counts),
     )
     result_files.write_run(root, record)
     shutil.rmtree(path.with_suffix(".run"), ignore_errors=True)
 
 
 def describe(study: Study, dataset: data.Dataset, split: data.Split) -> result_files.Study:
-    """What all runs of the study share."""
+    """The record of what all runs of the study share."""
     by_time = study.time_split is not None
     n_test, n_validation = (0, 0) if by_time else (study.split.n_test, study.split.n_validation)
     protocol = result_files.Protocol(n_test=n_test, n_validation=n_validation)
@@ -238,13 +240,13 @@ def describe(study: Study, dataset: data.Dataset, split: data.Split) -> result_f
 
 
 def run_config(study: Study, arm: Arm) -> dict[str, Any]:
-    """What a run's figures depend on but for its seed, as it stands in the JSON."""
-    wanted = {key: value for key, value in asdict(arm).items() if key in ("kind", "content", "standardise", "ids")}
-    # With every default, so that a run is told from one under other defaults.
-    wanted["sizes"] = asdict(strict(_SIZES[arm.kind], arm.sizes, "sizes")) if arm.kind in _SIZES else {}
+    """The settings that a run depends on, without its seed and content, as its file records them."""
+    recorded = {key: value for key, value in asdict(arm).items() if key in ("kind", "content", "standardise", "ids")}
+    # Defaults are written out, so that a run with other defaults counts as another run.
+    recorded["sizes"] = asdict(strict(_SIZES[arm.kind], arm.sizes, "sizes")) if arm.kind in _SIZES else {}
     training = asdict(study.train) | arm.train
     del training["seed"]
-    return as_read({"arm": wanted, "train": training, "split": asdict(study.held_out())})
+    return as_read({"arm": recorded, "train": training, "split": asdict(study.held_out())})
 
 
 Costs = dict[str, Any]
@@ -253,9 +255,9 @@ Costs = dict[str, Any]
 def _popular(inputs: Inputs, split: data.Split, counts: np.ndarray) -> tuple[Ranking, Costs]:
     begin = time.monotonic()
     everyone = np.ones((len(split.test), 1), dtype=np.float32)
-    found = array_ranking(everyone, counts[:, None], inputs.dataset, split.test)
+    ranking = array_ranking(everyone, counts[:, None], inputs.dataset, split.test)
     seconds = result_files.Seconds(train=0.0, evaluate=round(time.monotonic() - begin, 1))
-    return found, {"n_parameters": 0, "seconds": seconds, "curve": []}
+    return ranking, {"n_parameters": 0, "seconds": seconds, "curve": []}
 
 
 def _trained(config: TrainConfig, arm: Arm, inputs: Inputs, split: data.Split, folder: Path) -> tuple[Ranking, Costs]:
@@ -265,15 +267,19 @@ def _trained(config: TrainConfig, arm: Arm, inputs: Inputs, split: data.Split, f
     if any(parameter.requires_grad for parameter in model.parameters()):
         curve = train(config, model, inputs.dataset, split, folder)
     middle = time.monotonic()
-    found = retrieve(model, inputs.dataset, split.test)
-    # A run that was cut off and went on has its seconds in the curve.
+    ranking = retrieve(model, inputs.dataset, split.test)
+    # A run that was stopped and continued has all of its seconds in the curve.
     trained = curve[-1]["seconds"] if curve else 0.0
     seconds = result_files.Seconds(train=trained, evaluate=round(time.monotonic() - middle, 1))
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return found, {"n_parameters": n_parameters, "seconds": seconds, "curve": [_check(record) for record in curve]}
+    return ranking, {
+        "n_parameters": n_parameters,
+        "seconds": seconds,
+        "curve": [_curve_point(record) for record in curve],
+    }
 
 
-def _check(record: Mapping[str, float]) -> result_files.CurvePoint:
+def _curve_point(record: Mapping[str, float]) -> result_files.CurvePoint:
     return result_files.CurvePoint(
         step=int(record["step"]),
         seconds=record["seconds"],
@@ -284,8 +290,10 @@ def _check(record: Mapping[str, float]) -> result_files.CurvePoint:
 
 
 def run_study(study: Study, inputs: Inputs, root: Path, n_workers: int) -> None:
-    """Every run that is missing, `n_workers` at a time, one thread each (small models gain little from a second), on
-    the first GPU where there is one."""
+    """Runs what is missing, `n_workers` runs at a time, on the first GPU if there is one.
+
+    Each run has one thread, since small models gain little from a second one.
+    """
     split = data.split(inputs.dataset.sequences, study.held_out())
     result_files.write_study(root, describe(study, inputs.dataset, split))
     context = multiprocessing.get_context("spawn")
@@ -296,6 +304,6 @@ def run_study(study: Study, inputs: Inputs, root: Path, n_workers: int) -> None:
 
 
 def machine() -> str:
-    """What a run's seconds were measured on."""
+    """The machine that the seconds of a run were measured on."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{platform.machine()}, {torch.get_num_threads()} thread(s){gpu}, torch {torch.__version__.split('+')[0]}"

@@ -95,7 +95,7 @@ def noisy_arms(n_users, gain, n_seeds=3):
     return held_out(user, label), control, control + gain * label
 
 
-def test_the_difference_is_that_of_the_figures_and_its_interval_holds_it():
+def test_the_gain_is_the_difference_of_the_metrics_and_lies_in_its_interval():
     events, control, treated = noisy_arms(60, 0.5)
     found = gains(ArmPair(treated, control), events, everything(events), draws(400))
     for name in ("auc", "uauc", "wuauc"):
@@ -107,10 +107,10 @@ def test_the_difference_is_that_of_the_figures_and_its_interval_holds_it():
         assert found[name].p == pytest.approx(2 / 401)
 
 
-def test_a_contrast_is_the_gain_here_less_the_gain_there():
+def test_a_contrast_is_the_gain_in_one_group_minus_the_gain_in_the_other():
     events, control, treated = noisy_arms(120, 1.5)
     here = np.tile(np.arange(8) < 4, 120)
-    # Only within `here` does the arm know more than the control.
+    # The arm is better than the control only within `here`.
     treated = np.where(here, treated, control)
     found = contrast(ArmPair(treated, control), events, (here, ~here), draws(400))
     gains_by_mask = [gains(ArmPair(treated, control), events, mask, draws(50))["uauc"].value for mask in (here, ~here)]
@@ -144,7 +144,7 @@ def test_seeds_spread_as_new_seeds_would(n_seeds):
     assert (seeds[1:] @ figures).var() == pytest.approx(figures.var(ddof=1) / n_seeds, rel=0.05)
 
 
-def test_no_difference_is_not_called_one():
+def test_equal_arms_have_no_significant_gain():
     events, control, _ = noisy_arms(60, 0.0)
     other = np.random.default_rng(6).permuted(control.reshape(3, -1, 2), axis=1).reshape(3, -1)
     found = gains(ArmPair(other, control), events, everything(events), draws(400))
@@ -162,7 +162,7 @@ def test_the_interval_of_uauc_is_as_wide_as_theory_says(monkeypatch):
     )
     every = gains(ArmPair(treated, control), events, everything(events), draws(2000))
     found = every["uauc"]
-    # The pooled AUC stops at its own number of draws; nothing else does.
+    # Only the pooled AUC is limited to POOLED_DRAWS.
     monkeypatch.setattr(auc_metrics, "POOLED_DRAWS", 300)
     cut = gains(ArmPair(treated, control), events, everything(events), draws(2000))
     assert cut["uauc"] == found and cut["auc"] != every["auc"]
@@ -171,8 +171,8 @@ def test_the_interval_of_uauc_is_as_wide_as_theory_says(monkeypatch):
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * gap.std() / np.sqrt(300), rel=0.1)
 
 
-def test_events_of_one_user_are_not_taken_as_independent():
-    # The same events, once as many users and once as four: the fewer users, the wider the interval.
+def test_events_of_one_user_do_not_count_as_independent():
+    # The same events, once of many users and once of four: fewer users give a wider interval.
     events, control, treated = noisy_arms(120, 0.5)
     grouped = HeldOut(events.user % 4, events.label, events.item_train_count, events.user_train_count)
     rng = np.random.default_rng(0)
@@ -182,7 +182,7 @@ def test_events_of_one_user_are_not_taken_as_independent():
     assert few.high - few.low > 2 * (many.high - many.low)
 
 
-def test_arms_have_to_be_pairs():
+def test_arms_need_the_same_seeds():
     events, control, treated = noisy_arms(5, 0.1)
     with pytest.raises(ValueError, match="pairing needs the same"):
         gains(ArmPair(treated[:2], control), events, everything(events), draws(10))

@@ -32,13 +32,13 @@ def coverage(spread_of_seeds: float, seeds: str) -> float:
     return n_hits / 400
 
 
-def test_intervals_cover_the_known_difference_about_as_often_as_they_say():
+def test_intervals_cover_the_known_difference_about_as_often_as_their_level():
     assert 0.92 <= coverage(0.0, "drawn") <= 0.98
-    # With training noise as large as that of users, five seeds are few, yet most of the coverage is there.
+    # Five seeds are few when training noise is as large as that of users, but coverage is still close to the level.
     assert 0.88 <= coverage(0.1, "drawn") <= 0.98
 
 
-def test_averaging_seeds_first_is_too_sure_of_itself_when_training_is_noisy():
+def test_averaging_over_seeds_gives_too_narrow_intervals_when_training_is_noisy():
     assert 0.91 <= coverage(0.0, "averaged") <= 0.98
     assert coverage(0.15, "averaged") < 0.82
 
@@ -57,7 +57,7 @@ def test_identical_models_differ_by_nothing():
     assert (found.value, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
 
 
-def test_one_event_a_user_and_one_seed_is_the_plain_paired_bootstrap_of_scipy():
+def test_one_event_per_user_and_one_seed_is_the_plain_paired_bootstrap_of_scipy():
     rng = np.random.default_rng(5)
     a, b = rng.random(80), rng.random(80) * 0.8
     ours = Bootstrap(np.arange(80), BootstrapConfig(n_resamples=20_000)).difference({1: a}, {1: b})
@@ -91,7 +91,7 @@ def test_a_rare_group_leaves_out_replicates_without_its_users():
     assert (found.value, found.low, found.high, found.n_users) == (0.5, 0.0, 1.0, 2)
 
 
-def test_models_with_other_seeds_are_drawn_apart():
+def test_models_with_different_seeds_are_drawn_separately():
     rng = np.random.default_rng(2)
     level = {seed: np.full(len(USER), float(seed)) for seed in range(4)}
     noise = rng.random(len(USER))
@@ -99,7 +99,7 @@ def test_models_with_other_seeds_are_drawn_apart():
     together = bootstrap.difference(level, {seed: values + noise for seed, values in level.items()})
     apart = bootstrap.difference(level, {seed + 1: level[seed] + noise for seed in range(4)})
     assert together.value == pytest.approx(apart.value)
-    # A seed's level cancels in a pair, and does not between seeds that have nothing in common.
+    # The level of a seed cancels in a pair, but not between unrelated seeds.
     assert apart.high - apart.low > 3 * (together.high - together.low)
 
 

@@ -34,7 +34,7 @@ def test_per_user_by_hand():
     own = events.part[events.user == 0]
     assert [int((own == part).sum()) for part in (TOWER_PART, RANKER_PART, VALIDATION, TEST)] == [19, 12, 4, 5]
     assert (np.diff(own) >= 0).all()
-    # Six events cannot give five, two and two: all of them train.
+    # Six events are too few for five, two and two: all of them are for training.
     assert set(events.part[events.user == 1]) == {TOWER_PART, RANKER_PART}
     assert events.label.tolist()[:4] == [0, 1, 0, 1]
 
@@ -54,7 +54,7 @@ def test_parts_follow_one_another_and_lose_nothing(kind):
     assert covered == list(zip(events.user[rows].tolist(), events.position[rows].tolist(), strict=True))
 
 
-def test_global_time_cuts_the_clock_and_no_tie():
+def test_global_time_never_splits_events_of_one_instant():
     times = [[0, 1, 2, 3, 4], [5, 6, 7, 7, 7], [7, 7, 8, 9, 9]]
     config = RankSplitConfig(kind="global_time", towers=0.5, validation=0.2, test=0.2)
     events = cut(dataset(5, 5, 5, times=times), config)
@@ -62,12 +62,12 @@ def test_global_time_cuts_the_clock_and_no_tie():
     assert all(len(parts) == 1 for parts in by_time.values())
     assert by_time[0] == {TOWER_PART} and by_time[9] == {TEST}
     assert (np.diff([min(by_time[when]) for when in range(10)]) >= 0).all()
-    # The third user is new to the ranker: no event that trains anything.
+    # The third user has no training event, so the ranker does not know it.
     assert events.part[events.user == 2].min() >= RANKER_PART
 
 
 @pytest.mark.parametrize("cuts", [{"fractions": (0.6, 0.8)}, {"timestamps": (7, 9)}])
-def test_validation_and_test_begin_where_the_time_split_has_them(cuts):
+def test_validation_and_test_begin_where_the_time_split_begins_them(cuts):
     times = [[0, 1, 2, 3, 4], [5, 6, 6, 7, 7], [7, 7, 8, 9, 9]]
     data = dataset(5, 5, 5, times=times)
     found = split(data.sequences, TimeSplitConfig(**cuts))
@@ -87,22 +87,22 @@ def test_without_times_the_position_is_the_clock(times):
     assert not events.has_times and events.clock.tolist() == [*range(20), *range(20)]
 
 
-def test_the_towers_get_part_a_and_nothing_else():
+def test_the_towers_get_their_own_part_and_nothing_else():
     data = dataset(40, 6, 1)
     events = cut(data, RankSplitConfig())
     split = tower_split(data, events)
     n_a = np.bincount(events.user[events.part == TOWER_PART], minlength=3)
-    # One event would be no validation, so one of two is held out as well.
+    # One validation event is too few, so users with two events hold out one as well.
     assert n_a.tolist() == [19, 4, 1] and split.n_train == [18, 3, 1]
     assert [(event.user, event.position) for event in split.validation] == [(0, 18), (1, 3)] and split.test == []
-    # Twelve users with two events each are: the short one keeps all of its own.
+    # Twelve users with two events each are enough, so the user with one event keeps it.
     data = dataset(*[42] * 12, 6)
     split = tower_split(data, cut(data, RankSplitConfig()))
     assert split.n_train == [18] * 12 + [4] and len(split.validation) == 24
 
 
-def test_where_all_users_are_short_the_head_still_gets_validation():
-    # 14 events: 5 for the test, 2 for validation, 60 % of the 7 others are the towers'.
+def test_the_head_gets_validation_events_even_if_all_users_have_few():
+    # 14 events: 5 for the test, 2 for validation, and 60 % of the other 7 for the towers.
     data = dataset(14, 14, 3)
     split = tower_split(data, cut(data, RankSplitConfig()))
     assert split.n_train == [3, 3, 1] and [(event.user, event.position) for event in split.validation] == [

@@ -23,22 +23,22 @@ def log():
     return Dataset([str(i) for i in range(N_ITEMS)], [ItemText(title=str(i)) for i in range(N_ITEMS)], sequences)
 
 
-def test_towers_are_shown_part_a_of_liked_events_only():
+def test_towers_get_only_the_liked_events_of_their_part():
     dataset = log()
     events = event_parts.cut(dataset, event_parts.RankSplitConfig())
     split = event_parts.tower_split(dataset, events)
     config = MidEmbeddingConfig(cvr=CvrTrainConfig(history="liked"))
     shown, shown_split = learn_features.histories(dataset, split, config)
     for user, sequence in enumerate(shown.sequences):
-        in_a = (events.user == user) & (events.part == event_parts.TOWER_PART)
-        liked = in_a & (events.value >= 4)
+        in_tower_part = (events.user == user) & (events.part == event_parts.TOWER_PART)
+        liked = in_tower_part & (events.value >= 4)
         assert sequence.items.tolist() == events.item[liked].tolist()
         known = liked & (events.position < split.n_train[user])
         assert shown_split.n_train[user] == known.sum()
     held_out = [(e.user, int(shown.sequences[e.user].items[e.position])) for e in shown_split.validation]
     original = [(e.user, e.position) for e in split.validation]
-    want = [(u, int(dataset.sequences[u].items[p])) for u, p in original if dataset.sequences[u].values[p] >= 4]
-    assert held_out == want and shown_split.test == []
+    expected = [(u, int(dataset.sequences[u].items[p])) for u, p in original if dataset.sequences[u].values[p] >= 4]
+    assert held_out == expected and shown_split.test == []
     everything, _ = learn_features.histories(dataset, Split([2, 1, 1, 0], [Event(0, 2)], []), MidEmbeddingConfig())
     assert [len(sequence.items) for sequence in everything.sequences] == [3, 1, 1, 0]
 
@@ -47,12 +47,12 @@ def test_features_are_those_of_the_served_models_before_each_event():
     dataset = log()
     content = torch.nn.functional.normalize(torch.randn(N_ITEMS, 12), dim=-1)
     events = event_parts.cut(dataset, event_parts.RankSplitConfig())
-    # Histories no longer than half a window are read whole by sliding windows too.
+    # Sliding windows contain whole histories if these are at most half a window long.
     pch, head = small_pch(max_history=80), CvrHead(CvrConfig(6, 8, 5)).eval()
     config = MidEmbeddingConfig(cvr=CvrTrainConfig(history="liked"))
-    found = learn_features.features(Learned(pch, head, {}, {}), config, content, dataset, events)
+    features = learn_features.features(Learned(pch, head, {}, {}), config, content, dataset, events)
     rows = events.rows(event_parts.RANKER_PART, event_parts.VALIDATION, event_parts.TEST)
-    assert found.mid_emb.shape == (len(rows), 5) and found.user.shape == found.item.shape == (len(rows), 6)
+    assert features.mid_emb.shape == (len(rows), 5) and features.user.shape == features.item.shape == (len(rows), 6)
     for place in range(0, len(rows), 7):
         user, position = events.user[rows[place]], events.position[rows[place]]
         sequence = dataset.sequences[user]
@@ -61,6 +61,6 @@ def test_features_are_those_of_the_served_models_before_each_event():
             state = pch.last(content[torch.from_numpy(past)][None], torch.ones(1, len(past), dtype=torch.int64))
             item = pch.alone(content[[sequence.items[position]]])
             mid_emb, logit = head(state, item, torch.tensor([0]))
-        for have, want in ((found.user, state), (found.item, item), (found.mid_emb, mid_emb)):
-            np.testing.assert_allclose(have[place], want[0], atol=1e-5)
-        np.testing.assert_allclose(found.logit[place], logit[0], atol=1e-5)
+        for actual, expected in ((features.user, state), (features.item, item), (features.mid_emb, mid_emb)):
+            np.testing.assert_allclose(actual[place], expected[0], atol=1e-5)
+        np.testing.assert_allclose(features.logit[place], logit[0], atol=1e-5)

@@ -16,7 +16,7 @@ CONTENT = "c" * 32
 
 
 def subject(settings=None, **changes):
-    """A run that the made-up study is of."""
+    """A run with the data and content of the made-up study."""
     return replace(Subject(settings or Settings(), "ab" * 32, CONTENT + "d" * 32), **changes)
 
 
@@ -53,9 +53,9 @@ def test_a_bundle_cannot_carry_the_figures_of_another_model(tmp_path):
         (subject(replace(settings, pch=replace(settings.pch, width=32))), "arm.sizes.width = "),
         (subject(replace(settings, train=replace(settings.train, steps=7))), "train.steps = "),
         (subject(replace(settings, standardise="whiten")), "arm.standardise = 'scale', this run with 'whiten'"),
-        (subject(data="ba" * 32), "other data, or of another split"),
+        (subject(data="ba" * 32), "other data or another split"),
         (subject(content="e" * 64), "another encoder or other texts"),
-        (subject(started_from=("pretrained",)), "this run's were begun with pretrained's"),
+        (subject(started_from=("pretrained",)), "this run's were started from pretrained's"),
         (
             subject(replace(settings, cvr=replace(settings.cvr, tune_towers=True))),
             "this run's were tuned with the head",

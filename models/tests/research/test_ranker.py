@@ -32,14 +32,14 @@ def test_a_cross_layer_by_hand():
     assert model(x).item() == pytest.approx(46.0)
 
 
-def test_a_widened_model_begins_with_the_same_scores_and_then_uses_what_is_new():
+def test_a_widened_model_starts_with_the_same_scores_and_learns_to_use_the_new_features():
     torch.manual_seed(1)
     start = Ranker(SMALL, WIDTHS).eval()
     wide = start.widened(4).eval()
     plain, with_extra = inputs(50), inputs(50, extra=4)
     np.testing.assert_allclose(ranker.scores(start, plain), ranker.scores(wide, with_extra), atol=1e-6)
     assert wide.widths.extra == 4
-    # Only what the label depends on is in the new columns: the sum of two, and a product with a known feature.
+    # The label depends on the new columns only: on a sum of two, and on a product with a known feature.
     train, validation = inputs(2000, 4, seed=1), inputs(500, 4, seed=2)
     rule = [x.extra[:, 0] + x.extra[:, 1] * x.numeric[:, 0] > 0 for x in (train, validation)]
     train, validation = (
@@ -74,11 +74,11 @@ def test_training_stops_early_and_keeps_the_best_epoch():
     assert fitted.epochs < 10
     assert fitted.validation_loss <= ranker.log_loss(start, validation)
     assert fitted.validation_loss == pytest.approx(ranker.log_loss(fitted.model, validation), abs=1e-6)
-    # `start` belongs to all arms and must not change.
+    # All arms share `start`, so it must not change.
     assert all(torch.equal(value, before[name]) for name, value in start.state_dict().items())
 
 
-def test_the_trial_that_validates_best_is_kept():
+def test_the_trial_that_is_best_on_validation_is_kept():
     train, validation = inputs(1000, seed=7), inputs(300, seed=8)
     train, validation = (
         Inputs(x.user, x.item, x.numeric, x.extra, (x.numeric[:, 1] > 0).float()) for x in (train, validation)

@@ -43,11 +43,12 @@ def test_user_statistics_by_hand():
 
 def test_item_statistics_by_hand():
     found = item_statistics(by_hand())
-    # Item 7 is met twice at once, so neither sees the other. Item 9 at 30 sees the one at 25, item 8 at 40 that at 20.
+    # Item 7 has two events at the same time, so neither counts for the other. The event of item 9 at 30 counts the one
+    # at 25, that of item 8 at 40 the one at 20.
     assert found.count.tolist() == [0, 0, 1, 0, 0, 1]
     assert found.value.tolist() == [0, 0, 4.5, 0, 0, 2]
     assert found.liked.tolist() == [0, 0, 1, 0, 0, 0]
-    # Events that are held out are nobody's statistics.
+    # Held-out events do not count in any statistic.
     hidden = replace(by_hand(), part=np.array([TOWER_PART, TOWER_PART, TEST, TOWER_PART, VALIDATION, TEST]))
     assert item_statistics(hidden).count.tolist() == [0, 0, 0, 0, 0, 1]
 
@@ -82,7 +83,7 @@ def test_no_label_is_in_its_own_features_or_in_earlier_ones():
     assert before.shape == (len(events.user), len(NAMES)) and np.isfinite(before).all()
 
 
-def test_columns_are_standardised_over_part_a():
+def test_columns_are_standardised_over_the_towers_part():
     events = cut(log(), RankSplitConfig())
     table = numeric(events)[events.part == TOWER_PART]
     np.testing.assert_allclose(table.mean(axis=0), 0, atol=1e-5)
@@ -106,7 +107,7 @@ def test_rows_of_id_tables():
     counts = np.array([3, 0, 1, 2])
     assert hashed_rows(counts, 100).tolist() == [1, 0, 3, 4]
     many = hashed_rows(np.ones(10_000, dtype=int), 64)
-    # Every row but that of unknown ids is used, about alike.
+    # Every row except that of unknown ids is used about equally often.
     spread = np.bincount(many, minlength=64)
     assert spread[0] == 0 and spread[1:].min() > 0.5 * 10_000 / 63 and spread.max() < 2 * 10_000 / 63
     with pytest.raises(ValueError, match="at least 2"):
@@ -118,5 +119,5 @@ def test_training_counts_and_categories():
     assert training_counts(events, events.item, 11).tolist() == [0, 0, 0, 0, 0, 0, 0, 2, 1, 1, 0]
     texts = [ItemText("a", "Drama, War"), ItemText("b", "Drama"), ItemText("c"), ItemText("d", "Comedy")]
     table = categories(Dataset(list("abcd"), texts, []), most=2)
-    # Drama is the commonest; Comedy and War tie, and Comedy comes first by name.
+    # Drama is the most frequent one; Comedy and War tie, and Comedy is first by name.
     assert table.tolist() == [[1, 0], [1, 0], [0, 0], [0, 1]]

@@ -1,4 +1,4 @@
-"""A small world where taste is in the content: what LEARN adds must show, and no arm may know the labels."""
+"""A small world in which content predicts taste: LEARN's features have to help, and no arm may know the labels."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def study(world, tmp_path_factory):
     return rank(CONFIG, *world, out), out
 
 
-def test_taste_that_only_content_shows_raises_the_ranker(study):
+def test_taste_that_only_content_predicts_improves_the_ranker(study):
     rows, _ = study
     by_key = {(row.arm, row.group, row.metric): row for row in rows}
     mid, plain = by_key["mid_emb", "all", "uauc"], by_key["base", "all", "uauc"]
@@ -121,7 +121,7 @@ def test_one_seed_gives_one_result(study, world, tmp_path):
         assert first.score_rank.tolist() == again.score_rank.tolist()
 
 
-def test_runs_of_other_settings_are_not_put_together(study, world, tmp_path):
+def test_runs_of_different_data_are_not_combined(study, world, tmp_path):
     _, out = study
     for path in out.glob("*.npz"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -131,7 +131,7 @@ def test_runs_of_other_settings_are_not_put_together(study, world, tmp_path):
         summarise(tmp_path, BootstrapConfig(n_resamples=10))
 
 
-def test_labels_of_the_test_part_change_no_score(study, world, tmp_path):
+def test_labels_of_the_test_part_do_not_change_scores(study, world, tmp_path):
     """Flips the last event of every user: nothing comes after it, so every score of every arm stays."""
     _, out = study
     dataset, content = world

@@ -105,7 +105,7 @@ def test_remarks_stand_beside_their_claim_and_question(built, tmp_path):
     amazon = row(text, "LEARN beats SASRec on six")
     assert f"not tested here. {remark}" in amazon
     # The same comparison on the data that are there.
-    shown = re.search(r"on `ml-small` in their place, Recall@10 (\.\d{4}) against (\.\d{4}): \*\*−", amazon)
+    shown = re.search(r"on `ml-small` instead, Recall@10 (\.\d{4}) against (\.\d{4}): \*\*−", amazon)
     estimates = StudyEstimates(result_files.read(built[0] / "results").retrieval["ml-small"], FAST)
     means = [estimates.mean(model, "recall_at_10").value for model in ("learn-text", "sasrec")]
     assert list(shown.groups()) == [f"{mean:.4f}"[1:] for mean in means]
@@ -140,8 +140,8 @@ def test_the_short_answer_has_a_line_on_the_ranking_model():
     whole = Report(Studies({}, "ml-small", ranking), CLAIMS, {}, FAST, Path(), [])
     plain, by_time = headlines(whole)[-2:]
     gain = "**+.0200 [+.0100, +.0300], p .010**"
-    assert plain == f"- What the mid-emb adds to the UAUC of a ranking model: all {gain}; cold-start items {gain}."
-    assert by_time.startswith("- Cut by time: What the mid-emb adds")
+    assert plain == f"- Gain of a ranking model in UAUC by the mid-emb: all {gain}; cold-start items {gain}."
+    assert by_time.startswith("- Split by time: Gain of a ranking model")
     assert "all **−.0200 [−.0300, −.0100], p .010**" in by_time
 
 
@@ -187,13 +187,13 @@ def test_a_verdict_flips_when_the_figures_do(tmp_path):
     # One seed decides nothing, however far apart the two are.
     one_seed = made_studies(tmp_path / "d", {"learn-text": 4.0, "sasrec": 2.0}, seeds=(1,))
     assert verdict(claim, one_seed) is Verdict.NOT_SHOWN
-    assert decide(claim, one_seed).found.endswith("**; one seed")
+    assert decide(claim, one_seed).result.endswith("**; one seed")
 
 
 def test_a_claim_on_a_model_that_was_not_run_names_the_model(tmp_path):
     studies = made_studies(tmp_path, {"learn-text": 2.0})
     finding = decide(ahead("learn-text", "learn-text/lora", "hr_at_100"), studies)
-    assert (finding.verdict, finding.found) == (
+    assert (finding.verdict, finding.result) == (
         Verdict.NOT_TESTED,
         "`learn-text/lora` not run yet in the study `ml-small`",
     )
@@ -269,10 +269,10 @@ def test_a_study_by_time_stands_beside_the_main_one(tmp_path):
     write_made(tmp_path / "results", SKILLS | {"learn-text": 4.0})
     document.build(tmp_path / "results", tmp_path / "REPORT.md", FAST, CLAIMS)
     text = (tmp_path / "REPORT.md").read_text()
-    # Its figures are its own: text is ahead in the one and behind in the other.
-    assert "**holds**" in row(text, "LEARN, text only, beats SASRec | said so")
-    assert "**does not hold**" in row(text, "LEARN, text only, beats SASRec on all test events, cut by time")
-    assert "- Cut by time: New items, NDCG@10: LEARN-TEXT " in text
+    # Each study has its own figures: text is ahead in one and behind in the other.
+    assert "**holds**" in row(text, "LEARN, text only, beats SASRec | claimed")
+    assert "**does not hold**" in row(text, "LEARN, text only, beats SASRec on all test events, split by time")
+    assert "- Split by time: New items, NDCG@10: LEARN-TEXT " in text
     popularity = text.split("## 4.")[1].split("## 5.")[0]
     assert popularity.index("(report/buckets.png)") < popularity.index("### Study `ml-small-by-time`")
     assert "(report/buckets-by-time.png)" in popularity
@@ -292,7 +292,7 @@ def test_the_ladder_goes_from_weak_to_strong_and_ends_at_the_goal(tmp_path):
     assert row(table, "SASREC").endswith(" % |") and not row(table, "SASREC").endswith(" 100 % |")
 
 
-def test_a_model_that_nobody_expected_has_a_row_too(tmp_path):
+def test_a_model_that_is_not_expected_has_a_row_too(tmp_path):
     study = made_studies(tmp_path, {"sasrec": 2.0, "gru4rec": 2.0}).study("ml-small")
     assert "| GRU4REC | 3 |" in main_table(study)
 
@@ -303,7 +303,7 @@ def test_a_curve_keeps_the_steps_that_all_seeds_have(tmp_path):
     result_files.write_run(tmp_path, short.model_copy(update={"curve": short.curve[:2]}))
     curve = document._curve(StudyEstimates(result_files.read(tmp_path).retrieval["ml-small"], FAST), "sasrec")
     assert curve.step.tolist() == [100, 200]
-    assert curve.figure.shape == (2, 2)
+    assert curve.metric.shape == (2, 2)
 
 
 def test_a_table_cell_cannot_break_the_table():
@@ -334,7 +334,7 @@ def test_rows_of_the_ranking_study_become_tables_and_verdicts():
     one_seed = Studies({}, "ml-small", {"ml-small": rank_rows(1, n_seeds=1)})
     assert verdict(gains("all"), one_seed) is Verdict.NOT_SHOWN
     by_time = decide(gains("all", MAIN_BY_TIME), studies)
-    assert (by_time.verdict, by_time.found) == (
+    assert (by_time.verdict, by_time.result) == (
         Verdict.NOT_TESTED,
         "the ranking study `ml-small-by-time` has not been run yet",
     )

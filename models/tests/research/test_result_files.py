@@ -1,4 +1,4 @@
-"""Runs are written whole, read back as they were, and refused with file and field when something is wrong."""
+"""Runs are read back as they were written, and refused with file and field if something is wrong."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_run_needs_its_study(tmp_path):
         result_files.write_run(tmp_path, made_run(made_study(), "sasrec", 1, 2.0))
 
 
-def test_equal_records_are_equal_files_of_few_bytes(tmp_path):
+def test_equal_records_give_equal_files_with_small_types(tmp_path):
     for name in ("a", "b"):
         result_files.write_study(tmp_path / name, made_study())
     first, second = ((tmp_path / name / "ml-small" / "study.npz").read_bytes() for name in ("a", "b"))

@@ -1,4 +1,4 @@
-"""A whole study, small: what it writes, that it goes on where it was stopped, and what it refuses."""
+"""A small study: what it writes, that it continues where it was stopped, and which mistakes it names."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_study_writes_a_file_per_run_and_does_not_repeat_itself(tmp_path, inpu
             assert len(run.rank) == 16 and 1 <= run.rank.min() <= run.rank.max() <= 25
     variant = found.any_run("learn-text/variant-3")
     assert variant.reference == "learn-id" and [check.step for check in variant.curve] == [3, 6]
-    # Both seeds train the same model from other random numbers.
+    # The seeds train the same model from different random numbers.
     assert found.runs["sasrec"][1].rank.tolist() != found.runs["sasrec"][2].rank.tolist()
     assert not list(root.glob("tiny/*.run"))
 
@@ -119,7 +119,7 @@ def test_a_study_writes_a_file_per_run_and_does_not_repeat_itself(tmp_path, inpu
     assert again == {"sasrec-seed1.npz", "sasrec-seed2.npz"}
 
 
-def test_a_study_cut_by_time_goes_on_where_it_was(tmp_path, inputs):
+def test_a_study_split_by_time_continues_where_it_was(tmp_path, inputs):
     text = TOML.replace("[split]\nn_test = 2\nn_validation = 1", "[time_split]\nfractions = [0.6, 0.8]")
     study = only(written(tmp_path, text), ["popularity", "sasrec"])
     run_study(study, inputs, tmp_path / "results", n_workers=1)
@@ -129,7 +129,7 @@ def test_a_study_cut_by_time_goes_on_where_it_was(tmp_path, inputs):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_an_ablation_runs_without_what_it_is_compared_with(tmp_path, inputs):
+def test_an_ablation_runs_without_its_reference(tmp_path, inputs):
     study = only(written(tmp_path), ["learn-text/variant-3"])
     run_study(study, inputs, tmp_path / "results", n_workers=1)
     assert list(result_files.read(tmp_path / "results").retrieval["tiny"].runs) == ["learn-text/variant-3"]
@@ -151,7 +151,7 @@ def test_the_configs_that_are_shipped_can_be_read(path):
         ('kind = "sasrec"', 'kind = "sasrek"', "models.sasrec.kind: Input should be 'popularity'"),
         ("sizes = { width = 8, max_history = 6 }", "sizes = { wide = 8 }", "models.sasrec.sizes.wide: Unexpected"),
         ("train = { next_weight = 0.0", "train = { next = 0.0", "models.learn-text/variant-3.train.next: Unexpected"),
-        ('reference = "learn-id"', 'reference = "learn"', "reference: 'learn' is no model of this study"),
+        ('reference = "learn-id"', 'reference = "learn"', "reference: 'learn' is not a model of this study"),
         ('ids = "tied"', 'ids = "tied"\ncontent = "bert"', "models.learn-id.content: 'bert' is none of"),
         ("seeds = [1, 2]", "seeds = 1, 2", "study.toml: "),
     ],
