@@ -151,7 +151,7 @@ def gains(pair: ArmPair, events: HeldOut, mask: np.ndarray, config: BootstrapCon
     estimates = {}
     for metric, replicates in _replicates(within, label, user, draws).items():
         if not np.isnan(replicates[0]):
-            estimates[metric] = _estimate(replicates, (len(label), n_users, len(pair.arm)), config)
+            estimates[metric] = _estimate(replicates, len(label), n_users, len(pair.arm), config)
     return estimates
 
 
@@ -182,8 +182,8 @@ def contrast(
             return None
         gains_of_mask.append(_mean_over_users(gain, np.ones(n_users), draws))
     measured = [measure(pair.arm[0], events, mask) for mask in masks]
-    sizes = (min(part.n_events for part in measured), min(part.n_users for part in measured), len(pair.arm))
-    return _estimate(gains_of_mask[0] - gains_of_mask[1], sizes, config)
+    n_events, n_users = min(part.n_events for part in measured), min(part.n_users for part in measured)
+    return _estimate(gains_of_mask[0] - gains_of_mask[1], n_events, n_users, len(pair.arm), config)
 
 
 def _replicates(pair: ArmPair, label: np.ndarray, user: np.ndarray, draws: Draws) -> dict[str, np.ndarray]:
@@ -222,8 +222,8 @@ def _pooled(scores: np.ndarray, label: np.ndarray, user: np.ndarray, users: np.n
     return np.concatenate(parts)
 
 
-def _estimate(replicates: np.ndarray, sizes: tuple[int, int, int], config: BootstrapConfig) -> Estimate:
-    """`replicates` has the sample itself first; `sizes` are the numbers of events, users and seeds."""
+def _estimate(replicates: np.ndarray, n_events: int, n_users: int, n_seeds: int, config: BootstrapConfig) -> Estimate:
+    """The sample's own value, which is the first of `replicates`, with interval and p from the others."""
     drawn = replicates[1:][~np.isnan(replicates[1:])]
     low, high = percentile_interval(drawn, config.level)
-    return Estimate(float(replicates[0]), float(low), float(high), two_sided_p(drawn), *sizes)
+    return Estimate(float(replicates[0]), float(low), float(high), two_sided_p(drawn), n_events, n_users, n_seeds)

@@ -86,6 +86,23 @@ class Table:
         return replace(chosen, extra=extra[place])
 
 
+@dataclass(frozen=True)
+class StudyData:
+    """The data set, its content embeddings [I,C], and its events as the ranker reads them."""
+
+    dataset: Dataset
+    content: Tensor
+    table: Table
+
+
+@dataclass(frozen=True)
+class ArmInputs:
+    """What all arms of a seed train from: the starting point and LEARN's features."""
+
+    start: Ranker
+    learned: Features
+
+
 def rank(config: RankConfig, dataset: Dataset, content: Tensor, out: Path) -> list[Row]:
     """Runs the study, or the part of it that is missing, and returns `summary.summarise(out)`.
 
@@ -100,7 +117,7 @@ def rank(config: RankConfig, dataset: Dataset, content: Tensor, out: Path) -> li
     for seed in config.seeds:
         missing = [arm for arm in config.arms if not _is_done(out, arm, seed, config, table)]
         if missing:
-            run_seed(config, seed, (dataset, content, table), missing, out)
+            run_seed(config, seed, StudyData(dataset, content, table), missing, out)
     rows = summary.summarise(out)
     print(summary.text(rows))
     return rows
@@ -127,17 +144,17 @@ def tabulate(config: RankConfig, dataset: Dataset, events: Events) -> Table:
     return Table(events, plain, Widths(n_users, n_items, numeric.shape[1]), categories)
 
 
-def run_seed(config: RankConfig, seed: int, data: tuple[Dataset, Tensor, Table], arms: list[str], out: Path) -> None:
+def run_seed(config: RankConfig, seed: int, data: StudyData, arms: list[str], out: Path) -> None:
     """Trains towers, head and starting point once, then every arm."""
-    dataset, content, table = data
+    dataset, content, table = data.dataset, data.content, data.table
     learned = learn_features.learn(config.mid, seed, content, dataset, table.events, out / f"towers-seed{seed}.jsonl")
-    made = learn_features.features(learned, config.mid, content, dataset, table.events)
+    learned_features = learn_features.features(learned, config.mid, content, dataset, table.events)
     start, seconds = starting_point(config, seed, table)
     shared_seconds = learned.seconds | {"starting_point": seconds}
     figures = {name: _rounded(value) for name, value in learned.figures.items()}
     for arm in arms:
         begin = time.monotonic()
-        trained = train_arm(config, arm, seed, table, (start, made))
+        trained = train_arm(config, arm, seed, table, ArmInputs(start, learned_features))
         run = RankingRun(
             study=config.study,
             arm=arm,
@@ -171,15 +188,14 @@ class TrainedArm:
     scores: np.ndarray
 
 
-def train_arm(config: RankConfig, arm: str, seed: int, table: Table, made: tuple[Ranker, Features]) -> TrainedArm:
+def train_arm(config: RankConfig, arm: str, seed: int, table: Table, inputs: ArmInputs) -> TrainedArm:
     """Trains one arm on the ranker's part and scores the test events.
 
     Scores are rounded to 5 digits, so that what is equal but for rounding errors counts as a tie.
     """
-    start, learned = made
-    extra = extra_features(table, learned, ARMS[arm])
+    extra = extra_features(table, inputs.learned, ARMS[arm])
     torch.manual_seed(seed)
-    wide = start.widened(extra.shape[1])
+    wide = inputs.start.widened(extra.shape[1])
     train, validation = table.inputs(extra, RANKER_PART), table.inputs(extra, VALIDATION)
     fitted, trial = ranker.best_fit(wide, train, validation, config.trials, seed)
     scores = np.round(ranker.scores(fitted.model, table.inputs(extra, TEST)).astype(np.float64), 5)

@@ -14,7 +14,7 @@ the interval of our mean.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from research.bootstrap import Estimate
@@ -72,18 +72,15 @@ def decide(claim: Claim, studies: Studies) -> Finding:
     """Tests one claim."""
     match claim:
         case Untestable():
-            verdict, result = Verdict.NOT_TESTED, claim.reason
+            return Finding(claim, Verdict.NOT_TESTED, claim.reason)
         case RankingGain():
-            verdict, result = _ranking_gain(claim, studies)
-        case _ if (study := studies.study(claim.study)) is None:
-            name = studies.name(claim.study)
-            which = f"the study `{name}`" if name else "the main study"
-            verdict, result = Verdict.NOT_TESTED, f"{which} has not been run yet"
-        case Difference():
-            verdict, result = _difference(claim, study)
-        case _:
-            verdict, result = _published(claim, study)
-    return Finding(claim, verdict, result)
+            return _ranking_gain(claim, studies)
+    study = studies.study(claim.study)
+    if study is None:
+        name = studies.name(claim.study)
+        which = f"the study `{name}`" if name else "the main study"
+        return Finding(claim, Verdict.NOT_TESTED, f"{which} has not been run yet")
+    return _difference(claim, study) if isinstance(claim, Difference) else _published(claim, study)
 
 
 def _missing(study: StudyEstimates, *models: str) -> str | None:
@@ -91,21 +88,23 @@ def _missing(study: StudyEstimates, *models: str) -> str | None:
     return f"{' and '.join(absent)} not run yet in the study `{study.study.study}`" if absent else None
 
 
-def _difference(claim: Difference, study: StudyEstimates) -> tuple[Verdict, str]:
+def _difference(claim: Difference, study: StudyEstimates) -> Finding:
     models = (claim.model, claim.against)
     if absent := _missing(study, *models):
-        return Verdict.NOT_TESTED, absent
+        return Finding(claim, Verdict.NOT_TESTED, absent)
     gap = study.difference(*models, claim.metric, claim.group)
     if gap is None:
-        return Verdict.NOT_TESTED, f"the study `{study.study.study}` has no test events in the group {claim.group}"
+        return Finding(
+            claim, Verdict.NOT_TESTED, f"the study `{study.study.study}` has no test events in the group {claim.group}"
+        )
     means = " against ".join(number(study.mean(model, claim.metric, claim.group).value) for model in models)
     result = f"{METRIC_NAMES[claim.metric]} {means}: {difference(gap)}"
-    return _if_seeds_suffice(_by_sign(gap), result, study.fewest_seeds(*models))
+    return _if_seeds_suffice(Finding(claim, _by_sign(gap), result), study.fewest_seeds(*models))
 
 
-def _published(claim: Reproduces | Exceeds, study: StudyEstimates) -> tuple[Verdict, str]:
+def _published(claim: Reproduces | Exceeds, study: StudyEstimates) -> Finding:
     if absent := _missing(study, claim.model):
-        return Verdict.NOT_TESTED, absent
+        return Finding(claim, Verdict.NOT_TESTED, absent)
     mean = study.mean(claim.model, claim.metric)
     if isinstance(claim, Reproduces):
         is_near = abs(mean.value - claim.published) <= claim.tolerance
@@ -115,26 +114,26 @@ def _published(claim: Reproduces | Exceeds, study: StudyEstimates) -> tuple[Verd
     else:
         verdict = Verdict.HOLDS if mean.low > claim.published else Verdict.DOES_NOT_HOLD
     result = f"{METRIC_NAMES[claim.metric]} {with_interval(mean)}"
-    return _if_seeds_suffice(verdict, result, study.fewest_seeds(claim.model))
+    return _if_seeds_suffice(Finding(claim, verdict, result), study.fewest_seeds(claim.model))
 
 
-def _ranking_gain(claim: RankingGain, studies: Studies) -> tuple[Verdict, str]:
+def _ranking_gain(claim: RankingGain, studies: Studies) -> Finding:
     rows, group, metric = studies.rows(claim.study), claim.row_group, claim.metric.upper()
     if not rows:
         name = studies.name(claim.study)
         which = f"the ranking study `{name}`" if name else "the ranking study"
-        return Verdict.NOT_TESTED, f"{which} has not been run yet"
+        return Finding(claim, Verdict.NOT_TESTED, f"{which} has not been run yet")
     row = next((row for row in rows if (row.arm, row.metric, row.group) == (claim.arm, claim.metric, group)), None)
     if row is None:
-        return Verdict.NOT_TESTED, f"the ranking study has no arm `{claim.arm}` on {group}"
+        return Finding(claim, Verdict.NOT_TESTED, f"the ranking study has no arm `{claim.arm}` on {group}")
     if row.gain is None:
-        return Verdict.NOT_TESTED, f"{metric} is not defined on {group} in the ranking study"
+        return Finding(claim, Verdict.NOT_TESTED, f"{metric} is not defined on {group} in the ranking study")
     if row.mean is None:
         result = f"gain in {metric}, {group}: {difference(row.gain)}"
     else:
         without = number(row.mean - row.gain.value)
         result = f"{metric} {without} -> {number(row.mean)}: {difference(row.gain)}"
-    return _if_seeds_suffice(_by_sign(row.gain), result, row.gain.n_seeds)
+    return _if_seeds_suffice(Finding(claim, _by_sign(row.gain), result), row.gain.n_seeds)
 
 
 def _by_sign(gap: Estimate) -> Verdict:
@@ -143,10 +142,10 @@ def _by_sign(gap: Estimate) -> Verdict:
     return Verdict.HOLDS if gap.value > 0 else Verdict.DOES_NOT_HOLD
 
 
-def _if_seeds_suffice(verdict: Verdict, result: str, n_seeds: int | None) -> tuple[Verdict, str]:
+def _if_seeds_suffice(finding: Finding, n_seeds: int | None) -> Finding:
     """One seed shows nothing, since its share in the figure is unknown. `n_seeds` is None if nothing was trained."""
     if n_seeds is None:
-        return verdict, result
+        return finding
     if n_seeds == 1:
-        return Verdict.NOT_SHOWN, f"{result}; one seed"
-    return verdict, f"{result}; {n_seeds} seeds"
+        return replace(finding, verdict=Verdict.NOT_SHOWN, result=f"{finding.result}; one seed")
+    return replace(finding, result=f"{finding.result}; {n_seeds} seeds")

@@ -40,7 +40,7 @@ def test_how_many_differences_stay_after_benjamini_and_hochberg():
     # Sorted: .001, .02, .04, .9 against .0125, .025, .0375, .05: the first two stay.
     gaps = [Estimate(0.1, 0, 1, p, 300, 60, 5) for p in (0.9, 0.02, 0.001, 0.04)]
     text = shown.multiplicity([*gaps, None])
-    assert text.startswith("Bold: p < .05, 3 of 4 comparisons; .2 would be by chance alone. 2 stay")
+    assert text.startswith("Bold: p < .05, 3 of 4 comparisons; .2 are expected by chance alone. 2 remain")
     assert shown.multiplicity([None]) == ""
 
 
