@@ -1,4 +1,4 @@
-"""How much of the bare encoder's rate `learn.ceg.encode_cached` reaches, in one run, round by round.
+"""How much of the bare encoder's rate `embedding_store.encode_cached` reaches, in one run, round by round.
 
     OMP_NUM_THREADS=1 .venv/bin/python -m benches.encode --data /path/to/ml-latest-small --items 1000 --rounds 5
 
@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from learn import ceg
-from learn.batching import BatchConfig, batches
-from learn.content_store import StoreConfig
-from learn.item_text import ItemText, render
+from learn.content import ceg, embedding_store
+from learn.content.batching import BatchConfig, batches
+from learn.content.embedding_store import StoreConfig
+from learn.data.item_text import ItemText, render
 
 HERE = Path(__file__).parents[1]
 Seconds = tuple[float, float]
@@ -51,7 +51,9 @@ def ours(encoder: ceg.Encoder, prompts: list[str], shard_items: int) -> Seconds:
     """From prompts to a memory-mapped file, in a folder that knows nothing yet."""
     folder = Path(tempfile.mkdtemp())
     try:
-        return timed(lambda: ceg.encode_cached(encoder, prompts, folder, StoreConfig(shard_items, title=None)))
+        return timed(
+            lambda: embedding_store.encode_cached(encoder, prompts, folder, StoreConfig(shard_items, title=None))
+        )
     finally:
         shutil.rmtree(folder)
 

@@ -1,6 +1,6 @@
 """The command line: one sub-command a step, each a thin call into its module.
 
-Steps talk through one folder (`--run`); see learn/run.py for what lies in it. Settings come from one TOML file
+Steps talk through one folder (`--run`); see learn/training_run.py for what lies in it. Settings come from one TOML file
 (`--config`); without it they are those of the shipped bundle.
 """
 
@@ -13,6 +13,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parents[1]
 Arguments = argparse.Namespace
+# `rank`, `study`, `report` and `export --figures` are in a package of their own, which is not installed with this one.
+RESEARCH = "research"
+NO_RESEARCH = "this command needs the package `research`, which is not installed: run it in models/ of a checkout"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,6 +29,11 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.run_command(arguments) or 0
     except (ValueError, OSError) as error:  # DataError is a ValueError.
         print(f"learn: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name != RESEARCH:
+            raise
+        print(f"learn: {NO_RESEARCH}", file=sys.stderr)
         return 1
 
 
@@ -148,8 +156,8 @@ def _run(arguments: Arguments):
 
     import torch
 
-    from learn.run import Run
-    from learn.settings import read_settings
+    from learn.run_settings import read_settings
+    from learn.training_run import Run
 
     torch.set_num_threads(arguments.threads)
     settings = read_settings(arguments.config).with_seed(arguments.seed)
@@ -178,7 +186,10 @@ def _cvr(arguments: Arguments) -> None:
 
 
 def _rank(arguments: Arguments) -> None:
-    _run(arguments).rank((1, 2, 3, 4, 5) if arguments.seed is None else (arguments.seed,))
+    from research.ranking.run_command import rank_run
+
+    seeds = (1, 2, 3, 4, 5) if arguments.seed is None else (arguments.seed,)
+    rank_run(_run(arguments), seeds)
 
 
 def _evaluate(arguments: Arguments) -> None:
@@ -186,13 +197,13 @@ def _evaluate(arguments: Arguments) -> None:
 
 
 def _export(arguments: Arguments) -> None:
-    from learn.default import Label
+    from learn.serving.shipped_bundle import Label
 
     run, facts = _run(arguments), {"data": arguments.source}
     if arguments.figures is not None:
-        from learn.figures import figures_of
+        from research.retrieval.manifest_figures import figures_of, subject_of
 
-        facts["study"] = figures_of(arguments.figures, arguments.model, run.subject())
+        facts["study"] = figures_of(arguments.figures, arguments.model, subject_of(run))
     run.export(arguments.out, Label(arguments.name, arguments.bundle_version), facts)
 
 
@@ -212,7 +223,7 @@ def _check(arguments: Arguments) -> None:
 def _study(arguments: Arguments) -> None:
     from dataclasses import replace
 
-    from learn.study import inputs_of, only, read_study, run_study
+    from research.retrieval.study import inputs_of, only, read_study, run_study
 
     study = read_study(arguments.config)
     if arguments.name:
@@ -225,13 +236,13 @@ def _study(arguments: Arguments) -> None:
 
 
 def _report(arguments: Arguments) -> None:
-    from learn.report import build
+    from research.report.document import build
 
     build(arguments.results, arguments.out / "REPORT.md")
 
 
 def _embed(arguments: Arguments) -> None:
-    from learn.bulk import BulkConfig, RayConfig, embed_catalogue
+    from learn.serving.bulk_embedding import BulkConfig, RayConfig, embed_catalogue
 
     ray = None
     if arguments.ray:
@@ -240,13 +251,13 @@ def _embed(arguments: Arguments) -> None:
 
 
 def _snapshot(arguments: Arguments) -> None:
-    from learn.snapshot import snapshot
+    from learn.serving.cache_snapshot import snapshot
 
     snapshot(arguments.parts, arguments.out, arguments.kind)
 
 
 def _verify(arguments: Arguments) -> int:
-    from learn.verify import VerifyConfig, golden_cases, verify_and_print
+    from learn.serving.verify_server import VerifyConfig, golden_cases, verify_and_print
 
     config = VerifyConfig(
         arguments.server, arguments.admin, arguments.model, arguments.wire, arguments.absolute, arguments.cosine
@@ -257,6 +268,6 @@ def _verify(arguments: Arguments) -> int:
 
 
 def _fixture(arguments: Arguments) -> None:
-    from learn.fixture import write_fixtures
+    from learn.serving.fixture_bundles import write_fixtures
 
     write_fixtures(arguments.out)

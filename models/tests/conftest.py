@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from learn.pch import Pch, PchConfig
+from learn.models.pch import Pch, PchConfig
 
 MODELS = Path(__file__).parents[1]
 FIXTURES = MODELS.parent / "tests" / "fixtures"

@@ -1,0 +1,195 @@
+"""CEG (Content Embedding Generation): prompts -> content embeddings, by a frozen language model.
+
+The embedding is the mean of the last hidden states over the real tokens, scaled to length 1 (`EncoderGraph`).
+It depends on the weights, the tokenizer, the prompt and `max_tokens`, and on nothing else, so these name the files in
+which embeddings are kept between runs (`embedding_store`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from learn.content import language_model
+from learn.content.batching import BatchConfig, batches
+from learn.content.encoder_graph import EncoderGraph
+from learn.progress import Rate
+
+GPU_BATCHES = BatchConfig(max_tokens=32_768)
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """How a frozen model runs."""
+
+    # "cpu", "cuda", "cuda:1" and so on; "auto" takes CUDA where there is one.
+    device: str = "auto"
+    # Of weights and hidden states: float32, bfloat16 or float16. Mean and norm are always in fp32.
+    dtype: str = "float32"
+    # None takes a batch size that suits the device.
+    batching: BatchConfig | None = None
+
+    def resolved_device(self) -> torch.device:
+        """The device that "auto" stands for here."""
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen model with its tokenizer. `weights`, `config_path` and `tokenizer_path` are the files that were read."""
+
+    name: str
+    graph: EncoderGraph
+    tokenizer: Tokenizer
+    tokenizer_path: Path
+    max_tokens: int
+    pad_id: int
+    dim: int
+    weights: tuple[Path, ...] = ()
+    config_path: Path | None = None
+    batching: BatchConfig = field(default_factory=BatchConfig)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.graph.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.graph.parameters()).dtype
+
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids with special tokens, cut at `max_tokens`, never padded."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(prompts))]
+
+    def encode(self, prompts: Sequence[str], show_progress: str | None = None) -> np.ndarray:
+        """[n,C] fp32 in the order of `prompts`, all in memory; `encode_cached` is for what does not fit there."""
+        ids = self.tokenize(prompts)
+        content = np.empty((len(ids), self.dim), dtype=np.float32)
+        with Rate(show_progress, len(ids)) as rate:
+            for rows, vectors in self.run(ids):
+                content[rows] = vectors
+                rate.add(len(rows), sum(len(ids[row]) for row in rows))
+        return content
+
+    def run(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Token ids, ragged -> batches in the order of length: rows [b] of `ids` and their vectors [b,C] fp32."""
+        for rows in batches([len(row) for row in ids], self.batching):
+            if not ids[rows[0]]:
+                raise ValueError(f"prompt {rows[0]} has no token, so there is nothing to take the mean of")
+            input_ids, mask = pad([ids[row] for row in rows], self.pad_id)
+            with torch.inference_mode():
+                vectors = self.graph(input_ids.to(self.device), mask.to(self.device)).float().cpu().numpy()
+            if not np.isfinite(vectors).all():
+                bad = rows[int(np.argmin(np.isfinite(vectors).all(axis=1)))]
+                raise ValueError(f"the encoder gave a vector that is not finite, for prompt {bad}")
+            yield rows, vectors
+
+    @property
+    def identity(self) -> hashlib._Hash:
+        """See `_identified`."""
+        return _identified(self)
+
+    def opened(self) -> Encoder:
+        """Itself; see `Source.opened`."""
+        return self
+
+
+@dataclass(frozen=True)
+class Source:
+    """A frozen model that need not be in memory: vectors that are on disk already are found by its files alone."""
+
+    folder: Path
+    max_tokens: int
+    config: LoadConfig = field(default_factory=LoadConfig)
+
+    @property
+    def weights(self) -> tuple[Path, ...]:
+        """As in `Encoder`."""
+        return language_model.weight_files(self.folder)
+
+    @property
+    def config_path(self) -> Path | None:
+        """As in `Encoder`."""
+        return language_model.config_file(self.folder)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """As in `Encoder`."""
+        return language_model.tokenizer_file(self.folder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As in `Encoder`."""
+        return language_model.DTYPES[self.config.dtype]
+
+    @cached_property
+    def identity(self) -> hashlib._Hash:
+        """See `_identified`; the files are read once."""
+        return _identified(self)
+
+    def opened(self) -> Encoder:
+        """The model in memory."""
+        return load(self.folder, self.max_tokens, self.config)
+
+
+def pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ragged ids -> input_ids [b,s] and attention_mask [b,s], padded on the right."""
+    lengths = np.array([len(row) for row in ids])
+    mask = np.arange(lengths.max())[None] < lengths[:, None]
+    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    input_ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
+    return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))
+
+
+def wrap(
+    name: str, model: nn.Module, tokenizer_path: Path, max_tokens: int, pad_id: int, weights: tuple[Path, ...] = ()
+) -> Encoder:
+    """A model in memory -> an encoder. The tokenizer's own padding and truncation are overridden, as in the server."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if max_tokens < 1 or (longest is not None and max_tokens > longest):
+        raise ValueError(f"max_tokens is {max_tokens}, {name} takes 1 to {longest}")
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    except Exception as error:  # The library raises this very class.
+        raise ValueError(f"{tokenizer_path}: no tokenizer: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_tokens, direction="right")
+    graph = EncoderGraph(model.eval().requires_grad_(False)).eval()
+    return Encoder(name, graph, tokenizer, tokenizer_path, max_tokens, pad_id, model.config.hidden_size, weights)
+
+
+def load(folder: Path, max_tokens: int, config: LoadConfig | None = None) -> Encoder:
+    """An encoder from a folder; `language_model` lists what such a folder may hold beside its tokenizer.json."""
+    config = config or LoadConfig()
+    read = language_model.read(folder, config.dtype)
+    tokenizer = language_model.tokenizer_file(folder)
+    encoder = wrap(read.name, read.model, tokenizer, max_tokens, read.pad_id, read.weights)
+    device = config.resolved_device()
+    encoder.graph.to(device)
+    batching = config.batching or (BatchConfig() if device.type == "cpu" else GPU_BATCHES)
+    return replace(encoder, config_path=read.config, batching=batching)
+
+
+def _identified(encoder: Encoder | Source) -> hashlib._Hash:
+    """A SHA-256 of which model it is, in whatever dtype it runs: weights, config, tokenizer and `max_tokens`."""
+    if not encoder.weights:
+        raise ValueError("an encoder without a weights file has no cache key")
+    digest = hashlib.sha256()
+    config = () if encoder.config_path is None else (encoder.config_path,)
+    for path in (*encoder.weights, *config, encoder.tokenizer_path):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    digest.update(encoder.max_tokens.to_bytes(8, "little"))
+    return digest

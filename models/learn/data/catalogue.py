@@ -1,0 +1,281 @@
+"""The items of each known data set, one at a time: (row of the file, id, text).
+
+Nothing is collected here, so a catalogue of any length passes through. What is wrong with a file is a `DataError` that
+names the row; whether an id comes twice is for `prepare` to see, which knows all of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from learn.data.dataset import DataError
+from learn.data.item_text import LIST_FIELDS, STRING_FIELDS, ItemText
+
+Item = tuple[int, str, ItemText]
+FIELDS = (*STRING_FIELDS, *LIST_FIELDS)
+
+# --- lines of text ---------------------------------------------------------------------------------------------------
+
+
+def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+    """(number from 1, line without its end) of a text file, plain or .gz."""
+    row = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for row, line in enumerate(file, start=1):
+                yield row, line.decode(encoding).rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataError(path, row, None, f"not {encoding.upper()} at byte {error.start} of the line") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(path, row + 1, None, getattr(error, "strerror", None) or str(error)) from error
+
+
+def header(path: Path) -> list[str]:
+    """The column names of a CSV file."""
+    for _row, line in lines(path, "utf-8-sig"):
+        return next(csv.reader([line]), [])
+    return []
+
+
+def require_columns(path: Path, found: list[str], names: list[str]) -> None:
+    """Raises `DataError` for the first of `names` that the file lacks, or for a name that it has twice."""
+    for name in names:
+        if found.count(name) != 1:
+            what = "has it twice" if name in found else "lacks it"
+            raise DataError(path, 1, name, f"the header {what}; it has {found}")
+
+
+def unclosed_quote(path: Path) -> int | None:
+    """The record of a CSV file (the header is 1) whose quote is still open where the file ends.
+
+    DuckDB 2.0 drops such a record and all that lies behind the quote without a word. Quotes come in pairs, so an odd
+    count is looked at closely, and any other file costs one fast pass.
+    """
+    with path.open("rb") as file:
+        n_quotes = sum(part.count(b'"') for part in iter(lambda: file.read(1 << 20), b""))
+    if n_quotes % 2 == 0:
+        return None
+    records = csv.reader((f"{line}\n" for _row, line in lines(path)), strict=True)
+    row = 1
+    try:
+        while next(records, None) is not None:
+            row += 1
+    except csv.Error:
+        return row
+    return None
+
+
+def other_line_end(path: Path) -> int | None:
+    """The first line that ends in another way than the first one does; DuckDB refuses such a file."""
+    first = None
+    with path.open("rb") as file:
+        for row, line in enumerate(file, start=1):
+            is_crlf = line.endswith(b"\r\n")
+            if first is not None and is_crlf != first and line.endswith(b"\n"):
+                return row
+            first = is_crlf if first is None else first
+    return None
+
+
+def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a file of JSON lines; empty lines are passed over."""
+    for row, line in lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(path, row, None, f"not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise DataError(path, row, None, f"expected a JSON object, got {line[:40]!r}")
+        yield row, record
+
+
+# --- the neutral format ----------------------------------------------------------------------------------------------
+
+
+def neutral_jsonl(path: Path) -> Iterator[Item]:
+    """`{"id", "text": {..}}`, or `{"id"}` with the six fields beside it."""
+    for row, record in json_objects(path):
+        yield _neutral(path, row, record)
+
+
+def neutral_parquet(path: Path) -> Iterator[Item]:
+    """The same as columns: `id` and a struct `text`, or `id` and any of the six fields."""
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            row = 0
+            for batch in file.iter_batches(batch_size=4096):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield _neutral(path, row, record)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(path, None, None, str(error)) from error
+
+
+def _neutral(path: Path, row: int, record: dict[str, Any]) -> Item:
+    record = dict(record)
+    identifier = record.pop("id", None)
+    if isinstance(identifier, int) and not isinstance(identifier, bool):
+        identifier = str(identifier)
+    if not isinstance(identifier, str) or not identifier:
+        raise DataError(path, row, "id", f"expected a text that is not empty, got {identifier!r}")
+    text = record.pop("text") if set(record) == {"text"} else record
+    if not isinstance(text, dict):
+        raise DataError(path, row, "text", f"expected an object with item text, got {text!r}")
+    try:
+        return row, identifier, ItemText.from_json({name: value for name, value in text.items() if value is not None})
+    except ValueError as error:
+        raise DataError(path, row, "text", str(error)) from error
+
+
+# --- MovieLens -------------------------------------------------------------------------------------------------------
+
+_ARTICLES = (
+    "The|A|An|Le|La|Les|L'|Il|Lo|I|Gli|El|Los|Las|Der|Die|Das|Den|Det|En|Ett|O|Os|As|Un|Une|Una|Uno|Ein|Eine|De|Het"
+)
+_TRAILING_ARTICLE = re.compile(rf"([^()]+), ({_ARTICLES})(?=\s*[()]|\s*$)")
+# The 19 flags of u.item in their order, as u.genre of MovieLens 100K lists them; "unknown" says nothing of a film.
+_FLAGS_100K = [
+    *(
+        "unknown",
+        "Action",
+        "Adventure",
+        "Animation",
+        "Children's",
+        "Comedy",
+        "Crime",
+        "Documentary",
+        "Drama",
+        "Fantasy",
+    ),
+    *("Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
+]
+
+
+def plain_title(title: str) -> str:
+    """`Matrix, The (1999)` -> `The Matrix (1999)`, inside brackets too."""
+
+    def swap(match: re.Match[str]) -> str:
+        name, article = match.groups()
+        return f"{article}{'' if article.endswith(chr(39)) else ' '}{name}"
+
+    return _TRAILING_ARTICLE.sub(swap, title.strip())
+
+
+def movie_text(title: str, genres: str) -> ItemText:
+    """Title and genres; MovieLens knows no brand, price or attributes, and keywords only as users' tags."""
+    names = [] if genres in ("", "(no genres listed)") else genres.split("|")
+    return ItemText(title=plain_title(title), category=", ".join(names))
+
+
+def movies_csv(path: Path) -> Iterator[Item]:
+    """latest-small, 20M, 25M, 32M: movieId,title,genres with a header."""
+    columns = ["movieId", "title", "genres"]
+    require_columns(path, header(path), columns)
+    reader = csv.DictReader((line + "\n" for _row, line in lines(path, "utf-8-sig")), strict=True)
+    try:
+        for row, record in enumerate(reader, start=2):
+            absent = [name for name in columns if not record[name]]
+            if absent or None in record:
+                reason = "empty" if absent else f"more fields than the header's {len(reader.fieldnames or [])}"
+                raise DataError(path, row, absent[0] if absent else None, reason)
+            yield row, record["movieId"], movie_text(record["title"], record["genres"])
+    except csv.Error as error:
+        raise DataError(path, reader.line_num, None, f"malformed: {error}") from error
+
+
+def movies_dat(path: Path) -> Iterator[Item]:
+    """1M (latin-1) and 10M (UTF-8): id::title::genres. A title may hold `::` itself."""
+    encoding = text_encoding(path)
+    for row, line in lines(path, encoding):
+        identifier, _, rest = line.partition("::")
+        title, separator, genres = rest.rpartition("::")
+        if not (identifier and title.strip() and separator):
+            raise DataError(path, row, None, f"expected id::title::genres, got {line[:80]!r}")
+        yield row, identifier, movie_text(title, genres)
+
+
+def u_item(path: Path) -> Iterator[Item]:
+    """100K: id|title|release date|video release date|URL and 19 flags, in latin-1."""
+    for row, line in lines(path, "latin-1"):
+        fields = line.split("|")
+        if len(fields) != 5 + len(_FLAGS_100K):
+            raise DataError(path, row, None, f"expected {5 + len(_FLAGS_100K)} fields, found {len(fields)}")
+        if not fields[0] or not fields[1].strip():
+            raise DataError(path, row, "title" if fields[0] else "movie id", "empty")
+        if set(fields[5:]) - {"0", "1"}:
+            raise DataError(path, row, "genres", f"expected flags of 0 and 1, got {fields[5:]}")
+        genres = [name for name, flag in zip(_FLAGS_100K, fields[5:], strict=True) if flag == "1" and name != "unknown"]
+        yield row, fields[0], movie_text(fields[1], "|".join(genres))
+
+
+def text_encoding(path: Path) -> str:
+    """UTF-8 if the whole file is, else latin-1, which any bytes are: 1M is the one and 10M the other."""
+    try:
+        for _line in lines(path):
+            pass
+    except DataError:
+        return "latin-1"
+    return "utf-8"
+
+
+# --- Amazon reviews --------------------------------------------------------------------------------------------------
+
+
+def _listed(value: Any) -> list[str]:
+    return [entry.strip() for entry in value if isinstance(entry, str) and entry.strip()] if value else []
+
+
+def _stated(value: Any) -> str:
+    return value.strip() if isinstance(value, str) else ""
+
+
+def amazon_2018(path: Path) -> Iterator[Item]:
+    """asin, title, category (a path from general to special), brand, price, feature.
+
+    Prices of that crawl are at times the page's style sheet; only what begins with a currency sign is one.
+    """
+    for row, record in json_objects(path):
+        price = _stated(record.get("price"))
+        yield _amazon(path, row, record, "asin", {
+            "title": _stated(record.get("title")),
+            "category": ", ".join(_listed(record.get("category"))),
+            "brand": _stated(record.get("brand")),
+            "price": price if re.match(r"[$€£]\s*\d", price) else "",
+            "attributes": tuple(_listed(record.get("feature"))),
+        })  # fmt: skip
+
+
+def amazon_2023(path: Path) -> Iterator[Item]:
+    """parent_asin, title, main_category, categories, store, price (US dollars), features."""
+    for row, record in json_objects(path):
+        price = str(record.get("price") if record.get("price") is not None else "").strip().removeprefix("$")
+        categories = _listed(record.get("categories")) or _listed([record.get("main_category")])
+        yield _amazon(path, row, record, "parent_asin", {
+            "title": _stated(record.get("title")),
+            "category": ", ".join(categories),
+            "brand": _stated(record.get("store")),
+            "price": f"${price}" if re.match(r"\d", price) else "",
+            "attributes": tuple(_listed(record.get("features"))),
+        })  # fmt: skip
+
+
+def _amazon(path: Path, row: int, record: dict[str, Any], key: str, fields: dict[str, Any]) -> Item:
+    identifier = record.get(key)
+    if not isinstance(identifier, str) or not identifier:
+        raise DataError(path, row, key, f"expected a text that is not empty, got {identifier!r}")
+    return row, identifier, ItemText(**fields)
+
+
+ReadItems = Callable[[Path], Iterator[Item]]

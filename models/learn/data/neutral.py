@@ -1,0 +1,60 @@
+"""The neutral format, which is how any data set comes in that is not known here: two files in one folder.
+
+interactions.csv or .parquet   user,item and, if there are any, timestamp (seconds) and value; other columns are
+                               ignored. Without timestamps the order of the file counts, without values all are 1.
+items.jsonl or .parquet        one object per line: {"id": "..", "text": {any of the six fields}}, or the fields
+                               beside the id; in Parquet a struct `text` or columns of those names
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from learn.data.dataset import Dataset, Interaction
+from learn.data.item_text import ItemText
+from learn.data.preparation import PrepareConfig, build
+from learn.data.prepared_folder import read_prepared
+
+INTERACTIONS, ITEMS = "interactions.csv", "items.jsonl"
+COLUMNS = ["user", "item", "timestamp", "value"]
+
+
+def write_neutral(interactions: Iterable[Interaction], items: Iterable[tuple[str, ItemText]], folder: Path) -> None:
+    """Writes both files of the neutral format, as CSV and JSONL; creates the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / INTERACTIONS).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows((event.user, event.item, event.timestamp, event.value) for event in interactions)
+    with (folder / ITEMS).open("w", encoding="utf-8") as file:
+        for identifier, text in items:
+            given = {name: value for name, value in text.to_json().items() if value}
+            file.write(json.dumps({"id": identifier, "text": given}, ensure_ascii=False) + "\n")
+
+
+def read_neutral(folder: Path, config: PrepareConfig | None = None) -> Dataset:
+    """A small data set, all of it in memory, by the same steps as a large one: `prepare`, then `read_prepared`.
+
+    The folder may have any layout that `prepare` knows.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        build(folder, Path(work), config or PrepareConfig())
+        dataset = read_prepared(Path(work))
+        return Dataset(dataset.item_ids, dataset.texts, dataset.sequences[:])
+
+
+def read_movielens(folder: Path) -> tuple[list[Interaction], list[tuple[str, ItemText]]]:
+    """What `write_neutral` takes, from a small folder of any layout: events in order, user by user, and items."""
+    dataset = read_neutral(folder)
+    events = [
+        Interaction(sequence.user, dataset.item_ids[item], timestamp, value)
+        for sequence in dataset.sequences
+        for item, timestamp, value in zip(
+            sequence.items.tolist(), sequence.timestamps.tolist(), sequence.values.tolist(), strict=True
+        )
+    ]
+    return events, list(zip(dataset.item_ids, dataset.texts, strict=True))

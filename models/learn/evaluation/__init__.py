@@ -1,0 +1,1 @@
+"""Full ranking of held-out events, and the metrics of its ranks."""

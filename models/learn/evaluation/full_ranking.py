@@ -1,0 +1,129 @@
+"""Full-ranking metrics, and popularity in the same harness.
+
+Protocol: for each held-out event, every item of the catalogue that the user has not met before is scored; the rank of
+the true item is 1 + the number of others whose score is at least as high. So ties count against the model, and a
+constant score earns nothing. Items stand alone, as they do in serving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from learn.data import Dataset, Event, Sequence, Split
+from learn.evaluation.metrics import Ranking, event_values, rank_scores
+from learn.models.pch import Pch
+
+CHUNK = 256
+
+
+def metrics(rank: np.ndarray) -> dict[str, float]:
+    """The four that a training log and a manifest carry, as means over events; `metrics.figures` has them all."""
+    names = ("hr_at_10", "hr_at_50", "ndcg_at_10", "mrr")
+    return {name: float(event_values(rank, name).mean()) for name in names}
+
+
+def popularity(dataset: Dataset, split: Split) -> np.ndarray:
+    """[I] how often each item stands in the training part."""
+    counts = np.zeros(len(dataset.item_ids), dtype=np.float32)
+    for sequence, n_train in zip(dataset.sequences, split.n_train, strict=True):
+        np.add.at(counts, sequence.items[:n_train], 1)
+    return counts
+
+
+def popularity_ranks(dataset: Dataset, split: Split, events: list[Event]) -> np.ndarray:
+    """The baseline that knows nothing of the user."""
+    scores = popularity(dataset, split)
+    return full_ranking(dataset, events, lambda rows: np.tile(scores, (len(events[rows]), 1))).rank
+
+
+@torch.inference_mode()
+def tower_ranks(pch: Pch, content: torch.Tensor, dataset: Dataset, events: list[Event]) -> np.ndarray:
+    """The towers as served: newest `max_history` items in, dot product out."""
+    pch.eval()
+    item = pch.alone(content)  # [I,E]
+
+    def score(rows: slice) -> np.ndarray:
+        return (user_embeddings(pch, content, dataset, events[rows]) @ item.T).numpy()
+
+    return full_ranking(dataset, events, score).rank
+
+
+@torch.inference_mode()
+def user_embeddings(pch: Pch, content: torch.Tensor, dataset: Dataset, events: list[Event]) -> torch.Tensor:
+    """[e,E] from what each user had met before the event."""
+    histories = [history(dataset.sequences[event.user], event.position, pch.config.max_history) for event in events]
+    length = max(1, *(len(items) for items in histories)) if histories else 1
+    index = torch.zeros(len(events), length, dtype=torch.int64)
+    mask = torch.zeros_like(index)
+    for row, items in enumerate(histories):
+        index[row, : len(items)] = torch.from_numpy(items)
+        mask[row, : len(items)] = 1
+    return pch.last(content[index], mask)
+
+
+def history(sequence: Sequence, position: int, max_history: int) -> np.ndarray:
+    """The newest items before `position`, oldest first."""
+    return sequence.items[max(0, position - max_history) : position]
+
+
+def full_ranking(dataset: Dataset, events: list[Event], score: Callable[[slice], np.ndarray]) -> Ranking:
+    """Ranks the whole catalogue for each event, a few events at a time.
+
+    `score(rows)` gives [n,I] for `events[rows]`; only that many scores are held at once. Raises ValueError without
+    events, or if a score is not a number.
+    """
+    if not events:
+        raise ValueError("there are no events to rank for")
+    found = []
+    for begin in range(0, len(events), CHUNK):
+        rows = slice(begin, begin + CHUNK)
+        before = [dataset.sequences[event.user].items[: event.position + 1] for event in events[rows]]
+        target = np.array([items[-1] for items in before])
+        # An item that a user meets a second time may be a target again, so it stays in the ranking then.
+        seen = [np.setdiff1d(items, items[-1:]) for items in before]
+        found.append(rank_scores(score(rows), target, seen))
+    return Ranking(np.concatenate([part.rank for part in found]), np.concatenate([part.top for part in found]))
+
+
+def array_ranking(user: np.ndarray, item: np.ndarray, dataset: Dataset, events: list[Event]) -> Ranking:
+    """Any recommender as two arrays: user [e,E] before each event, item [I,E]; dot products are ranked."""
+    if len(user) != len(events) or len(item) != len(dataset.item_ids):
+        raise ValueError(
+            f"{len(user)} user embeddings for {len(events)} events, {len(item)} items for {len(dataset.item_ids)}"
+        )
+    return full_ranking(dataset, events, lambda rows: user[rows] @ item.T)
+
+
+@torch.inference_mode()
+def sequence_against_alone(pch: Pch, content: torch.Tensor, dataset: Dataset, events: list[Event]) -> dict[str, float]:
+    """How training's reading of targets differs from serving's, on one pool: all held-out targets of all users.
+
+    For each target, its user's state before the first held-out event ranks it among the whole pool. Once targets are
+    read as a sequence, as in training variant 1, and once each alone. A hit is a rank within the first 10.
+    """
+    pch.eval()
+    by_user: dict[int, list[int]] = {}
+    for event in events:
+        by_user.setdefault(event.user, []).append(event.position)
+    users = sorted(by_user)
+    positions = [np.array(sorted(by_user[user])) for user in users]
+    state = user_embeddings(pch, content, dataset, [Event(u, int(p[0])) for u, p in zip(users, positions, strict=True)])
+    items = [dataset.sequences[user].items[p] for user, p in zip(users, positions, strict=True)]
+    pool = torch.from_numpy(np.concatenate(items))
+    owner = torch.repeat_interleave(torch.arange(len(users)), torch.tensor([len(i) for i in items]))
+    read = torch.cat([pch.states(content[torch.from_numpy(i)][None])[0, 1:] for i in items])
+    return {
+        "pool_hr_at_10_in_sequence": _pool_hits(state, read, pool, owner),
+        "pool_hr_at_10_alone": _pool_hits(state, pch.alone(content[pool]), pool, owner),
+    }
+
+
+def _pool_hits(state: torch.Tensor, key: torch.Tensor, pool: torch.Tensor, owner: torch.Tensor) -> float:
+    scores = state[owner] @ key.T  # [p,p]: row i asks for pool item i
+    own = scores.diagonal()[:, None]
+    # Other targets of the same user, and other copies of the same item, are not mistakes.
+    rival = (owner[:, None] != owner[None]) & (pool[:, None] != pool[None])
+    return float((((scores >= own) & rival).sum(dim=1) < 10).float().mean())

@@ -1,0 +1,69 @@
+"""A recommender against the whole catalogue: ranks of the held-out items, and what it puts first.
+
+Protocol as in `full_ranking`: every item that the user has not met before is scored, each embedded alone as in serving;
+ties count against the model. The history is the newest `max_history` events before the one that is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learn.data import Dataset, Event
+from learn.evaluation.full_ranking import array_ranking
+from learn.evaluation.metrics import Ranking
+from learn.models.recommender import Recommender
+
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Histories:
+    """What a model reads before each of e events: items [e,l], times [e,l+1] and length [e]; padded on the right."""
+
+    items: Tensor
+    times: Tensor
+    length: Tensor
+
+
+def histories(dataset: Dataset, events: list[Event], longest: int) -> Histories:
+    """As many columns as the longest of these histories needs, and at least one."""
+    lengths = [min(event.position, longest) for event in events]
+    width = max(1, *lengths)
+    items = np.zeros((len(events), width), dtype=np.int64)
+    times = np.zeros((len(events), width + 1), dtype=np.int64)
+    for row, (event, length) in enumerate(zip(events, lengths, strict=True)):
+        sequence, begin = dataset.sequences[event.user], event.position - length
+        items[row, :length] = sequence.items[begin : event.position]
+        times[row, : length + 1] = sequence.timestamps[begin : event.position + 1]
+    return Histories(torch.from_numpy(items), torch.from_numpy(times), torch.tensor(lengths))
+
+
+@torch.inference_mode()
+def user_states(model: Recommender, dataset: Dataset, events: list[Event]) -> Tensor:
+    """[e,E] on the CPU: each user as the event finds them."""
+    model.eval()
+    device = next(model.buffers(), next(model.parameters(), torch.empty(0))).device
+    found = []
+    for begin in range(0, len(events), CHUNK):
+        given = histories(dataset, events[begin : begin + CHUNK], model.max_history)
+        found.append(model.last(given.items.to(device), given.times.to(device), given.length.to(device)).float().cpu())
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def item_table(model: Recommender, n_items: int) -> Tensor:
+    """[I,E] on the CPU."""
+    model.eval()
+    device = next(model.buffers(), next(model.parameters(), torch.empty(0))).device
+    chunks = torch.arange(n_items, device=device).split(4096)
+    return torch.cat([model.item_embeddings(chunk).float().cpu() for chunk in chunks])
+
+
+def retrieve(model: Recommender, dataset: Dataset, events: list[Event]) -> Ranking:
+    """Ranks and first items of every event."""
+    users, items = user_states(model, dataset, events), item_table(model, len(dataset.item_ids))
+    return array_ranking(users.numpy(), items.numpy(), dataset, events)

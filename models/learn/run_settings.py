@@ -1,0 +1,87 @@
+"""One TOML file for all settings of a run: what is held out, the towers' sizes, how they and the head are trained.
+
+Every value has a default, those of the shipped bundle, so a file names only what differs. `configs/` has one for each
+published setting.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from learn.content.standardise import Method
+from learn.data import SplitConfig, TimeSplitConfig
+from learn.models.cvr import CvrConfig
+from learn.models.pch import PchConfig
+from learn.toml_config import strict
+from learn.training.train_cvr_head import CvrTrainConfig
+from learn.training.train_recommender import TrainConfig
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What `learn prepare` makes of the raw files."""
+
+    # Tags of MovieLens as keywords, at most so many an item, as far as they predate the split. 0: none.
+    max_keywords: int = 0
+    # Users and items with fewer events leave, until all have as many.
+    min_user_events: int = 0
+    min_item_events: int | None = None
+    # Which fields of an item are text; none named: title, category and brand for public data, all for your own.
+    text_fields: list[str] | None = None
+    memory_mb: int = 1024
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """How the frozen language model runs."""
+
+    max_tokens: int = 128
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    # "auto" takes CUDA where there is one; "cpu", "cuda:1" and so on.
+    device: str = "auto"
+    # Of the embeddings on disk.
+    storage: Literal["float32", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The TOML file."""
+
+    prepare: PrepareSettings = field(default_factory=PrepareSettings)
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    # The last events of each user are held out; with `time_split`, everything after a point in time instead.
+    split: SplitConfig = field(default_factory=SplitConfig)
+    time_split: TimeSplitConfig | None = None
+    standardise: Method = "scale"
+    pch: PchConfig = field(default_factory=PchConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    head: CvrConfig = field(default_factory=CvrConfig)
+    cvr: CvrTrainConfig = field(default_factory=CvrTrainConfig)
+
+    def held_out(self) -> SplitConfig | TimeSplitConfig:
+        """Which of the two splits holds."""
+        return self.time_split or self.split
+
+    def with_seed(self, seed: int | None) -> Settings:
+        """The same with another seed for towers and head; None changes nothing."""
+        if seed is None:
+            return self
+        return replace(self, train=replace(self.train, seed=seed), cvr=replace(self.cvr, seed=seed))
+
+
+def read_settings(path: Path | None) -> Settings:
+    """From a file, or the defaults without one. ValueError names the file and every wrong key."""
+    if path is None:
+        return Settings()
+    return read_toml(Settings, path)
+
+
+def read_toml(kind: type, path: Path):
+    """Any dataclass from a TOML file, with the file in front of what is wrong."""
+    try:
+        return strict(kind, tomllib.loads(path.read_text(encoding="utf-8")), "")
+    except ValueError as error:  # tomllib's own error is one.
+        raise ValueError(f"{path}: {error}") from error

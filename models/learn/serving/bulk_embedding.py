@@ -1,0 +1,232 @@
+"""Content and item embeddings of a whole catalogue, computed offline with a bundle's own files, as Parquet.
+
+    OUT/job.json                  what is embedded with what: another job in the same folder is refused
+    OUT/part-000000.parquet       one shard: id, text_digest, content, item
+    OUT/rejects-000000.jsonl      the rows of that shard that were left out, each with its id and the reason
+
+A part is written under another name, synced and renamed, after its rejects. So a job that is killed goes on with the
+parts that are missing, and rows of parts and rejects add up to those of the catalogue. Each shard is read, embedded and
+written by one worker: this process, or actors of Ray Data on as many machines as there are, which then have to see the
+same folders. `snapshot` makes of the parts what a server imports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from learn.data import DataError
+from learn.progress import Rate
+from learn.serving import item_shards
+from learn.serving.bundle_inference import BundleGraphs, GraphsConfig
+from learn.serving.digests import N_BYTES, bundle_digest, read_manifest, text_digest
+from learn.serving.item_shards import Item, Reject, Shard
+
+JOB = "job.json"
+CONTENT_DTYPES = {"float16": np.float16, "float32": np.float32}
+
+
+@dataclass(frozen=True)
+class BulkConfig:
+    """One job."""
+
+    bundle: Path
+    # A .jsonl or .parquet file, or a folder of such.
+    items: Path
+    out: Path
+    # Rows that one worker holds in memory, and that a killed job may have to do again.
+    shard_rows: int = 10_000
+    # fp16 halves the largest column, with an error of up to 2**-11 of each value.
+    content_dtype: str = "float32"
+    # What the server takes (`limits.max_text_bytes`): longer texts are rejected here as there.
+    max_text_bytes: int = 8192
+    graphs: GraphsConfig = field(default_factory=GraphsConfig)
+    # None runs in this process.
+    ray: RayConfig | None = None
+    title: str | None = "embed items"
+
+    def __post_init__(self) -> None:
+        if self.shard_rows < 1:
+            raise ValueError(f"shard_rows is {self.shard_rows}, it must be at least 1")
+        if self.content_dtype not in CONTENT_DTYPES:
+            raise ValueError(f"content_dtype is {self.content_dtype!r}, it must be one of {', '.join(CONTENT_DTYPES)}")
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """Workers of Ray Data. Every machine must see the bundle, the catalogue and the output under the same paths."""
+
+    # Of a cluster, such as "auto" or "ray://head:10001"; None starts Ray here.
+    address: str | None = None
+    workers: int = 2
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of the rows of a catalogue."""
+
+    n_items: int
+    n_rejects: int
+    n_parts: int
+    # Of these parts, how many an earlier run had left.
+    n_parts_kept: int
+
+
+def embed_catalogue(config: BulkConfig) -> Summary:
+    """Runs the job, or what is missing of it, and prints what came out."""
+    shards, digests = item_shards.plan(config.items, config.shard_rows)
+    config.out.mkdir(parents=True, exist_ok=True)
+    _claim(config, digests, len(shards))
+    missing = [shard for shard in shards if not _part(config.out, shard.number).is_file()]
+    with Rate(config.title, sum(shard.n_rows for shard in shards)) as rate:
+        rate.skip(sum(shard.n_rows for shard in shards) - sum(shard.n_rows for shard in missing))
+        for n_rows, n_tokens in _run(config, missing):
+            rate.add(n_rows, n_tokens)
+    summary = _count(config.out, shards, len(shards) - len(missing))
+    print(
+        f"{summary.n_items} items embedded, {summary.n_rejects} rejected, in {summary.n_parts} parts "
+        f"({summary.n_parts_kept} of an earlier run): {config.out}"
+    )
+    return summary
+
+
+def _run(config: BulkConfig, shards: list[Shard]) -> Iterator[tuple[int, int]]:
+    """Rows and tokens of each shard as it is done."""
+    if not shards:
+        return
+    if config.ray is not None:
+        yield from _run_on_ray(config, config.ray, shards)
+        return
+    worker = ShardEmbedder(config)
+    for shard in shards:
+        yield worker.embed(shard)
+
+
+def _run_on_ray(config: BulkConfig, ray_config: RayConfig, shards: list[Shard]) -> Iterator[tuple[int, int]]:
+    import ray
+
+    if not ray.is_initialized():
+        # Workers import this package from where it lies here, whatever folder the job was started in.
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False}
+        if ray_config.address is None:
+            options |= {"num_cpus": ray_config.workers * ray_config.cpus_per_worker, "include_dashboard": False}
+        ray.init(address=ray_config.address, **options)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    done = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards)).map_batches(
+        ShardEmbedder,
+        fn_constructor_args=(config,),
+        batch_size=1,
+        concurrency=ray_config.workers,
+        num_cpus=ray_config.cpus_per_worker,
+        num_gpus=ray_config.gpus_per_worker,
+    )
+    for row in done.iter_rows():
+        yield int(row["n_rows"]), int(row["n_tokens"])
+
+
+class ShardEmbedder:
+    """Embeds shards one after the other; on Ray one of these is an actor, and its graphs are loaded once."""
+
+    def __init__(self, config: BulkConfig) -> None:
+        self.config = config
+        self.graphs = BundleGraphs(config.bundle, config.graphs)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Ray's form: shards as columns, and what `embed` returns as columns."""
+        names = list(batch)
+        shards = [Shard(**dict(zip(names, row, strict=True))) for row in zip(*batch.values(), strict=True)]
+        plain = [Shard(int(s.number), str(s.file), int(s.begin), int(s.first_row), int(s.n_rows)) for s in shards]
+        counts = np.array([self.embed(shard) for shard in plain], dtype=np.int64)
+        return {"n_rows": counts[:, 0], "n_tokens": counts[:, 1]}
+
+    def embed(self, shard: Shard) -> tuple[int, int]:
+        """Writes the shard's part and rejects; returns how many rows it had, and how many tokens were encoded."""
+        items, rejects = item_shards.read(shard, self.config.max_text_bytes)
+        table, faults, n_tokens = self._table(items)
+        rejects += [Reject(shard.file, item.row, item.id, reason) for item, reason in faults]
+        lines = "".join(reject.to_json() + "\n" for reject in sorted(rejects, key=lambda reject: reject.row))
+        _write(_rejects(self.config.out, shard.number), lambda path: path.write_text(lines))
+        _write(_part(self.config.out, shard.number), lambda path: pq.write_table(table, path, compression="zstd"))
+        return shard.n_rows, n_tokens
+
+    def _table(self, items: list[Item]) -> tuple[pa.Table, list[tuple[Item, str]], int]:
+        digests = [text_digest(item.text) for item in items]
+        # A text that stands for many items is encoded once.
+        place = {digest: position for position, digest in enumerate(dict.fromkeys(digests))}
+        unique = dict(zip(digests, (item.text for item in items), strict=True))
+        content, faults, n_tokens = self.graphs.content([unique[digest] for digest in place])
+        item = self.graphs.item(content)
+        for row in np.flatnonzero(~np.isfinite(item).all(axis=1)):
+            faults.setdefault(int(row), "the item tower gave a vector that is not finite")
+        rows = [place[digest] for digest in digests]
+        kept = [n for n, row in enumerate(rows) if row not in faults]
+        at = np.array([rows[n] for n in kept], dtype=np.int64)
+        columns = {
+            "id": pa.array([items[n].id for n in kept], pa.string()),
+            "text_digest": pa.array([digests[n] for n in kept], pa.binary(N_BYTES)),
+            "content": _vectors(content[at].astype(CONTENT_DTYPES[self.config.content_dtype])),
+            "item": _vectors(item[at]),
+        }
+        table = pa.table(columns).replace_schema_metadata(self.graphs.digests)
+        return table, [(items[n], faults[row]) for n, row in enumerate(rows) if row in faults], n_tokens
+
+
+def _vectors(rows: np.ndarray) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
+
+
+def _claim(config: BulkConfig, digests: dict[str, str], n_parts: int) -> None:
+    """Writes what the folder is for, or holds this job to what it is for."""
+    job: dict[str, Any] = {
+        "bundle_digest": bundle_digest(config.bundle),
+        "bundle": "{name} {version}".format(**read_manifest(config.bundle)),
+        "shard_rows": config.shard_rows,
+        "content_dtype": config.content_dtype,
+        "max_text_bytes": config.max_text_bytes,
+        "files": digests,
+        "n_parts": n_parts,
+    }
+    path = config.out / JOB
+    if not path.is_file():
+        _write(path, lambda partial: partial.write_text(json.dumps(job, indent=1) + "\n"))
+        return
+    there = json.loads(path.read_text())
+    for name, value in job.items():
+        if there.get(name) != value:
+            raise DataError(path, None, name, f"this folder is another job's ({there.get(name)!r}, not {value!r})")
+
+
+def _count(out: Path, shards: list[Shard], n_kept: int) -> Summary:
+    n_items = sum(pq.read_metadata(_part(out, shard.number)).num_rows for shard in shards)
+    n_rejects = sum(_rejects(out, shard.number).read_bytes().count(b"\n") for shard in shards)
+    n_rows = sum(shard.n_rows for shard in shards)
+    if n_items + n_rejects != n_rows:
+        raise DataError(out, None, None, f"{n_items} items and {n_rejects} rejects, of {n_rows} rows")
+    return Summary(n_items, n_rejects, len(shards), n_kept)
+
+
+def _part(out: Path, number: int) -> Path:
+    return out / f"part-{number:06}.parquet"
+
+
+def _rejects(out: Path, number: int) -> Path:
+    return out / f"rejects-{number:06}.jsonl"
+
+
+def _write(path: Path, write: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    write(partial)
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.rename(path)

@@ -1,0 +1,127 @@
+"""A bundle's own files at work: text -> content embedding -> item embedding, as a server computes them.
+
+ONNX Runtime runs the graphs, the manifest's template and tokenizer make the prompts and ids, rows are padded on the
+right. Needs no PyTorch model, so any machine that has the bundle folder can do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+from learn.content.batching import BatchConfig, batches
+from learn.data.item_text import ItemText, render
+from learn.serving.digests import bundle_digest, encoder_digest, read_manifest, tower_digest
+
+# Items that the tower takes at once: enough for its matrix products, and little memory at any width.
+TOWER_ITEMS = 1024
+
+
+@dataclass(frozen=True)
+class GraphsConfig:
+    """How the graphs run. The default batches are those that a server takes on a CPU."""
+
+    # "cpu", "cuda", or "auto": CUDA where ONNX Runtime has it.
+    provider: str = "auto"
+    # Of one session; more processes with a thread each do more than one with many threads.
+    threads: int = 1
+    batching: BatchConfig | None = None
+
+    def providers(self) -> list[str]:
+        """ONNX Runtime's names; raises ValueError where CUDA was asked for and is not there."""
+        known = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider"]}
+        if self.provider == "auto":
+            has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+            return known["cuda" if has_cuda else "cpu"]
+        if self.provider not in known:
+            raise ValueError(f"provider is {self.provider!r}, it must be auto, cpu or cuda")
+        (name,) = known[self.provider]
+        if name not in onnxruntime.get_available_providers():
+            raise ValueError(f"provider is {self.provider!r}, and this ONNX Runtime lacks {name}")
+        return [name]
+
+    def batches(self) -> BatchConfig:
+        """As given, or what suits the provider."""
+        is_cpu = self.providers() == ["CPUExecutionProvider"]
+        return self.batching or (BatchConfig(512, 16) if is_cpu else BatchConfig(16_384, 256))
+
+
+class BundleGraphs:
+    """Encoder and item tower of a bundle folder, loaded."""
+
+    def __init__(self, bundle: Path, config: GraphsConfig) -> None:
+        manifest = read_manifest(bundle)
+        self.manifest = manifest
+        self.digests = {
+            "bundle_digest": bundle_digest(bundle),
+            "encoder_digest": encoder_digest(manifest),
+            "tower_digest": tower_digest(manifest),
+        }
+        self.content_dim, self.item_dim = manifest["encoder"]["dim"], manifest["item_tower"]["dim"]
+        self._tokenizer = Tokenizer.from_file(str(bundle / manifest["encoder"]["tokenizer"]))
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(manifest["item_text"]["max_tokens"], direction="right")
+        self._batching = config.batches()
+        self._encoder = _session(bundle / manifest["encoder"]["file"], config)
+        self._item_tower = _session(bundle / manifest["item_tower"]["file"], config)
+
+    def content(self, texts: Sequence[ItemText]) -> tuple[np.ndarray, dict[int, str], int]:
+        """[n,C] fp32; why a row of it is all zeros, by its number; and tokens. One bad text costs no other one."""
+        template = self.manifest["item_text"]["template"]
+        encodings = self._tokenizer.encode_batch([render(text, template) for text in texts])
+        ids = [encoding.ids for encoding in encodings]
+        vectors = np.zeros((len(ids), self.content_dim), dtype=np.float32)
+        faults = {row: "the tokenizer gave no token" for row, tokens in enumerate(ids) if not tokens}
+        present = [row for row in range(len(ids)) if row not in faults]
+        for batch in batches([len(ids[row]) for row in present], self._batching):
+            rows = [present[position] for position in batch]
+            self._encode(ids, rows, vectors, faults)
+        return vectors, faults, sum(map(len, ids))
+
+    def item(self, content: np.ndarray) -> np.ndarray:
+        """[n,C] -> [n,E] fp32."""
+        spec = self.manifest["item_tower"]
+        pieces = [
+            self._item_tower.run(spec["outputs"], {spec["inputs"][0]: content[begin : begin + TOWER_ITEMS]})[0]
+            for begin in range(0, len(content), TOWER_ITEMS)
+        ]
+        return np.concatenate(pieces) if pieces else np.empty((0, self.item_dim), dtype=np.float32)
+
+    def _encode(self, ids: list[list[int]], rows: list[int], vectors: np.ndarray, faults: dict[int, str]) -> None:
+        try:
+            found = self._run_encoder([ids[row] for row in rows])
+        except Exception as error:  # ONNX Runtime's errors have no base class of their own.
+            if len(rows) == 1:
+                faults[rows[0]] = f"the encoder failed: {str(error).splitlines()[0][:200]}"
+                return
+            # One text may be to blame. The others are not to fail with it.
+            for row in rows:
+                self._encode(ids, [row], vectors, faults)
+            return
+        is_finite = np.isfinite(found).all(axis=1)
+        for row, vector, good in zip(rows, found, is_finite, strict=True):
+            if good:
+                vectors[row] = vector
+            else:
+                faults[row] = "the encoder gave a vector that is not finite"
+
+    def _run_encoder(self, ids: list[list[int]]) -> np.ndarray:
+        lengths = np.array([len(row) for row in ids])
+        mask = np.arange(lengths.max())[None] < lengths[:, None]  # [b,s]
+        spec = self.manifest["encoder"]
+        input_ids = np.full(mask.shape, spec["pad_id"], dtype=np.int64)
+        input_ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
+        feeds = dict(zip(spec["inputs"], (input_ids, mask.astype(np.int64)), strict=True))
+        return self._encoder.run(spec["outputs"], feeds)[0]
+
+
+def _session(path: Path, config: GraphsConfig) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = config.threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=config.providers())

@@ -1,0 +1,114 @@
+"""The parts of a bulk job -> safetensors files that `midemb cache import` takes; the format is src/cache_snapshot's.
+
+Each file holds `vectors` [n,dim] and `text_digests` [n,16] under the digest of the encoder (content) or the tower
+(item) that they came from: a server that does not serve exactly that refuses the file. Files are imported in any order;
+where a cache is smaller than all of them, those that come later push out those before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import save_file
+
+from learn.data import DataError
+from learn.serving.bulk_embedding import JOB
+from learn.serving.digests import N_BYTES
+
+# As the server's own files, so that neither side ever holds more than that at once.
+FILE_BYTES = 64 << 20
+DIGESTS = {"content": b"encoder_digest", "item": b"tower_digest"}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What all parts have to agree on."""
+
+    digest: str
+    dim: int
+    dtype: np.dtype
+
+
+def snapshot(parts: Path, out: Path, kind: str) -> list[Path]:
+    """Writes KIND-000000.safetensors and so on into `out` and returns them. `kind` is content or item."""
+    if kind not in DIGESTS:
+        raise ValueError(f"kind is {kind!r}, it must be content or item")
+    files = sorted(parts.glob("part-*.parquet"))
+    if not files:
+        raise DataError(parts, None, None, "there is no part-*.parquet")
+    job = parts / JOB
+    n_parts = json.loads(job.read_text())["n_parts"] if job.is_file() else len(files)
+    if len(files) != n_parts:
+        raise DataError(parts, None, None, f"{len(files)} of {n_parts} parts are there; `learn embed` makes the rest")
+    sources = {path: _source(path, kind) for path in files}
+    source = sources[files[0]]
+    for path, other in sources.items():
+        if other != source:
+            raise DataError(path, None, kind, f"is of {other}, and {files[0].name} of {source}")
+    out.mkdir(parents=True, exist_ok=True)
+    n_rows = max(1, FILE_BYTES // (source.dim * source.dtype.itemsize + N_BYTES))
+    written = []
+    for digests, vectors in _pieces(files, kind, n_rows):
+        written.append(out / f"{kind}-{len(written):06}.safetensors")
+        _save(written[-1], kind, source, (digests, vectors))
+    print(f"{len(written)} files of {kind} embeddings, digest {source.digest}: {out}")
+    return written
+
+
+def _source(path: Path, kind: str) -> _Source:
+    schema = pq.read_schema(path)
+    try:
+        digest = schema.metadata[DIGESTS[kind]].decode()
+        column = schema.field(kind).type
+        return _Source(digest, column.list_size, np.dtype(column.value_type.to_pandas_dtype()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(path, None, kind, f"no part of a bulk job: {error!r}") from error
+
+
+def _pieces(files: list[Path], kind: str, n_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Digests [n,16] and vectors [n,dim], `n_rows` at a time but for the last."""
+    waiting: list[pa.RecordBatch] = []
+    n_waiting = 0
+    for path in files:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=min(n_rows, 8192), columns=["text_digest", kind]):
+            while n_waiting + batch.num_rows >= n_rows:
+                n_taken = n_rows - n_waiting
+                yield _arrays([*waiting, batch.slice(0, n_taken)], kind)
+                waiting, n_waiting, batch = [], 0, batch.slice(n_taken)
+            if batch.num_rows:
+                waiting.append(batch)
+                n_waiting += batch.num_rows
+    if waiting:
+        yield _arrays(waiting, kind)
+
+
+def _arrays(batches: list[pa.RecordBatch], kind: str) -> tuple[np.ndarray, np.ndarray]:
+    digests = b"".join(value for batch in batches for value in batch["text_digest"].to_pylist())
+    # `flatten` minds that a batch may be a slice of another.
+    vectors = [batch[kind].flatten().to_numpy(zero_copy_only=False) for batch in batches]
+    dim = batches[0].schema.field(kind).type.list_size
+    return np.frombuffer(digests, np.uint8).reshape(-1, N_BYTES), np.concatenate(vectors).reshape(-1, dim)
+
+
+def _save(path: Path, kind: str, source: _Source, arrays: tuple[np.ndarray, np.ndarray]) -> None:
+    digests, vectors = arrays
+    if not np.isfinite(vectors).all():
+        raise DataError(path, None, kind, "a vector is not finite, and the server would refuse the file")
+    metadata = {
+        "format": "midemb-vectors",
+        "format_version": "1",
+        "kind": kind,
+        "digest": source.digest,
+        "dim": str(source.dim),
+        "n": str(len(vectors)),
+    }
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    save_file({"vectors": vectors, "text_digests": digests}, partial, metadata=metadata)
+    partial.rename(path)

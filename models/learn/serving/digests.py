@@ -1,0 +1,96 @@
+"""The digests that a server caches vectors under, computed here from the same bytes.
+
+A server keeps content embeddings under (encoder digest, text digest) and item embeddings under (tower digest, text
+digest); src/item_text.rs and src/bundle/digest.rs define them. A live server tells its own through GetModelInfo, and
+`learn verify` holds the two to each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from learn.data.item_text import LIST_FIELDS, STRING_FIELDS, ItemText
+
+MANIFEST = "manifest.toml"
+N_BYTES = 16
+
+
+def read_manifest(bundle: Path) -> dict[str, Any]:
+    """A bundle's manifest; raises FileNotFoundError or ValueError with the path."""
+    path = bundle / MANIFEST
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def text_digest(text: ItemText) -> bytes:
+    """BLAKE3, cut to 16 bytes, over the fields with their lengths; raises UnicodeEncodeError for half a surrogate."""
+    hasher = blake3()
+    for name in STRING_FIELDS:
+        _add(hasher, getattr(text, name))
+    for name in LIST_FIELDS:
+        entries = getattr(text, name)
+        hasher.update(len(entries).to_bytes(8, "little"))
+        for entry in entries:
+            _add(hasher, entry)
+    return hasher.digest(length=N_BYTES)
+
+
+def text_bytes(text: ItemText) -> int:
+    """What a server's `limits.max_text_bytes` counts: UTF-8 bytes of all fields, and one for each entry of a list."""
+    entries = [entry for name in LIST_FIELDS for entry in getattr(text, name)]
+    strings = [getattr(text, name) for name in STRING_FIELDS]
+    return sum(len(value.encode()) for value in (*strings, *entries)) + len(entries)
+
+
+def encoder_digest(manifest: Mapping[str, Any]) -> str:
+    """Everything that a content embedding depends on beside the text, as 32 hex digits."""
+    return _encoder(manifest).hex()
+
+
+def tower_digest(manifest: Mapping[str, Any]) -> str:
+    """Everything that an item embedding depends on beside the text, as 32 hex digits."""
+    hasher = _of_part(manifest, "item_tower")
+    hasher.update(_encoder(manifest))
+    _add_ports(hasher, manifest["item_tower"])
+    return hasher.digest()[:N_BYTES].hex()
+
+
+def bundle_digest(bundle: Path) -> str:
+    """SHA-256 of the manifest in hex: it names every other file with its digest."""
+    return hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
+
+
+def _encoder(manifest: Mapping[str, Any]) -> bytes:
+    hasher = _of_part(manifest, "encoder")
+    _add(hasher, manifest["item_text"]["template"])
+    hasher.update(manifest["item_text"]["max_tokens"].to_bytes(8, "little"))
+    hasher.update(manifest["encoder"]["pad_id"].to_bytes(8, "little", signed=True))
+    _add_ports(hasher, manifest["encoder"])
+    return hasher.digest()[:N_BYTES]
+
+
+def _of_part(manifest: Mapping[str, Any], part: str) -> hashlib._Hash:
+    hasher = hashlib.sha256()
+    files = [entry for entry in manifest["files"] if entry["part"] == part]
+    for entry in sorted(files, key=lambda entry: entry["path"].encode()):
+        _add(hasher, entry["path"])
+        _add(hasher, entry["sha256"])
+    return hasher
+
+
+def _add_ports(hasher: hashlib._Hash, graph: Mapping[str, Any]) -> None:
+    for port in (*graph["inputs"], *graph["outputs"]):
+        _add(hasher, port)
+
+
+def _add(hasher: Any, text: str) -> None:
+    raw = text.encode()
+    hasher.update(len(raw).to_bytes(8, "little") + raw)

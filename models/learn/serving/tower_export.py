@@ -1,0 +1,278 @@
+"""User tower, item tower and CVR head -> ONNX graphs written node by node: what PyTorch computes, for less work.
+
+An exporter writes down the steps of the training code. Those that serving does not need are worked into the weights
+here, once, in fp64. Every step is exact but for rounding, and tests hold the graphs to the modules:
+
+- LayerNorm subtracts a mean and then scales. What is added to the residual stream is made free of its mean instead, so
+  that RMSNormalization is left; and its shift moves into the product behind it.
+- A key's bias adds the same to all scores of a query, which softmax ignores. A value's bias passes through attention
+  unchanged, as weights add up to 1, and moves into the bias of the output.
+- The user tower's last layer has one query, q = Wq h. Its scores q . (Wk x) are (Wk^T Wq h) . x, and the values that it
+  mixes are Wv (sum of p x). So neither keys nor values of the history are computed there.
+- The item tower attends to two positions, and a softmax over two is a sigmoid of their scores' difference. The start
+  token is a constant, so the difference is q . (k - k_start), and the mixture is v_start + p (v - v_start).
+
+Products take two-dimensional operands, biases are Gemm's, and Attention (opset 23) reads heads where they lie, so
+that nothing is transposed. All operators are ONNX's own, as ONNX Runtime's contrib operators differ by provider.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TypeVar
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from learn.models.cvr import CvrHead
+from learn.models.pch import Block, Pch, query_scale
+from learn.serving.encoder_export import CVR, ITEM_TOWER, USER_TOWER, Signature
+
+# The first opset with Attention and RMSNormalization, and the IR version that came with it.
+OPSET = 23
+IR_VERSION = 11
+# As torch.nn.functional.normalize has it.
+SHORTEST = 1e-12
+
+M = TypeVar("M", bound=nn.Module)
+Shapes = Iterable[Iterable[int | str]]
+# A product's weight [out,in] and bias [out], as in nn.Linear; None for no bias.
+Product = tuple[Tensor, Tensor | None]
+
+
+@torch.no_grad()
+def user_tower_model(pch: Pch) -> ModelProto:
+    """content [b,l,C], mask [b,l] -> user [b,E]: `Pch.last`."""
+    pch = _in_fp64(pch)
+    config, g = pch.config, _Graph()
+    n_users = g("Shape", "content", start=0, end=1)
+    length = g("Add", g("Shape", "content", start=1, end=2), g.integers(1))  # of a sequence: [start, items]
+    sequences = g("Concat", n_users, g.integers(-1, config.width), axis=0)
+
+    def by_user(rows: str) -> str:
+        return g("Reshape", rows, sequences)  # [b,l+1,D]
+
+    def flat(values: str, width: int = config.width) -> str:
+        return g("Reshape", values, g.integers(-1, width))
+
+    items = by_user(_adapt(g, pch, flat("content", config.content_dim)))
+    start = _centred(pch.start)
+    if pch.positions is not None:
+        positions = _centred(pch.positions)
+        start = start + positions[0]
+        items = g("Add", items, g("Slice", g.constant(positions[1:]), g.integers(0), g("Sub", length, g.integers(1))))
+    starts = g("Expand", g.constant(start[None, None]), g("Concat", n_users, g.integers(1, 1), axis=0))
+    x = flat(g("Concat", starts, items, axis=1))  # [b(l+1),D], as everything up to the last layer
+
+    *earlier, last = pch.blocks
+    for block in earlier:
+        h = g.norm(x, block.norm_attention)
+        heads = {"q_num_heads": block.heads, "kv_num_heads": block.heads}
+        triple = [by_user(g.product(h, product)) for product in _query_key_value(block)]
+        x = g("Add", x, g.product(flat(g("Attention", *triple, is_causal=1, **heads)), _out(block)))
+        x = _feed_forward(g, block, x)
+
+    x, h = by_user(x), by_user(g.norm(x, last.norm_attention))
+    at = g("ReduceSum", "mask", g.integers(1), keepdims=1)  # [b,1]; the start token stands at 0
+    query = g.product(g("GatherND", h, at, batch_dims=1), _absorbed_query(last))
+    query = g("Reshape", query, g.integers(-1, last.heads, config.width))
+    scores = g("MatMul", query, g("Transpose", h, perm=[0, 2, 1]))  # [b,heads,l+1]
+    scores = g("Add", scores, _visible(g, length, g("Unsqueeze", at, g.integers(2))))
+    mixed = flat(g("MatMul", g("Softmax", scores, axis=-1), h), last.heads * config.width)
+    x = g("Add", g("GatherND", x, at, batch_dims=1), g.product(mixed, _absorbed_out(last)))
+    _finish(g, pch, _feed_forward(g, last, x), "user")
+    return g.model(USER_TOWER, [[*USER_TOWER.axes[0], config.content_dim], USER_TOWER.axes[1]], [["b", config.out_dim]])
+
+
+@torch.no_grad()
+def item_tower_model(pch: Pch) -> ModelProto:
+    """content [n,C] -> item [n,E]: `Pch.alone`."""
+    if pch.config.item_tower == "content":
+        raise ValueError("item tower variant (3), content itself, is for comparison only: it has no graph of its own")
+    pch = _in_fp64(pch)
+    g = _Graph()
+    x = _adapt(g, pch, "content")
+    if pch.positions is not None:
+        x = g("Add", x, g.constant(_centred(pch.positions[1])))
+    # A column a head, with a 1 for each of its dimensions.
+    member = torch.eye(pch.config.heads, dtype=torch.float64).repeat_interleave(pch.config.width // pch.config.heads, 0)
+    for block, start in zip(pch.blocks, pch.start_keys_values(), strict=True):
+        start_key, start_value = (part.flatten() for part in start)
+        query, (key, _), (value, _) = _query_key_value(block)
+        scale = query_scale(pch.config.width, block.heads)
+        _, key_bias, value_bias = _attention_biases(block)
+        h = g.norm(x, block.norm_attention)
+        difference = g.product(h, (key, key_bias - start_key))
+        score = g("MatMul", g("Mul", g.product(h, query), difference), g.constant(member * scale))  # [n,heads]
+        weight = g("MatMul", g("Sigmoid", score), g.constant(member.T))  # [n,D]
+        mixed = g("Mul", weight, g.product(h, (value, value_bias - start_value)))
+        out_weight, out_bias = block.out.weight, block.out.bias
+        x = g("Add", x, g.product(mixed, _centred_product(out_weight, out_bias + out_weight @ start_value)))
+        x = _feed_forward(g, block, x)
+    _finish(g, pch, x, "item")
+    return g.model(ITEM_TOWER, [["n", pch.config.content_dim]], [["n", pch.config.out_dim]])
+
+
+@torch.no_grad()
+def cvr_model(head: CvrHead) -> ModelProto:
+    """user [b,E], item [n,E], row [n] -> mid_emb [n,M], cvr [n]: the head and a sigmoid."""
+    head = _in_fp64(head)
+    config, g = head.config, _Graph()
+    of_user = g("Gather", g.product("user", _linear(head.fuse_user)), "row", axis=0)
+    # The user's part is what Gemm adds to.
+    fused = g.gelu(g("Gemm", "item", g.constant(head.fuse_item.weight), of_user, transB=1))
+    g.gelu(g.product(fused, _linear(head.mid)), into="mid_emb")
+    # [1,M] times [M,n]: ONNX Runtime takes longer for one column than for one row.
+    logit = g("Gemm", g.constant(head.out.weight), "mid_emb", g.constant(head.out.bias), transB=1)
+    g("Sigmoid", g("Squeeze", logit, g.integers(0)), into="cvr")
+    dims = config.in_dim
+    return g.model(CVR, [["b", dims], ["n", dims], ["n"]], [["n", config.mid_dim], ["n"]])
+
+
+def _in_fp64(module: M) -> M:
+    return copy.deepcopy(module).double().eval().requires_grad_(False)
+
+
+def _linear(linear: nn.Linear) -> Product:
+    return linear.weight, linear.bias
+
+
+def _centred(rows: Tensor) -> Tensor:
+    """[...,D] -> each row less its mean: all that a LayerNorm ever sees of it."""
+    return rows - rows.mean(dim=-1, keepdim=True)
+
+
+def _centred_product(weight: Tensor, bias: Tensor) -> Product:
+    return weight - weight.mean(dim=0), _centred(bias)
+
+
+def _shifted(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Product:
+    """A product of what `norm` gives, made one of what it gives without its shift."""
+    return weight, bias + weight @ norm.bias
+
+
+def _attention_biases(block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """Of queries, keys and values, each [D], with the norm's shift in them."""
+    weight = torch.cat([block.query.weight, block.key_value.weight])
+    bias = torch.cat([block.query.bias, block.key_value.bias])
+    return _shifted(block.norm_attention, weight, bias)[1].chunk(3)
+
+
+def _query_key_value(block: Block) -> tuple[Product, Product, Product]:
+    """Three products [D,D]; only queries have a bias."""
+    key, value = block.key_value.weight.chunk(2)
+    return (block.query.weight, _attention_biases(block)[0]), (key, None), (value, None)
+
+
+def _out(block: Block) -> Product:
+    weight = block.out.weight
+    return _centred_product(weight, block.out.bias + weight @ _attention_biases(block)[2])
+
+
+def _absorbed_query(block: Block) -> Product:
+    """h [b,D] -> for each head what the normed positions are multiplied with to give scores, [b,heads*D]."""
+    (query, bias), (key, _), _ = _query_key_value(block)
+    scale = query_scale(len(bias), block.heads)
+    heads = [part.chunk(block.heads) for part in (query, bias, key)]
+    weights, biases = zip(*((k.T @ q * scale, k.T @ b * scale) for q, b, k in zip(*heads, strict=True)), strict=True)
+    return torch.cat(weights), torch.cat(biases)
+
+
+def _absorbed_out(block: Block) -> Product:
+    """For each head the mixture of normed positions, [b,heads*D] -> [b,D]."""
+    value = block.key_value.weight.chunk(2)[1].chunk(block.heads)
+    weight, bias = _out(block)
+    return torch.cat([o @ v for o, v in zip(weight.chunk(block.heads, dim=1), value, strict=True)], dim=1), bias
+
+
+def _adapt(g: _Graph, pch: Pch, content: str) -> str:
+    """[r,C] -> [r,D], free of its mean."""
+    if pch.config.adaptor == "linear":
+        return g.product(content, _centred_product(*_linear(pch.adaptor[0])))
+    first, _, second = pch.adaptor
+    return g.product(g.gelu(g.product(content, _linear(first))), _centred_product(*_linear(second)))
+
+
+def _feed_forward(g: _Graph, block: Block, x: str) -> str:
+    """[r,D] -> [r,D]."""
+    up = _shifted(block.norm_ffn, *_linear(block.up))
+    hidden = g.gelu(g.product(g.norm(x, block.norm_ffn), up))
+    return g("Add", x, g.product(hidden, _centred_product(*_linear(block.down))))
+
+
+def _visible(g: _Graph, length: str, at: str) -> str:
+    """0 for the positions up to `at` [b,1,1], -inf for those after it, [b,1,l+1]."""
+    index = g("Range", g.constant(np.int64(0)), g("Squeeze", length), g.constant(np.int64(1)))
+    seen = g("LessOrEqual", index, at)
+    return g("Where", seen, g.constant(np.float32(0)), g.constant(np.float32("-inf")))
+
+
+def _finish(g: _Graph, pch: Pch, x: str, name: str) -> None:
+    """[r,D] -> the output [r,E]."""
+    last = _shifted(pch.norm_out, *_linear(pch.projection))
+    if pch.config.output == "raw":
+        g.product(g.norm(x, pch.norm_out), last, into=name)
+        return
+    out = g.product(g.norm(x, pch.norm_out), last)
+    length = g("ReduceL2", out, g.integers(-1), keepdims=1)
+    g("Div", out, g("Clip", length, g.constant(np.float32(SHORTEST))), into=name)
+
+
+class _Graph:
+    """Nodes and constants of a model under construction. Values go by their names."""
+
+    def __init__(self) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: dict[tuple[tuple[int, ...], str, bytes], TensorProto] = {}
+
+    def __call__(self, operator: str, *inputs: str, into: str | None = None, **attributes: object) -> str:
+        """Adds a node with one output, named `into` or after its operator."""
+        output = into or f"{operator.lower()}_{len(self._nodes)}"
+        self._nodes.append(helper.make_node(operator, inputs, [output], name=f"node_{output}", **attributes))
+        return output
+
+    def constant(self, value: Tensor | np.ndarray | np.generic) -> str:
+        """One tensor for all equal values. What was folded in fp64 is rounded to fp32 here."""
+        array = value.numpy() if isinstance(value, Tensor) else np.asarray(value)
+        array = np.ascontiguousarray(array, np.float32).reshape(array.shape) if array.dtype.kind == "f" else array
+        key = (array.shape, array.dtype.str, array.tobytes())
+        name = f"constant_{len(self._constants)}"
+        return self._constants.setdefault(key, numpy_helper.from_array(array, name)).name
+
+    def integers(self, *values: int) -> str:
+        """[len(values)], int64."""
+        return self.constant(np.array(values, np.int64))
+
+    def product(self, x: str, product: Product, into: str | None = None) -> str:
+        """[r,in] -> [r,out]."""
+        return self("Gemm", x, *(self.constant(part) for part in product if part is not None), into=into, transB=1)
+
+    def gelu(self, x: str, into: str | None = None) -> str:
+        """By the error function, as in training."""
+        return self("Gelu", x, into=into, approximate="none")
+
+    def norm(self, x: str, norm: nn.LayerNorm) -> str:
+        """`norm` without its shift, of rows [r,D] whose mean is 0."""
+        return self("RMSNormalization", x, self.constant(norm.weight), axis=-1, epsilon=norm.eps)
+
+    def model(self, signature: Signature, inputs: Shapes, outputs: Shapes) -> ModelProto:
+        """The checked model; `inputs` and `outputs` are the shapes of the signature's ports."""
+        ports = [
+            [_port(name, shape) for name, shape in zip(names, shapes, strict=True)]
+            for names, shapes in ((signature.inputs, inputs), (signature.outputs, outputs))
+        ]
+        graph = helper.make_graph(self._nodes, "midemb", *ports, list(self._constants.values()))
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="midemb"
+        )
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+
+def _port(name: str, shape: Iterable[int | str]) -> onnx.ValueInfoProto:
+    kind = TensorProto.INT64 if name in {"mask", "row"} else TensorProto.FLOAT
+    return helper.make_tensor_value_info(name, kind, list(shape))

@@ -1,0 +1,321 @@
+"""`learn verify`: a live server against PyTorch, stage by stage.
+
+Cases are pages of items with what the towers give for them, either from a bundle's golden vectors, which the trainer
+computed with PyTorch, or computed here by a run's own encoder, towers and head. Each is sent to the server, twice: the
+second answer comes from its caches. What the server answers is compared with what was expected, one line a stage:
+
+    content     where an admin address is given: content is not on the wire, so the server's content cache is exported
+    item_emb    the item tower, over the server's own content
+    user_emb    the user tower, over the same
+    mid_emb     the CVR head's mid-emb, over both
+    cvr         its probability
+
+So drift adds up from stage to stage as it does in production, and the first line that is off says where it begins. With
+a bundle folder the server's model is also held to it: version, digests, widths and bounds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import safetensors.numpy
+
+from learn.data.item_text import ItemText
+from learn.serving import digests, grpc_messages
+
+if TYPE_CHECKING:
+    from learn.content.ceg import Encoder
+    from learn.models.cvr import CvrHead
+    from learn.models.pch import Pch
+
+STAGES = ("content", "item_emb", "user_emb", "mid_emb", "cvr")
+# What rounding to the wire's dtype may add to a value of 1: half a unit in the last place, 2**-11 and 2**-8, doubled
+# because mid-embs reach 2. Cosines of whole vectors lose far less.
+WIRE_ABSOLUTE = {"f32": 0.0, "f16": 2.0**-10, "bf16": 2.0**-7}
+WIRE_COSINE = {"f32": 0.0, "f16": 1e-6, "bf16": 1e-4}
+MAX_MESSAGE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Where the server is and how far it may be off."""
+
+    # HOST:PORT of `server.listen`.
+    server: str
+    # HOST:PORT of `admin.listen`, for the stage `content`; unguarded ones only.
+    admin: str | None = None
+    # The name that the model is served under; empty takes the only one.
+    model: str = ""
+    dtype: str = "f32"
+    # Of one value, and of one vector. The server's own golden check has the same bounds.
+    absolute: float = 1e-4
+    cosine: float = 0.99999
+    timeout_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in grpc_messages.DTYPE_NUMBERS:
+            raise ValueError(f"dtype is {self.dtype!r}, it must be one of {', '.join(grpc_messages.DTYPE_NUMBERS)}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request and its answer: texts by position, and vectors as PyTorch has them."""
+
+    name: str
+    history: Sequence[ItemText]
+    candidates: Sequence[ItemText]
+    user_emb: np.ndarray  # [E]
+    item_emb: np.ndarray  # [n,E]
+    mid_emb: np.ndarray  # [n,M]; a row of NaN is not known
+    cvr: np.ndarray  # [n]; NaN is not known
+    content: np.ndarray | None = None  # [n,C]
+
+
+@dataclass
+class Drift:
+    """How far one stage was off at most."""
+
+    stage: str
+    n: int = 0
+    max_absolute: float = 0.0
+    min_cosine: float = 1.0
+
+    def add(self, got: np.ndarray, want: np.ndarray) -> None:
+        """Rows [n,d]; a cosine counts where d is more than 1. Raises where the shapes differ."""
+        if got.shape != want.shape:
+            raise ValueError(f"{self.stage}: the server answers the shape {list(got.shape)}, not {list(want.shape)}")
+        known = np.isfinite(want).all(axis=1)
+        got, want = got[known].astype(np.float64), want[known].astype(np.float64)
+        if len(got) == 0:
+            return
+        self.n += len(got)
+        # A NaN of the server's is as far off as can be, and max and min would not say so.
+        error = np.where(np.isfinite(got), np.abs(got - want), np.inf)
+        self.max_absolute = max(self.max_absolute, float(error.max()))
+        if got.shape[1] > 1:
+            lengths = np.linalg.norm(got, axis=1) * np.linalg.norm(want, axis=1)
+            cosines = np.nan_to_num((got * want).sum(axis=1) / np.maximum(lengths, 1e-30), nan=-1.0)
+            self.min_cosine = min(self.min_cosine, float(cosines.min()))
+
+    def is_within(self, config: VerifyConfig) -> bool:
+        """Within the tolerances, with what rounding on the wire adds; content is read from the cache in fp32."""
+        dtype = "f32" if self.stage == "content" else config.dtype
+        absolute = config.absolute + WIRE_ABSOLUTE[dtype]
+        return self.max_absolute <= absolute and self.min_cosine >= config.cosine - WIRE_COSINE[dtype]
+
+
+@dataclass
+class Report:
+    """What was found: drift by stage, and what is wrong with the model's facts."""
+
+    model: str
+    drifts: list[Drift] = field(default_factory=lambda: [Drift(stage) for stage in STAGES])
+    faults: list[str] = field(default_factory=list)
+
+    def of(self, stage: str) -> Drift:
+        """The drift of one stage."""
+        return next(drift for drift in self.drifts if drift.stage == stage)
+
+    def is_good(self, config: VerifyConfig) -> bool:
+        """No fault, something compared, and every stage within its tolerances."""
+        return not self.faults and any(d.n for d in self.drifts) and all(d.is_within(config) for d in self.drifts)
+
+    def table(self, config: VerifyConfig) -> str:
+        """A line a stage and a line a fault."""
+        lines = [f"{self.model} at {config.server}, {config.dtype}"]
+        lines += [f"{'stage':10} {'n':>7} {'max abs error':>14} {'min cosine':>12}"]
+        for drift in self.drifts:
+            if drift.n == 0:
+                why = "not on the wire: give an admin address" if drift.stage == "content" else "nothing to compare"
+                lines.append(f"{drift.stage:10} {0:7} {why}")
+                continue
+            verdict = "" if drift.is_within(config) else "  OUT OF TOLERANCE"
+            cosine = "-" if drift.stage == "cvr" else f"{drift.min_cosine:.8f}"
+            lines.append(f"{drift.stage:10} {drift.n:7} {drift.max_absolute:14.2e} {cosine:>12}{verdict}")
+        return "\n".join([*lines, *(f"fault: {fault}" for fault in self.faults)])
+
+
+def verify(config: VerifyConfig, cases: Iterable[Case], bundle: Path | None = None) -> Report:
+    """Sends every case twice and compares; with `bundle`, the model's facts too. gRPC's errors pass through."""
+    options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+    messages, services = grpc_messages.stubs()
+    with grpc.insecure_channel(config.server, options=options) as channel:
+        stub = services.MidEmbServiceStub(channel)
+        info = _model_info(stub.GetModelInfo(messages.GetModelInfoRequest(), timeout=config.timeout_seconds), config)
+        report = Report(f"{info.model.name} {info.model.version} ({info.model.digest[:12]})")
+        if bundle is not None:
+            report.faults += _facts(info, bundle)
+        contents = {}
+        for number, case in enumerate(cases):
+            for turn in ("cold", "cached"):
+                answer = stub.GetMidEmb(_request(case, config, number), timeout=config.timeout_seconds)
+                _compare(report, case, answer, (info, turn))
+            if case.content is not None:
+                contents |= dict(zip(map(digests.text_digest, case.candidates), case.content, strict=True))
+    if config.admin is not None and contents:
+        _compare_content(report, config, info.model.name, contents)
+    return report
+
+
+def verify_and_print(config: VerifyConfig, cases: Iterable[Case], bundle: Path | None = None) -> int:
+    """`verify` for a command line: prints the table, returns the exit code, 1 where anything is off."""
+    try:
+        report = verify(config, cases, bundle)
+    except grpc.RpcError as error:
+        print(f"learn verify: {config.server}: {error.code().name}: {error.details()}")
+        return 1
+    except ValueError as error:
+        print(f"learn verify: {error}")
+        return 1
+    print(report.table(config))
+    return 0 if report.is_good(config) else 1
+
+
+# --- what is expected ------------------------------------------------------------------------------------------------
+
+
+def golden_cases(bundle: Path) -> Iterator[Case]:
+    """The golden vectors of a bundle: one case a golden user, with all golden items as candidates."""
+    manifest = digests.read_manifest(bundle)
+    golden = json.loads((bundle / manifest["golden"]["file"]).read_text())
+    texts = [ItemText.from_json(entry["text"]) for entry in golden["items"]]
+    content, item_emb = (np.array([entry[key] for entry in golden["items"]], np.float32) for key in ("content", "item"))
+    for number, user in enumerate(golden["users"]):
+        mid_emb = np.full((len(texts), manifest["cvr"]["dim"]), np.nan, np.float32)
+        cvr = np.full(len(texts), np.nan, np.float32)
+        for pair in golden["pairs"]:
+            if pair["user"] == number:
+                mid_emb[pair["item"]], cvr[pair["item"]] = pair["mid_emb"], pair["cvr"]
+        history = [texts[position] for position in user["history"]]
+        user_emb = np.array(user["user"], np.float32)
+        yield Case(f"golden user {number}", history, texts, user_emb, item_emb, mid_emb, cvr, content)
+
+
+@dataclass(frozen=True)
+class Towers:
+    """A run's models in PyTorch."""
+
+    encoder: Encoder
+    pch: Pch
+    head: CvrHead
+
+
+def torch_cases(
+    towers: Towers, texts: Sequence[ItemText], pages: Iterable[tuple[Sequence[int], Sequence[int]]]
+) -> Iterator[Case]:
+    """Pages of (history, candidates), positions in `texts`, with what PyTorch computes for them.
+
+    Only the texts of one page are encoded at a time, each page for itself.
+    """
+    import torch
+
+    from learn.data.item_text import render
+    from learn.models.served_graphs import CvrGraph, ItemTowerGraph, UserTowerGraph
+
+    user_tower, item_tower, cvr_graph = UserTowerGraph(towers.pch), ItemTowerGraph(towers.pch), CvrGraph(towers.head)
+    modules = [module.eval() for module in (user_tower, item_tower, cvr_graph)]
+    for number, (history, candidates) in enumerate(pages):
+        window = list(history)[-towers.pch.config.max_history :]
+        content = torch.from_numpy(towers.encoder.encode([render(texts[p]) for p in [*window, *candidates]]))
+        seen, shown = content[: len(window)], content[len(window) :]
+        with torch.inference_mode():
+            mask = torch.ones(1, max(len(window), 1), dtype=torch.int64) * bool(window)
+            user = modules[0](seen[None] if window else torch.zeros(1, 1, content.shape[1]), mask)
+            item = modules[1](shown)
+            mid_emb, cvr = modules[2](user, item, torch.zeros(len(item), dtype=torch.int64))
+        yield Case(
+            f"page {number}",
+            [texts[position] for position in history],
+            [texts[position] for position in candidates],
+            user[0].numpy(),
+            item.numpy(),
+            mid_emb.numpy(),
+            cvr.numpy(),
+            shown.numpy(),
+        )
+
+
+# --- what the server says --------------------------------------------------------------------------------------------
+
+
+def _model_info(answer: Any, config: VerifyConfig) -> Any:
+    served = [info for info in answer.models if not info.shadow_of]
+    names = [info.model.name for info in served]
+    if config.model:
+        served = [info for info in served if info.model.name == config.model]
+    if len(served) != 1:
+        wanted = f"no model {config.model!r}" if config.model else "more than one model: name one"
+        raise ValueError(f"{config.server} serves {', '.join(names)}, {wanted}")
+    return served[0]
+
+
+def _facts(info: Any, bundle: Path) -> list[str]:
+    """What GetModelInfo says otherwise than the bundle's folder."""
+    manifest = digests.read_manifest(bundle)
+    expected = {
+        "version": (info.model.version, manifest["version"]),
+        "digest": (info.model.digest, digests.bundle_digest(bundle)),
+        "encoder_digest": (info.encoder_digest, digests.encoder_digest(manifest)),
+        "tower_digest": (info.tower_digest, digests.tower_digest(manifest)),
+        "content_dim": (info.content_dim, manifest["encoder"]["dim"]),
+        "user_dim": (info.user_dim, manifest["user_tower"]["dim"]),
+        "item_dim": (info.item_dim, manifest["item_tower"]["dim"]),
+        "mid_dim": (info.mid_dim, manifest["cvr"]["dim"]),
+        "max_history": (info.max_history, manifest["user_tower"]["max_history"]),
+        "max_tokens": (info.max_tokens, manifest["item_text"]["max_tokens"]),
+    }
+    return [f"{name} is {got!r}, {bundle} has {want!r}" for name, (got, want) in expected.items() if got != want]
+
+
+def _request(case: Case, config: VerifyConfig, number: int) -> Any:
+    messages, _services = grpc_messages.stubs()
+    # The id is the text's digest, so that no case can change what another's id means to the server.
+    item = lambda text: grpc_messages.item(f"verify-{digests.text_digest(text).hex()}", text)  # noqa: E731
+    return messages.GetMidEmbRequest(
+        user_id=f"verify-{number}",
+        history=[item(text) for text in case.history],
+        candidates=[item(text) for text in case.candidates],
+        model=config.model,
+        outputs=[messages.OUTPUT_MID_EMB, messages.OUTPUT_CVR, messages.OUTPUT_USER_EMB, messages.OUTPUT_ITEM_EMB],
+        dtype=grpc_messages.DTYPE_NUMBERS[config.dtype],
+    )
+
+
+def _compare(report: Report, case: Case, answer: Any, turn: tuple[Any, str]) -> None:
+    info, when = turn
+    messages, _services = grpc_messages.stubs()
+    if (answer.model.version, answer.model.digest) != (info.model.version, info.model.digest):
+        report.faults.append(f"{case.name}: {answer.model.version} ({answer.model.digest[:12]}) answered")
+    failed = [messages.RowStatus.Name(status) for status in answer.statuses if status != messages.ROW_STATUS_OK]
+    n_expected = min(len(case.history), info.max_history)
+    if failed or answer.history_used != n_expected:
+        used = f"{answer.history_used} of {n_expected} history items used"
+        report.faults.append(f"{case.name}, {when}: {len(failed)} rows not OK {sorted(set(failed))}, {used}")
+        return
+    report.of("item_emb").add(grpc_messages.array(answer.item_emb), case.item_emb)
+    report.of("user_emb").add(grpc_messages.array(answer.user_emb)[None], case.user_emb[None])
+    report.of("mid_emb").add(grpc_messages.array(answer.mid_emb), case.mid_emb)
+    report.of("cvr").add(grpc_messages.array(answer.cvr)[:, None], case.cvr[:, None])
+
+
+def _compare_content(report: Report, config: VerifyConfig, model: str, contents: dict[bytes, np.ndarray]) -> None:
+    """Exports the server's content cache and looks for the texts that were sent."""
+    messages, services = grpc_messages.stubs()
+    request = messages.ExportCacheRequest(cache="content", model=model)
+    with grpc.insecure_channel(config.admin) as channel:
+        chunks = services.AdminServiceStub(channel).ExportCache(request, timeout=config.timeout_seconds)
+        exported = safetensors.numpy.load(b"".join(chunk.data for chunk in chunks))
+    rows = {digest.tobytes(): row for row, digest in enumerate(exported["text_digests"])}
+    missing = [digest for digest in contents if digest not in rows]
+    if missing:
+        report.faults.append(f"{len(missing)} of {len(contents)} texts are not in the server's content cache")
+    found = [digest for digest in contents if digest in rows]
+    if found:
+        got = exported["vectors"][[rows[digest] for digest in found]]
+        report.of("content").add(got, np.stack([contents[digest] for digest in found]))

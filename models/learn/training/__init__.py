@@ -1,0 +1,1 @@
+"""How towers and CVR head are trained."""

@@ -1,0 +1,325 @@
+"""Trains any recommender of the harness.
+
+One step: a batch of users, a window of each one's training events. Two losses, each with a weight in the config,
+because which of them helps what is served is a question for measurement (REPORT.md holds the answer): `next_item` asks
+every state for the event after it; `align` cuts the sequence in two and aligns the parts, as LEARN does.
+
+Several processes (`torchrun`) share a step's users. Every process draws the same batch and the same candidates,
+computes the losses of its own users against all candidates, and the gradients are summed. So the result is that of one
+process but for rounding and dropout.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from learn.data import Dataset, Split
+from learn.evaluation.full_ranking import metrics, popularity
+from learn.evaluation.retrieval import retrieve
+from learn.models.recommender import Recommender
+from learn.training import data_parallel, losses
+from learn.training.sampling import SAMPLERS, target_shares, window
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The defaults are those of the shipped bundle."""
+
+    seed: int = 1
+    steps: int = 600
+    users: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: int = 40
+    temperature: float = 0.05
+    # What a state chooses from: the catalogue, the batch's own targets, or these and `n_uniform` uniform ones.
+    candidates: Literal["full", "sampled", "batch"] = "sampled"
+    n_uniform: int = 1024
+    # Whether items that training never meets are candidates as well. They are never right, so training would learn to
+    # tell them by their text and to put them last: new items would never be shown. Served, they are not known yet.
+    unseen_negatives: bool = False
+    # Corrects for how often each candidate is drawn. Without it in-batch negatives punish what is popular.
+    log_q: bool = True
+    next_weight: float = 1.0
+    align_weight: float = 0.0
+    # Sizes of the alignment loss: states and targets a user, and how both are drawn from what the cut leaves.
+    n_states: int = 10
+    n_targets: int = 10
+    align_sampling: Literal["two-stage", "uniform", "recent"] = "two-stage"
+    # Users are drawn by (number of events) ** this: 0 = every user alike, 1 = every event alike.
+    user_exponent: float = 0.5
+    check_every: int = 100
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows: item [b,l] catalogue indices and their times [b,l], padded on the right; length [b]."""
+
+    item: Tensor
+    time: Tensor
+    length: Tensor
+
+    def rows(self, chosen: slice) -> Batch:
+        """Some of the users."""
+        return Batch(self.item[chosen], self.time[chosen], self.length[chosen])
+
+    def real(self) -> Tensor:
+        """[b,l]: which entries are events."""
+        return torch.arange(self.item.shape[1], device=self.item.device)[None] < self.length[:, None]
+
+
+class Trainer:
+    """State of a run."""
+
+    def __init__(self, config: TrainConfig, model: Recommender, dataset: Dataset, split: Split) -> None:
+        self.config, self.model, self.dataset, self.n_train = config, model, dataset, np.asarray(split.n_train)
+        self.device = next(model.parameters()).device
+        self.users = np.flatnonzero(self.n_train >= 2)
+        if not len(self.users):
+            raise ValueError("no user has two events to train on")
+        weights = self.n_train[self.users].astype(np.float64) ** config.user_exponent
+        self.user_probability = weights / weights.sum()
+        counts = popularity(dataset, split)
+        self.pool = np.flatnonzero(counts > 0) if not config.unseen_negatives else np.arange(len(counts))
+        # How often each item is a target of either loss, [I]; shares of all targets.
+        self.next_frequency, self.align_frequency = self._frequencies()
+        self.rng = np.random.default_rng(config.seed)
+        self.scale = 1.0 / config.temperature
+        self.optimizer = torch.optim.AdamW(
+            _groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6
+        )
+        self.states = torch.compile(model.states, dynamic=True) if config.compile else model.states
+
+    def _frequencies(self) -> tuple[Tensor, Tensor]:
+        size, t = self.model.max_history + 1, self.config.n_targets
+        following, aligned = np.zeros((2, len(self.dataset.item_ids)))
+        for user, probability in zip(self.users.tolist(), self.user_probability.tolist(), strict=True):
+            n_events = int(self.n_train[user])
+            items = self.dataset.sequences[user].items[:n_events]
+            np.add.at(following, items, probability * target_shares(n_events, size, self.model.has_start))
+            # As if a user's targets were drawn uniformly: that those soon after a random cut are drawn changes little.
+            np.add.at(aligned, items, probability * min(t, n_events - 1) / n_events)
+        return tuple(torch.from_numpy(found / found.sum()).float().to(self.device) for found in (following, aligned))
+
+    def step(self, number: int) -> dict[str, float]:
+        """One optimiser step; returns its losses."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * schedule(number, self.config.warmup, self.config.steps)
+        n_users = min(self.config.users, len(self.users))
+        users = self.rng.choice(self.users, size=n_users, replace=False, p=self.user_probability)
+        parts = {}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            if self.config.next_weight:
+                parts["next"] = self.config.next_weight * self.next_item(users)
+            if self.config.align_weight:
+                parts["align"] = self.config.align_weight * self.align(users)
+        self.optimizer.zero_grad()
+        sum(parts.values()).backward()
+        data_parallel.sum_gradients(self.model)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return {name: data_parallel.summed(part) for name, part in parts.items()}
+
+    def next_item(self, users: np.ndarray) -> Tensor:
+        """Every state predicts the item after it, each candidate embedded alone. This process's share of the mean."""
+        size = self.model.max_history + 1
+        bounds = [window(self.rng, int(self.n_train[user]), size) for user in users]
+        batch = self._pack([np.arange(*bound) for bound in bounds], users)
+        asked = batch.real()
+        # A window cut from the middle of a sequence must not teach that sequences begin there.
+        starts = torch.tensor([begin > 0 for begin, _ in bounds], device=self.device)
+        asked[:, 0] &= ~starts & self.model.has_start
+        candidate, log_inclusion = self._candidates(batch.item[asked])
+        own = data_parallel.share(len(users))
+        mine, asked_mine = batch.rows(own), asked[own]
+        states = self.states(mine.item[:, :-1], mine.time)[asked_mine]  # [q,E]
+        position = torch.searchsorted(candidate, mine.item[asked_mine])
+        keys = self.model.item_embeddings(candidate)
+        total = losses.catalogue_softmax(states, keys, position, log_inclusion, self.scale, reduction="sum")
+        return total / asked.sum()
+
+    def _candidates(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Sorted catalogue indices [c] and the log of the chance that each is one, [c]."""
+        n_uniform = self.config.n_uniform
+        if self.config.candidates == "full":
+            return torch.from_numpy(self.pool).to(self.device), torch.zeros(len(self.pool), device=self.device)
+        if self.config.candidates == "batch":
+            n_uniform = 0
+        uniform = torch.from_numpy(self.rng.choice(self.pool, size=n_uniform)).to(self.device)
+        candidate = torch.unique(torch.cat([target, uniform]))
+        if not self.config.log_q:
+            return candidate, torch.zeros(len(candidate), device=self.device)
+        return candidate, losses.inclusion_log_probability(
+            self.next_frequency[candidate], len(target), n_uniform, len(self.pool)
+        )
+
+    def align(self, users: np.ndarray) -> Tensor:
+        """LEARN's alignment: a cut in time, states of the history on one side, the targets on the other."""
+        h, t, longest = self.config.n_states, self.config.n_targets, self.model.max_history
+        sample = SAMPLERS[self.config.align_sampling]
+        histories, targets, chosen = [], [], []
+        for user in users:
+            n_events = int(self.n_train[user])
+            cut = int(self.rng.integers(1, n_events))
+            histories.append(sample(self.rng, cut, 2 * longest, longest))
+            # Targets are what comes soon: the two stages work on the next 4 t events.
+            targets.append(cut + sample(self.rng, min(4 * t, n_events - cut), 2 * t, t))
+            chosen.append(self.rng.integers(1, len(histories[-1]) + 1, size=h))
+            chosen[-1][0] = len(histories[-1])
+        own = data_parallel.share(len(users))
+        past, future = self._pack(histories, users).rows(own), self._pack(targets, users)
+        states = self.states(past.item, _with_request(past))  # [b,l+1,E]
+        at = torch.from_numpy(np.stack(chosen)[own]).to(self.device)[:, :, None].expand(-1, -1, states.shape[-1])
+        key = self.model.target_keys(future.item, _with_request(future))  # [all b,t,E]
+        log_frequency = self.align_frequency.clamp_min(1e-9).log()[future.item]
+        if not self.config.log_q:
+            log_frequency = torch.zeros_like(log_frequency)
+        targets_of_all = losses.Targets(key, future.item, log_frequency, future.real())
+        return losses.alignment(states.gather(1, at), targets_of_all, self.scale, own)
+
+    def _pack(self, positions: list[np.ndarray], users: np.ndarray) -> Batch:
+        """Chosen positions of each user's sequence -> a batch."""
+        sequences = [self.dataset.sequences[user] for user in users]
+        items = [s.items[p] for s, p in zip(sequences, positions, strict=True)]
+        times = [s.timestamps[p] for s, p in zip(sequences, positions, strict=True)]
+        length = torch.tensor([len(p) for p in positions], device=self.device)
+        return Batch(pad(items).to(self.device), pad(times).to(self.device), length)
+
+
+def pad(runs: list[np.ndarray]) -> Tensor:
+    """Ragged runs of integers -> [b, longest], zeros on the right."""
+    rows = [torch.from_numpy(np.array(run, dtype=np.int64)) for run in runs]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _with_request(batch: Batch) -> Tensor:
+    """Times [b,l] -> [b,l+1]. The moment of the request is taken to be that of the last event."""
+    return torch.cat([batch.time, batch.time.amax(dim=1, keepdim=True)], dim=1)
+
+
+def schedule(step: int, warmup: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Only matrices decay; biases, norms and the start token do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def train(
+    config: TrainConfig, model: Recommender, dataset: Dataset, split: Split, folder: Path
+) -> list[dict[str, float]]:
+    """Trains `model` in place and returns the curve, a record a check; also written to `folder`/train.jsonl.
+
+    With validation events, the weights of the best check by NDCG@10 are kept; without, those of the last step. A run
+    that was cut off goes on from `folder`/checkpoint.pt if that is of the same config, model, content, data and split.
+    """
+    if config.check_every < 1 or config.steps < 1:
+        raise ValueError(f"steps and check_every are at least 1, got {config.steps} and {config.check_every}")
+    torch.manual_seed(config.seed)
+    trainer = Trainer(config, model, dataset, split)
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = _Progress.resumed(trainer, folder / "checkpoint.pt", _identity(config, model, dataset, split))
+    begin = time.monotonic() - progress.seconds
+    bar = tqdm(
+        total=config.steps, initial=progress.step, desc="train", unit="step", disable=not data_parallel.is_first()
+    )
+    for number in range(progress.step, config.steps):
+        parts = trainer.step(number)
+        bar.update()
+        if (number + 1) % config.check_every and number + 1 != config.steps:
+            continue
+        record = {"step": number + 1, "seconds": round(time.monotonic() - begin, 1)}
+        record |= {f"loss_{name}": value for name, value in parts.items()}
+        if split.validation:
+            record |= metrics(retrieve(model, dataset, split.validation).rank)
+        progress.note(record, trainer)
+        if data_parallel.is_first():
+            progress.save(trainer, folder / "checkpoint.pt")
+            _write_curve(folder / "train.jsonl", config, progress.curve)
+        bar.set_postfix(loss=f"{sum(parts.values()):.3f}", ndcg10=f"{record.get('ndcg_at_10', 0):.4f}")
+    bar.close()
+    model.load_state_dict(progress.best)
+    model.eval()
+    return progress.curve
+
+
+@dataclass
+class _Progress:
+    """What a run needs to go on after a stop; `identity` is what it is a run of."""
+
+    identity: str
+    step: int
+    seconds: float
+    curve: list[dict[str, float]]
+    best: dict[str, Tensor]
+
+    @staticmethod
+    def resumed(trainer: Trainer, path: Path, identity: str) -> _Progress:
+        """From a checkpoint of the same run, else from nothing."""
+        if path.is_file():
+            saved = torch.load(path, map_location=trainer.device, weights_only=False)
+            if saved.get("identity") == identity:
+                trainer.model.load_state_dict(saved["model"])
+                trainer.optimizer.load_state_dict(saved["optimizer"])
+                trainer.rng.bit_generator.state = saved["rng"]
+                torch.set_rng_state(saved["torch_rng"].cpu())
+                return _Progress(identity, saved["step"], saved["seconds"], saved["curve"], saved["best"])
+        return _Progress(identity, 0, 0.0, [], copy.deepcopy(trainer.model.state_dict()))
+
+    def note(self, record: dict[str, float], trainer: Trainer) -> None:
+        """Keeps the weights if they are the best so far."""
+        before = max((past.get("ndcg_at_10", -1.0) for past in self.curve), default=-1.0)
+        if "ndcg_at_10" not in record or record["ndcg_at_10"] > before:
+            self.best = copy.deepcopy(trainer.model.state_dict())
+        self.curve.append(record)
+        self.step, self.seconds = int(record["step"]), record["seconds"]
+
+    def save(self, trainer: Trainer, path: Path) -> None:
+        """Atomically."""
+        partial = path.with_suffix(".partial")
+        state = {
+            "identity": self.identity,
+            "model": trainer.model.state_dict(),
+            "best": self.best,
+        }
+        state |= {"optimizer": trainer.optimizer.state_dict(), "rng": trainer.rng.bit_generator.state}
+        state |= {"torch_rng": torch.get_rng_state(), "step": self.step, "seconds": self.seconds, "curve": self.curve}
+        torch.save(state, partial)
+        partial.replace(path)
+
+
+def _identity(config: TrainConfig, model: Recommender, dataset: Dataset, split: Split) -> str:
+    """SHA-256 over all that a run's result depends on, before its first step."""
+    found = hashlib.sha256(json.dumps([asdict(config), model.settings()]).encode())
+    for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
+        found.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    for sequence, n_train in zip(dataset.sequences, split.n_train, strict=True):
+        found.update(np.array([n_train, *sequence.items[:n_train], *sequence.timestamps[:n_train]], "<i8").tobytes())
+    found.update(np.array([(event.user, event.position) for event in split.validation], "<i8").tobytes())
+    return found.hexdigest()
+
+
+def _write_curve(path: Path, config: TrainConfig, curve: list[dict[str, float]]) -> None:
+    lines = [json.dumps({"config": asdict(config)}), *(json.dumps(record) for record in curve)]
+    path.write_text("\n".join(lines) + "\n")

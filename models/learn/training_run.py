@@ -1,0 +1,302 @@
+"""One training run as a folder: each step reads what the steps before it left there, and leaves its own.
+
+    data/            the prepared data set                 (prepare)
+    cache/           content embeddings, by digest         (encode)
+    train.jsonl      a line a check                        (train)
+    checkpoint.pt    where a stopped training goes on      (train)
+    towers.pt        sizes and weights of the towers, and  (train)
+                     what they have learned from
+    cvr.pt           sizes and weights of the head         (cvr)
+    tuned.pt         the towers again, if it tunes them    (cvr)
+    cvr.json         its figures                           (cvr)
+    metrics.json     the towers' figures                   (evaluate)
+    ranking/         a JSON per arm and seed               (rank, in research)
+
+Nothing is read from anywhere else but the encoder's folder and, with `--from`, the towers of another run.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learn import data
+from learn.content import ceg, embedding_store
+from learn.data.item_text import ItemText, render
+from learn.evaluation import full_ranking
+from learn.models.cvr import CvrConfig, CvrHead
+from learn.models.pch import Pch, PchConfig
+from learn.models.recommender import Learn
+from learn.run_settings import PrepareSettings, Settings
+from learn.serving import shipped_bundle, verify_server
+from learn.training import data_parallel
+from learn.training.train_cvr_head import check_labels, train_head
+from learn.training.train_recommender import train
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a catalogue, rendered anew at every reading, so that they need not all be in memory."""
+
+    texts: Iterable[ItemText]
+
+    def __iter__(self) -> Iterator[str]:
+        return (render(text) for text in self.texts)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives, what it encodes with, and its settings."""
+
+    folder: Path
+    encoder: Path
+    settings: Settings
+
+    def prepare(self, source: Path) -> None:
+        """Any data set that is known here -> data/."""
+        data.prepare(source, self.folder / "data", prepare_config(self.settings.prepare, self.settings.held_out()))
+
+    def dataset(self) -> data.Dataset:
+        """What `prepare` wrote."""
+        return data.read_prepared(self.folder / "data")
+
+    def split(self, dataset: data.Dataset) -> data.Split:
+        """What is held out."""
+        return data.split(dataset.sequences, self.settings.held_out())
+
+    @cached_property
+    def source(self) -> ceg.Source:
+        """The frozen language model, not in memory yet."""
+        wanted = self.settings.encoder
+        return ceg.Source(self.encoder, wanted.max_tokens, ceg.LoadConfig(device=wanted.device, dtype=wanted.dtype))
+
+    def content(self, dataset: data.Dataset) -> Tensor:
+        """[I,C] fp32 of the catalogue, encoded as far as the cache lacks it."""
+        storage = embedding_store.StoreConfig(dtype=self.settings.encoder.storage)
+        found = embedding_store.encode_cached(self.source, Prompts(dataset.texts), self.folder / "cache", storage)
+        return torch.from_numpy(np.asarray(found, dtype=np.float32))
+
+    def train(self, start: Path | None = None) -> None:
+        """Trains and keeps the towers; `pch.content_dim` is whatever the encoder gives.
+
+        `start` is the folder of another run whose towers are trained on, in place of random ones: they need the same
+        sizes and the same encoder, and may come from other data, since no tower knows an item but by its text.
+        """
+        settings = self.settings
+        if settings.pch.item_tower == "content":
+            raise ValueError('pch.item_tower = "content" has no item tower to serve; `learn study` can compare it')
+        # Of encoder and data as they are now, not as they may be when training ends.
+        origin, own = self._origin(), self._generation()
+        began = None if start is None else self.beginning(start)
+        data_parallel.start()
+        dataset, device = self.dataset(), data_parallel.device()
+        content = data_parallel.first_then_others(lambda: self.content(dataset))
+        sizes = replace(settings.pch, content_dim=content.shape[1])
+        torch.manual_seed(settings.train.seed)
+        model = Learn(Pch(sizes), content, settings.standardise)
+        if began is not None:
+            model.begin_with(began["weights"])
+        model = model.to(device)
+        train(settings.train, model, dataset, self.split(dataset), self.folder)
+        model.cpu().finish()
+        if data_parallel.is_first():
+            # What was made from other towers.
+            self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
+            lineage = [*(began["lineage"] if began else []), own]
+            _save(self.folder / "towers.pt", model.pch, sizes, origin, lineage)
+            self._remove("checkpoint.pt")
+        data_parallel.stop()
+
+    def towers(self) -> Pch:
+        """What `train` left, or `cvr` where that has tuned them."""
+        saved = self._load(_trained_towers(self.folder), "train")
+        pch = Pch(PchConfig(**saved["sizes"]))
+        pch.load_state_dict(saved["weights"])
+        return pch.eval()
+
+    def beginning(self, other: Path) -> dict[str, Any]:
+        """What another run left of its towers; ValueError unless they fit and cannot know what this run holds out."""
+        path = _trained_towers(other)
+        saved, own = _read(path, "train"), self._generation()
+        if not saved.get("lineage"):
+            raise ValueError(f"{path} was written by an earlier version and does not say what it was trained on")
+        for past in saved["lineage"]:
+            if past["events"] == own["events"] and past["split"] != own["split"]:
+                raise ValueError(
+                    f"{path}: its towers were trained, in the run {past['run']}, on the same events with "
+                    f"{past['split']} held out, and this run holds out {own['split']}: they may have seen what this "
+                    "one is measured on"
+                )
+        found = {"encoder": saved["origin"]["encoder"], **saved["sizes"]}
+        for name, wanted in {"encoder": self._origin()["encoder"], **asdict(self.settings.pch)}.items():
+            # Of the same encoder, content is as wide; the rest has no weights and may change.
+            is_free = name in ("content_dim", "dropout", "item_tower") or (
+                name == "max_history" and self.settings.pch.positions == "none"
+            )
+            if found[name] != wanted and not is_free:
+                raise ValueError(f"{path}: its towers have {name} = {found[name]!r}, this run wants {wanted!r}")
+        return saved
+
+    def started_from(self) -> tuple[str, ...]:
+        """The names of the runs whose towers this run's own began with, the oldest first."""
+        lineage = self._load(self.folder / "towers.pt", "train")["lineage"]
+        return tuple(past["run"] for past in lineage[:-1])
+
+    def _generation(self) -> dict[str, Any]:
+        """What this run's towers have learned from: `lineage` in towers.pt has one a run, the oldest first."""
+        # Who did something when: the same log whatever the order of the catalogue.
+        files = data.read_meta(self.folder / "data").files
+        events = " ".join(files[name] for name in ("users.txt", "offsets.npy", "timestamps.npy"))
+        return {"run": self.folder.resolve().name, "events": events, "split": asdict(self.settings.held_out())}
+
+    def check_labels(self) -> None:
+        """ValueError if the log has no conversions, or nothing else: then there is nothing that a head could learn."""
+        liked_from, dataset = self.settings.cvr.liked_from, self.dataset()
+        values = np.concatenate([sequence.values for sequence in dataset.sequences])
+        n_liked = int((values >= liked_from).sum())
+        if n_liked in (0, len(values)):
+            raise ValueError(
+                f"{n_liked:,} of {len(values):,} events have a value of cvr.liked_from = {liked_from:g} or more, and a "
+                "CVR head learns from both kinds: give the log a `value`, or say in --config from which value on it is "
+                "one; `learn train` and `learn evaluate` need neither"
+            )
+        parts, advice = ("training", "validation", "test"), "hold out other events, or set another value"
+        check_labels(dataset.sequences, self.split(dataset), parts, liked_from, advice)
+
+    def train_cvr(self) -> None:
+        """Trains and keeps the head, and with `cvr.tune_towers` the towers that were tuned with it."""
+        self.check_labels()
+        self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
+        dataset, pch = self.dataset(), self.towers()
+        sizes = replace(self.settings.head, in_dim=pch.config.out_dim)
+        content = self.content(dataset)
+        head, figures = train_head(self.settings.cvr, sizes, pch, content, dataset, self.split(dataset))
+        if self.settings.cvr.tune_towers:
+            lineage = self._load(self.folder / "towers.pt", "train")["lineage"]
+            _save(self.folder / "tuned.pt", pch, pch.config, self._origin(), lineage)
+        _save(self.folder / "cvr.pt", head, sizes, self._origin())
+        _report(self.folder / "cvr.json", figures)
+
+    def head(self) -> CvrHead:
+        """What `train_cvr` left."""
+        saved = self._load(self.folder / "cvr.pt", "cvr")
+        head = CvrHead(CvrConfig(**saved["sizes"]))
+        head.load_state_dict(saved["weights"])
+        return head.eval()
+
+    def cases(self, n_users: int) -> Iterator[verify_server.Case]:
+        """Requests of the run's own users, with PyTorch's answers: their newest history, last items of others.
+
+        Histories are up to twice as long as the tower reads, which shows where the server cuts them.
+        """
+        dataset, longest = self.dataset(), 2 * self.settings.pch.max_history
+        towers = verify_server.Towers(self.source.opened(), self.towers(), self.head())
+        users = np.linspace(0, len(dataset.sequences) - 1, n_users).astype(int).tolist()
+        shown = sorted({int(dataset.sequences[user].items[-1]) for user in users})
+        pages = [(dataset.sequences[user].items[-longest:].tolist(), shown) for user in users]
+        return verify_server.torch_cases(towers, dataset.texts, pages)
+
+    def evaluate(self) -> None:
+        """Towers and popularity on the test events."""
+        dataset, pch = self.dataset(), self.towers()
+        content, split = self.content(dataset), self.split(dataset)
+        towers = full_ranking.metrics(full_ranking.tower_ranks(pch, content, dataset, split.test))
+        popular = full_ranking.metrics(full_ranking.popularity_ranks(dataset, split, split.test))
+        figures = towers | {f"popularity_{name}": value for name, value in popular.items()}
+        figures |= full_ranking.sequence_against_alone(pch, content, dataset, split.test)
+        figures |= {"n_users": len(dataset.sequences), "n_items": len(dataset.item_ids), "n_test": len(split.test)}
+        _report(self.folder / "metrics.json", figures)
+
+    def _origin(self) -> dict[str, Any]:
+        """What towers, head and figures of one run have to agree on."""
+        encoder = f"{self.encoder.resolve().name} {self.source.identity.hexdigest()[:12]}"
+        return {"split": asdict(self.settings.held_out()), "encoder": encoder}
+
+    def _load(self, path: Path, step: str) -> dict[str, Any]:
+        saved = _read(path, step)
+        if (origin := saved.get("origin")) != self._origin():
+            raise ValueError(
+                f"{path}: its towers were trained with {origin}, the settings say {self._origin()}; "
+                "train again, or name the config of that training"
+            )
+        return saved
+
+    def _remove(self, *names: str) -> None:
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def export(self, out: Path, label: shipped_bundle.Label, facts: dict[str, Any]) -> None:
+        """The run's models -> a bundle. `facts` go into its manifest beside the figures of this run."""
+        figures = {}
+        for name, step in (("metrics.json", "evaluate"), ("cvr.json", "cvr")):
+            figures |= json.loads(_there(self.folder / name, step).read_text())
+        held_out = self.settings.held_out()
+        with (self.folder / "train.jsonl").open() as file:
+            config = json.loads(file.readline())["config"]
+        figures |= {"seed": config["seed"], "steps": config["steps"]}
+        facts = facts | {"held_out": {name: value for name, value in asdict(held_out).items() if value is not None}}
+        if started_from := self.started_from():
+            facts = facts | {"started_from": list(started_from)}
+        facts = facts | {"metrics": {name: _rounded(value) for name, value in figures.items()}}
+        shipped_bundle.write_default(self.source.opened(), self.towers(), self.head(), facts, out, label)
+
+
+def prepare_config(wanted: PrepareSettings, split: data.SplitConfig | data.TimeSplitConfig) -> data.PrepareConfig:
+    """Settings in the words of `prepare`."""
+    fields = None if wanted.text_fields is None else tuple(wanted.text_fields)
+    return data.PrepareConfig(
+        split=split,
+        max_keywords=wanted.max_keywords,
+        min_user_events=wanted.min_user_events,
+        min_item_events=wanted.min_item_events,
+        text_fields=fields,
+        memory_mb=wanted.memory_mb,
+    )
+
+
+def _trained_towers(run: Path) -> Path:
+    tuned = run / "tuned.pt"
+    return tuned if tuned.is_file() else run / "towers.pt"
+
+
+def _read(path: Path, step: str) -> dict[str, Any]:
+    try:
+        return torch.load(_there(path, step), weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read, `learn {step}` writes it anew: {error}") from error
+
+
+def _there(path: Path, step: str) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; `learn {step}` writes it")
+    return path
+
+
+def _save(
+    path: Path, module: torch.nn.Module, sizes: Any, origin: dict[str, Any], lineage: list[dict[str, Any]] | None = None
+) -> None:
+    saved = {"sizes": asdict(sizes), "origin": origin, "lineage": lineage, "weights": module.state_dict()}
+    partial = path.with_suffix(".partial")
+    torch.save(saved, partial)
+    partial.rename(path)
+
+
+def _report(path: Path, figures: dict[str, float]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(figures, indent=1) + "\n")
+    partial.rename(path)
+    for name, value in figures.items():
+        print(f"{name:32} {_rounded(value)}")
+
+
+def _rounded(value: float) -> float:
+    return value if isinstance(value, int) else round(value, 5)

@@ -1,0 +1,34 @@
+"""Studies, claims and the report.
+
+This package is not installed with `learn`; the command line of `learn` imports it if it is there.
+
+bootstrap            paired comparison of two models over users and seeds
+record_files         how results are stored: a JSON header and integer columns in one `.npz` file
+
+baselines            the models that LEARN is compared with
+    sasrec, hstu     self-attention over item ids
+    lora             a tuned language model in place of a transformer over frozen vectors
+
+retrieval            full-ranking studies
+    study            several models and seeds under one protocol (`learn study`)
+    result_files     what their files hold
+    estimates        means and differences with their intervals
+    manifest_figures the figures of one model, for the manifest of a bundle
+
+ranking              studies of a ranking model with and without the mid-emb
+    study            trains every arm with every seed (`learn rank`, through run_command)
+    arms             the arms and their extra features
+    event_parts      the parts of the log
+    features         the ranking model's own features
+    learn_features   the features that LEARN adds
+    ranker           the ranking model
+    auc_metrics      its metrics, and gains of one arm over another
+    result_files     what the files of a study hold
+    summary          all gains of a study in rows
+
+report               REPORT.md and its plots (`learn report`)
+    claims.toml      the claims of LEARN and the test of each; claims.py reads them
+    expected_models.toml   the models that tables wait for; expected_models.py reads them
+    verdicts         tests the claims
+    document         the sections (answer, retrieval_tables, ranking_table, plots, number_format)
+"""

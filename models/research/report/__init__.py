@@ -1,0 +1,1 @@
+"""REPORT.md: claims, the verdicts on them, and the tables and plots of all studies."""

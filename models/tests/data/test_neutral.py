@@ -1,0 +1,148 @@
+"""The neutral format: what is read, in which order, and what is said of a file that is not in it."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import write_movielens
+
+from learn import data
+from learn.data import DataError
+from learn.data.item_text import ItemText
+
+MOVIES = [
+    (1, "Matrix, The (1999)", "Action|Sci-Fi"),
+    (2, "Heat (1995)", "(no genres listed)"),
+    (10, "Up (2009)", "Drama"),
+]
+
+
+@pytest.fixture
+def neutral(tmp_path):
+    ratings = [(2, 1, 4.0, 50), (1, 10, 3.5, 100), (1, 2, 5.0, 100), (1, 1, 1.0, 99), (2, 2, 4.0, 40)]
+    data.write_neutral(*data.read_movielens(write_movielens(tmp_path / "ml", ratings, MOVIES)), tmp_path / "n")
+    return tmp_path / "n"
+
+
+def test_titles_read_as_people_write_them():
+    cases = {
+        "Matrix, The (1999)": "The Matrix (1999)",
+        "City of Lost Children, The (Cité des enfants perdus, La) (1995)": (
+            "The City of Lost Children (La Cité des enfants perdus) (1995)"
+        ),
+        "Avventura, L' (1960)": "L'Avventura (1960)",
+        "Sex, Lies, and Videotape (1989)": "Sex, Lies, and Videotape (1989)",
+        "Cool, Dry Place, A (1998)": "A Cool, Dry Place (1998)",
+        "Them!": "Them!",
+    }
+    assert {raw: data.plain_title(raw) for raw in cases} == cases
+
+
+def test_movielens_becomes_text_and_ordered_sequences(neutral):
+    dataset = data.read_neutral(neutral)
+    assert dataset.item_ids == ["1", "2", "10"]
+    assert dataset.texts[0].title == "The Matrix (1999)" and dataset.texts[0].category == "Action, Sci-Fi"
+    assert dataset.texts[1].category == ""
+    assert [sequence.user for sequence in dataset.sequences] == ["1", "2"]
+    # User 1 rated 2 and 10 in the same second: the lower number comes first, as a number and not as text.
+    assert dataset.sequences[0].items.tolist() == [0, 1, 2]
+    assert dataset.sequences[0].values.tolist() == [1.0, 5.0, 3.5]
+    assert dataset.sequences[1].items.tolist() == [1, 0]
+
+
+def test_the_order_of_the_file_does_not_matter(neutral):
+    before = data.read_neutral(neutral)
+    path = neutral / data.INTERACTIONS
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header, *reversed(rows)]) + "\n")
+    after = data.read_neutral(neutral)
+    for left, right in zip(before.sequences, after.sequences, strict=True):
+        assert left.items.tolist() == right.items.tolist()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("1,99,5,4.0", "row 7, column item: '99' is not in items.jsonl"),
+        ("1,1,soon,4.0", "row 7, column timestamp: expected a number, got 'soon'"),
+        ("1,1,5,nan", "row 7, column value: expected a finite number, got 'nan'"),
+        ("1,1,5", "row 7, column value: empty"),
+        (",1,5,4.0", "row 7, column user: empty"),
+    ],
+)
+def test_a_bad_interaction_is_named(neutral, row, message):
+    with (neutral / data.INTERACTIONS).open("a") as file:
+        file.write(row + "\n")
+    with pytest.raises(DataError) as caught:
+        data.read_neutral(neutral)
+    assert str(caught.value) == f"{neutral / data.INTERACTIONS}, {message}"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("not json", "row 4"),
+        ('{"id": "7"}', "column text: '7' has no text at all"),
+        ('{"id": "7", "text": "x"}', "column text: expected an object with item text, got 'x'"),
+        ('{"id": ["7"], "title": "x"}', r"column id: expected a text that is not empty, got \['7'\]"),
+        ('{"id": "1", "text": {"title": "x"}}', "column id: '1' stands here a second time"),
+        ('{"id": "7", "text": {"keywords": [""]}}', "column text: '7' has no text at all"),
+        ('{"id": "7", "text": {"colour": "red"}}', "unknown field of item text: colour"),
+        ('{"id": "7", "text": {"title": 3}}', "title: expected a string, got 3"),
+    ],
+)
+def test_a_bad_item_is_named(neutral, line, reason):
+    with (neutral / data.ITEMS).open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match=reason):
+        data.read_neutral(neutral)
+
+
+def test_missing_files_and_columns_are_named(neutral, tmp_path):
+    (neutral / data.INTERACTIONS).write_text("user,thing,value\n")
+    with pytest.raises(DataError, match="row 1, column item: the header lacks it"):
+        data.read_neutral(neutral)
+    (neutral / data.INTERACTIONS).write_text("user,item,value,value\n")
+    with pytest.raises(DataError, match="row 1, column value: the header has it twice"):
+        data.read_neutral(neutral)
+    (neutral / data.INTERACTIONS).write_text("user,item\n1,1\n")
+    (neutral / data.ITEMS).write_bytes(b'{"id": "\xff"}')
+    with pytest.raises(DataError, match="row 1: not UTF-8"):
+        data.read_neutral(neutral)
+    (neutral / data.ITEMS).unlink()
+    with pytest.raises(DataError, match=r"without items\.jsonl"):
+        data.read_neutral(neutral)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b'1,"1,5,4.0\n1,1,5,4.0\n', "row 7: a quote is not closed"),
+        (b'1,1,5,"4.0\n1,1,5,4.0\n', "row 7: a quote is not closed"),
+        (b"1,1,5,4.0\r\n1,1,5,4.0\n", "row 7: ends its line otherwise than the lines before it"),
+        (b'1,"1"x,5,4.0\n', "row 7: a quote is not closed, or text follows it"),
+        (b"1,1,5,4.0,9\n", "row 7: expected 4 fields, found 5"),
+        (b"1,\xff,5,4.0\n", "row 7: not UTF-8"),
+        (b"1,1,3.5,4.0\n", "row 7, column timestamp: expected a whole number, got '3.5'"),
+        (b"1,1,inf,4.0\n", "row 7, column timestamp: expected a finite number, got 'inf'"),
+        (b"1,1,9223372036854775807,4.0\n", "row 7, column timestamp: expected a whole number, got"),
+        (b"1,1,5,1e39\n", "row 7, column value: expected a finite number, got '1e39'"),
+        (b"1,'1,5,4.0\n", "row 7, column item: ''1' is not in items.jsonl"),
+        (b"1,1,5,4.0\n2,2,soon,1\n3,9,5,1\n", "row 8, column timestamp"),
+    ],
+)
+def test_a_malformed_line_is_named(neutral, row, message):
+    with (neutral / data.INTERACTIONS).open("ab") as file:
+        file.write(row)
+    with pytest.raises(DataError) as caught:
+        data.read_neutral(neutral)
+    assert str(caught.value).startswith(f"{neutral / data.INTERACTIONS}, {message}")
+
+
+def test_ids_and_texts_of_any_characters_come_back(tmp_path):
+    users = ["007", "7", "10", "a", 'é\n"x"', " 7", "1" * 400, "\u2028,"]
+    items = [('i,"1"', ItemText(title='A "quoted" title, Ünïcode \u2028 😀')), ("i2", ItemText(attributes=("", "b")))]
+    data.write_neutral([data.Interaction(user, items[0][0], 5) for user in users], items, tmp_path)
+    dataset = data.read_neutral(tmp_path)
+    assert list(zip(dataset.item_ids, dataset.texts, strict=True)) == items
+    # Numbers first, by value, however long; then text by code point.
+    assert [s.user for s in dataset.sequences] == ["007", "7", "10", "1" * 400, " 7", "a", 'é\n"x"', "\u2028,"]

@@ -1,0 +1,183 @@
+"""A small world in which content predicts taste: LEARN's features have to help, and no arm may know the labels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from learn.data import Dataset, Sequence
+from learn.data.item_text import ItemText
+from learn.models.pch import PchConfig
+from learn.training.train_cvr_head import CvrTrainConfig
+from learn.training.train_recommender import TrainConfig
+from research import record_files
+from research.bootstrap import BootstrapConfig
+from research.ranking import study as ranking_study
+from research.ranking.event_parts import TEST, cut
+from research.ranking.learn_features import Features, MidEmbeddingConfig
+from research.ranking.ranker import RankerConfig, Trial
+from research.ranking.result_files import RankingRun, RankingStudy, score_ranks
+from research.ranking.study import RankConfig, rank
+from research.ranking.summary import summarise
+
+N_ITEMS, N_USERS, LENGTH = 400, 120, 40
+SIZES = PchConfig(content_dim=12, adaptor_hidden=16, width=16, layers=1, heads=2, ffn=32, out_dim=8, max_history=16)
+MID = MidEmbeddingConfig(
+    TrainConfig(steps=4, users=16, warmup=1, n_uniform=16, check_every=100),
+    SIZES,
+    cvr=CvrTrainConfig(history="liked", tune_towers=True, epochs=10, tune_learning_rate=3e-3, learning_rate=3e-3),
+    fuse_dim=16,
+    mid_dim=8,
+)
+CONFIG = RankConfig(
+    study="small", seeds=(1, 2, 3), arms=("base", "mid_emb", "categories"), mid=MID,
+    ranker=RankerConfig(id_dim=4, deep=(16,), epochs=8), trials=(Trial(3e-3, 1e-2),),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Each user likes films of one of two kinds, mostly; the content says the kind, the category does not."""
+    rng = np.random.default_rng(3)
+    kind = np.arange(N_ITEMS) % 2
+    sequences = []
+    for user in range(N_USERS):
+        items = rng.permutation(N_ITEMS)[:LENGTH]
+        liked = (kind[items] == user % 2) ^ (rng.random(LENGTH) < 0.1)
+        when = np.sort(rng.integers(0, 10**8, LENGTH))
+        sequences.append(Sequence(str(user), items, np.where(liked, 5.0, 2.0).astype(np.float32), when))
+    texts = [ItemText(title=f"Film {i}", category="Drama" if i % 3 else "War") for i in range(N_ITEMS)]
+    torch.manual_seed(0)
+    content = torch.nn.functional.one_hot(torch.from_numpy(kind), 12).float() + 0.1 * torch.randn(N_ITEMS, 12)
+    return Dataset([f"i{i}" for i in range(N_ITEMS)], texts, sequences), torch.nn.functional.normalize(content, dim=-1)
+
+
+@pytest.fixture(scope="module")
+def study(world, tmp_path_factory):
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("study")
+    return rank(CONFIG, *world, out), out
+
+
+def test_taste_that_only_content_predicts_improves_the_ranker(study):
+    rows, _ = study
+    by_key = {(row.arm, row.group, row.metric): row for row in rows}
+    mid, plain = by_key["mid_emb", "all", "uauc"], by_key["base", "all", "uauc"]
+    assert mid.mean > plain.mean + 0.1
+    assert mid.gain.value == pytest.approx(mid.mean - plain.mean, abs=1e-5) and mid.gain.low > 0 and mid.gain.p < 0.05
+    assert (mid.gain.n_users, mid.gain.n_seeds) == (mid.n_users, 3)
+    assert plain.gain is None
+    # The categories carry no information here, so they must not show any.
+    control = by_key["categories", "all", "uauc"]
+    assert control.gain.low < 0.05 and control.mean < mid.mean
+    groups = {row.group for row in rows}
+    assert groups >= {"all", "cold-start users", "long-tail users", "cold-start items", "other items"}
+
+
+def run_of(folder, arm: str, seed: int) -> RankingRun:
+    return record_files.read(folder / f"{arm}-seed{seed}.npz", RankingRun)
+
+
+def test_files_hold_what_the_report_needs(study, world):
+    _, out = study
+    dataset, _ = world
+    shared = record_files.read(out / "ranking.npz", RankingStudy)
+    events = cut(dataset, CONFIG.split)
+    rows = events.rows(TEST)
+    assert shared.study == "small" and "proxy" in shared.label_meaning
+    # Users are numbered in the order of their ids as texts: 0, 1, 10, 100, ..
+    names = sorted({str(user) for user in events.user[rows]})
+    assert [names[user] for user in shared.user] == [str(user) for user in events.user[rows]]
+    assert shared.label.tolist() == events.label[rows].tolist()
+    training = events.item[events.part <= 1]
+    assert shared.item_train_count.tolist() == [int((training == i).sum()) for i in events.item[rows]]
+    assert sum(shared.n_events.values()) == N_USERS * LENGTH
+    for arm in CONFIG.arms:
+        run = run_of(out, arm, 2)
+        assert (run.arm, run.seed, len(run.score_rank)) == (arm, 2, len(rows))
+        assert set(run.seconds) == {"towers", "cvr", "starting_point", "ranker"}
+
+
+def test_score_ranks_keep_order_and_ties():
+    assert score_ranks(np.array([0.5, -1.0, 0.5, 2.25])).tolist() == [1, 0, 1, 2]
+
+
+def test_a_finished_study_is_read_and_not_run_again(study, world):
+    rows, out = study
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*-seed*")}
+    assert rank(CONFIG, *world, out) == rows
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*-seed*")} == before
+    assert summarise(out) == rows
+
+
+def test_one_seed_gives_one_result(study, world, tmp_path):
+    _, out = study
+    rank(replace(CONFIG, seeds=(2,), arms=("base", "mid_emb")), *world, tmp_path)
+    for arm in ("base", "mid_emb"):
+        first, again = (run_of(folder, arm, 2) for folder in (out, tmp_path))
+        assert first.score_rank.tolist() == again.score_rank.tolist()
+
+
+def test_runs_of_different_data_are_not_combined(study, world, tmp_path):
+    _, out = study
+    for path in out.glob("*.npz"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    changed = run_of(out, "mid_emb", 3).model_copy(update={"data": "other"})
+    record_files.write(tmp_path / "mid_emb-seed3.npz", changed)
+    with pytest.raises(ValueError, match=r"mid_emb-seed3\.npz: is of other data or another config"):
+        summarise(tmp_path, BootstrapConfig(n_resamples=10))
+
+
+def test_labels_of_the_test_part_do_not_change_scores(study, world, tmp_path):
+    """Flips the last event of every user: nothing comes after it, so every score of every arm stays."""
+    _, out = study
+    dataset, content = world
+    flipped = []
+    for sequence in dataset.sequences:
+        values = sequence.values.copy()
+        values[-1] = 7 - values[-1]
+        flipped.append(replace(sequence, values=values))
+    config = replace(CONFIG, seeds=(1,))
+    rank(config, replace(dataset, sequences=flipped), content, tmp_path)
+    uauc = {}
+    for folder in (out, tmp_path):
+        rows = summarise(folder, BootstrapConfig(n_resamples=10))
+        uauc[folder] = [row.mean for row in rows if (row.group, row.metric) == ("all", "uauc")]
+    assert all(first != again for first, again in zip(uauc[out], uauc[tmp_path], strict=True))
+    for arm in CONFIG.arms:
+        first, again = (run_of(folder, arm, 1) for folder in (out, tmp_path))
+        assert first.score_rank.tolist() == again.score_rank.tolist()
+
+
+def test_mistakes_are_named(world, tmp_path):
+    dataset, content = world
+    with pytest.raises(ValueError, match="unknown arm 'mid'"):
+        RankConfig(arms=("base", "mid"))
+    with pytest.raises(ValueError, match="all others are compared with it"):
+        RankConfig(arms=("mid_emb",))
+    with pytest.raises(ValueError, match="3 rows"):
+        rank(CONFIG, dataset, content[:3], tmp_path)
+    liked = [replace(s, values=np.full(LENGTH, 5.0, dtype=np.float32)) for s in dataset.sequences]
+    with pytest.raises(ValueError, match=r"2280 of them with a value of cvr\.liked_from = 4"):
+        rank(CONFIG, replace(dataset, sequences=liked), content, tmp_path)
+
+
+def test_extra_columns_are_standardised_over_the_rankers_part_and_in_the_order_of_events(world):
+    dataset, _ = world
+    table = ranking_study.tabulate(CONFIG, dataset, cut(dataset, CONFIG.split))
+    extra = ranking_study.extra_features(table, no_features(table), ("categories",))
+    later = table.events.rows(1, 2, 3)
+    in_ranker_part = table.events.part[later] == 1
+    np.testing.assert_allclose(extra[torch.from_numpy(in_ranker_part)].mean(dim=0), 0, atol=1e-5)
+    drama = torch.from_numpy(table.events.item[later] % 3 != 0)
+    assert (extra[drama, 0] > 0).all() and (extra[~drama, 0] < 0).all()
+    test = table.inputs(extra, TEST)
+    assert torch.equal(test.extra, extra[torch.from_numpy(table.events.part[later] == TEST)])
+
+
+def no_features(table):
+    none = torch.zeros(len(table.events.rows(1, 2, 3)), 0)
+    return Features(none, none, none, none)

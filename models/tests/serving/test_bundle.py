@@ -1,0 +1,254 @@
+"""Bundles: what is committed is whole and true, and what is wrong is never written."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import shutil
+import tomllib
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import DEFAULT, FIXTURE, FIXTURES
+
+from learn.content.encoder_graph import cast_weights
+from learn.data.item_text import ItemText, render, template_source
+from learn.serving import bundle, fixture_bundles
+
+NAMES = list(fixture_bundles.RECIPES)
+FOLDERS = pytest.mark.parametrize("folder", [*(FIXTURES / name for name in NAMES), DEFAULT], ids=[*NAMES, "default"])
+# Beside a bundle's files, for people and for the demo.
+EXTRA = {"manifest.toml", "sample_items.jsonl", "README.md"}
+
+
+def read_manifest(folder):
+    return tomllib.loads((folder / "manifest.toml").read_text())
+
+
+def absent_files(folder):
+    """Fetched files that set-up has not placed yet: the only ones that may be missing."""
+    files = read_manifest(folder)["files"]
+    return {entry["path"] for entry in files if "pypi" in entry and not (folder / entry["path"]).exists()}
+
+
+@FOLDERS
+def test_digests_are_true_and_no_file_is_unlisted(folder):
+    files = read_manifest(folder)["files"]
+    absent = absent_files(folder)
+    for entry in files:
+        if entry["path"] not in absent:
+            assert bundle.sha256(folder / entry["path"]) == entry["sha256"], entry["path"]
+            assert (folder / entry["path"]).stat().st_size == entry["bytes"]
+    assert {path.name for path in folder.iterdir()} - EXTRA == {entry["path"] for entry in files} - absent
+    assert {entry["part"] for entry in files} == {"encoder", "user_tower", "item_tower", "cvr", "golden"}
+
+
+@FOLDERS
+def test_the_manifest_says_what_the_files_hold(folder):
+    manifest = read_manifest(folder)
+    golden = json.loads((folder / manifest["golden"]["file"]).read_text())
+    assert manifest["format"] == 1
+    assert manifest["item_text"]["template"] == template_source()
+    for item in golden["items"]:
+        assert len(item["content"]) == manifest["encoder"]["dim"]
+        assert len(item["item"]) == manifest["item_tower"]["dim"] == manifest["user_tower"]["dim"]
+        assert len(item["token_ids"]) <= manifest["item_text"]["max_tokens"]
+        assert item["prompt"] == render(ItemText.from_json(item["text"]))
+    assert all(len(pair["mid_emb"]) == manifest["cvr"]["dim"] for pair in golden["pairs"])
+    lengths = {len(user["history"]) for user in golden["users"]}
+    assert {0, 1, manifest["user_tower"]["max_history"]} <= lengths
+    # One text at least is cut.
+    assert max(len(item["token_ids"]) for item in golden["items"]) == manifest["item_text"]["max_tokens"]
+    assert {pair["user"] for pair in golden["pairs"]} == set(range(len(golden["users"])))
+
+
+@FOLDERS
+def test_the_committed_bundle_answers_as_its_golden_vectors_say(folder, tmp_path):
+    if absent_files(folder):
+        pytest.skip("the encoder's fetched files are not here; `make setup` fetches them")
+    bundle.verify(folder)
+
+
+def test_the_default_towers_answer_without_the_fetched_encoder():
+    golden = json.loads((DEFAULT / "golden.json").read_text())
+    content = np.array([item["content"] for item in golden["items"]], np.float32)
+    (got,) = bundle.session(DEFAULT / "item_tower.onnx").run(None, {"content": content})
+    bundle.compare("item tower", got, np.array([item["item"] for item in golden["items"]], np.float32))
+
+
+def test_sizes_stay_small():
+    for name in NAMES:
+        assert sum(path.stat().st_size for path in (FIXTURES / name).iterdir()) < 500_000
+    assert (DEFAULT / "encoder.onnx").stat().st_size < 1_000_000
+    for name in ("user_tower.onnx", "item_tower.onnx", "cvr.onnx"):
+        assert (DEFAULT / name).stat().st_size < 5_000_000
+
+
+def test_sample_items_are_distinct_and_have_text():
+    lines = (DEFAULT / "sample_items.jsonl").read_text().splitlines()
+    items = [json.loads(line) for line in lines]
+    assert len({item["id"] for item in items}) == len(items) >= 50
+    assert not any(ItemText.from_json(item["text"]).is_empty for item in items)
+
+
+def leaves(value, path=""):
+    """Every number and string of a JSON value with its path."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return [leaf for key, child in pairs for leaf in leaves(child, f"{path}/{key}")]
+    return [(path, value)]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """All fixtures as the code writes them now."""
+    out = tmp_path_factory.mktemp("fixtures")
+    fixture_bundles.write_fixtures(out)
+    return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_fixtures_are_what_the_code_writes_now(name, written):
+    # Not byte for byte: what torch computes may differ in the last digit from one processor to the next.
+    made, committed = written / name, FIXTURES / name
+    assert {path.name for path in made.iterdir()} == {path.name for path in committed.iterdir()}
+    assert (made / "tokenizer.json").read_bytes() == (committed / "tokenizer.json").read_bytes()
+    tables = [read_manifest(folder) for folder in (made, committed)]
+    assert [entry["path"] for entry in tables[0].pop("files")] == [entry["path"] for entry in tables[1].pop("files")]
+    assert tables[0] == tables[1]
+    for left, right in zip(
+        *(leaves(json.loads((f / "golden.json").read_text())) for f in (made, committed)), strict=True
+    ):
+        assert left == (right if isinstance(right[1], str) else (right[0], pytest.approx(right[1], abs=1e-5)))
+    for graph in ("encoder.onnx", "user_tower.onnx", "item_tower.onnx", "cvr.onnx"):
+        left, right = (onnx.load(folder / graph).graph for folder in (made, committed))
+        assert [node.op_type for node in left.node] == [node.op_type for node in right.node]
+        for a, b in zip(left.initializer, right.initializer, strict=True):
+            np.testing.assert_allclose(*(onnx.numpy_helper.to_array(t) for t in (a, b)), atol=1e-6)
+
+
+def test_no_fixture_is_written_that_is_not_committed(written):
+    # And the other way round, of bundles: the folder holds files of other tests as well.
+    assert {path.name for path in written.iterdir() if path.is_dir()} == {
+        path.parent.name for path in FIXTURES.glob("*/manifest.toml")
+    }
+
+
+def encoder_part(folder):
+    """Everything that content depends on: the part's files, the template and how texts become tokens."""
+    manifest = read_manifest(folder)
+    files = {entry["path"]: entry["sha256"] for entry in manifest["files"] if entry["part"] == "encoder"}
+    return files, manifest["encoder"], manifest["item_text"]
+
+
+def test_retraining_keeps_the_encoder_part_and_reencoding_does_not():
+    first, retrained, reencoded = (encoder_part(FIXTURES / name) for name in NAMES)
+    assert retrained == first
+    assert reencoded[0]["encoder.onnx"] != first[0]["encoder.onnx"]
+    # What a request may count on stays: names and widths.
+    assert reencoded[1:] == first[1:]
+
+
+def golden_vectors(name, part, key):
+    """[n,d] of a committed fixture."""
+    rows = json.loads((FIXTURES / name / "golden.json").read_text())[part]
+    return np.array([row[key] for row in rows], np.float32).reshape(len(rows), -1)
+
+
+def golden_inputs(name):
+    """Texts, histories and pairs, without any answer."""
+    known = json.loads((FIXTURES / name / "golden.json").read_text())
+    return (
+        [(item["text"], item["token_ids"]) for item in known["items"]],
+        [user["history"] for user in known["users"]],
+        [(pair["user"], pair["item"]) for pair in known["pairs"]],
+    )
+
+
+@pytest.mark.parametrize(("name", "other"), list(itertools.combinations(NAMES, 2)))
+def test_every_answer_tells_which_fixture_gave_it(name, other):
+    assert golden_inputs(name) == golden_inputs(other)
+    # A hundred times the tolerance: no rounding makes one bundle's answer pass for another's.
+    for part, key in (("items", "item"), ("users", "user"), ("pairs", "mid_emb"), ("pairs", "cvr")):
+        difference = np.abs(golden_vectors(name, part, key) - golden_vectors(other, part, key)).max(axis=1)
+        assert difference.min() > 100 * bundle.ABSOLUTE_TOLERANCE, key
+
+
+def test_every_text_has_tokens_in_the_fixture_tokenizer(tmp_path):
+    encoder = fixture_bundles.build(tmp_path / "tokenizer.json").encoder
+    for case in fixture_bundles.PROMPT_CASES:
+        (ids,) = encoder.tokenize([render(case)])
+        assert 1 < len(ids) <= fixture_bundles.MAX_TOKENS and ids[0] == fixture_bundles.SPECIAL.index("<s>")
+
+
+def test_a_bundle_that_answers_otherwise_is_refused(tmp_path):
+    folder = shutil.copytree(FIXTURE, tmp_path / "bundle")
+    golden = json.loads((folder / "golden.json").read_text())
+    golden["users"][2]["user"][3] += 3e-4
+    (folder / "golden.json").write_text(json.dumps(golden))
+    with pytest.raises(ValueError, match="user tower: differs from PyTorch"):
+        bundle.verify(folder)
+
+
+def test_a_failed_write_leaves_the_old_bundle_and_no_litter(tmp_path):
+    broken = fixture_bundles.build(tmp_path / "tokenizer.json")
+    with torch.no_grad():
+        broken.pch.projection.weight.fill_(float("nan"))
+    folder = shutil.copytree(FIXTURE, tmp_path / "bundle")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="differs from PyTorch"):
+        bundle.write(broken, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", "tokenizer.json"}
+
+
+def test_what_only_the_bundle_before_had_is_removed(tmp_path):
+    folder = shutil.copytree(FIXTURE, tmp_path / "bundle")
+    manifest = (folder / "manifest.toml").read_text()
+    (folder / "manifest.toml").write_text(f'{manifest}\n[[files]]\npath = "encoder.weights"\n')
+    for name in ("encoder.weights", "notes.txt"):
+        (folder / name).write_text("of before")
+    bundle.write(fixture_bundles.build(tmp_path / "tokenizer.json"), folder)
+    # A file that no manifest named is somebody's own.
+    assert not (folder / "encoder.weights").exists() and (folder / "notes.txt").exists()
+    bundle.verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("got", "ok"), [([1.0, 2.0], True), ([1.00005, 2.0], True), ([1.0002, 2.0], False), ([float("nan"), 2.0], False)]
+)
+def test_tolerances(got, ok):
+    got, want = np.array([got], np.float32), np.array([[1.0, 2.0]], np.float32)
+    if ok:
+        bundle.compare("x", got, want)
+    else:
+        with pytest.raises(ValueError, match="x: differs"):
+            bundle.compare("x", got, want)
+
+
+def test_numbers_read_back_as_the_same_fp32():
+    values = torch.randn(100) * 10.0 ** torch.randint(-6, 6, (100,)).float()
+    again = torch.tensor(json.loads(json.dumps(bundle.numbers(values))), dtype=torch.float32)
+    assert torch.equal(again, values)
+
+
+def test_golden_content_of_fp16_weights_is_what_they_give_in_fp32(tmp_path):
+    encoder = fixture_bundles.build(tmp_path / "tokenizer.json").encoder
+    cast_weights(encoder.graph, torch.float16)
+    before = {name: tensor.clone() for name, tensor in encoder.graph.state_dict().items()}
+    frequencies = [buffer.clone() for buffer in encoder.graph.buffers()]
+    ids = encoder.tokenize(["a lamp and a cup of tea"])
+    got = bundle.exact_content(encoder, ids)
+    # The encoder is left as it was, its rotary frequencies in fp32 among it.
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.graph.state_dict().items())
+    assert frequencies and all(
+        torch.equal(a, b) and a.dtype == b.dtype == torch.float32
+        for a, b in zip(frequencies, encoder.graph.buffers(), strict=True)
+    )
+    assert encoder.dtype == torch.float16 and got.dtype == torch.float32
+    want = copy.deepcopy(encoder.graph)
+    cast_weights(want, torch.float32)
+    assert torch.equal(got, want(torch.tensor(ids), torch.ones(1, len(ids[0]), dtype=torch.int64)))
