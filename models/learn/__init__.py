@@ -21,12 +21,14 @@ test_architecture.py). What only studies and the report need is in the package `
 
     evaluation
         metrics          figures from ranks
+        auc              AUC, weighted or per user
         full_ranking     the whole catalogue ranked for each held-out event, and popularity in the same harness
         retrieval        the same for any recommender
 
     training
         train_recommender    the loop, its checkpoints and its losses (losses, sampling)
         train_cvr_head       the head, on frozen towers or together with them
+        best_weights         the best weights on validation are what training ends with
         data_parallel        training in several processes
 
     serving
@@ -41,6 +43,7 @@ test_architecture.py). What only studies and the report need is in the package `
 
     run_settings     all settings of a run in one TOML file (toml_config: strict reading)
     training_run     one training run as a folder
+    atomic_file, padding, progress   small helpers that any package may use
     cli              a command for each of its steps
 
 Facts of the method, and what they are taken from, stand beside the code that uses them.

@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from learn.serving.tolerances import ABSOLUTE, COSINE
+
 HERE = Path(__file__).parents[1]
 Arguments = argparse.Namespace
 # `rank`, `study`, `report` and `export --figures` are in a package of their own, which is not installed with this one.
@@ -145,8 +147,8 @@ def _add_serving(commands: argparse._SubParsersAction, common: argparse.Argument
     )
     verify.add_argument("--model", default="", help="the name it is served under")
     verify.add_argument("--wire", choices=("f32", "f16", "bf16"), default="f32", help="dtype of the answers")
-    verify.add_argument("--absolute", type=float, default=1e-4, help="largest difference of any entry that is let pass")
-    verify.add_argument("--cosine", type=float, default=0.99999, help="smallest cosine of any vector that is let pass")
+    verify.add_argument("--absolute", type=float, default=ABSOLUTE, help="largest accepted difference of any entry")
+    verify.add_argument("--cosine", type=float, default=COSINE, help="smallest accepted cosine of any vector")
     verify.add_argument("--users", type=int, default=20, help="users of the run whose histories are sent")
     verify.set_defaults(run_command=_verify)
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from learn.content.standardise import Method
 from learn.data import SplitConfig, TimeSplitConfig
+from learn.data.splits import HoldsOut
 from learn.models.cvr import CvrConfig
 from learn.models.pch import PchConfig
 from learn.toml_config import strict
@@ -47,7 +48,7 @@ class EncoderSettings:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(HoldsOut):
     """The TOML file."""
 
     prepare: PrepareSettings = field(default_factory=PrepareSettings)
@@ -60,10 +61,6 @@ class Settings:
     train: TrainConfig = field(default_factory=TrainConfig)
     head: CvrConfig = field(default_factory=CvrConfig)
     cvr: CvrTrainConfig = field(default_factory=CvrTrainConfig)
-
-    def held_out(self) -> SplitConfig | TimeSplitConfig:
-        """Which of the two splits holds."""
-        return self.time_split or self.split
 
     def with_seed(self, seed: int | None) -> Settings:
         """The same with another seed for towers and head; None changes nothing."""

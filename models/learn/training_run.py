@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from learn import data
+from learn.atomic_file import replacing
 from learn.content import ceg, embedding_store
 from learn.data.item_text import ItemText, render
 from learn.evaluation import full_ranking
@@ -285,15 +286,13 @@ def _save(
     path: Path, module: torch.nn.Module, sizes: Any, origin: dict[str, Any], lineage: list[dict[str, Any]] | None = None
 ) -> None:
     saved = {"sizes": asdict(sizes), "origin": origin, "lineage": lineage, "weights": module.state_dict()}
-    partial = path.with_suffix(".partial")
-    torch.save(saved, partial)
-    partial.rename(path)
+    with replacing(path) as partial:
+        torch.save(saved, partial)
 
 
 def _report(path: Path, figures: dict[str, float]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(figures, indent=1) + "\n")
-    partial.rename(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(figures, indent=1) + "\n")
     for name, value in figures.items():
         print(f"{name:32} {_rounded(value)}")
 

@@ -10,6 +10,8 @@ from conftest import MODELS
 
 # Each may import those before it. A name covers the module or package and all that is in it.
 ORDER = (
+    "learn.atomic_file",
+    "learn.padding",
     "learn.progress",
     "learn.toml_config",
     "learn.data",

@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from learn import padding
 from learn.content import language_model
 from learn.content.batching import BatchConfig, batches
 from learn.content.encoder_graph import EncoderGraph
@@ -145,12 +146,9 @@ class Source:
 
 
 def pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ragged ids -> input_ids [b,s] and attention_mask [b,s], padded on the right."""
-    lengths = np.array([len(row) for row in ids])
-    mask = np.arange(lengths.max())[None] < lengths[:, None]
-    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
-    input_ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
-    return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))
+    """Token ids of several prompts -> input_ids [b,s] and attention_mask [b,s], padded on the right."""
+    input_ids, mask = padding.pad(ids, pad_id)
+    return torch.from_numpy(input_ids), torch.from_numpy(mask)
 
 
 def wrap(

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
+from learn.atomic_file import replacing
 from learn.content.ceg import Encoder, Source
 from learn.progress import Rate
 
@@ -176,35 +175,21 @@ def _encode(encoder: Encoder, shard: _Shard, dtype: np.dtype, rate: Rate) -> Pat
             rate.add(len(rows), sum(len(shard.ids[row]) for row in rows))
     except ValueError as error:
         raise ValueError(f"{error} of those from item {shard.begin} on") from error
-    partial = _partial(shard.path)
-    with partial.open("wb") as file:
+    with replacing(shard.path) as partial, partial.open("wb") as file:
         np.save(file, content)
-        _sync(file)
-    partial.rename(shard.path)
     return shard.path
 
 
 def _join(shards: list[Path], path: Path, shape: tuple[int, int]) -> None:
-    partial = _partial(path)
-    whole, begin = None, 0
-    for shard in shards:
-        vectors = np.load(shard, mmap_mode="r")
-        if whole is None:
-            whole = np.lib.format.open_memmap(partial, mode="w+", dtype=vectors.dtype, shape=shape)
-        whole[begin : begin + len(vectors)] = vectors
-        begin += len(vectors)
-    if begin != shape[0]:
-        raise ValueError(f"{path}: {begin} vectors for {shape[0]} prompts; the prompts changed while they were read")
-    del whole
-    with partial.open("rb+") as file:
-        _sync(file)
-    partial.rename(path)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial-{os.getpid()}")
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    with replacing(path) as partial:
+        whole, begin = None, 0
+        for shard in shards:
+            vectors = np.load(shard, mmap_mode="r")
+            if whole is None:
+                whole = np.lib.format.open_memmap(partial, mode="w+", dtype=vectors.dtype, shape=shape)
+            whole[begin : begin + len(vectors)] = vectors
+            begin += len(vectors)
+        if begin != shape[0]:
+            raise ValueError(f"{path}: {begin} vectors for {shape[0]} prompts; the prompts changed while being read")
+        # Writes what the memory map still holds, before the file is synced.
+        del whole

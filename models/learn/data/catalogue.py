@@ -19,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from learn.data.dataset import DataError
+from learn.data.item_record import record_id, record_text
 from learn.data.item_text import LIST_FIELDS, STRING_FIELDS, ItemText
 
 Item = tuple[int, str, ItemText]
@@ -124,19 +125,13 @@ def neutral_parquet(path: Path) -> Iterator[Item]:
 
 
 def _neutral(path: Path, row: int, record: dict[str, Any]) -> Item:
-    record = dict(record)
-    identifier = record.pop("id", None)
-    if isinstance(identifier, int) and not isinstance(identifier, bool):
-        identifier = str(identifier)
-    if not isinstance(identifier, str) or not identifier:
-        raise DataError(path, row, "id", f"expected a text that is not empty, got {identifier!r}")
-    text = record.pop("text") if set(record) == {"text"} else record
-    if not isinstance(text, dict):
-        raise DataError(path, row, "text", f"expected an object with item text, got {text!r}")
+    field = "id"
     try:
-        return row, identifier, ItemText.from_json({name: value for name, value in text.items() if value is not None})
+        identifier = record_id(record)
+        field = "text"
+        return row, identifier, record_text(record)
     except ValueError as error:
-        raise DataError(path, row, "text", str(error)) from error
+        raise DataError(path, row, field, str(error)) from error
 
 
 # --- MovieLens -------------------------------------------------------------------------------------------------------

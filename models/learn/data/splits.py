@@ -59,6 +59,17 @@ class TimeSplitConfig:
             raise ValueError(f"fractions are {cuts}; expected them above 0 and at most 1")
 
 
+class HoldsOut:
+    """Settings with a split of each kind: `split` holds out each user's last events, `time_split` all that is late."""
+
+    split: SplitConfig
+    time_split: TimeSplitConfig | None
+
+    def held_out(self) -> SplitConfig | TimeSplitConfig:
+        """The split that is used."""
+        return self.time_split or self.split
+
+
 @dataclass(frozen=True)
 class Split:
     """Training may read the first `n_train[u]` events of user u, and nothing after them.

@@ -15,6 +15,7 @@ import torch
 from learn.data import Dataset, Event, Sequence, Split
 from learn.evaluation.metrics import Ranking, event_values, rank_scores
 from learn.models.pch import Pch
+from learn.padding import pad
 
 CHUNK = 256
 
@@ -55,12 +56,7 @@ def tower_ranks(pch: Pch, content: torch.Tensor, dataset: Dataset, events: list[
 def user_embeddings(pch: Pch, content: torch.Tensor, dataset: Dataset, events: list[Event]) -> torch.Tensor:
     """[e,E] from what each user had met before the event."""
     histories = [history(dataset.sequences[event.user], event.position, pch.config.max_history) for event in events]
-    length = max(1, *(len(items) for items in histories)) if histories else 1
-    index = torch.zeros(len(events), length, dtype=torch.int64)
-    mask = torch.zeros_like(index)
-    for row, items in enumerate(histories):
-        index[row, : len(items)] = torch.from_numpy(items)
-        mask[row, : len(items)] = 1
+    index, mask = map(torch.from_numpy, pad(histories))
     return pch.last(content[index], mask)
 
 

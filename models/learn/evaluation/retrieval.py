@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from learn.data import Dataset, Event
 from learn.evaluation.full_ranking import array_ranking
 from learn.evaluation.metrics import Ranking
 from learn.models.recommender import Recommender
+from learn.padding import pad
 
 CHUNK = 256
 
@@ -32,14 +32,14 @@ class Histories:
 def histories(dataset: Dataset, events: list[Event], longest: int) -> Histories:
     """As many columns as the longest of these histories needs, and at least one."""
     lengths = [min(event.position, longest) for event in events]
-    width = max(1, *lengths)
-    items = np.zeros((len(events), width), dtype=np.int64)
-    times = np.zeros((len(events), width + 1), dtype=np.int64)
-    for row, (event, length) in enumerate(zip(events, lengths, strict=True)):
+    items, times = [], []
+    for event, length in zip(events, lengths, strict=True):
         sequence, begin = dataset.sequences[event.user], event.position - length
-        items[row, :length] = sequence.items[begin : event.position]
-        times[row, : length + 1] = sequence.timestamps[begin : event.position + 1]
-    return Histories(torch.from_numpy(items), torch.from_numpy(times), torch.tensor(lengths))
+        items.append(sequence.items[begin : event.position])
+        times.append(sequence.timestamps[begin : event.position + 1])
+    padded = pad(items)[0]
+    padded_times = pad(times, least=padded.shape[1] + 1)[0]
+    return Histories(torch.from_numpy(padded), torch.from_numpy(padded_times), torch.tensor(lengths))
 
 
 @torch.inference_mode()

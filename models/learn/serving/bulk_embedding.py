@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from learn.atomic_file import replacing
 from learn.data import DataError
 from learn.progress import Rate
 from learn.serving import item_shards
@@ -156,8 +157,10 @@ class ShardEmbedder:
         table, faults, n_tokens = self._table(items)
         rejects += [Reject(shard.file, item.row, item.id, reason) for item, reason in faults]
         lines = "".join(reject.to_json() + "\n" for reject in sorted(rejects, key=lambda reject: reject.row))
-        _write(_rejects(self.config.out, shard.number), lambda path: path.write_text(lines))
-        _write(_part(self.config.out, shard.number), lambda path: pq.write_table(table, path, compression="zstd"))
+        with replacing(_rejects(self.config.out, shard.number)) as partial:
+            partial.write_text(lines)
+        with replacing(_part(self.config.out, shard.number)) as partial:
+            pq.write_table(table, partial, compression="zstd")
         return shard.n_rows, n_tokens
 
     def _table(self, items: list[Item]) -> tuple[pa.Table, list[tuple[Item, str]], int]:
@@ -199,7 +202,8 @@ def _claim(config: BulkConfig, digests: dict[str, str], n_parts: int) -> None:
     }
     path = config.out / JOB
     if not path.is_file():
-        _write(path, lambda partial: partial.write_text(json.dumps(job, indent=1) + "\n"))
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(job, indent=1) + "\n")
         return
     there = json.loads(path.read_text())
     for name, value in job.items():
@@ -222,11 +226,3 @@ def _part(out: Path, number: int) -> Path:
 
 def _rejects(out: Path, number: int) -> Path:
     return out / f"rejects-{number:06}.jsonl"
-
-
-def _write(path: Path, write: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    write(partial)
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.rename(path)

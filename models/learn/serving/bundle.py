@@ -30,10 +30,9 @@ from learn.models.cvr import CvrHead
 from learn.models.pch import Pch
 from learn.models.served_graphs import CvrGraph, ItemTowerGraph, UserTowerGraph
 from learn.serving import encoder_export, tower_export
+from learn.serving.tolerances import ABSOLUTE, COSINE
 
 FORMAT = 1
-ABSOLUTE_TOLERANCE = 1e-4
-COSINE_TOLERANCE = 0.99999
 
 
 @dataclass(frozen=True)
@@ -268,5 +267,5 @@ def compare(what: str, got: np.ndarray, want: np.ndarray) -> None:
     norms = np.linalg.norm(got, axis=1) * np.linalg.norm(want, axis=1)
     cosine = float(((got * want).sum(axis=1) / np.maximum(norms, 1e-30)).min())
     # Written so that a NaN fails.
-    if not (error <= ABSOLUTE_TOLERANCE and cosine >= COSINE_TOLERANCE):
+    if not (error <= ABSOLUTE and cosine >= COSINE):
         raise ValueError(f"{what}: differs from PyTorch by {error:.3g}, cosine {cosine:.7f}")

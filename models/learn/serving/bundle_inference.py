@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from learn.content.batching import BatchConfig, batches
 from learn.data.item_text import ItemText, render
+from learn.padding import pad
 from learn.serving.digests import bundle_digest, encoder_digest, read_manifest, tower_digest
 
 # Items that the tower takes at once: enough for its matrix products, and little memory at any width.
@@ -111,12 +112,8 @@ class BundleGraphs:
                 faults[row] = "the encoder gave a vector that is not finite"
 
     def _run_encoder(self, ids: list[list[int]]) -> np.ndarray:
-        lengths = np.array([len(row) for row in ids])
-        mask = np.arange(lengths.max())[None] < lengths[:, None]  # [b,s]
         spec = self.manifest["encoder"]
-        input_ids = np.full(mask.shape, spec["pad_id"], dtype=np.int64)
-        input_ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
-        feeds = dict(zip(spec["inputs"], (input_ids, mask.astype(np.int64)), strict=True))
+        feeds = dict(zip(spec["inputs"], pad(ids, spec["pad_id"]), strict=True))  # [b,s] each
         return self._encoder.run(spec["outputs"], feeds)[0]
 
 

@@ -8,7 +8,6 @@ where a cache is smaller than all of them, those that come later push out those 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
+from learn.atomic_file import replacing
 from learn.data import DataError
 from learn.serving.bulk_embedding import JOB
 from learn.serving.digests import N_BYTES
@@ -109,6 +109,5 @@ def _save(path: Path, kind: str, source: _Source, arrays: tuple[np.ndarray, np.n
         "dim": str(source.dim),
         "n": str(len(vectors)),
     }
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    save_file({"vectors": vectors, "text_digests": digests}, partial, metadata=metadata)
-    partial.rename(path)
+    with replacing(path) as partial:
+        save_file({"vectors": vectors, "text_digests": digests}, partial, metadata=metadata)

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from learn.data import DataError
+from learn.data.item_record import record_id, record_text
 from learn.data.item_text import LIST_FIELDS, STRING_FIELDS, ItemText
 from learn.serving.digests import text_bytes
 
@@ -158,21 +159,16 @@ def _parquet_records(path: Path, shard: Shard) -> Iterator[Any]:
 def _identifier(record: Any) -> str:
     if not isinstance(record, Mapping):
         raise ValueError(f"expected an object, got {type(record).__name__}")
-    identifier = record.get("id")
-    if isinstance(identifier, int) and not isinstance(identifier, bool):
-        identifier = str(identifier)
-    if not isinstance(identifier, str) or not identifier:
-        raise ValueError(f"id: expected a text that is not empty, got {identifier!r}")
+    try:
+        identifier = record_id(record)
+    except ValueError as error:
+        raise ValueError(f"id: {error}") from error
     _check_encodable("id", identifier)
     return identifier
 
 
 def _text(record: Mapping[str, Any], max_text_bytes: int) -> ItemText:
-    fields = record["text"] if record.get("text") is not None else {k: v for k, v in record.items() if k != "id"}
-    if not isinstance(fields, Mapping):
-        raise ValueError(f"text: expected an object, got {type(fields).__name__}")
-    # Columns of a table are there for every row; null is a field that this row does not have.
-    text = ItemText.from_json({name: value for name, value in fields.items() if value is not None})
+    text = record_text(record)
     if text.is_empty:
         raise ValueError("all text fields are empty")
     for name in STRING_FIELDS:

@@ -28,6 +28,7 @@ import safetensors.numpy
 
 from learn.data.item_text import ItemText
 from learn.serving import digests, grpc_messages
+from learn.serving.tolerances import ABSOLUTE, COSINE
 
 if TYPE_CHECKING:
     from learn.content.ceg import Encoder
@@ -53,9 +54,8 @@ class VerifyConfig:
     # The name that the model is served under; empty takes the only one.
     model: str = ""
     dtype: str = "f32"
-    # Of one value, and of one vector. The server's own golden check has the same bounds.
-    absolute: float = 1e-4
-    cosine: float = 0.99999
+    absolute: float = ABSOLUTE
+    cosine: float = COSINE
     timeout_seconds: float = 60.0
 
     def __post_init__(self) -> None:

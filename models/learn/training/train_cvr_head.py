@@ -13,7 +13,6 @@ could not: the served tower reads content and a mask, and nothing else.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -27,8 +26,11 @@ from tqdm import tqdm
 from learn.content.standardise import fit
 from learn.data import Dataset, Event, Sequence, Split
 from learn.data.dataset import Sequences
+from learn.evaluation.auc import auc
 from learn.models.cvr import CvrConfig, CvrHead
 from learn.models.pch import Pch
+from learn.padding import pad
+from learn.training.best_weights import BestWeights, train_epochs
 
 LIKED_FROM = 4.0
 # Windows read by the user tower at once.
@@ -136,9 +138,7 @@ def windows(
 
 def states(pch: Pch, content: Tensor, batch: list[Window]) -> Tensor:
     """User states [n,E] of the events of these windows, one after the other."""
-    index = torch.zeros(len(batch), max(1, *(len(w.history) for w in batch)), dtype=torch.int64)
-    for row, window in enumerate(batch):
-        index[row, : len(window.history)] = torch.from_numpy(window.history)
+    index = torch.from_numpy(pad([window.history for window in batch])[0])
     every = pch.states(content[index])  # [b,l+1,E]; padding stands on the right, where no state of an event sees it
     owner = np.repeat(np.arange(len(batch)), [len(window.state) for window in batch])
     return every[torch.from_numpy(owner), torch.from_numpy(np.concatenate([window.state for window in batch]))]
@@ -194,16 +194,6 @@ def check_labels(sequences: Sequences, split: Split, parts: tuple[str, ...], lik
             )
 
 
-def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The chance that a positive scores above a negative, ties half."""
-    positive, negative = scores[labels > 0.5], scores[labels <= 0.5]
-    if not len(positive) or not len(negative):
-        raise ValueError("AUC needs both labels")
-    below = np.searchsorted(np.sort(negative), positive, side="left")
-    not_above = np.searchsorted(np.sort(negative), positive, side="right")
-    return float((below + not_above).sum() / 2 / (len(positive) * len(negative)))
-
-
 def train_head(
     config: CvrTrainConfig, sizes: CvrConfig, pch: Pch, content: Tensor, dataset: Dataset, split: Split
 ) -> tuple[CvrHead, dict[str, float]]:
@@ -236,11 +226,13 @@ def fit_head(
         item = pch.alone(content)  # [I,E]
     known, held_out = examples(pch, content, train), examples(pch, content, validation)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    best = _Best([head])
-    for _epoch in tqdm(range(config.epochs), desc="train cvr", unit="epoch"):
-        _epoch_of(head, optimizer, known, item, config.batch)
-        best.offer(auc(predict(head, held_out, item), held_out.label.numpy()))
-    best.restore()
+    best = BestWeights([head])
+    train_epochs(
+        best,
+        tqdm(range(1, config.epochs + 1), desc="train cvr", unit="epoch"),
+        train_epoch=lambda: _epoch_of(head, optimizer, known, item, config.batch),
+        validate=lambda: auc(predict(head, held_out, item), held_out.label.numpy()),
+    )
     return head.eval(), best.figure
 
 
@@ -266,24 +258,6 @@ def predict(head: CvrHead, examples: Examples, item: Tensor) -> np.ndarray:
     return head(examples.user, item[examples.item], torch.arange(len(examples.item)))[1].numpy()
 
 
-class _Best:
-    """The weights of several modules at the highest figure offered so far."""
-
-    def __init__(self, modules: list[torch.nn.Module]) -> None:
-        self.modules = modules
-        self.figure = -1.0
-        self.weights = [copy.deepcopy(module.state_dict()) for module in modules]
-
-    def offer(self, figure: float) -> None:
-        if figure > self.figure:
-            self.figure = figure
-            self.weights = [copy.deepcopy(module.state_dict()) for module in self.modules]
-
-    def restore(self) -> None:
-        for module, weights in zip(self.modules, self.weights, strict=True):
-            module.load_state_dict(weights)
-
-
 def _epoch_of(head: CvrHead, optimizer: torch.optim.Optimizer, train: Examples, item: Tensor, batch: int) -> None:
     order = torch.randperm(len(train.item))
     for begin in range(0, len(order), batch):
@@ -306,17 +280,22 @@ def _tune(
         {"params": list(head.parameters()), "lr": config.learning_rate},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    best = _Best([head, pch])
-    for _epoch in tqdm(range(config.epochs), desc="train cvr and towers", unit="epoch"):
+
+    def train_epoch() -> None:
         pch.train()
         order = torch.randperm(len(train)).tolist()
         for batch in _batches([train[index] for index in order], config.tune_windows):
             _descend(optimizer, _window_loss(config, head, pch, content, batch))
+
+    def validate() -> float:
         held_out = examples(pch, content, validation)
         with torch.no_grad():
             item = pch.alone(content)
-        best.offer(auc(predict(head, held_out, item), held_out.label.numpy()))
-    best.restore()
+        return auc(predict(head, held_out, item), held_out.label.numpy())
+
+    best = BestWeights([head, pch])
+    epochs = tqdm(range(1, config.epochs + 1), desc="train cvr and towers", unit="epoch")
+    train_epochs(best, epochs, train_epoch, validate)
     standardisation.fold_into(pch.adaptor[0])
     pch.eval()
     return best.figure

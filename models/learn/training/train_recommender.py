@@ -11,7 +11,6 @@ process but for rounding and dropout.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -25,12 +24,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from learn.atomic_file import replacing
 from learn.data import Dataset, Split
 from learn.evaluation.full_ranking import metrics, popularity
 from learn.evaluation.retrieval import retrieve
 from learn.models.recommender import Recommender
+from learn.padding import pad
 from learn.training import data_parallel, losses
+from learn.training.best_weights import BestWeights
 from learn.training.sampling import SAMPLERS, target_shares, window
+
+# Of a check on validation: what the best weights are chosen by.
+FIGURE = "ndcg_at_10"
 
 
 @dataclass(frozen=True)
@@ -198,13 +203,8 @@ class Trainer:
         items = [s.items[p] for s, p in zip(sequences, positions, strict=True)]
         times = [s.timestamps[p] for s, p in zip(sequences, positions, strict=True)]
         length = torch.tensor([len(p) for p in positions], device=self.device)
-        return Batch(pad(items).to(self.device), pad(times).to(self.device), length)
-
-
-def pad(runs: list[np.ndarray]) -> Tensor:
-    """Ragged runs of integers -> [b, longest], zeros on the right."""
-    rows = [torch.from_numpy(np.array(run, dtype=np.int64)) for run in runs]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        item, time = (torch.from_numpy(pad(rows)[0]).to(self.device) for rows in (items, times))
+        return Batch(item, time, length)
 
 
 def _with_request(batch: Batch) -> Tensor:
@@ -253,13 +253,13 @@ def train(
         record |= {f"loss_{name}": value for name, value in parts.items()}
         if split.validation:
             record |= metrics(retrieve(model, dataset, split.validation).rank)
-        progress.note(record, trainer)
+        progress.note(record)
         if data_parallel.is_first():
             progress.save(trainer, folder / "checkpoint.pt")
             _write_curve(folder / "train.jsonl", config, progress.curve)
         bar.set_postfix(loss=f"{sum(parts.values()):.3f}", ndcg10=f"{record.get('ndcg_at_10', 0):.4f}")
     bar.close()
-    model.load_state_dict(progress.best)
+    progress.best.restore()
     model.eval()
     return progress.curve
 
@@ -272,7 +272,7 @@ class _Progress:
     step: int
     seconds: float
     curve: list[dict[str, float]]
-    best: dict[str, Tensor]
+    best: BestWeights
 
     @staticmethod
     def resumed(trainer: Trainer, path: Path, identity: str) -> _Progress:
@@ -284,29 +284,31 @@ class _Progress:
                 trainer.optimizer.load_state_dict(saved["optimizer"])
                 trainer.rng.bit_generator.state = saved["rng"]
                 torch.set_rng_state(saved["torch_rng"].cpu())
-                return _Progress(identity, saved["step"], saved["seconds"], saved["curve"], saved["best"])
-        return _Progress(identity, 0, 0.0, [], copy.deepcopy(trainer.model.state_dict()))
+                best = BestWeights([trainer.model], max(past.get(FIGURE, -1.0) for past in saved["curve"]))
+                best.weights = [saved["best"]]
+                return _Progress(identity, saved["step"], saved["seconds"], saved["curve"], best)
+        return _Progress(identity, 0, 0.0, [], BestWeights([trainer.model]))
 
-    def note(self, record: dict[str, float], trainer: Trainer) -> None:
-        """Keeps the weights if they are the best so far."""
-        before = max((past.get("ndcg_at_10", -1.0) for past in self.curve), default=-1.0)
-        if "ndcg_at_10" not in record or record["ndcg_at_10"] > before:
-            self.best = copy.deepcopy(trainer.model.state_dict())
+    def note(self, record: dict[str, float]) -> None:
+        """Adds a check to the curve, and keeps the weights if they are the best so far."""
+        if FIGURE in record:
+            self.best.offer(record[FIGURE])
+        else:
+            self.best.take()
         self.curve.append(record)
         self.step, self.seconds = int(record["step"]), record["seconds"]
 
     def save(self, trainer: Trainer, path: Path) -> None:
-        """Atomically."""
-        partial = path.with_suffix(".partial")
+        """Writes the checkpoint, whole or not at all."""
         state = {
             "identity": self.identity,
             "model": trainer.model.state_dict(),
-            "best": self.best,
+            "best": self.best.weights[0],
         }
         state |= {"optimizer": trainer.optimizer.state_dict(), "rng": trainer.rng.bit_generator.state}
         state |= {"torch_rng": torch.get_rng_state(), "step": self.step, "seconds": self.seconds, "curve": self.curve}
-        torch.save(state, partial)
-        partial.replace(path)
+        with replacing(path) as partial:
+            torch.save(state, partial)
 
 
 def _identity(config: TrainConfig, model: Recommender, dataset: Dataset, split: Split) -> str:

@@ -16,7 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
+
+from learn.evaluation.auc import user_aucs, weighted_auc
 
 from research.bootstrap import BootstrapConfig, Draws, Estimate, draw_users_and_seeds, percentile_interval, two_sided_p
 
@@ -58,39 +59,6 @@ def groups(events: HeldOut, config: GroupConfig) -> dict[str, np.ndarray]:
     for kind, level in (("users", user_level), ("items", item_level)):
         named |= {f"{name} {kind}": level == place for place, name in enumerate(("cold-start", "long-tail", "other"))}
     return named
-
-
-def user_aucs(scores: np.ndarray, label: np.ndarray, user: np.ndarray, n_users: int) -> tuple[np.ndarray, np.ndarray]:
-    """[n_users] each user's AUC (NaN where a label is missing) and [n_users] number of events.
-
-    By ranks within the user (Mann and Whitney 1947): AUC = (R - p (p + 1) / 2) / (p q), where R is the sum of the ranks
-    of the p positives, ties at their mean rank, and q is the number of negatives.
-    """
-    n_events = np.bincount(user, minlength=n_users)
-    positives = np.bincount(user, weights=label, minlength=n_users)
-    # Dense ranks of the scores, then ranks of (user, score): ranks within a user are those less what lies below it.
-    dense = np.unique(scores, return_inverse=True)[1]
-    rank = rankdata(user.astype(np.int64) * (dense.max(initial=0) + 1) + dense)
-    rank -= (np.cumsum(n_events) - n_events)[user]
-    rank_sum = np.bincount(user, weights=rank * label, minlength=n_users)
-    pairs = positives * (n_events - positives)
-    wins = rank_sum - positives * (positives + 1) / 2
-    return np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan), n_events
-
-
-def weighted_auc(scores: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """AUC of events that count `weight` [r,n] times each -> [r]; NaN where one label has no weight."""
-    order = np.argsort(scores, kind="stable")
-    ranked, liked = scores[order], label[order] > 0.5
-    first = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
-    ordered = weight[:, order].astype(np.float64)
-    # Per distinct score: weight of positives and of negatives there.
-    positive = np.add.reduceat(ordered * liked, first, axis=1)
-    negative = np.add.reduceat(ordered * ~liked, first, axis=1)
-    below = np.cumsum(negative, axis=1) - negative
-    pairs = positive.sum(axis=1) * negative.sum(axis=1)
-    wins = (positive * (below + 0.5 * negative)).sum(axis=1)
-    return np.where(pairs > 0, wins / np.maximum(pairs, 1e-300), np.nan)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learn.training.best_weights import BestWeights, train_epochs
+
 
 @dataclass(frozen=True)
 class RankerConfig:
@@ -148,8 +150,8 @@ def fit(start: Ranker, train: Inputs, validation: Inputs, trial: Trial, seed: in
     model = copy.deepcopy(start)
     config = model.config
     optimizer = torch.optim.AdamW(model.parameters(), lr=trial.learning_rate, weight_decay=trial.weight_decay)
-    best, best_loss, best_epoch = copy.deepcopy(model.state_dict()), log_loss(model, validation), 0
-    for epoch in range(1, config.epochs + 1):
+
+    def train_epoch() -> None:
         model.train()
         for rows in torch.randperm(len(train)).split(config.batch):
             chosen = train.take(rows)
@@ -157,13 +159,11 @@ def fit(start: Ranker, train: Inputs, validation: Inputs, trial: Trial, seed: in
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        found = log_loss(model, validation)
-        if found < best_loss:
-            best, best_loss, best_epoch = copy.deepcopy(model.state_dict()), found, epoch
-        elif epoch - best_epoch >= config.patience:
-            break
-    model.load_state_dict(best)
-    return Fit(model.eval(), best_loss, best_epoch)
+
+    best = BestWeights([model], figure=-log_loss(model, validation))
+    epochs = range(1, config.epochs + 1)
+    best_epoch = train_epochs(best, epochs, train_epoch, lambda: -log_loss(model, validation), config.patience)
+    return Fit(model.eval(), -best.figure, best_epoch)
 
 
 def best_fit(

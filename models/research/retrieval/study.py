@@ -26,6 +26,7 @@ from tqdm import tqdm
 from learn import data
 from learn.content import ceg, embedding_store
 from learn.content.standardise import Method
+from learn.data.splits import HoldsOut
 from learn.evaluation.full_ranking import array_ranking, popularity
 from learn.evaluation.metrics import Ranking
 from learn.evaluation.retrieval import retrieve
@@ -74,7 +75,7 @@ class Content:
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(HoldsOut):
     """The TOML file."""
 
     study: str
@@ -86,10 +87,6 @@ class Study:
     split: data.SplitConfig = field(default_factory=data.SplitConfig)
     time_split: data.TimeSplitConfig | None = None
     prepare: PrepareSettings = field(default_factory=PrepareSettings)
-
-    def held_out(self) -> data.SplitConfig | data.TimeSplitConfig:
-        """Which of the two splits holds."""
-        return self.time_split or self.split
 
     def __post_init__(self) -> None:
         for name, arm in self.models.items():

@@ -11,8 +11,8 @@ from conftest import small_pch
 from learn.data import Dataset, Event, Sequence, Split
 from learn.data.item_text import ItemText
 from learn.evaluation import full_ranking
+from learn.evaluation.auc import auc
 from learn.evaluation.metrics import rank_scores
-from learn.training.train_cvr_head import auc
 
 
 def test_ranks_by_hand():

@@ -16,7 +16,7 @@ from conftest import DEFAULT, FIXTURE, FIXTURES
 
 from learn.content.encoder_graph import cast_weights
 from learn.data.item_text import ItemText, render, template_source
-from learn.serving import bundle, fixture_bundles
+from learn.serving import bundle, fixture_bundles, tolerances
 
 NAMES = list(fixture_bundles.RECIPES)
 FOLDERS = pytest.mark.parametrize("folder", [*(FIXTURES / name for name in NAMES), DEFAULT], ids=[*NAMES, "default"])
@@ -174,7 +174,7 @@ def test_every_answer_tells_which_fixture_gave_it(name, other):
     # A hundred times the tolerance: no rounding makes one bundle's answer pass for another's.
     for part, key in (("items", "item"), ("users", "user"), ("pairs", "mid_emb"), ("pairs", "cvr")):
         difference = np.abs(golden_vectors(name, part, key) - golden_vectors(other, part, key)).max(axis=1)
-        assert difference.min() > 100 * bundle.ABSOLUTE_TOLERANCE, key
+        assert difference.min() > 100 * tolerances.ABSOLUTE, key
 
 
 def test_every_text_has_tokens_in_the_fixture_tokenizer(tmp_path):

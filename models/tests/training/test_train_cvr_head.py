@@ -9,10 +9,10 @@ from conftest import small_pch
 
 from learn.data import Dataset, Event, Sequence, Split
 from learn.data.item_text import ItemText
+from learn.evaluation.auc import auc
 from learn.models.cvr import CvrConfig
 from learn.training.train_cvr_head import (
     CvrTrainConfig,
-    auc,
     examples,
     fit_head,
     kept,
