@@ -1,0 +1,248 @@
+//! What decoding accepts, what it refuses, and how it names the violations.
+
+use super::*;
+use proptest::prelude::*;
+use prost::Message;
+use std::{collections::BTreeSet, ops::RangeInclusive};
+
+const LIMITS: Limits = Limits {
+    max_candidates: 3,
+    max_history: 2,
+    max_text_bytes: 100,
+    max_message_bytes: 1 << 20,
+    max_in_flight: 1,
+    default_deadline: Duration::from_secs(1),
+};
+
+fn item(id: &str) -> proto::Item {
+    proto::Item { id: id.to_owned(), text: None }
+}
+
+fn valid() -> proto::GetMidEmbRequest {
+    proto::GetMidEmbRequest { user_id: "u".to_owned(), candidates: vec![item("a")], ..Default::default() }
+}
+
+fn violations(message: proto::GetMidEmbRequest) -> Vec<String> {
+    match request(message, Instant::now(), &LIMITS) {
+        Err(Error::InvalidArgument(violations)) => {
+            violations.into_iter().map(|v| format!("{}: {}", v.field, v.description)).collect()
+        }
+        other => panic!("expected violations, got {other:?}"),
+    }
+}
+
+#[test]
+fn the_defaults_are_mid_emb_in_f32_from_the_routed_model() {
+    let decoded = request(valid(), Instant::now(), &LIMITS).unwrap();
+    assert_eq!(decoded.dtype, DType::F32);
+    assert_eq!(decoded.request.model, None);
+    assert_eq!(decoded.request.outputs, Outputs { mid_emb: true, ..Outputs::default() });
+}
+
+#[test]
+fn every_violation_names_its_field_and_its_limit() {
+    let message = proto::GetMidEmbRequest {
+        user_id: String::new(),
+        history: vec![item("h"); 3],
+        candidates: vec![item("a"), item(""), item("c"), item("d")],
+        outputs: vec![1, 99, 0],
+        dtype: 99,
+        ..Default::default()
+    };
+    assert_eq!(
+        violations(message),
+        [
+            "user_id: is empty",
+            "candidates: has 4 items, at most 3 are allowed",
+            "history: has 3 items, at most 2 are allowed",
+            "candidates[1].id: is empty",
+            "outputs[1]: 99 is not an output, use 1 to 4",
+            "outputs[2]: 0 is not an output, use 1 to 4",
+            "dtype: 99 is not an element type, use 0 to 3",
+        ]
+    );
+    let empty = proto::GetMidEmbRequest { candidates: Vec::new(), ..valid() };
+    assert_eq!(violations(empty), ["candidates: is empty, at least one is required"]);
+}
+
+#[test]
+fn an_answer_lists_a_bounded_number_of_violations() {
+    let history = vec![item(""); 1000];
+    assert_eq!(violations(proto::GetMidEmbRequest { history, ..valid() }).len(), MAX_VIOLATIONS);
+}
+
+#[test]
+fn timeouts_are_parsed_as_grpc_defines_them() {
+    assert_eq!(timeout("250m"), Some(Duration::from_millis(250)));
+    assert_eq!(timeout("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+    for invalid in ["", "m", "-1S", "1.5S", "123456789S", "5", "5x", "5é"] {
+        assert_eq!(timeout(invalid), None, "{invalid}");
+    }
+    let mut metadata = HeaderMap::new();
+    let now = Instant::now();
+    assert_eq!(deadline(&metadata, now, Duration::from_secs(1)), now + Duration::from_secs(1));
+    metadata.insert("grpc-timeout", "99999999H".parse().unwrap());
+    assert_eq!(deadline(&metadata, now, Duration::from_secs(1)), now + MAX_BUDGET);
+}
+
+fn text(max_len: usize) -> impl Strategy<Value = String> {
+    prop::collection::vec(any::<char>(), 0..=max_len).prop_map(String::from_iter)
+}
+
+fn item_text() -> impl Strategy<Value = proto::ItemText> {
+    let list = || prop::collection::vec(text(4), 0..4);
+    (text(8), text(8), text(8), text(8), list(), list()).prop_map(
+        |(title, category, brand, price, keywords, attributes)| proto::ItemText {
+            title,
+            category,
+            brand,
+            price,
+            keywords,
+            attributes,
+        },
+    )
+}
+
+/// An identifier that is seldom empty.
+fn id() -> impl Strategy<Value = String> {
+    prop_oneof![1 => Just(String::new()), 15 => text(6).prop_map(|rest| format!("i{rest}"))]
+}
+
+fn an_item() -> impl Strategy<Value = proto::Item> {
+    (id(), prop::option::of(item_text())).prop_map(|(id, text)| proto::Item { id, text })
+}
+
+/// A list of items: mostly of an allowed length, sometimes of a length just outside, seldom far too long.
+fn item_list(allowed: RangeInclusive<usize>) -> impl Strategy<Value = Vec<proto::Item>> {
+    let max = *allowed.end();
+    let length = prop_oneof![12 => allowed, 1 => Just(0), 1 => Just(max + 1), 1 => max + 2..max + 30];
+    length.prop_flat_map(|n| prop::collection::vec(an_item(), n))
+}
+
+/// The number of an enum: mostly one of `known`, sometimes one beside them, seldom any other.
+fn number(known: RangeInclusive<i32>) -> impl Strategy<Value = i32> {
+    let (below, above) = (known.start() - 1, known.end() + 1);
+    prop_oneof![20 => known, 1 => Just(below), 1 => Just(above), 1 => any::<i32>()]
+}
+
+fn message() -> impl Strategy<Value = proto::GetMidEmbRequest> {
+    let model = prop_oneof![Just(String::new()), text(6)];
+    let outputs = prop::collection::vec(number(1..=4), 0..5);
+    (id(), item_list(0..=LIMITS.max_history), item_list(1..=LIMITS.max_candidates), model, outputs, number(0..=3))
+        .prop_map(|(user_id, history, candidates, model, outputs, dtype)| proto::GetMidEmbRequest {
+            user_id,
+            history,
+            candidates,
+            model,
+            outputs,
+            dtype,
+        })
+}
+
+/// The fields that violate the contract of `midemb.proto`, written down apart from the code under test.
+fn violated_fields(message: &proto::GetMidEmbRequest) -> BTreeSet<String> {
+    let mut fields = BTreeSet::new();
+    if message.user_id.is_empty() {
+        fields.insert("user_id".to_owned());
+    }
+    if !(1..=LIMITS.max_candidates).contains(&message.candidates.len()) {
+        fields.insert("candidates".to_owned());
+    }
+    if message.history.len() > LIMITS.max_history {
+        fields.insert("history".to_owned());
+    }
+    for (name, items) in [("candidates", &message.candidates), ("history", &message.history)] {
+        for (i, item) in items.iter().enumerate() {
+            if item.id.is_empty() {
+                fields.insert(format!("{name}[{i}].id"));
+            }
+        }
+    }
+    for (i, output) in message.outputs.iter().enumerate() {
+        if !(1..=4).contains(output) {
+            fields.insert(format!("outputs[{i}]"));
+        }
+    }
+    if !(0..=3).contains(&message.dtype) {
+        fields.insert("dtype".to_owned());
+    }
+    fields
+}
+
+fn assert_same_items(found: &[Item], sent: &[proto::Item]) {
+    assert_eq!(found.len(), sent.len());
+    for (found, sent) in found.iter().zip(sent) {
+        assert_eq!(found.id, sent.id);
+        assert_eq!(found.text.is_some(), sent.text.is_some());
+        if let (Some(found), Some(sent)) = (&found.text, &sent.text) {
+            let fields = [&found.title, &found.category, &found.brand, &found.price];
+            assert_eq!(fields, [&sent.title, &sent.category, &sent.brand, &sent.price]);
+            assert_eq!((&found.keywords, &found.attributes), (&sent.keywords, &sent.attributes));
+        }
+    }
+}
+
+fn assert_same_request(decoded: &Decoded, sent: &proto::GetMidEmbRequest) {
+    let request = &decoded.request;
+    assert_eq!(request.user_id, sent.user_id);
+    assert_eq!(request.model.as_deref().unwrap_or_default(), sent.model);
+    assert_same_items(&request.history, &sent.history);
+    assert_same_items(&request.candidates, &sent.candidates);
+    let has = |number: i32| sent.outputs.contains(&number);
+    let outputs =
+        Outputs { mid_emb: has(1) || sent.outputs.is_empty(), cvr: has(2), user_emb: has(3), item_emb: has(4) };
+    assert_eq!(request.outputs, outputs);
+    let dtypes = [DType::F32, DType::F32, DType::F16, DType::Bf16];
+    assert_eq!(decoded.dtype, dtypes[sent.dtype as usize]);
+}
+
+proptest! {
+    #[test]
+    fn a_message_is_accepted_if_it_keeps_the_contract_and_every_violated_field_is_named_if_not(sent in message()) {
+        let received = proto::GetMidEmbRequest::decode(sent.encode_to_vec().as_slice()).unwrap();
+        let expected = violated_fields(&sent);
+        match request(received, Instant::now(), &LIMITS) {
+            Ok(decoded) => {
+                prop_assert!(expected.is_empty(), "accepted in spite of {expected:?}");
+                assert_same_request(&decoded, &sent);
+            }
+            Err(Error::InvalidArgument(violations)) => {
+                prop_assert!(violations.iter().all(|violation| !violation.description.is_empty()));
+                let n_violations = violations.len();
+                let found: BTreeSet<String> = violations.into_iter().map(|violation| violation.field).collect();
+                prop_assert_eq!(found.len(), n_violations, "a field is named twice");
+                prop_assert_eq!(n_violations, expected.len().min(MAX_VIOLATIONS));
+                prop_assert!(found.is_subset(&expected), "{:?} are named, {:?} are violated", found, expected);
+            }
+            Err(other) => prop_assert!(false, "{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_message_that_is_cut_off_never_panics(sent in message(), part in 0.0..1.0) {
+        let bytes = sent.encode_to_vec();
+        let n_bytes = (bytes.len() as f64 * part) as usize;
+        if let Ok(received) = proto::GetMidEmbRequest::decode(&bytes[..n_bytes]) {
+            let _ = request(received, Instant::now(), &LIMITS);
+        }
+    }
+
+    #[test]
+    fn items_to_warm_arrive_as_they_were_sent(sent in prop::collection::vec(an_item(), 0..20)) {
+        let bytes = proto::WarmItemsRequest { items: sent.clone() }.encode_to_vec();
+        let received = proto::WarmItemsRequest::decode(bytes.as_slice()).unwrap();
+        assert_same_items(&items(received.items), &sent);
+    }
+
+    #[test]
+    fn decoding_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        if let Ok(message) = proto::GetMidEmbRequest::decode(bytes.as_slice()) {
+            let _ = request(message, Instant::now(), &LIMITS);
+        }
+    }
+
+    #[test]
+    fn parsing_a_timeout_never_panics(value in "\\PC{0,12}") {
+        let _ = timeout(&value);
+    }
+}
