@@ -1,4 +1,4 @@
-"""Messages and stubs of `proto/` for Python programs that talk to a server, or are one."""
+"""Generates messages and stubs from `proto/` for Python clients and servers."""
 
 import importlib
 import sys
@@ -9,7 +9,7 @@ from grpc_tools import protoc
 
 
 def generate_stubs(proto: Path):
-    """The modules of messages and of stubs, generated into a temporary folder."""
+    """Generate into a temporary folder; returns the module of messages and the module of stubs."""
     folder = tempfile.mkdtemp(prefix="midemb-stubs-")
     arguments = ["protoc", f"-I{proto}", f"--python_out={folder}", f"--grpc_python_out={folder}"]
     if protoc.main([*arguments, "midemb/v1/midemb.proto"]) != 0:

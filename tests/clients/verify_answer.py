@@ -1,9 +1,9 @@
-"""A stock Python client of a midemb server that recomputes whole answers from the bundle's own files.
+"""A plain Python client of a midemb server that recomputes whole answers from the bundle's files.
 
     python tests/clients/verify_answer.py --server 127.0.0.1:50051 --bundle models/default --proto proto
 
-Stubs are generated from `proto/`. Everything is computed again with Jinja2, tokenizers, onnxruntime and numpy, sharing
-no code with the server or with the exporter, and compared row by row.
+Stubs are generated from `proto/`. Every row is computed again with Jinja2, tokenizers, onnxruntime and numpy, without
+code of the server or the exporter, and compared with the answer.
 """
 
 import argparse
@@ -25,7 +25,7 @@ LISTS = ("keywords", "attributes")
 
 
 class Bundle:
-    """The bundle's graphs, run one item at a time: no batching of ours can hide the server's."""
+    """The bundle's graphs, run for one item at a time, so that a fault in the server's batching shows."""
 
     def __init__(self, folder: Path):
         self.manifest = tomllib.loads((folder / "manifest.toml").read_text())
@@ -80,7 +80,7 @@ def assert_near(what: str, found: np.ndarray, expected: np.ndarray) -> None:
 
 
 def texts(n: int, seed: int) -> list[dict]:
-    """Items of all kinds of text, always the same for a seed."""
+    """`n` items with varied text; a seed always gives the same ones."""
     random = np.random.default_rng(seed)
     words = ["river", "Nacht", "été", "映画", "фильм", "نور", "🎬", 'a "quoted" word', "{{ braces }}", "long " * 80]
     pick = lambda: str(random.choice(words))  # noqa: E731
@@ -102,7 +102,7 @@ def message(pb, text: dict, item_id: str):
 
 
 def verify(pb, stub, bundle: Bundle, n_history: int, n_candidates: int) -> None:
-    """One request, every row of its answer computed again."""
+    """Send one request and recompute every row of its answer."""
     history, candidates = texts(n_history, seed=n_history), texts(n_candidates, seed=100 + n_history)
     request = pb.GetMidEmbRequest(
         user_id=f"python-{n_history}",
@@ -136,7 +136,7 @@ def check_health(channel: grpc.Channel) -> None:
     except grpc.RpcError as error:
         assert error.code() == grpc.StatusCode.NOT_FOUND, error
     else:
-        raise AssertionError("a service that is not there is healthy")
+        raise AssertionError("the health check answered for a service that does not exist")
     print("health ok")
 
 

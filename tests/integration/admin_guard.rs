@@ -1,4 +1,4 @@
-//! The admin listener lets in who has a token or a certificate, nobody else, and says who changed what.
+//! The admin listener accepts only callers with a token or a certificate, and logs who changed what.
 
 use crate::harness::{Server, config, fixture, midemb, retrained};
 use midemb::domain::digest::sha256_hex;
@@ -19,14 +19,14 @@ fn admin(address: &str, arguments: &[&str]) -> Output {
 }
 
 #[track_caller]
-fn let_in(output: &Output) -> String {
+fn accepted(output: &Output) -> String {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-/// The one line that says why not.
+/// The one line that gives the reason.
 #[track_caller]
-fn kept_out(output: &Output) -> String {
+fn refused(output: &Output) -> String {
     let [out, line] = [&output.stdout, &output.stderr].map(|text| String::from_utf8(text.clone()).unwrap());
     assert_eq!((output.status.code(), out.as_str()), (Some(1), ""), "{line}");
     assert!(line.starts_with("midemb: error: ") && line.lines().count() == 1, "{line}");
@@ -52,7 +52,7 @@ impl Files {
 }
 
 #[test]
-fn a_token_lets_in_under_its_name_until_it_is_taken_out_of_the_file() {
+fn a_token_is_accepted_under_its_name_until_it_is_removed_from_the_file() {
     let files = Files::new();
     let tokens = files.write("tokens", "ann from sre ann-s-t0ken\nbob bob-s-t0ken\n");
     let [ann, bob, eve] = ["ann-s-t0ken", "bob bob-s-t0ken", "eve"]
@@ -60,28 +60,28 @@ fn a_token_lets_in_under_its_name_until_it_is_taken_out_of_the_file() {
     let server = Server::start_with(&fixture(), &format!("admin.token_file = {tokens:?}"));
     let call = |command: &[&str]| admin(&server.admin, command);
 
-    for nobody in [&["status"][..], &["--token-file", &eve, "status"], &["--token-file", &eve, "flush"]] {
-        let line = kept_out(&call(nobody));
+    for command in [&["status"][..], &["--token-file", &eve, "status"], &["--token-file", &eve, "flush"]] {
+        let line = refused(&call(command));
         assert!(line.contains("bearer token") && !line.contains("t0ken"), "{line}");
         assert_eq!(server.wait_for_log("admin call refused")["address"], "127.0.0.1");
     }
-    assert!(let_in(&call(&["--token-file", &ann, "status"])).contains("ready"));
-    assert_eq!(let_in(&call(&["--token-file", &ann, "flush", "item"])), "0 entries removed\n");
+    assert!(accepted(&call(&["--token-file", &ann, "status"])).contains("ready"));
+    assert_eq!(accepted(&call(&["--token-file", &ann, "flush", "item"])), "0 entries removed\n");
     assert_eq!(server.wait_for_log("cache flushed")["who"], "ann from sre from 127.0.0.1");
-    let_in(&call(&["flush", "--token-file", &bob]));
+    accepted(&call(&["flush", "--token-file", &bob]));
     assert_eq!(server.wait_for_log("cache flushed")["who"], "bob from 127.0.0.1");
 
     files.write("tokens", "bob bob-s-t0ken\neve eve\n");
-    assert!(kept_out(&call(&["--token-file", &ann, "status"])).contains("bearer token"));
-    let_in(&call(&["--token-file", &bob, "status"]));
-    let_in(&call(&["--token-file", &eve, "status"]));
+    assert!(refused(&call(&["--token-file", &ann, "status"])).contains("bearer token"));
+    accepted(&call(&["--token-file", &bob, "status"]));
+    accepted(&call(&["--token-file", &eve, "status"]));
     fs::remove_file(&tokens).unwrap();
-    assert!(kept_out(&call(&["--token-file", &bob, "status"])).contains("admin.token_file cannot be read"));
+    assert!(refused(&call(&["--token-file", &bob, "status"])).contains("admin.token_file cannot be read"));
 }
 
 type Authority = CertifiedIssuer<'static, KeyPair>;
 
-/// Who signs certificates. All have one name, so that only their keys tell them apart.
+/// A certificate authority. All have the same name, so that only their keys distinguish them.
 fn authority() -> Authority {
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, "midemb tests");
@@ -90,7 +90,7 @@ fn authority() -> Authority {
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
 
-/// A signed certificate and its key, as `name.pem` and `name.key`; gives the certificate's DER.
+/// Writes a signed certificate and its key to `name.pem` and `name.key`; returns the certificate's DER.
 fn sign(files: &Files, name: &str, by: &Authority, purpose: ExtendedKeyUsagePurpose) -> Vec<u8> {
     let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
     params.distinguished_name.push(DnType::CommonName, name);
@@ -102,7 +102,7 @@ fn sign(files: &Files, name: &str, by: &Authority, purpose: ExtendedKeyUsagePurp
     certificate.der().to_vec()
 }
 
-/// The files of a server and of its clients, the DER of the good client's certificate, and the server's config.
+/// The files of a server and its clients, the DER of the accepted client's certificate, and the server's config.
 fn certificates() -> (Files, Vec<u8>, String) {
     let (files, ours, theirs) = (Files::new(), authority(), authority());
     files.write("ca.pem", &ours.pem());
@@ -120,7 +120,7 @@ fn certificates() -> (Files, Vec<u8>, String) {
 }
 
 #[test]
-fn a_certificate_of_the_right_authority_lets_in_and_nothing_else_does() {
+fn only_certificates_of_the_configured_authority_are_accepted() {
     let (files, der, guard) = certificates();
     let server = Server::start_with(&fixture(), &guard);
     let path = |name: &str| files.path(name);
@@ -131,37 +131,37 @@ fn a_certificate_of_the_right_authority_lets_in_and_nothing_else_does() {
         let identity = ["--ca", &ca, "--cert", &cert, "--key", &key];
         admin(&url, &[&identity[..], command].concat())
     };
-    assert!(let_in(&as_client(&["status"])).contains("ready"));
+    assert!(accepted(&as_client(&["status"])).contains("ready"));
 
-    kept_out(&admin(&url, &["--ca", &ca, "status"]));
-    kept_out(&admin(&url, &["--ca", &ca, "--cert", &foreign_cert, "--key", &foreign_key, "status"]));
-    kept_out(&admin(&server.admin, &["status"]));
-    // A server that somebody else vouches for is not the one that was meant.
-    let line = kept_out(&admin(&url, &["--ca", &theirs, "--cert", &cert, "--key", &key, "status"]));
+    refused(&admin(&url, &["--ca", &ca, "status"]));
+    refused(&admin(&url, &["--ca", &ca, "--cert", &foreign_cert, "--key", &foreign_key, "status"]));
+    refused(&admin(&server.admin, &["status"]));
+    // The client refuses a server whose certificate was signed by another authority.
+    let line = refused(&admin(&url, &["--ca", &theirs, "--cert", &cert, "--key", &key, "status"]));
     assert!(line.contains("invalid peer certificate"), "{line}");
 
     let config = crate::lifecycle::with_bundle(&server, &retrained());
-    let pushed = let_in(&as_client(&["push", "--json", &files.write("next.toml", &config)]));
+    let pushed = accepted(&as_client(&["push", "--json", &files.write("next.toml", &config)]));
     assert_eq!(serde_json::from_str::<Value>(&pushed).unwrap()["result"], "applied");
     let who = format!("certificate {} from 127.0.0.1", &sha256_hex(&der)[..16]);
     assert_eq!(server.wait_for_log("push ended")["who"], who.as_str());
 }
 
 #[test]
-fn where_both_are_asked_for_a_certificate_alone_is_not_enough() {
+fn if_both_are_configured_a_certificate_alone_is_not_enough() {
     let (files, _, guard) = certificates();
     let tokens = files.write("tokens", "ann ann-s-t0ken\n");
     let server = Server::start_with(&fixture(), &format!("{guard}\nadmin.token_file = {tokens:?}"));
     let [ca, cert, key] = ["ca.pem", "client.pem", "client.key"].map(|name| files.path(name));
     let identity = ["--ca", &ca, "--cert", &cert, "--key", &key];
     let call = |command: &[&str]| admin(&server.admin, &[&identity[..], command].concat());
-    assert!(kept_out(&call(&["flush"])).contains("bearer token"));
-    kept_out(&admin(&server.admin, &["--ca", &ca, "--token-file", &tokens, "flush"]));
-    let_in(&call(&["--token-file", &tokens, "flush"]));
+    assert!(refused(&call(&["flush"])).contains("bearer token"));
+    refused(&admin(&server.admin, &["--ca", &ca, "--token-file", &tokens, "flush"]));
+    accepted(&call(&["--token-file", &tokens, "flush"]));
     assert_eq!(server.wait_for_log("cache flushed")["who"], "ann from 127.0.0.1");
 }
 
-/// A config whose admin listener can be reached from elsewhere. It has no bundle, so that no server ever comes up with it.
+/// A config whose admin listener can be reached from other machines. Its bundle does not exist, so no server starts with it.
 fn exposed(more: &str) -> (TempDir, PathBuf) {
     let (folder, path) = config(Path::new("/nowhere/bundle"), more);
     let text = fs::read_to_string(&path).unwrap();
@@ -172,10 +172,10 @@ fn exposed(more: &str) -> (TempDir, PathBuf) {
 }
 
 #[test]
-fn an_admin_listener_for_everybody_needs_a_guard() {
+fn an_admin_listener_open_to_other_machines_needs_a_guard() {
     let (files, _, guard) = certificates();
     let run = |command: &[&str], path: &Path| midemb().args(command).arg("--config").arg(path).output().unwrap();
-    // A certificate of the server's own keeps nobody out.
+    // The server's own certificate does not restrict who may call.
     let tls_only = guard.lines().filter(|line| !line.contains("client_ca")).collect::<Vec<_>>().join("\n");
     for (more, command) in [("", &["serve"][..]), (&tls_only, &["serve"]), ("", &["config", "check"])] {
         let (_folder, path) = exposed(more);
@@ -188,6 +188,6 @@ fn an_admin_listener_for_everybody_needs_a_guard() {
     let token_file = format!("admin.token_file = {:?}", files.write("tokens", "ann ann-s-t0ken\n"));
     for more in [token_file, guard] {
         let (_folder, path) = exposed(&more);
-        let_in(&run(&["config", "check"], &path));
+        accepted(&run(&["config", "check"], &path));
     }
 }

@@ -1,4 +1,4 @@
-//! Whatever comes in: a typed error or a row status, and the next request is served.
+//! Bad input gets a typed error or a row status, and the next request is served.
 
 use crate::harness::{ALL_OUTPUTS, Server, film, films, page, rows, statuses};
 use midemb_client::proto::{GetMidEmbRequest, GetMidEmbResponse, GetModelInfoRequest, Item, ItemText};
@@ -11,7 +11,7 @@ use tonic::{
 };
 use tonic_types::StatusExt;
 
-/// Sends bytes as they are.
+/// Sends bytes unchanged.
 #[derive(Default)]
 struct RawCodec;
 
@@ -113,7 +113,7 @@ async fn a_model_that_is_not_served_is_not_found() {
 }
 
 #[tokio::test]
-async fn odd_text_is_an_item_like_any_other() {
+async fn unusual_text_is_encoded_like_any_other() {
     let server = Server::start();
     let titles =
         ["🎬🍿 👩‍👩‍👧", "سلام دنیا \u{202e}abc", "nul\0inside", "{{ title }} {% raw %}", "e\u{301}\u{301}", "\u{feff}", " "];
@@ -129,7 +129,7 @@ async fn odd_text_is_an_item_like_any_other() {
 }
 
 #[tokio::test]
-async fn text_that_cannot_be_used_costs_its_own_row() {
+async fn text_that_cannot_be_used_affects_only_its_own_row() {
     let server = Server::start();
     let long = film("long", &"a".repeat(1 << 20));
     let many = ItemText { keywords: vec!["k".to_owned(); 9000], ..ItemText::default() };
@@ -151,7 +151,7 @@ async fn text_that_cannot_be_used_costs_its_own_row() {
 }
 
 #[tokio::test]
-async fn a_megabyte_of_one_letter_is_cut_at_the_token_limit_where_the_limit_allows_it() {
+async fn a_megabyte_of_text_within_the_byte_limit_is_cut_at_the_token_limit() {
     let server = Server::start_with(
         &crate::harness::fixture(),
         "limits.max_text_bytes = 1048576\nlimits.default_deadline_ms = 60000",
@@ -159,17 +159,17 @@ async fn a_megabyte_of_one_letter_is_cut_at_the_token_limit_where_the_limit_allo
     let candidates = vec![film("long", &"a".repeat((1 << 20) - 5)), film("short", "a")];
     let answer = server.client().await.get_mid_emb(page(vec![], candidates)).await.unwrap().into_inner();
     assert_eq!(statuses(&answer), ["OK"; 2]);
-    assert!(server.scrape().sum("midemb_batch_tokens_sum", &[]) <= 2.0 * 48.0, "more than max_tokens an item");
+    assert!(server.scrape().sum("midemb_batch_tokens_sum", &[]) <= 2.0 * 48.0, "an item had more than max_tokens");
 }
 
 #[tokio::test]
-async fn bytes_that_are_no_message_are_the_callers_fault() {
+async fn bytes_that_are_not_a_message_are_an_invalid_argument() {
     let server = Server::start();
-    // Field 1 (user_id), two bytes that are no UTF-8.
+    // Field 1 (user_id) with two bytes that are not UTF-8.
     let invalid_utf8 = send_raw(&server, vec![0x0a, 0x02, 0xc3, 0x28]).await;
     assert_eq!(invalid_utf8.code(), Code::InvalidArgument, "{invalid_utf8:?}");
     assert!(invalid_utf8.message().contains("UTF-8"), "{invalid_utf8:?}");
-    // A length that goes on behind the end.
+    // A length beyond the end of the message.
     let truncated = send_raw(&server, vec![0x0a, 0xff, 0xff, 0xff, 0x0f]).await;
     assert_eq!(truncated.code(), Code::InvalidArgument, "{truncated:?}");
     assert_serves(&server).await;
@@ -246,15 +246,15 @@ async fn half_precision_answers_are_the_same_vectors() {
 }
 
 #[tokio::test]
-async fn only_what_was_asked_for_comes_back() {
+async fn an_answer_has_only_the_outputs_that_were_requested() {
     let server = Server::start();
     let mut client = server.client().await;
     for output in ALL_OUTPUTS {
         let request = GetMidEmbRequest { outputs: vec![output.into()], ..page(films("h", 2), films("c", 3)) };
         let answer = client.get_mid_emb(request).await.unwrap().into_inner();
-        let there =
+        let present =
             [answer.mid_emb.is_some(), answer.cvr.is_some(), answer.user_emb.is_some(), answer.item_emb.is_some()];
-        assert_eq!(there, ALL_OUTPUTS.map(|o| o == output));
+        assert_eq!(present, ALL_OUTPUTS.map(|o| o == output));
         assert_eq!(statuses(&answer), ["OK"; 3]);
     }
     let default = GetMidEmbRequest { outputs: vec![], ..page(vec![], films("c", 3)) };
@@ -263,7 +263,7 @@ async fn only_what_was_asked_for_comes_back() {
 }
 
 #[tokio::test]
-async fn what_is_served_can_be_asked_for() {
+async fn model_info_describes_what_is_served() {
     let server = Server::start();
     let info = server.client().await.get_model_info(GetModelInfoRequest {}).await.unwrap().into_inner();
     let model = &info.models[0];

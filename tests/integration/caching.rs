@@ -1,4 +1,4 @@
-//! What is cached is not computed again, and what is identical is computed once.
+//! Cached results are not computed again, and identical work is done once.
 
 use crate::harness::{BrokenBundle, Server, film, films, history_statuses, ids, page, rows, statuses};
 use midemb_client::proto::{FlushCacheRequest, GetMidEmbRequest, GetStatusRequest, Item, WarmItemsRequest};
@@ -20,8 +20,8 @@ async fn the_second_identical_request_runs_no_encoder_and_look_ups_add_up() {
         let (cache, result) = (format!("cache=\"{cache}\""), format!("result=\"{result}\""));
         scrape.sum("midemb_cache_lookups_total", &[&cache, &result])
     };
-    // Per request: one look-up of the user and 20 of item embeddings; of content 5 for a history whose user is not known,
-    // and 20 for candidates that missed.
+    // Per request: one look-up of the user and 20 of item embeddings. The first request also looks up 25 content embeddings: 5
+    // for the history of the unknown user, and 20 for the candidates that missed.
     assert_eq!(lookups(&cold, "user", "miss"), 1.0);
     assert_eq!(lookups(&warm, "user", "hit"), 1.0);
     assert_eq!(lookups(&cold, "item", "miss"), 20.0);
@@ -48,7 +48,7 @@ async fn duplicates_of_one_request_are_encoded_once_and_answered_twice() {
     assert_eq!(statuses(&answer), ["OK"; 4]);
     let mid_emb = rows(&answer.mid_emb);
     assert_eq!(mid_emb[0], mid_emb[2]);
-    assert_eq!(mid_emb[0], mid_emb[3], "the same text under another id is the same item");
+    assert_eq!(mid_emb[0], mid_emb[3], "the same text under another id gave another vector");
     assert_ne!(mid_emb[0], mid_emb[1]);
     assert_eq!(server.scrape().n_encoded(), 2.0);
 }
@@ -80,11 +80,11 @@ async fn text_sent_once_is_remembered_and_the_newest_wins() {
     assert_eq!(rows(&unknown.mid_emb)[0], [0.0; 12], "a row that is not OK is all zeros");
     assert_eq!(unknown.history_used, 0);
 
-    let told = client.get_mid_emb(page(vec![], vec![film("x-0", "old text")])).await.unwrap().into_inner();
+    let first = client.get_mid_emb(page(vec![], vec![film("x-0", "old text")])).await.unwrap().into_inner();
     let known = client.get_mid_emb(page(vec![], ids(&films("x", 1)))).await.unwrap().into_inner();
-    assert_eq!(told.mid_emb, known.mid_emb);
+    assert_eq!(first.mid_emb, known.mid_emb);
     let changed = client.get_mid_emb(page(vec![], vec![film("x-0", "new text")])).await.unwrap().into_inner();
-    assert_ne!(told.mid_emb, changed.mid_emb);
+    assert_ne!(first.mid_emb, changed.mid_emb);
     let newest = client.get_mid_emb(page(vec![], ids(&films("x", 1)))).await.unwrap().into_inner();
     assert_eq!(newest.mid_emb, changed.mid_emb);
 }
@@ -115,7 +115,7 @@ async fn warmed_items_are_served_by_id_without_one_encoder_run() {
     assert_eq!(scrape.sum("midemb_cache_lookups_total", &["cache=\"item\"", "result=\"miss\""]), 0.0);
 }
 
-/// The pages of one session: the tower runs once for a history, and again as soon as anything about it differs.
+/// Over the pages of one session, the user tower runs once per history, and again when anything about the history changes.
 #[tokio::test]
 async fn the_next_page_of_a_session_skips_the_user_tower_and_answers_the_same() {
     let server = Server::start();
@@ -124,7 +124,7 @@ async fn the_next_page_of_a_session_skips_the_user_tower_and_answers_the_same() 
     let history = films("seen", 5);
     let first = client.get_mid_emb(page(history.clone(), films("a", 3))).await.unwrap().into_inner();
     assert_eq!(n_runs(), 1.0);
-    // Sent by id alone, with an item that is not known, and with another page: the same five vectors.
+    // The history is sent by id, with an unknown item among it and with other candidates: its five vectors are the same.
     let mut again = ids(&history);
     again.insert(2, Item { id: "never seen".to_owned(), text: None });
     let mut candidates = films("b", 3);
@@ -141,7 +141,7 @@ async fn the_next_page_of_a_session_skips_the_user_tower_and_answers_the_same() 
     let third = client.get_mid_emb(page(changed, films("a", 3))).await.unwrap().into_inner();
     assert_eq!(n_runs(), 2.0);
     assert_ne!(first.user_emb, third.user_emb);
-    // What is asked for lies ready: not even the CVR graph runs.
+    // The requested output is cached, so not even the CVR graph runs.
     let user_alone = GetMidEmbRequest { outputs: vec![3], ..page(ids(&history[..4]), films("a", 1)) };
     for _ in 0..2 {
         let answer = client.get_mid_emb(user_alone.clone()).await.unwrap().into_inner();
@@ -152,7 +152,7 @@ async fn the_next_page_of_a_session_skips_the_user_tower_and_answers_the_same() 
     assert_eq!(scrape.sum("midemb_batch_items_count", &["stage=\"cvr\""]), 3.0);
 }
 
-/// Messages of one stream are warmed side by side, but remembered one after the other.
+/// The messages of one stream are encoded concurrently, but their texts are remembered in order.
 #[tokio::test]
 async fn the_newest_text_of_a_warm_up_stream_wins() {
     let server = Server::start();
@@ -170,7 +170,7 @@ async fn the_newest_text_of_a_warm_up_stream_wins() {
 async fn operators_see_the_caches_and_empty_them() {
     let server = Server::start();
     let mut client = server.client().await;
-    // What the golden check gave for its texts.
+    // The golden check cached the content embeddings of its texts.
     let n_golden = server.scrape().sum("midemb_cache_entries", &["cache=\"content\""]) as u64;
     assert!(n_golden > 0);
     client.get_mid_emb(page(vec![], films("c", 30))).await.unwrap();
@@ -187,11 +187,11 @@ async fn operators_see_the_caches_and_empty_them() {
     assert_eq!(flushed.entries_removed, 91 + n_golden);
     let answer = client.get_mid_emb(page(vec![], films("c", 30))).await.unwrap().into_inner();
     assert_eq!(statuses(&answer), ["OK"; 30]);
-    assert_eq!(server.scrape().n_encoded(), 60.0, "a flushed cache was still read");
+    assert_eq!(server.scrape().n_encoded(), 60.0, "a cache was read after it was flushed");
 }
 
 #[tokio::test]
-async fn the_history_is_the_newest_count_and_order_matters() {
+async fn only_the_newest_history_items_count_and_their_order_matters() {
     let server = Server::start();
     let mut client = server.client().await;
     // The fixture reads 8 history items.
@@ -212,9 +212,9 @@ async fn the_history_is_the_newest_count_and_order_matters() {
     assert_ne!(empty.user_emb, long.user_emb);
 }
 
-/// One token that the encoder does not know makes its graph fail.
+/// A token id outside the encoder's vocabulary makes its graph fail.
 #[tokio::test]
-async fn a_text_that_the_encoder_fails_on_costs_its_own_row_and_is_not_cached() {
+async fn a_text_that_the_encoder_fails_on_affects_only_its_own_row_and_is_not_cached() {
     let bundle = BrokenBundle::new();
     let tokenizer = std::fs::read_to_string(bundle.path("tokenizer.json")).unwrap();
     let mut tokenizer: serde_json::Value = serde_json::from_str(&tokenizer).unwrap();
@@ -232,13 +232,13 @@ async fn a_text_that_the_encoder_fails_on_costs_its_own_row_and_is_not_cached() 
         expected[3] = "FAILED";
         assert_eq!(statuses(&answer), expected);
         let rows = server.scrape().sum("midemb_rows_total", &["status=\"failed\""]);
-        assert_eq!(rows, f64::from(n_failed), "it was cached, or others failed with it");
+        assert_eq!(rows, f64::from(n_failed), "the failure was cached, or other rows failed, too");
     }
 }
 
-/// A catalogue that is sent again costs no graph at all.
+/// A catalogue that is sent a second time runs no graph.
 #[tokio::test]
-async fn a_warm_up_of_what_is_cached_runs_neither_encoder_nor_item_tower() {
+async fn a_warm_up_of_cached_items_runs_neither_encoder_nor_item_tower() {
     let server = Server::start();
     let mut client = server.client().await;
     let items = films("catalogue", 40);

@@ -1,4 +1,4 @@
-//! The commands, as a person and as a script call them.
+//! The commands, as people and scripts call them.
 
 use crate::harness::{Server, films, fixture, midemb, page, root, run};
 use serde_json::Value;
@@ -36,9 +36,9 @@ fn query_prints_a_table_for_people_and_json_for_machines() {
 
 #[test]
 fn a_command_that_fails_says_why_in_one_line() {
-    let nobody = run(&["query", "--server", "127.0.0.1:1"]);
-    assert_eq!(nobody.status.code(), Some(1));
-    let line = String::from_utf8(nobody.stderr).unwrap();
+    let unreachable = run(&["query", "--server", "127.0.0.1:1"]);
+    assert_eq!(unreachable.status.code(), Some(1));
+    let line = String::from_utf8(unreachable.stderr).unwrap();
     assert!(line.starts_with("midemb: error: cannot connect to 127.0.0.1:1: ") && line.lines().count() == 1, "{line}");
 
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -105,7 +105,7 @@ fn admin_shows_status_and_flushes() {
     assert_eq!(stdout(&run(&["admin", "--admin", &server.admin, "flush", "item"])), "0 entries removed\n");
 }
 
-/// What a server recorded sizes the caches of another. The bundle reads eight items of a history.
+/// The trace of one server is read by `cache-curve`, which needs no server.
 #[tokio::test]
 async fn a_trace_is_recorded_without_texts_and_gives_a_cache_curve() {
     let folder = tempfile::tempdir().unwrap();
