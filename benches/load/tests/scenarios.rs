@@ -1,7 +1,7 @@
 //! The scenarios against a real server on the fixture bundle, as a script runs them.
 //!
 //! The server is the `midemb` beside this test in the target folder: `make test` builds it first.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on fails")]
 
 use serde_json::Value;
 use std::{

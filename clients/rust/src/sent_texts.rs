@@ -6,7 +6,7 @@
 use crate::proto::{Item, ItemText};
 use lru::LruCache;
 use std::{
-    hash::{BuildHasher, Hash, Hasher, RandomState},
+    hash::{BuildHasher, RandomState},
     num::NonZeroUsize,
     sync::{Mutex, PoisonError},
 };
@@ -61,9 +61,7 @@ impl SentTexts {
     /// Two texts of one item with the same hash would leave the old one in use: with 64 bits that is not a concern.
     fn hash(&self, text: &ItemText) -> u64 {
         let ItemText { title, category, brand, price, keywords, attributes } = text;
-        let mut hasher = self.hasher.build_hasher();
-        (title, category, brand, price, keywords, attributes).hash(&mut hasher);
-        hasher.finish()
+        self.hasher.hash_one((title, category, brand, price, keywords, attributes))
     }
 }
 

@@ -104,7 +104,7 @@ fn bits(vectors: &[Option<Vector>]) -> Vec<Vec<u32>> {
 /// The parts of a snapshot of `caches`, by name.
 fn parts_of(caches: &Caches, max_bytes: usize) -> Vec<(String, Vec<u8>)> {
     let folder = tempfile::tempdir().unwrap();
-    PartsWriter::new(folder.path(), max_bytes).write(&caches, &[SERVED]).unwrap();
+    PartsWriter::new(folder.path(), max_bytes).write(caches, &[SERVED]).unwrap();
     let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_owned();
     folder::parts(folder.path()).unwrap().iter().map(|path| (name(path), fs::read(path).unwrap())).collect()
 }
