@@ -1,6 +1,6 @@
 //! The commands, one file each. Results go to standard output, everything else to standard error.
 //!
-//! Commands that talk to a server use `midemb-client`; [`terminal`] draws tables and progress bars, [`output`] writes results.
+//! Commands that talk to a server use `midemb-client`; `terminal` draws tables and progress bars, `output` writes results.
 #![expect(clippy::print_stderr, reason = "errors are printed there")]
 
 /// Replaces the standard library's macro of that name, which panics where standard output is closed.

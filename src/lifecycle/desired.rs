@@ -124,7 +124,7 @@ fn base_of(pushed: &str) -> Option<&str> {
     header.split_once(BASE)?.1.split(' ').next()
 }
 
-/// The config without the header line that [`write`] adds.
+/// The config without the header line that [`write()`] adds.
 fn body(text: &str) -> &str {
     match text.split_once('\n') {
         Some((header, body)) if header.starts_with(HEADER) => body,
