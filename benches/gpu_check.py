@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "deploy"))
 from demo import MIDEMB, Server, serving  # noqa: E402
+
 BENCH = ROOT / "target" / "release" / "midemb-bench"
 
 TOLERANCE = 1e-4

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from learn.evaluation.auc import user_aucs, weighted_auc
-
 from research.bootstrap import BootstrapConfig, Draws, Estimate, draw_users_and_seeds, percentile_interval, two_sided_p
 
 METRICS = ("auc", "uauc", "wuauc")
