@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Every scenario of `midemb-bench` beside the floors and two peers, in one run: README's performance section.
+"""Every scenario of `midemb-bench` beside the floors and two peers, in one run: docs/performance.md.
 
     make bench                       (or: .venv/bin/python benches/run.py)  five rounds, some ten minutes
     .venv/bin/python benches/run.py --rounds 1 --write benches/results/2026-11-24-cpu.md
@@ -90,16 +90,16 @@ def one_round(ours: Server, peer: Server, triton_peer: tuple[str, str], figures:
     hot_at_2, python_at_2 = bench(ours, "w1-hot")[0], bench(peer, "w1-hot")[0]
     triton_at_2 = triton_bench(triton_peer)
     pages = bench(ours, "w1-hot", "--pages", "8", *BUSY)[0]
-    note("W1 midemb, CPU ms a request", hot["server_cpu_ms"])
-    note("W1 Python server, CPU ms a request", python["server_cpu_ms"])
-    note("W1 Triton, CPU ms a request", triton["server_cpu_ms"])
-    note("W1 midemb, 2 requests at once, CPU ms a request", hot_at_2["server_cpu_ms"])
-    note("W1 Python server, 2 requests at once, CPU ms a request", python_at_2["server_cpu_ms"])
-    note("W1 Triton, 2 requests at once, CPU ms a request", triton_at_2["server_cpu_ms"])
-    note("W1 midemb, sessions of 8 pages, CPU ms a request", pages["server_cpu_ms"])
-    note("W1 midemb, requests a second", hot["good_per_second"])
-    note("W1 Python server, requests a second", python["good_per_second"])
-    note("W1 Triton, requests a second", triton["good_per_second"])
+    note("W1 midemb, CPU ms per request", hot["server_cpu_ms"])
+    note("W1 Python server, CPU ms per request", python["server_cpu_ms"])
+    note("W1 Triton, CPU ms per request", triton["server_cpu_ms"])
+    note("W1 midemb, 2 requests at once, CPU ms per request", hot_at_2["server_cpu_ms"])
+    note("W1 Python server, 2 requests at once, CPU ms per request", python_at_2["server_cpu_ms"])
+    note("W1 Triton, 2 requests at once, CPU ms per request", triton_at_2["server_cpu_ms"])
+    note("W1 midemb, sessions of 8 pages, CPU ms per request", pages["server_cpu_ms"])
+    note("W1 midemb, requests per second", hot["good_per_second"])
+    note("W1 Python server, requests per second", python["good_per_second"])
+    note("W1 Triton, requests per second", triton["good_per_second"])
     note("W1 the two graphs in a bare loop, CPU ms", graphs["graphs_ms"])
     note("W1 their matrix products alone, CPU ms", graphs["products_ms"])
     note("W1 midemb / graphs (goal 1.10)", hot["server_cpu_ms"] / graphs["graphs_ms"])
@@ -108,19 +108,19 @@ def one_round(ours: Server, peer: Server, triton_peer: tuple[str, str], figures:
     note("W1 midemb / Triton (goal 0.75)", hot["server_cpu_ms"] / triton["server_cpu_ms"])
 
     cold, loop = bench(ours, "w2-cold")[0], floor("encoder.py")
-    note("W2 midemb, cold items a second", cold["good_per_second"])
-    note("W2 midemb, CPU ms an item", cold["server_cpu_ms"])
-    note("W2 bare encoder loop, items a second", loop["items_per_second"])
+    note("W2 midemb, cold items per second", cold["good_per_second"])
+    note("W2 midemb, CPU ms per item", cold["server_cpu_ms"])
+    note("W2 bare encoder loop, items per second", loop["items_per_second"])
     note("W2 midemb / bare loop (goal 1.15)", cold["good_per_second"] / loop["items_per_second"])
 
     alone, beside = bench(ours, "w4-hot-while-cold", "--rate", str(W4_RATE), "--requests", "1000")
-    note(f"W4 p99 of hot requests alone, {W4_RATE} a second, ms", alone["p99_ms"])
+    note(f"W4 p99 of hot requests alone, {W4_RATE} per second, ms", alone["p99_ms"])
     note("W4 p99 of hot requests beside cold items, ms", beside["p99_ms"])
     note("W4 beside / alone (goal 2)", beside["p99_ms"] / alone["p99_ms"])
 
     capacity, overload, after = bench(ours, "w5-overload", "--requests", "1500")
-    note("W5 capacity, requests a second", capacity["good_per_second"])
-    note("W5 goodput at three times that, requests a second", overload["good_per_second"])
+    note("W5 capacity, requests per second", capacity["good_per_second"])
+    note("W5 goodput at three times that, requests per second", overload["good_per_second"])
     note("W5 late there, percent of what was sent", 100 * overload["late"] / overload["sent"])
     note("W5 goodput / capacity (goal 0.90)", overload["good_per_second"] / capacity["good_per_second"])
     note("W5 memory after / before", after["server_rss_bytes"] / capacity["server_rss_bytes"])
@@ -175,7 +175,7 @@ def report(
     lines += table(["what", "median", "lowest", "highest"], rows)
     for axis, points in curves.items():
         other = "history 80" if axis == "candidates" else "500 candidates"
-        lines += ["", f"Server CPU ms a request by {axis} ({other}, {CURVE_ITEMS} items, one run each):", ""]
+        lines += ["", f"Server CPU ms per request by {axis} ({other}, {CURVE_ITEMS} items, one run each):", ""]
         header = [axis, *(str(value) for value, _ in points)]
         lines += table(header, [["CPU ms", *(f"{ms:.2f}" for _, ms in points)]])
     sent = "W3: 3000 items by Zipf's law (s = 1), 20 history items, 50 candidates, with text, two requests at once"
