@@ -21,7 +21,7 @@ use tonic::{
     transport::Channel,
 };
 
-/// What a server streams of a cache comes in chunks far smaller than that.
+/// The chunks of an exported cache are far smaller than this.
 const MAX_CHUNK_BYTES: usize = 64 << 20;
 
 /// How to reach a server's admin listener.
@@ -102,12 +102,12 @@ impl AdminClient {
         inner("GetStatus", self.0.clone().get_status(GetStatusRequest {}).await)
     }
 
-    /// Puts a config in force, or only checks it. The push goes on where this call is dropped.
+    /// Puts a config in force, or only checks it. The push continues if this call is dropped.
     pub async fn push_config(&self, request: PushConfigRequest) -> Result<PushConfigResponse, Error> {
         inner("PushConfig", self.0.clone().push_config(request).await)
     }
 
-    /// Puts the config before the last push in force again.
+    /// Puts the previous config back in force.
     pub async fn rollback(&self, request: RollbackRequest) -> Result<RollbackResponse, Error> {
         inner("Rollback", self.0.clone().rollback(request).await)
     }

@@ -54,8 +54,8 @@ impl Builder {
         self
     }
 
-    /// For so many items per replica it is remembered that their text was sent; an id with its bookkeeping takes about 100
-    /// bytes. 0 sends every text every time.
+    /// The number of items per replica whose texts are remembered as sent; an id with its bookkeeping takes about 100 bytes.
+    /// With 0, every text is sent every time.
     #[must_use]
     pub fn remembered_items(mut self, max_items: usize) -> Self {
         self.max_remembered_items = max_items;
@@ -86,14 +86,14 @@ impl Builder {
         }
     }
 
-    /// Connects with the first calls. Needs a tokio runtime nonetheless.
+    /// Returns at once and connects with the first calls. Must be called within a tokio runtime.
     pub fn connect_lazily(self) -> Result<Client, Error> {
         let replica = |address: Address| Replica::new(&address, address.connect_lazily(), self.max_remembered_items);
         let replicas = self.addresses()?.into_iter().map(replica).collect();
         Ok(Client { replicas: Arc::new(Replicas::new(replicas)), retry: self.retry })
     }
 
-    /// At least one.
+    /// The parsed addresses, of which there must be at least one.
     fn addresses(&self) -> Result<Vec<Address>, Error> {
         if self.addresses.is_empty() {
             return Err(Error::NoAddress);
@@ -138,10 +138,10 @@ impl Client {
         deadline: Duration,
     ) -> Result<GetMidEmbResponse, Error> {
         let deadline = Deadline::after(deadline);
-        let first = self.page(request, deadline).await?;
+        let first = self.page(request, Texts::IfNew, deadline).await?;
         let resend = Resend::of(request, &first.sent, &first.answer);
         let Some(again) = resend.request(request) else { return Ok(first.answer) };
-        match self.page(&again, deadline).await {
+        match self.page(&again, Texts::Always, deadline).await {
             Ok(second) => Ok(resend.merge(first.answer, second.answer)),
             // What the first answer holds is worth more than the error.
             Err(_) => Ok(first.answer),
@@ -149,21 +149,26 @@ impl Client {
     }
 
     /// One page with as many attempts as the policy allows.
-    async fn page(&self, request: &GetMidEmbRequest, deadline: Deadline) -> Result<Page, Error> {
+    async fn page(&self, request: &GetMidEmbRequest, texts: Texts, deadline: Deadline) -> Result<Page, Error> {
         let mut attempts = Attempts::new(GET_MID_EMB, self.retry, deadline);
         loop {
             let replica = self.replicas.pick();
-            let sent = GetMidEmbRequest {
-                user_id: request.user_id.clone(),
-                history: replica.sent_texts.strip(&request.history),
-                candidates: replica.sent_texts.strip(&request.candidates),
-                model: request.model.clone(),
-                outputs: request.outputs.clone(),
-                dtype: request.dtype,
+            let sent = match texts {
+                Texts::Always => request.clone(),
+                Texts::IfNew => GetMidEmbRequest {
+                    user_id: request.user_id.clone(),
+                    history: replica.sent_texts.strip(&request.history),
+                    candidates: replica.sent_texts.strip(&request.candidates),
+                    model: request.model.clone(),
+                    outputs: request.outputs.clone(),
+                    dtype: request.dtype,
+                },
             };
-            let _under_way = replica.call_under_way();
+            let under_way = replica.call_under_way();
             let call = async { replica.service().get_mid_emb(deadline.request(sent.clone())).await };
-            match note_reachability(replica, deadline.answer(call).await) {
+            let answer = deadline.answer(call).await;
+            drop(under_way);
+            match note_reachability(replica, deadline, answer) {
                 Ok(answer) => {
                     resend::note(&replica.sent_texts, &sent, &answer);
                     return Ok(Page { sent, answer });
@@ -179,9 +184,11 @@ impl Client {
         let mut attempts = Attempts::new(GET_MODEL_INFO, self.retry, deadline);
         loop {
             let replica = self.replicas.pick();
-            let _under_way = replica.call_under_way();
+            let under_way = replica.call_under_way();
             let call = async { replica.service().get_model_info(deadline.request(GetModelInfoRequest {})).await };
-            match note_reachability(replica, deadline.answer(call).await) {
+            let answer = deadline.answer(call).await;
+            drop(under_way);
+            match note_reachability(replica, deadline, answer) {
                 Ok(answer) => return Ok(answer),
                 Err(status) => attempts.wait_after(status).await?,
             }
@@ -191,10 +198,15 @@ impl Client {
     /// Sends items with their texts to every replica, ahead of traffic, one replica after the other. A replica takes items as
     /// fast as it encodes them, so there is no deadline.
     pub async fn warm_items(&self, items: &[Item]) -> Vec<Warmed> {
+        let items: Arc<[Item]> = items.into();
         let mut warmed = Vec::with_capacity(self.replicas.all().len());
         for replica in self.replicas.all() {
-            let chunks: Vec<WarmItemsRequest> =
-                items.chunks(WARM_UP_CHUNK).map(|chunk| WarmItemsRequest { items: chunk.to_vec() }).collect();
+            let shared = Arc::clone(&items);
+            let starts = (0..items.len()).step_by(WARM_UP_CHUNK);
+            let chunks = starts.map(move |start| {
+                let end = shared.len().min(start + WARM_UP_CHUNK);
+                WarmItemsRequest { items: shared[start..end].to_vec() }
+            });
             let answer = replica.service().warm_items(tokio_stream::iter(chunks)).await;
             let result = answer.map(tonic::Response::into_inner).map_err(Error::failed(WARM_ITEMS));
             // The counts do not say which items were refused.
@@ -218,9 +230,19 @@ struct Page {
     answer: GetMidEmbResponse,
 }
 
-/// Notes whether a replica takes calls.
-fn note_reachability<T>(replica: &Replica, answer: Result<T, Status>) -> Result<T, Status> {
+/// Which texts travel with a request.
+#[derive(Debug, Clone, Copy)]
+enum Texts {
+    /// Those that the replica has not been sent yet.
+    IfNew,
+    /// All of them, whichever replica the call goes to: a replica has forgotten some, and others may have, too.
+    Always,
+}
+
+/// Notes whether a replica takes calls. A deadline that passed says nothing about that: the replica may be slow or gone.
+fn note_reachability<T>(replica: &Replica, deadline: Deadline, answer: Result<T, Status>) -> Result<T, Status> {
     match &answer {
+        Err(status) if deadline.explains(status) => {}
         Err(status) if Failure::of(status) == Failure::NotTaken => replica.did_not_take_a_call(),
         _ => replica.has_answered(),
     }

@@ -12,8 +12,12 @@ pub(crate) struct Deadline {
     given: Duration,
 }
 
+/// Longer deadlines are shortened to this: a `grpc-timeout` has eight digits, and a clock may overflow.
+const MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+
 impl Deadline {
     pub(crate) fn after(given: Duration) -> Self {
+        let given = given.min(MAX);
         Deadline { at: Instant::now() + given, given }
     }
 
@@ -49,5 +53,18 @@ impl Deadline {
             Code::Cancelled => self.has_passed(),
             _ => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_longest_duration_is_a_deadline_too() {
+        let deadline = Deadline::after(Duration::MAX);
+        let request = deadline.request(());
+        assert!(request.metadata().contains_key("grpc-timeout"));
+        assert!(deadline.remaining() > MAX - Duration::from_secs(60));
     }
 }

@@ -62,7 +62,7 @@ pub enum Error {
     DeadlineExceeded {
         /// The rpc.
         method: &'static str,
-        /// Of the whole call, all attempts together.
+        /// The deadline of the whole call, with all its attempts.
         deadline: Duration,
     },
     /// The last attempt ended with this status.

@@ -31,8 +31,7 @@ impl Resend {
         if candidates.is_empty() { Resend::Nothing } else { Resend::Candidates(candidates) }
     }
 
-    /// The second request. A replica is sent the texts that it said it does not know, as it was made to forget that it has
-    /// them.
+    /// The second request, which has to be sent with all its texts.
     pub(crate) fn request(&self, asked: &GetMidEmbRequest) -> Option<GetMidEmbRequest> {
         match self {
             Resend::Nothing => None,
@@ -81,9 +80,11 @@ pub(crate) fn note(sent_texts: &SentTexts, sent: &GetMidEmbRequest, answer: &Get
     sent_texts.forget(unknown.into_iter());
 }
 
-/// `first` with the rows of `second` at `places`; none where the answers are of two models or do not have these rows.
+/// `first` with the rows of `second` at `places`; `None` if the answers come from two models or from two user embeddings, or
+/// do not have these rows. A history item that was late in one of the answers makes them two user embeddings.
 fn merge_rows(first: &GetMidEmbResponse, second: &GetMidEmbResponse, places: &[usize]) -> Option<GetMidEmbResponse> {
-    if first.model != second.model || second.statuses.len() != places.len() {
+    let is_same_user = (first.history_used, &first.history_statuses) == (second.history_used, &second.history_statuses);
+    if first.model != second.model || !is_same_user || second.statuses.len() != places.len() {
         return None;
     }
     let mut merged = first.clone();
@@ -96,7 +97,7 @@ fn merge_rows(first: &GetMidEmbResponse, second: &GetMidEmbResponse, places: &[u
     Some(merged)
 }
 
-/// The outer option is none where the two do not fit, the inner one where the tensor was not asked for.
+/// The outer option is `None` if the two tensors do not fit each other, the inner one if no tensor was asked for.
 fn merge_tensor(first: Option<&Tensor>, second: Option<&Tensor>, places: &[usize]) -> Option<Option<Tensor>> {
     let (first, second) = match (first, second) {
         (None, None) => return Some(None),
@@ -185,7 +186,9 @@ mod tests {
         let of_another_model = answer("n", &[(RowOk, 7.0)]);
         let too_long = answer("m", &[(RowOk, 7.0), (RowOk, 7.0)]);
         let no_tensor = GetMidEmbResponse { mid_emb: None, ..answer("m", &[(RowOk, 7.0)]) };
-        for second in [of_another_model, too_long, no_tensor] {
+        let of_another_history =
+            GetMidEmbResponse { history_statuses: vec![NotInTime.into()], ..answer("m", &[(RowOk, 7.0)]) };
+        for second in [of_another_model, too_long, no_tensor, of_another_history] {
             assert_eq!(resend.merge(first.clone(), second), first);
         }
     }

@@ -9,12 +9,13 @@ use tonic_types::StatusExt;
 /// How often and how fast a call is sent again. All attempts and pauses share the call's deadline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// Attempts in all; 1 never sends a call again.
+    /// Attempts per request; 1 never sends a request again. A page with rows that the replica does not know is two requests,
+    /// each with this many attempts.
     pub max_attempts: u32,
     /// The longest pause before the second attempt. Each further pause may be twice as long as the one before. The pause
     /// itself is drawn at random below that, so that callers do not come back all at once.
     pub first_backoff: Duration,
-    /// No pause is longer, but for one that the server asks for.
+    /// No pause is longer, except one that the server asks for.
     pub max_backoff: Duration,
 }
 
@@ -75,7 +76,7 @@ impl Attempts {
         Attempts { method, policy, deadline, n_failed: 0 }
     }
 
-    /// Waits until the next attempt is due, or gives the call's error where there is none.
+    /// Waits until the next attempt is due; returns the call's error if no attempt is left.
     pub(crate) async fn wait_after(&mut self, status: Status) -> Result<(), Error> {
         self.n_failed += 1;
         if self.deadline.explains(&status) {

@@ -7,7 +7,6 @@ use crate::proto::{Item, ItemText};
 use lru::LruCache;
 use std::{
     hash::{BuildHasher, RandomState},
-    num::NonZeroUsize,
     sync::{Mutex, PoisonError},
 };
 
@@ -15,7 +14,8 @@ use std::{
 #[derive(Debug)]
 pub(crate) struct SentTexts {
     /// The hash of the text by item id. The lock is held for the look-ups of one request and never while waiting.
-    by_id: Option<Mutex<LruCache<String, u64, RandomState>>>,
+    by_id: Mutex<LruCache<String, u64, RandomState>>,
+    max_items: usize,
     hasher: RandomState,
 }
 
@@ -23,14 +23,13 @@ impl SentTexts {
     /// Remembers at most `max_items`; with 0 every text is sent every time.
     pub(crate) fn new(max_items: usize) -> Self {
         let hasher = RandomState::new();
-        let cache = |max_items| Mutex::new(LruCache::with_hasher(max_items, hasher.clone()));
-        SentTexts { by_id: NonZeroUsize::new(max_items).map(cache), hasher }
+        // A bounded LruCache would allocate room for all its entries at once.
+        SentTexts { by_id: Mutex::new(LruCache::unbounded_with_hasher(hasher.clone())), max_items, hasher }
     }
 
     /// The items as they have to be sent: with their text where the replica has not seen it.
     pub(crate) fn strip(&self, items: &[Item]) -> Vec<Item> {
-        let Some(by_id) = &self.by_id else { return items.to_vec() };
-        let mut by_id = by_id.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
         let mut strip = |item: &Item| {
             let text = item.text.as_ref().filter(|text| by_id.get(&item.id) != Some(&self.hash(text)));
             Item { id: item.id.clone(), text: text.cloned() }
@@ -38,21 +37,22 @@ impl SentTexts {
         items.iter().map(&mut strip).collect()
     }
 
-    /// The replica has the texts of these items; those without text are passed over.
+    /// Records that the replica has the texts of these items. Items without text are skipped.
     pub(crate) fn remember<'a>(&self, items: impl Iterator<Item = &'a Item>) {
-        let Some(by_id) = &self.by_id else { return };
-        let mut by_id = by_id.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
         for item in items {
             if let Some(text) = &item.text {
                 by_id.put(item.id.clone(), self.hash(text));
             }
+            if by_id.len() > self.max_items {
+                by_id.pop_lru();
+            }
         }
     }
 
-    /// The replica does not have the texts of these items.
+    /// Records that the replica does not have the texts of these items.
     pub(crate) fn forget<'a>(&self, items: impl Iterator<Item = &'a Item>) {
-        let Some(by_id) = &self.by_id else { return };
-        let mut by_id = by_id.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
         for item in items {
             by_id.pop(&item.id);
         }
@@ -95,6 +95,9 @@ mod tests {
         let items = [item("a", "one"), item("b", "two"), item("c", "three")];
         sent.remember(items.iter());
         assert_eq!(has_text(&sent.strip(&items)), [true, false, false]);
+        let unbounded = SentTexts::new(usize::MAX);
+        unbounded.remember(items.iter());
+        assert_eq!(has_text(&unbounded.strip(&items)), [false; 3]);
         let none = SentTexts::new(0);
         none.remember(items.iter());
         assert_eq!(none.strip(&items), items);

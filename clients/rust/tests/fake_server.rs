@@ -11,7 +11,10 @@ use midemb_client::{
 };
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 use tokio::net::TcpListener;
@@ -25,6 +28,8 @@ use tonic_types::{ErrorDetails, StatusExt};
 #[derive(Clone, Default)]
 struct Scripted {
     errors: Arc<Mutex<VecDeque<Status>>>,
+    /// Whether it has forgotten all texts: then a candidate without text is unknown.
+    has_forgotten: Arc<AtomicBool>,
     received: Arc<Mutex<Vec<Received>>>,
 }
 
@@ -39,7 +44,12 @@ impl MidEmbService for Scripted {
         let header = request.metadata().get("grpc-timeout");
         let timeout_header = header.map(|value| value.to_str().unwrap().to_owned());
         let request = request.into_inner();
-        let statuses = vec![RowStatus::Ok.into(); request.candidates.len()];
+        let has_forgotten = self.has_forgotten.load(Ordering::SeqCst);
+        let status = |item: &Item| match item.text.is_none() && has_forgotten {
+            true => RowStatus::UnknownItem.into(),
+            false => RowStatus::Ok.into(),
+        };
+        let statuses = request.candidates.iter().map(status).collect();
         self.received.lock().unwrap().push(Received { request, timeout_header });
         match self.errors.lock().unwrap().pop_front() {
             Some(error) => Err(error),
@@ -85,6 +95,19 @@ fn page() -> GetMidEmbRequest {
     GetMidEmbRequest { user_id: "u".to_owned(), candidates, ..Default::default() }
 }
 
+/// The value of a `grpc-timeout` header, which tonic writes in the unit that it fits in: `n`, `u`, `m` or `S`.
+fn micros(header: &str) -> u64 {
+    let (number, unit) = header.split_at(header.len() - 1);
+    let number: u64 = number.parse().unwrap();
+    match unit {
+        "n" => number / 1000,
+        "u" => number,
+        "m" => number * 1000,
+        "S" => number * 1_000_000,
+        _ => panic!("unexpected unit in {header}"),
+    }
+}
+
 fn shed(delay: Duration) -> Status {
     Status::with_error_details(Code::ResourceExhausted, "busy", ErrorDetails::with_retry_info(Some(delay)))
 }
@@ -118,7 +141,9 @@ async fn attempts_are_bounded_and_each_carries_the_time_that_is_left() {
     assert_eq!(error.to_string(), "GetMidEmb: Unavailable: starting");
     let received = server.received.lock().unwrap();
     assert_eq!(received.len(), 3);
-    assert!(received.iter().all(|received| received.timeout_header.is_some()));
+    let remaining: Vec<u64> = received.iter().map(|call| micros(call.timeout_header.as_deref().unwrap())).collect();
+    assert!(remaining.is_sorted_by(|earlier, later| earlier > later), "{remaining:?}");
+    assert!(u128::from(remaining[0]) <= DEADLINE.as_micros());
 }
 
 #[tokio::test]
@@ -130,6 +155,7 @@ async fn a_replica_that_is_starting_costs_one_attempt_and_the_other_answers() {
         client.get_mid_emb(&page(), DEADLINE).await.unwrap();
     }
     assert_eq!(ready.n_calls(), 50);
+    assert!(starting.n_calls() < 25, "the starting replica got {} of 50 calls", starting.n_calls());
 }
 
 #[tokio::test]
@@ -142,4 +168,22 @@ async fn a_text_is_sent_once_per_replica() {
     let received = server.received.lock().unwrap();
     let has_text: Vec<bool> = received.iter().map(|call| call.request.candidates[0].text.is_some()).collect();
     assert_eq!(has_text, [true, false, false]);
+}
+
+#[tokio::test]
+async fn texts_are_sent_again_whichever_replica_has_forgotten_them() {
+    let servers = [Scripted::default(), Scripted::default()];
+    let addresses = [servers[0].address().await, servers[1].address().await];
+    let client = Client::connect(addresses).await.unwrap();
+    while servers.iter().any(|server| server.n_calls() < 2) {
+        client.get_mid_emb(&page(), DEADLINE).await.unwrap();
+    }
+    // Both have received the text by now, and both forget it, as after a rolling restart.
+    for server in &servers {
+        server.has_forgotten.store(true, Ordering::SeqCst);
+    }
+    for _ in 0..10 {
+        let answer = client.get_mid_emb(&page(), DEADLINE).await.unwrap();
+        assert_eq!(answer.statuses().collect::<Vec<_>>(), [RowStatus::Ok]);
+    }
 }
