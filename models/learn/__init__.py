@@ -1,7 +1,7 @@
 """The offline half of midemb: from interactions to a bundle that the server can load.
 
 Read the packages in the order in which data passes through them; each imports only those before it (tests/
-test_architecture.py). What only studies and the report need is in the package `research`, beside this one.
+test_architecture.py). Code that only studies and the report need is in the package `research`, beside this one.
 
     data             raw logs -> Dataset and Split; its __init__ lists the modules
 
@@ -22,20 +22,20 @@ test_architecture.py). What only studies and the report need is in the package `
     evaluation
         metrics          figures from ranks
         auc              AUC, weighted or per user
-        full_ranking     the whole catalogue ranked for each held-out event, and popularity in the same harness
+        full_ranking     the whole catalogue ranked for each held-out event, by towers or by popularity
         retrieval        the same for any recommender
 
     training
         train_recommender    the loop, its checkpoints and its losses (losses, sampling)
         train_cvr_head       the head, on frozen towers or together with them
-        best_weights         the best weights on validation are what training ends with
+        best_weights         training ends with the weights that were best on validation
         data_parallel        training in several processes
 
     serving
         encoder_export   the encoder -> ONNX (gemm_rewrite: its products read weights as they are stored)
         tower_export     the towers and the head -> ONNX, written node by node
         bundle           ONNX, tokenizer and golden vectors -> a checked folder
-        shipped_bundle   what the shipped bundle covers and says of itself
+        shipped_bundle   the contents and the manifest of the shipped bundle
         bulk_embedding   a whole catalogue's embeddings as Parquet (bundle_inference, item_shards, digests)
         cache_snapshot   that Parquet -> what the server imports
         verify_server    a live server against PyTorch (grpc_messages: its protocol)
@@ -44,7 +44,7 @@ test_architecture.py). What only studies and the report need is in the package `
     run_settings     all settings of a run in one TOML file (toml_config: strict reading)
     training_run     one training run as a folder
     atomic_file, padding, progress   small helpers that any package may use
-    cli              a command for each of its steps
+    cli              one command for each step of a run
 
-Facts of the method, and what they are taken from, stand beside the code that uses them.
+Facts about the method are documented, with their sources, beside the code that uses them.
 """

@@ -12,8 +12,8 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Gives the block a path beside `path` to write to, then syncs that file to disk and renames it to `path`.
 
-    If the block raises, `path` stays as it was. The name of the unfinished file has the process id in it, so several
-    processes may write the same `path`, and one that is killed leaves a hidden file.
+    If the block raises, `path` stays as it was. The name of the unfinished file contains the process id, so several
+    processes may write the same `path`. A process that is killed leaves its unfinished hidden file behind.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:

@@ -1,7 +1,7 @@
-"""The command line: one sub-command a step, each a thin call into its module.
+"""The command line: one subcommand per step; each is a thin call into its module.
 
-Steps talk through one folder (`--run`); see learn/training_run.py for what lies in it. Settings come from one TOML file
-(`--config`); without it they are those of the shipped bundle.
+Steps pass their results on through one folder (`--run`); learn/training_run.py lists its files. Settings come from one
+TOML file (`--config`); without it, the settings of the shipped bundle apply.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from learn.serving.tolerances import ABSOLUTE, COSINE
 
 HERE = Path(__file__).parents[1]
 Arguments = argparse.Namespace
-# `rank`, `study`, `report` and `export --figures` are in a package of their own, which is not installed with this one.
+# `rank`, `study`, `report` and `export --figures` need a separate package, which is not installed with this one.
 RESEARCH = "research"
 NO_RESEARCH = "this command needs the package `research`, which is not installed: run it in models/ of a checkout"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses and runs; returns the exit code. What the user can mend is one line, not a stack trace."""
+    """Parses the arguments, runs the command and returns the exit code.
+
+    An error that the user can fix is printed as one line, without a stack trace.
+    """
     arguments = _parser().parse_args(argv)
-    # Set before torch is imported, which is why every command imports what it needs itself.
+    # Must be set before torch is imported, so each command imports its modules itself.
     os.environ.setdefault("OMP_NUM_THREADS", str(arguments.threads))
-    # Waiting threads that spin starve whoever shares the cores, and that is mostly this process itself.
+    # Spinning threads would take CPU time from other threads on the same cores, most of which belong to this process.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return arguments.run_command(arguments) or 0
@@ -45,21 +48,19 @@ def _parser() -> argparse.ArgumentParser:
     common, raw, start, bundle = _common(), _raw(), _start(), _bundle()
     for name, function, text, parents in (
         ("prepare", _prepare, "raw data set -> prepared folder", [common, raw]),
-        ("encode", _encode, "content embeddings of every item, kept on disk", [common]),
+        ("encode", _encode, "compute the content embedding of every item and store it on disk", [common]),
         ("train", _train, "train the towers", [common, start]),
         ("cvr", _cvr, "train the CVR head on frozen towers", [common]),
-        ("rank", _rank, "a ranking model with and without mid-emb", [common]),
-        ("evaluate", _evaluate, "full-ranking metrics, and popularity beside them", [common]),
+        ("rank", _rank, "train and compare a ranking model with and without mid-emb", [common]),
+        ("evaluate", _evaluate, "full-ranking metrics of the towers and of the popularity baseline", [common]),
         ("export", _export, "write and verify the bundle", [common, bundle]),
-        ("all", _all, "every step from prepare to export but rank", [common, raw, start, bundle]),
+        ("all", _all, "every step from prepare to export, except rank", [common, raw, start, bundle]),
     ):
         commands.add_parser(name, help=text, parents=parents).set_defaults(run_command=function)
     _add_study(commands, raw)
     _add_serving(commands, common)
     fixture = commands.add_parser("fixture", help="write the tiny random bundles that tests use")
-    fixture.add_argument(
-        "--out", type=Path, required=True, help="folder of all fixtures; each bundle gets its own in it"
-    )
+    fixture.add_argument("--out", type=Path, required=True, help="folder of all fixtures; each bundle gets a subfolder")
     fixture.set_defaults(run_command=_fixture, threads=1)
     return parser
 
@@ -67,22 +68,27 @@ def _parser() -> argparse.ArgumentParser:
 def _common() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--run", type=Path, default=HERE / "runs" / "default", help="folder of the run")
-    common.add_argument("--config", type=Path, help="TOML of settings; configs/ has some")
+    common.add_argument("--config", type=Path, help="TOML file of settings; see configs/ for examples")
     common.add_argument("--encoder", type=Path, default=HERE / "default", help="folder of the frozen encoder")
     common.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     dtypes = ("float32", "float16", "bfloat16")
-    common.add_argument("--dtype", choices=dtypes, help="of the encoder's weights, in place of the config's")
+    common.add_argument("--dtype", choices=dtypes, help="dtype of the encoder's weights; overrides the config")
     common.add_argument(
-        "--seed", type=int, help="of towers and head, in place of the config's; of rank, which has 1 to 5"
+        "--seed",
+        type=int,
+        help="seed of towers and head; overrides the config; for rank, the only seed (default: 1 to 5)",
     )
-    common.add_argument("--steps", type=int, help="optimiser steps of the towers, in place of the config's")
+    common.add_argument("--steps", type=int, help="optimiser steps of the towers; overrides the config")
     return common
 
 
 def _raw() -> argparse.ArgumentParser:
     raw = argparse.ArgumentParser(add_help=False)
     raw.add_argument(
-        "--data", type=Path, required=True, help="MovieLens or Amazon in their original files, or the neutral format"
+        "--data",
+        type=Path,
+        required=True,
+        help="MovieLens or Amazon data in their original files, or data in the neutral format",
     )
     return raw
 
@@ -90,7 +96,11 @@ def _raw() -> argparse.ArgumentParser:
 def _start() -> argparse.ArgumentParser:
     start = argparse.ArgumentParser(add_help=False)
     start.add_argument(
-        "--from", type=Path, dest="start", metavar="RUN", help="begin with the towers of this run, not with random ones"
+        "--from",
+        type=Path,
+        dest="start",
+        metavar="RUN",
+        help="start from the towers of this run instead of random ones",
     )
     return start
 
@@ -100,56 +110,77 @@ def _bundle() -> argparse.ArgumentParser:
     bundle.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     bundle.add_argument("--name", default="learn", help="name in the manifest")
     bundle.add_argument("--bundle-version", default="1", help="version in the manifest")
-    bundle.add_argument("--source", default="not said", help="what the manifest says of the data")
-    bundle.add_argument("--figures", type=Path, help="folder of a study whose figures of --model go into the manifest")
-    bundle.add_argument("--model", default="learn-text", help="the model of that study that this bundle is one seed of")
+    bundle.add_argument("--source", default="not said", help="description of the data for the manifest")
+    bundle.add_argument("--figures", type=Path, help="folder of a study; its figures for --model go into the manifest")
+    bundle.add_argument("--model", default="learn-text", help="model of that study; this bundle is one of its seeds")
     return bundle
 
 
 def _add_study(commands: argparse._SubParsersAction, raw: argparse.ArgumentParser) -> None:
-    study = commands.add_parser("study", parents=[raw], help="several models and seeds, a JSON a run")
-    study.add_argument(
-        "--config", type=Path, default=HERE / "configs" / "ml-latest-small.toml", help="TOML of the study"
+    study = commands.add_parser(
+        "study", parents=[raw], help="train and evaluate several models and seeds; writes one .npz record per run"
     )
     study.add_argument(
-        "--run", type=Path, help="prepared data and embeddings; in runs/, by the study's name, if not given"
+        "--config", type=Path, default=HERE / "configs" / "ml-latest-small.toml", help="TOML file of the study"
     )
-    study.add_argument("--out", type=Path, default=HERE / "results", help="the study gets a folder of its name in it")
-    study.add_argument("--encoders", type=Path, default=HERE, help="folder that the study's encoders lie in")
-    study.add_argument("--name", help="of the study, in place of the config's: one config for several data sets")
-    study.add_argument("--only", nargs="+", metavar="MODEL", help="some of the models, not all")
-    study.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time, a thread each")
+    study.add_argument(
+        "--run", type=Path, help="folder of prepared data and embeddings (default: runs/<name of the study>)"
+    )
+    study.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "results",
+        help="parent folder of the results; the study gets a subfolder with its name",
+    )
+    study.add_argument("--encoders", type=Path, default=HERE, help="folder that contains the study's encoders")
+    study.add_argument(
+        "--name", help="name of the study; overrides the config, so that one config serves several data sets"
+    )
+    study.add_argument("--only", nargs="+", metavar="MODEL", help="run only these models")
+    study.add_argument(
+        "--workers", type=int, default=min(2, os.cpu_count() or 1), help="number of parallel runs, one thread per run"
+    )
     study.set_defaults(run_command=_study, threads=1)
-    report = commands.add_parser("report", help="REPORT.md with tables and plots, from the JSONs")
+    report = commands.add_parser("report", help="write REPORT.md with tables and plots from the records of all studies")
     report.add_argument("--results", type=Path, default=HERE / "results", help="folder of the studies")
-    report.add_argument("--out", type=Path, default=HERE, help="where REPORT.md and report/ go")
+    report.add_argument("--out", type=Path, default=HERE, help="folder for REPORT.md and report/")
     report.set_defaults(run_command=_report, threads=1)
 
 
 def _add_serving(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
-    embed = commands.add_parser("embed", help="content and item embeddings of a whole catalogue, as Parquet")
+    embed = commands.add_parser("embed", help="write content and item embeddings of a whole catalogue as Parquet")
     embed.add_argument("--bundle", type=Path, default=HERE / "default", help="folder of the bundle")
-    embed.add_argument("--items", type=Path, required=True, help="JSONL or Parquet of items, or a folder of them")
+    embed.add_argument(
+        "--items", type=Path, required=True, help="JSONL or Parquet file of items, or a folder of such files"
+    )
     embed.add_argument("--out", type=Path, required=True, help="folder of the Parquet shards")
     embed.add_argument("--ray", metavar="ADDRESS", help="run on Ray: a cluster's address, or `local`")
-    embed.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes at a time on Ray")
+    embed.add_argument(
+        "--workers", type=int, default=min(2, os.cpu_count() or 1), help="number of parallel processes on Ray"
+    )
     embed.set_defaults(run_command=_embed, threads=1)
     snapshot = commands.add_parser("snapshot", help="Parquet shards -> files that `midemb cache import` reads")
     snapshot.add_argument("--parts", type=Path, required=True, help="folder that `embed` wrote")
-    snapshot.add_argument("--out", type=Path, required=True, help="folder of the .safetensors")
+    snapshot.add_argument("--out", type=Path, required=True, help="folder of the .safetensors files")
     snapshot.add_argument("--kind", choices=("content", "item"), default="content")
     snapshot.set_defaults(run_command=_snapshot, threads=1)
-    verify = commands.add_parser("verify", parents=[common], help="a live server against PyTorch, stage by stage")
-    verify.add_argument("--server", required=True, metavar="HOST:PORT", help="its server.listen")
-    verify.add_argument("--admin", metavar="HOST:PORT", help="its admin.listen, to compare content as well")
+    verify = commands.add_parser("verify", parents=[common], help="compare a live server with PyTorch, stage by stage")
+    verify.add_argument("--server", required=True, metavar="HOST:PORT", help="the server's server.listen address")
     verify.add_argument(
-        "--bundle", type=Path, help="compare with this bundle's golden vectors, not with --run's towers"
+        "--admin",
+        metavar="HOST:PORT",
+        help="the server's admin.listen address; if given, content embeddings are compared too",
     )
-    verify.add_argument("--model", default="", help="the name it is served under")
-    verify.add_argument("--wire", choices=("f32", "f16", "bf16"), default="f32", help="dtype of the answers")
+    verify.add_argument(
+        "--bundle", type=Path, help="compare with this bundle's golden vectors instead of the towers of --run"
+    )
+    verify.add_argument("--model", default="", help="name under which the model is served")
+    verify.add_argument(
+        "--wire", choices=("f32", "f16", "bf16"), default="f32", help="dtype of the vectors in the responses"
+    )
     verify.add_argument("--absolute", type=float, default=ABSOLUTE, help="largest accepted difference of any entry")
     verify.add_argument("--cosine", type=float, default=COSINE, help="smallest accepted cosine of any vector")
-    verify.add_argument("--users", type=int, default=20, help="users of the run whose histories are sent")
+    verify.add_argument("--users", type=int, default=20, help="number of users of the run whose histories are sent")
     verify.set_defaults(run_command=_verify)
 
 
@@ -215,7 +246,7 @@ def _all(arguments: Arguments) -> None:
 
 
 def _check(arguments: Arguments) -> None:
-    # Said before hours of encoding and training and not after.
+    # These errors should appear before hours of encoding and training, not after.
     run = _run(arguments)
     run.check_labels()
     if arguments.start is not None:

@@ -1,4 +1,4 @@
-"""A progress bar that tells the rate in items and in tokens."""
+"""A progress bar that shows the rate in items and in tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 class Rate:
-    """A progress bar in items that also says how many real tokens go through in a second. Silent without a title."""
+    """A progress bar in items that also shows real tokens per second. Nothing is shown without a title."""
 
     def __init__(self, title: str | None, n_items: int | None) -> None:
         self._bar = tqdm(total=n_items, desc=title, unit="item", disable=title is None, smoothing=0.05)
@@ -19,7 +19,7 @@ class Rate:
         self._bar.close()
 
     def add(self, n_items: int, n_tokens: int) -> None:
-        """So many more were encoded."""
+        """Counts items that were encoded just now, and their tokens."""
         self._n_tokens += n_tokens
         if not self._bar.disable:
             elapsed = max(self._bar.format_dict["elapsed"], 1e-9)
@@ -27,7 +27,7 @@ class Rate:
         self._bar.update(n_items)
 
     def skip(self, n_items: int) -> None:
-        """So many were there already; they do not count into the rate."""
+        """Counts items that were encoded earlier; they do not affect the rate."""
         if not self._bar.disable:
             self._bar.initial += n_items
         self._bar.update(n_items)

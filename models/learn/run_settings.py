@@ -1,6 +1,6 @@
 """One TOML file for all settings of a run: what is held out, the towers' sizes, how they and the head are trained.
 
-Every value has a default, those of the shipped bundle, so a file names only what differs. `configs/` has one for each
+Every value defaults to that of the shipped bundle, so a file names only what differs. `configs/` has one file for each
 published setting.
 """
 
@@ -23,14 +23,14 @@ from learn.training.train_recommender import TrainConfig
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What `learn prepare` makes of the raw files."""
+    """How `learn prepare` reads and filters the raw files."""
 
-    # Tags of MovieLens as keywords, at most so many an item, as far as they predate the split. 0: none.
+    # At most this many MovieLens tags per item become keywords, only tags from before the split. 0: none.
     max_keywords: int = 0
-    # Users and items with fewer events leave, until all have as many.
+    # Users and items with fewer events are removed, repeatedly, until all that remain have at least this many.
     min_user_events: int = 0
     min_item_events: int | None = None
-    # Which fields of an item are text; none named: title, category and brand for public data, all for your own.
+    # The item fields that are used as text. None: title, category and brand for public data, all fields for your own.
     text_fields: list[str] | None = None
     memory_mb: int = 1024
 
@@ -41,9 +41,9 @@ class EncoderSettings:
 
     max_tokens: int = 128
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    # "auto" takes CUDA where there is one; "cpu", "cuda:1" and so on.
+    # "auto" uses CUDA if it is available; else name a device: "cpu", "cuda:1" and so on.
     device: str = "auto"
-    # Of the embeddings on disk.
+    # dtype of the embeddings on disk.
     storage: Literal["float32", "float16"] = "float32"
 
 
@@ -63,22 +63,22 @@ class Settings(HoldsOut):
     cvr: CvrTrainConfig = field(default_factory=CvrTrainConfig)
 
     def with_seed(self, seed: int | None) -> Settings:
-        """The same with another seed for towers and head; None changes nothing."""
+        """These settings with another seed for towers and head; None changes nothing."""
         if seed is None:
             return self
         return replace(self, train=replace(self.train, seed=seed), cvr=replace(self.cvr, seed=seed))
 
 
 def read_settings(path: Path | None) -> Settings:
-    """From a file, or the defaults without one. ValueError names the file and every wrong key."""
+    """Settings from a file, or the defaults if `path` is None. ValueError names the file and every wrong key."""
     if path is None:
         return Settings()
     return read_toml(Settings, path)
 
 
 def read_toml(kind: type, path: Path):
-    """Any dataclass from a TOML file, with the file in front of what is wrong."""
+    """An instance of the dataclass `kind` from a TOML file. ValueError names the file and every wrong key."""
     try:
         return strict(kind, tomllib.loads(path.read_text(encoding="utf-8")), "")
-    except ValueError as error:  # tomllib's own error is one.
+    except ValueError as error:  # tomllib.TOMLDecodeError is a ValueError.
         raise ValueError(f"{path}: {error}") from error

@@ -1,6 +1,6 @@
 """TOML tables -> dataclasses, with every mistake named: unknown keys, wrong types, values that are not allowed.
 
-And the way back, for configs that stand in JSON files and are compared with what was read from one.
+`as_read` is for configs that are stored in JSON files and compared with what was read from one.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def strict(kind: type[T], raw: Mapping[str, Any], where: str) -> T:
 
 
 def as_read(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The table as it will come out of a JSON file again, which has lists where a dataclass has tuples."""
+    """The table as it would be read back from a JSON file: tuples become lists."""
     return json.loads(json.dumps(table))
 
 
 def _forbidding(kind: type[T]) -> type[T]:
-    """Unknown keys are errors in this dataclass and in those within it."""
+    """The same class, set up so that unknown keys are errors in it and in the dataclasses nested in it."""
     for part in (kind, *_nested(kind)):
         part.__pydantic_config__ = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     return kind

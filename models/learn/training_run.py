@@ -1,18 +1,19 @@
-"""One training run as a folder: each step reads what the steps before it left there, and leaves its own.
+"""One training run as a folder: each step reads the results of earlier steps from it and writes its own.
 
     data/            the prepared data set                 (prepare)
     cache/           content embeddings, by digest         (encode)
-    train.jsonl      a line a check                        (train)
-    checkpoint.pt    where a stopped training goes on      (train)
+    train.jsonl      one line per check                    (train)
+    checkpoint.pt    where a stopped training resumes      (train)
     towers.pt        sizes and weights of the towers, and  (train)
-                     what they have learned from
+                     the runs they were trained in
     cvr.pt           sizes and weights of the head         (cvr)
     tuned.pt         the towers again, if it tunes them    (cvr)
     cvr.json         its figures                           (cvr)
     metrics.json     the towers' figures                   (evaluate)
-    ranking/         a JSON per arm and seed               (rank, in research)
+    ranking/         one record per arm and seed           (rank, in research)
 
-Nothing is read from anywhere else but the encoder's folder and, with `--from`, the towers of another run.
+Apart from this folder, steps read only the raw data (prepare), the encoder's folder and, with `--from`, the towers of
+another run.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from learn.training.train_recommender import train
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a catalogue, rendered anew at every reading, so that they need not all be in memory."""
+    """The prompts of a catalogue, rendered at each iteration so that they are never all in memory."""
 
     texts: Iterable[ItemText]
 
@@ -56,46 +57,46 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run lives, what it encodes with, and its settings."""
+    """A run's folder, the folder of its encoder, and its settings."""
 
     folder: Path
     encoder: Path
     settings: Settings
 
     def prepare(self, source: Path) -> None:
-        """Any data set that is known here -> data/."""
+        """Reads a data set of any supported layout from `source` and writes data/."""
         data.prepare(source, self.folder / "data", prepare_config(self.settings.prepare, self.settings.held_out()))
 
     def dataset(self) -> data.Dataset:
-        """What `prepare` wrote."""
+        """The data set that `prepare` wrote."""
         return data.read_prepared(self.folder / "data")
 
     def split(self, dataset: data.Dataset) -> data.Split:
-        """What is held out."""
+        """The split into training, validation and test events."""
         return data.split(dataset.sequences, self.settings.held_out())
 
     @cached_property
     def source(self) -> ceg.Source:
-        """The frozen language model, not in memory yet."""
+        """The frozen language model, not loaded yet."""
         wanted = self.settings.encoder
         return ceg.Source(self.encoder, wanted.max_tokens, ceg.LoadConfig(device=wanted.device, dtype=wanted.dtype))
 
     def content(self, dataset: data.Dataset) -> Tensor:
-        """[I,C] fp32 of the catalogue, encoded as far as the cache lacks it."""
+        """Content embeddings of the catalogue, fp32 [I,C]. Only items that are not in cache/ are encoded."""
         storage = embedding_store.StoreConfig(dtype=self.settings.encoder.storage)
         found = embedding_store.encode_cached(self.source, Prompts(dataset.texts), self.folder / "cache", storage)
         return torch.from_numpy(np.asarray(found, dtype=np.float32))
 
     def train(self, start: Path | None = None) -> None:
-        """Trains and keeps the towers; `pch.content_dim` is whatever the encoder gives.
+        """Trains the towers and saves them; `pch.content_dim` is set to the width of the encoder's output.
 
-        `start` is the folder of another run whose towers are trained on, in place of random ones: they need the same
-        sizes and the same encoder, and may come from other data, since no tower knows an item but by its text.
+        `start` is the folder of another run. Training then starts from that run's towers instead of random ones. They
+        need the same sizes and the same encoder, but may come from other data, since towers know items only by text.
         """
         settings = self.settings
         if settings.pch.item_tower == "content":
             raise ValueError('pch.item_tower = "content" has no item tower to serve; `learn study` can compare it')
-        # Of encoder and data as they are now, not as they may be when training ends.
+        # Read now, because encoder and data may have changed on disk by the time training ends.
         origin, own = self._origin(), self._generation()
         began = None if start is None else self.beginning(start)
         data_parallel.start()
@@ -110,7 +111,7 @@ class Run:
         train(settings.train, model, dataset, self.split(dataset), self.folder)
         model.cpu().finish()
         if data_parallel.is_first():
-            # What was made from other towers.
+            # These were made from earlier towers.
             self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
             lineage = [*(began["lineage"] if began else []), own]
             _save(self.folder / "towers.pt", model.pch, sizes, origin, lineage)
@@ -118,14 +119,17 @@ class Run:
         data_parallel.stop()
 
     def towers(self) -> Pch:
-        """What `train` left, or `cvr` where that has tuned them."""
+        """The towers that `train` wrote, or those that `cvr` tuned, if it did."""
         saved = self._load(_trained_towers(self.folder), "train")
         pch = Pch(PchConfig(**saved["sizes"]))
         pch.load_state_dict(saved["weights"])
         return pch.eval()
 
     def beginning(self, other: Path) -> dict[str, Any]:
-        """What another run left of its towers; ValueError unless they fit and cannot know what this run holds out."""
+        """The saved towers of another run.
+
+        ValueError if they do not fit this run, or may have seen events that it holds out.
+        """
         path = _trained_towers(other)
         saved, own = _read(path, "train"), self._generation()
         if not saved.get("lineage"):
@@ -139,7 +143,7 @@ class Run:
                 )
         found = {"encoder": saved["origin"]["encoder"], **saved["sizes"]}
         for name, wanted in {"encoder": self._origin()["encoder"], **asdict(self.settings.pch)}.items():
-            # Of the same encoder, content is as wide; the rest has no weights and may change.
+            # The same encoder gives the same content_dim; the other settings here have no weights and may differ.
             is_free = name in ("content_dim", "dropout", "item_tower") or (
                 name == "max_history" and self.settings.pch.positions == "none"
             )
@@ -148,19 +152,19 @@ class Run:
         return saved
 
     def started_from(self) -> tuple[str, ...]:
-        """The names of the runs whose towers this run's own began with, the oldest first."""
+        """The names of the runs that this run's towers were trained in before, oldest first."""
         lineage = self._load(self.folder / "towers.pt", "train")["lineage"]
         return tuple(past["run"] for past in lineage[:-1])
 
     def _generation(self) -> dict[str, Any]:
-        """What this run's towers have learned from: `lineage` in towers.pt has one a run, the oldest first."""
-        # Who did something when: the same log whatever the order of the catalogue.
+        """This run's entry in the `lineage` of towers.pt, which has one entry per run, oldest first."""
+        # Only users and times identify the log, so it is the same log whatever the order of the catalogue.
         files = data.read_meta(self.folder / "data").files
         events = " ".join(files[name] for name in ("users.txt", "offsets.npy", "timestamps.npy"))
         return {"run": self.folder.resolve().name, "events": events, "split": asdict(self.settings.held_out())}
 
     def check_labels(self) -> None:
-        """ValueError if the log has no conversions, or nothing else: then there is nothing that a head could learn."""
+        """ValueError if all events are conversions or none is: then a head has nothing to learn."""
         liked_from, dataset = self.settings.cvr.liked_from, self.dataset()
         values = np.concatenate([sequence.values for sequence in dataset.sequences])
         n_liked = int((values >= liked_from).sum())
@@ -174,7 +178,7 @@ class Run:
         check_labels(dataset.sequences, self.split(dataset), parts, liked_from, advice)
 
     def train_cvr(self) -> None:
-        """Trains and keeps the head, and with `cvr.tune_towers` the towers that were tuned with it."""
+        """Trains the head and saves it and, with `cvr.tune_towers`, the towers that were tuned with it."""
         self.check_labels()
         self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
         dataset, pch = self.dataset(), self.towers()
@@ -188,16 +192,17 @@ class Run:
         _report(self.folder / "cvr.json", figures)
 
     def head(self) -> CvrHead:
-        """What `train_cvr` left."""
+        """The head that `train_cvr` wrote."""
         saved = self._load(self.folder / "cvr.pt", "cvr")
         head = CvrHead(CvrConfig(**saved["sizes"]))
         head.load_state_dict(saved["weights"])
         return head.eval()
 
     def cases(self, n_users: int) -> Iterator[verify_server.Case]:
-        """Requests of the run's own users, with PyTorch's answers: their newest history, last items of others.
+        """Requests of `n_users` of the run's users, with PyTorch's answers.
 
-        Histories are up to twice as long as the tower reads, which shows where the server cuts them.
+        Each has the user's newest history; the candidates are the last items of all these users. Histories are up to
+        twice as long as the tower reads, to check where the server cuts them.
         """
         dataset, longest = self.dataset(), 2 * self.settings.pch.max_history
         towers = verify_server.Towers(self.source.opened(), self.towers(), self.head())
@@ -207,7 +212,7 @@ class Run:
         return verify_server.torch_cases(towers, dataset.texts, pages)
 
     def evaluate(self) -> None:
-        """Towers and popularity on the test events."""
+        """Measures towers and popularity on the test events and writes metrics.json."""
         dataset, pch = self.dataset(), self.towers()
         content, split = self.content(dataset), self.split(dataset)
         towers = full_ranking.metrics(full_ranking.tower_ranks(pch, content, dataset, split.test))
@@ -218,7 +223,7 @@ class Run:
         _report(self.folder / "metrics.json", figures)
 
     def _origin(self) -> dict[str, Any]:
-        """What towers, head and figures of one run have to agree on."""
+        """The split and the encoder, which towers, head and figures of one run must share."""
         encoder = f"{self.encoder.resolve().name} {self.source.identity.hexdigest()[:12]}"
         return {"split": asdict(self.settings.held_out()), "encoder": encoder}
 
@@ -236,7 +241,7 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
     def export(self, out: Path, label: shipped_bundle.Label, facts: dict[str, Any]) -> None:
-        """The run's models -> a bundle. `facts` go into its manifest beside the figures of this run."""
+        """Writes the run's models as a bundle. `facts` go into its manifest beside the figures of this run."""
         figures = {}
         for name, step in (("metrics.json", "evaluate"), ("cvr.json", "cvr")):
             figures |= json.loads(_there(self.folder / name, step).read_text())
@@ -252,7 +257,7 @@ class Run:
 
 
 def prepare_config(wanted: PrepareSettings, split: data.SplitConfig | data.TimeSplitConfig) -> data.PrepareConfig:
-    """Settings in the words of `prepare`."""
+    """The settings as the config that `data.prepare` takes."""
     fields = None if wanted.text_fields is None else tuple(wanted.text_fields)
     return data.PrepareConfig(
         split=split,
@@ -273,7 +278,7 @@ def _read(path: Path, step: str) -> dict[str, Any]:
     try:
         return torch.load(_there(path, step), weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read, `learn {step}` writes it anew: {error}") from error
+        raise ValueError(f"{path} cannot be read; write it again with `learn {step}`: {error}") from error
 
 
 def _there(path: Path, step: str) -> Path:
