@@ -1,10 +1,11 @@
 //! The Rust client against real servers: text once, unknown items, several replicas, deadlines.
 
 use crate::harness::{
-    ONE_CPU_THREAD, PATIENCE, Server, eventually, films, fixture, ids, long_films, page, shipped, statuses,
+    ONE_CPU_THREAD, PATIENCE, Server, call_slowly, eventually, films, fixture, ids, long_films, page, shipped, statuses,
 };
 use midemb_client::{Client, RetryPolicy, proto::FlushCacheRequest};
 use std::time::Duration;
+use tokio::sync::mpsc;
 
 /// Rows with each status, as the server counts them.
 fn n_unknown_rows(server: &Server) -> f64 {
@@ -56,7 +57,7 @@ async fn an_unknown_item_without_a_text_stays_unknown() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn calls_are_shared_by_two_replicas_and_go_on_when_one_of_them_ends() {
+async fn calls_are_shared_by_two_replicas_and_go_on_when_one_of_them_drains() {
     let servers = [Server::start(), Server::start()];
     let client = Client::connect(servers.iter().map(|server| server.grpc.as_str())).await.unwrap();
     let request = page(films("h", 4), films("c", 5));
@@ -68,7 +69,20 @@ async fn calls_are_shared_by_two_replicas_and_go_on_when_one_of_them_ends() {
     let [drained, other] = servers;
     assert!(n_calls(&drained) > 0.0 && n_calls(&other) > 0.0, "a replica got no calls");
     assert_eq!(n_calls(&drained) + n_calls(&other), 40.0, "a call was sent twice");
+    // A call whose message is held back keeps the replica draining while the client calls on.
+    let (send, message) = mpsc::channel(1);
+    let held_back = tokio::spawn(call_slowly(drained.channel().await, message, Some(PATIENCE)));
+    eventually("a call is in flight", async || drained.scrape().sum("midemb_in_flight_requests", &[]) == 1.0).await;
     drained.signal("TERM");
+    drained.wait_for_log("draining");
+    for _ in 0..20 {
+        let answer = client.get_mid_emb(&request, PATIENCE).await.unwrap();
+        assert_eq!(statuses(&answer), ["OK"; 5]);
+    }
+    send.send(request.clone()).await.unwrap();
+    drop(send);
+    let answer = held_back.await.unwrap().expect("an accepted request was lost");
+    assert_eq!(statuses(&answer), ["OK"; 5]);
     assert!(drained.wait().success());
     for _ in 0..20 {
         let answer = client.get_mid_emb(&request, PATIENCE).await.unwrap();
@@ -80,25 +94,25 @@ async fn calls_are_shared_by_two_replicas_and_go_on_when_one_of_them_ends() {
 async fn a_warm_up_reaches_every_replica() {
     let servers = [Server::start(), Server::start()];
     let client = Client::connect(servers.iter().map(|server| server.grpc.as_str())).await.unwrap();
-    let warmed = client.warm_items(&films("warm", 100)).await;
+    let warmed = client.warm_items(films("warm", 100)).await;
     assert!(warmed.iter().all(|warmed| warmed.result.as_ref().is_ok_and(|counts| counts.encoded == 100)), "{warmed:?}");
     for server in &servers {
         assert_eq!(server.scrape().n_encoded(), 100.0);
     }
 }
 
+/// 300 items of `long_films` are at least 3 s of work, and the server's own default deadline is a minute here.
 #[tokio::test]
 async fn the_deadline_of_a_call_travels_to_the_server() {
     let server = Server::start_with(&shipped(), ONE_CPU_THREAD);
     let client = Client::builder([server.grpc.as_str()]).retry(RetryPolicy::NEVER).connect().await.unwrap();
-    // The server's own default is longer than the client's deadline: only a deadline that travelled makes rows late.
-    let _ = client.get_mid_emb(&page(vec![], long_films("cold", 120)), Duration::from_millis(300)).await;
-    let late = |code: &str| server.scrape().sum("midemb_requests_total", &["method=\"GetMidEmb\"", code]);
-    eventually("the server ends the call at its deadline", async || {
-        let n_late_rows = server.scrape().sum("midemb_rows_total", &["status=\"not_in_time\""]);
-        n_late_rows > 0.0 || late("code=\"DEADLINE_EXCEEDED\"") > 0.0
-    })
-    .await;
+    let mut candidates = films("warm", 4);
+    client.get_mid_emb(&page(vec![], candidates.clone()), PATIENCE).await.unwrap();
+    candidates.extend(long_films("cold", 300));
+    // With rows that are ready, the server answers in time, but only if it was told the deadline.
+    let answer = client.get_mid_emb(&page(vec![], candidates), Duration::from_millis(700)).await.unwrap();
+    assert!(statuses(&answer).contains(&"NOT_IN_TIME"), "300 items were encoded in 0.7 s");
+    assert!(server.scrape().sum("midemb_rows_total", &["status=\"not_in_time\""]) > 0.0);
 }
 
 #[tokio::test]

@@ -21,7 +21,7 @@ use tonic::{
     transport::Channel,
 };
 
-/// The chunks of an exported cache are far smaller than this.
+/// The size limit of one message. A server exports a cache in chunks that are far smaller.
 const MAX_CHUNK_BYTES: usize = 64 << 20;
 
 /// How to reach a server's admin listener.
@@ -102,12 +102,12 @@ impl AdminClient {
         inner("GetStatus", self.0.clone().get_status(GetStatusRequest {}).await)
     }
 
-    /// Puts a config in force, or only checks it. The push continues if this call is dropped.
+    /// Puts a config in force, or only checks it. The push goes on even if this call is dropped.
     pub async fn push_config(&self, request: PushConfigRequest) -> Result<PushConfigResponse, Error> {
         inner("PushConfig", self.0.clone().push_config(request).await)
     }
 
-    /// Puts the previous config back in force.
+    /// Puts the config before the last push in force again.
     pub async fn rollback(&self, request: RollbackRequest) -> Result<RollbackResponse, Error> {
         inner("Rollback", self.0.clone().rollback(request).await)
     }

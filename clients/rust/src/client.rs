@@ -3,9 +3,9 @@
 use crate::{
     Error, RetryPolicy, Tls,
     connection::Address,
-    deadline::Deadline,
+    deadline::{Deadline, is_local_timeout},
     proto::{
-        GetMidEmbRequest, GetMidEmbResponse, GetModelInfoRequest, GetModelInfoResponse, Item, WarmItemsRequest,
+        GetMidEmbRequest, GetMidEmbResponse, GetModelInfoRequest, GetModelInfoResponse, Item, Tensor, WarmItemsRequest,
         WarmItemsResponse, mid_emb_service_client::MidEmbServiceClient,
     },
     replicas::{Replica, Replicas},
@@ -13,7 +13,8 @@ use crate::{
     retry::{Attempts, Failure},
 };
 use std::{sync::Arc, time::Duration};
-use tonic::{Status, transport::Channel};
+use tokio_stream::Stream;
+use tonic::{Response, Status, transport::Channel};
 
 const GET_MID_EMB: &str = "GetMidEmb";
 const WARM_ITEMS: &str = "WarmItems";
@@ -30,7 +31,7 @@ pub struct Client {
     retry: RetryPolicy,
 }
 
-/// How a [`Client`] is to be made.
+/// Options of a [`Client`] that is not connected yet.
 #[derive(Debug, Clone)]
 pub struct Builder {
     addresses: Vec<String>,
@@ -40,30 +41,30 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// TLS to every address.
+    /// Uses TLS for every address.
     #[must_use]
     pub fn tls(mut self, tls: Tls) -> Self {
         self.tls = Some(tls);
         self
     }
 
-    /// How often and how fast calls are sent again.
+    /// Sets how often and how fast calls are sent again.
     #[must_use]
     pub fn retry(mut self, retry: RetryPolicy) -> Self {
         self.retry = retry;
         self
     }
 
-    /// The number of items per replica whose texts are remembered as sent; an id with its bookkeeping takes about 100 bytes.
-    /// With 0, every text is sent every time.
+    /// The client remembers for at most this many items per replica that it has sent their text; each takes about 100 bytes.
+    /// 0 sends every text every time.
     #[must_use]
     pub fn remembered_items(mut self, max_items: usize) -> Self {
         self.max_remembered_items = max_items;
         self
     }
 
-    /// Connects to every address; an error where none can be reached. Those that cannot be reached yet are tried again with
-    /// later calls.
+    /// Connects to every address, and fails if none can be reached. The client tries the unreachable ones again with later
+    /// calls.
     pub async fn connect(self) -> Result<Client, Error> {
         let mut replicas = Vec::with_capacity(self.addresses.len());
         let (mut n_connected, mut first_error) = (0, None);
@@ -86,14 +87,14 @@ impl Builder {
         }
     }
 
-    /// Returns at once and connects with the first calls. Must be called within a tokio runtime.
+    /// Connects when the first call is made. Must be called within a tokio runtime all the same.
     pub fn connect_lazily(self) -> Result<Client, Error> {
         let replica = |address: Address| Replica::new(&address, address.connect_lazily(), self.max_remembered_items);
         let replicas = self.addresses()?.into_iter().map(replica).collect();
         Ok(Client { replicas: Arc::new(Replicas::new(replicas)), retry: self.retry })
     }
 
-    /// The parsed addresses, of which there must be at least one.
+    /// At least one.
     fn addresses(&self) -> Result<Vec<Address>, Error> {
         if self.addresses.is_empty() {
             return Err(Error::NoAddress);
@@ -129,7 +130,7 @@ impl Client {
 
     /// The mid-emb of every candidate, in order.
     ///
-    /// Give every item with its text where you have it: whether it travels is this client's concern. Within `deadline` the
+    /// Give every item with its text where you have it: the client decides whether to send it. Within `deadline` the
     /// call is sent again where that is safe, and rows that are unknown to the replica are asked for again with their text.
     /// Rows that are not ready by then are `NOT_IN_TIME`; the server goes on encoding them for a later call.
     pub async fn get_mid_emb(
@@ -138,24 +139,31 @@ impl Client {
         deadline: Duration,
     ) -> Result<GetMidEmbResponse, Error> {
         let deadline = Deadline::after(deadline);
-        let first = self.page(request, Texts::IfNew, deadline).await?;
+        let first = self.page(request, Texts::Unsent, None, deadline).await?;
         let resend = Resend::of(request, &first.sent, &first.answer);
         let Some(again) = resend.request(request) else { return Ok(first.answer) };
-        match self.page(&again, Texts::Always, deadline).await {
+        match self.page(&again, Texts::All, Some(first.replica), deadline).await {
             Ok(second) => Ok(resend.merge(first.answer, second.answer)),
-            // What the first answer holds is worth more than the error.
+            // The first answer has usable rows, which the error would throw away.
             Err(_) => Ok(first.answer),
         }
     }
 
-    /// One page with as many attempts as the policy allows.
-    async fn page(&self, request: &GetMidEmbRequest, texts: Texts, deadline: Deadline) -> Result<Page, Error> {
+    /// One page with as many attempts as the policy allows, the first of them to `preferred` unless that replica rests.
+    async fn page<'a>(
+        &'a self,
+        request: &GetMidEmbRequest,
+        texts: Texts,
+        preferred: Option<&'a Replica>,
+        deadline: Deadline,
+    ) -> Result<Page<'a>, Error> {
         let mut attempts = Attempts::new(GET_MID_EMB, self.retry, deadline);
+        let mut preferred = preferred.filter(|replica| !replica.rests());
         loop {
-            let replica = self.replicas.pick();
+            let replica = preferred.take().unwrap_or_else(|| self.replicas.pick());
             let sent = match texts {
-                Texts::Always => request.clone(),
-                Texts::IfNew => GetMidEmbRequest {
+                Texts::All => request.clone(),
+                Texts::Unsent => GetMidEmbRequest {
                     user_id: request.user_id.clone(),
                     history: replica.sent_texts.strip(&request.history),
                     candidates: replica.sent_texts.strip(&request.candidates),
@@ -164,16 +172,14 @@ impl Client {
                     dtype: request.dtype,
                 },
             };
-            let under_way = replica.call_under_way();
             let call = async { replica.service().get_mid_emb(deadline.request(sent.clone())).await };
-            let answer = deadline.answer(call).await;
-            drop(under_way);
-            match note_reachability(replica, deadline, answer) {
+            match answer_of(replica, deadline, call).await {
                 Ok(answer) => {
+                    check_rows(&sent, &answer)?;
                     resend::note(&replica.sent_texts, &sent, &answer);
-                    return Ok(Page { sent, answer });
+                    return Ok(Page { replica, sent, answer });
                 }
-                Err(status) => attempts.wait_after(status).await?,
+                Err(status) => attempts.wait_after(status, self.replicas.availability()).await?,
             }
         }
     }
@@ -184,31 +190,22 @@ impl Client {
         let mut attempts = Attempts::new(GET_MODEL_INFO, self.retry, deadline);
         loop {
             let replica = self.replicas.pick();
-            let under_way = replica.call_under_way();
             let call = async { replica.service().get_model_info(deadline.request(GetModelInfoRequest {})).await };
-            let answer = deadline.answer(call).await;
-            drop(under_way);
-            match note_reachability(replica, deadline, answer) {
+            match answer_of(replica, deadline, call).await {
                 Ok(answer) => return Ok(answer),
-                Err(status) => attempts.wait_after(status).await?,
+                Err(status) => attempts.wait_after(status, self.replicas.availability()).await?,
             }
         }
     }
 
     /// Sends items with their texts to every replica, ahead of traffic, one replica after the other. A replica takes items as
-    /// fast as it encodes them, so there is no deadline.
-    pub async fn warm_items(&self, items: &[Item]) -> Vec<Warmed> {
-        let items: Arc<[Item]> = items.into();
+    /// fast as it encodes them, so this call has no deadline, and it is not sent again when it fails.
+    pub async fn warm_items(&self, items: impl Into<Arc<[Item]>>) -> Vec<Warmed> {
+        let items = items.into();
         let mut warmed = Vec::with_capacity(self.replicas.all().len());
         for replica in self.replicas.all() {
-            let shared = Arc::clone(&items);
-            let starts = (0..items.len()).step_by(WARM_UP_CHUNK);
-            let chunks = starts.map(move |start| {
-                let end = shared.len().min(start + WARM_UP_CHUNK);
-                WarmItemsRequest { items: shared[start..end].to_vec() }
-            });
-            let answer = replica.service().warm_items(tokio_stream::iter(chunks)).await;
-            let result = answer.map(tonic::Response::into_inner).map_err(Error::failed(WARM_ITEMS));
+            let answer = replica.service().warm_items(warm_up_chunks(Arc::clone(&items))).await;
+            let result = answer.map(Response::into_inner).map_err(Error::failed(WARM_ITEMS));
             // The counts do not say which items were refused.
             if result.as_ref().is_ok_and(|answer| answer.invalid + answer.failed == 0) {
                 replica.sent_texts.remember(items.iter());
@@ -224,26 +221,54 @@ impl Client {
     }
 }
 
+/// The items as a stream of messages. Each is copied when the connection has room for it.
+fn warm_up_chunks(items: Arc<[Item]>) -> impl Stream<Item = WarmItemsRequest> {
+    let starts = (0..items.len()).step_by(WARM_UP_CHUNK);
+    tokio_stream::iter(starts.map(move |start| {
+        let end = items.len().min(start + WARM_UP_CHUNK);
+        WarmItemsRequest { items: items[start..end].to_vec() }
+    }))
+}
+
+/// Which texts a request carries.
+#[derive(Debug, Clone, Copy)]
+enum Texts {
+    /// Those that the replica has not been sent.
+    Unsent,
+    /// All that the caller gave. A resend may go to another replica, which may have forgotten its items too.
+    All,
+}
+
 /// One request as it was sent, and its answer.
-struct Page {
+struct Page<'a> {
+    replica: &'a Replica,
     sent: GetMidEmbRequest,
     answer: GetMidEmbResponse,
 }
 
-/// Which texts travel with a request.
-#[derive(Debug, Clone, Copy)]
-enum Texts {
-    /// Those that the replica has not been sent yet.
-    IfNew,
-    /// All of them, whichever replica the call goes to: a replica has forgotten some, and others may have, too.
-    Always,
+/// An answer has one status and one row for each candidate, whatever the caller goes on to do with them.
+fn check_rows(sent: &GetMidEmbRequest, answer: &GetMidEmbResponse) -> Result<(), Error> {
+    let n_candidates = sent.candidates.len();
+    let has_rows = |tensor: &Tensor| tensor.shape.first().is_some_and(|n_rows| *n_rows as usize == n_candidates);
+    let mut tensors = [&answer.mid_emb, &answer.cvr, &answer.item_emb].into_iter().flatten();
+    if answer.statuses.len() == n_candidates && tensors.all(has_rows) {
+        return Ok(());
+    }
+    Err(Error::Rows { n_candidates, n_statuses: answer.statuses.len() })
 }
 
-/// Notes whether a replica takes calls. A deadline that passed says nothing about that: the replica may be slow or gone.
-fn note_reachability<T>(replica: &Replica, deadline: Deadline, answer: Result<T, Status>) -> Result<T, Status> {
+/// Makes a call, and notes whether the replica takes calls.
+async fn answer_of<T>(
+    replica: &Replica,
+    deadline: Deadline,
+    call: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, Status> {
+    let _under_way = replica.call_under_way();
+    let answer = deadline.answer(call).await;
     match &answer {
-        Err(status) if deadline.explains(status) => {}
-        Err(status) if Failure::of(status) == Failure::NotTaken => replica.did_not_take_a_call(),
+        // The replica may be gone or merely slow. Keep-alive pings find out which.
+        Err(status) if is_local_timeout(status) => {}
+        Err(status) if Failure::of(status) == Failure::Unanswered => replica.did_not_take_a_call(),
         _ => replica.has_answered(),
     }
     answer

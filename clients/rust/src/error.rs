@@ -62,8 +62,16 @@ pub enum Error {
     DeadlineExceeded {
         /// The rpc.
         method: &'static str,
-        /// The deadline of the whole call, with all its attempts.
+        /// Of the whole call, all attempts together.
         deadline: Duration,
+    },
+    /// An answer does not have one status and one row per candidate: the server has a fault, or is no midemb.
+    #[error("GetMidEmb: an answer to {n_candidates} candidates has {n_statuses} statuses, or tensors of other lengths")]
+    Rows {
+        /// As sent.
+        n_candidates: usize,
+        /// As received.
+        n_statuses: usize,
     },
     /// The last attempt ended with this status.
     #[error("{method}: {}", Described(status))]
@@ -76,7 +84,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// Makes an error of the status that a generated stub returned, as in `.map_err(Error::failed("GetMidEmb"))`.
+    /// Turns the status that a generated stub returned into an error, as in `.map_err(Error::failed("GetMidEmb"))`.
     pub fn failed(method: &'static str) -> impl FnOnce(Status) -> Error {
         move |status| Error::Failed { method, status: Box::new(status) }
     }
@@ -91,7 +99,7 @@ impl Error {
     }
 }
 
-/// A status as people read it. Where the connection broke, only the innermost cause says why.
+/// A status with its code, its message and, if the connection broke, the innermost cause, which is the one that says why.
 struct Described<'a>(&'a Status);
 
 impl fmt::Display for Described<'_> {

@@ -2,14 +2,15 @@
 //!
 //! [`Client`] asks for mid-embs. It follows the contract's rules, so that its caller need not:
 //!
-//! - **Text is sent once.** Give every item with its text. A replica that has received the text gets the id alone. Rows that
-//!   come back as `UNKNOWN_ITEM` are requested once more with their texts and merged into the answer.
-//! - **Failed calls are repeated** where that is safe, a bounded number of times and never beyond the deadline: calls that a
-//!   starting or draining replica did not take, and calls that were shed, after the delay that the server asked for.
-//! - **`GetMidEmb` and `GetModelInfo` have a deadline**, which travels with them as `grpc-timeout`. Warm-up and the admin calls
-//!   have none: they take as long as the server needs.
+//! - **Text is sent once.** Give every item with its text. A replica that has seen the text is sent the id alone; a row that
+//!   comes back `UNKNOWN_ITEM` is asked for again with its text, once, and merged into the answer.
+//! - **What is safe is sent again**, a bounded number of times and never beyond the deadline: calls that a starting or
+//!   draining replica did not take, and calls that were shed, after the delay that the server asked for.
+//! - **[`Client::get_mid_emb`] and [`Client::get_model_info`] take a deadline**, which covers all attempts and travels with
+//!   each as `grpc-timeout`. [`Client::warm_items`] and the calls of [`AdminClient`] have none: put `tokio::time::timeout`
+//!   around them where you need one.
 //! - **Several addresses share the load.** A call goes to the replica with the fewest calls under way; a replica that cannot
-//!   be reached is left alone for a while.
+//!   be reached is left alone for a while, and the call goes to another one at once.
 //!
 //! [`Tensor`](proto::Tensor) gives its numbers as `f32` slices, without a copy where the received bytes allow it.
 //! [`AdminClient`] is for operators: status, pushes, rollbacks and caches.

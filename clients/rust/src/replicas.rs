@@ -64,6 +64,10 @@ impl Replica {
         *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
+    pub(crate) fn rests(&self) -> bool {
+        self.resting_since().is_some()
+    }
+
     /// When it failed, while it still rests.
     fn resting_since(&self) -> Option<Instant> {
         let failed_at = *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner);
@@ -81,6 +85,15 @@ impl Drop for CallUnderWay<'_> {
     }
 }
 
+/// Whether another attempt has a replica to go to at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Availability {
+    /// At least one replica does not rest.
+    SomeReady,
+    /// No replica took its last call, and that was a moment ago.
+    AllRest,
+}
+
 /// All servers of a client; at least one.
 #[derive(Debug)]
 pub(crate) struct Replicas(Vec<Replica>);
@@ -93,6 +106,10 @@ impl Replicas {
 
     pub(crate) fn all(&self) -> &[Replica] {
         &self.0
+    }
+
+    pub(crate) fn availability(&self) -> Availability {
+        if self.0.iter().all(Replica::rests) { Availability::AllRest } else { Availability::SomeReady }
     }
 
     /// The one to ask next.

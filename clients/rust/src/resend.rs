@@ -31,7 +31,8 @@ impl Resend {
         if candidates.is_empty() { Resend::Nothing } else { Resend::Candidates(candidates) }
     }
 
-    /// The second request, which has to be sent with all its texts.
+    /// The second request, with every text that the caller gave. It has to be sent with all of them, as it may go to another
+    /// replica, which may not know the items either.
     pub(crate) fn request(&self, asked: &GetMidEmbRequest) -> Option<GetMidEmbRequest> {
         match self {
             Resend::Nothing => None,
@@ -64,7 +65,7 @@ fn withheld(asked: &[Item], sent: &[Item], statuses: impl Iterator<Item = RowSta
     places
 }
 
-/// Notes what an answer says of the texts that the replica has.
+/// Records which texts the replica has, according to its answer.
 pub(crate) fn note(sent_texts: &SentTexts, sent: &GetMidEmbRequest, answer: &GetMidEmbResponse) {
     let history = sent.history.iter().zip(answer.history_statuses());
     let candidates = sent.candidates.iter().zip(answer.statuses());
@@ -80,10 +81,10 @@ pub(crate) fn note(sent_texts: &SentTexts, sent: &GetMidEmbRequest, answer: &Get
     sent_texts.forget(unknown.into_iter());
 }
 
-/// `first` with the rows of `second` at `places`; `None` if the answers come from two models or from two user embeddings, or
-/// do not have these rows. A history item that was late in one of the answers makes them two user embeddings.
+/// `first` with the rows of `second` at `places`. None where the two answers come from different models or from different
+/// user embeddings (another part of the history was known), or where `second` does not have these rows.
 fn merge_rows(first: &GetMidEmbResponse, second: &GetMidEmbResponse, places: &[usize]) -> Option<GetMidEmbResponse> {
-    let is_same_user = (first.history_used, &first.history_statuses) == (second.history_used, &second.history_statuses);
+    let is_same_user = first.history_used == second.history_used && first.history_statuses == second.history_statuses;
     if first.model != second.model || !is_same_user || second.statuses.len() != places.len() {
         return None;
     }
@@ -97,7 +98,7 @@ fn merge_rows(first: &GetMidEmbResponse, second: &GetMidEmbResponse, places: &[u
     Some(merged)
 }
 
-/// The outer option is `None` if the two tensors do not fit each other, the inner one if no tensor was asked for.
+/// The outer option is none if the two tensors cannot be merged, the inner one if the tensor was not requested.
 fn merge_tensor(first: Option<&Tensor>, second: Option<&Tensor>, places: &[usize]) -> Option<Option<Tensor>> {
     let (first, second) = match (first, second) {
         (None, None) => return Some(None),
@@ -186,9 +187,10 @@ mod tests {
         let of_another_model = answer("n", &[(RowOk, 7.0)]);
         let too_long = answer("m", &[(RowOk, 7.0), (RowOk, 7.0)]);
         let no_tensor = GetMidEmbResponse { mid_emb: None, ..answer("m", &[(RowOk, 7.0)]) };
-        let of_another_history =
+        let fewer_history_items = GetMidEmbResponse { history_used: 9, ..answer("m", &[(RowOk, 7.0)]) };
+        let history_not_in_time =
             GetMidEmbResponse { history_statuses: vec![NotInTime.into()], ..answer("m", &[(RowOk, 7.0)]) };
-        for second in [of_another_model, too_long, no_tensor, of_another_history] {
+        for second in [of_another_model, too_long, no_tensor, fewer_history_items, history_not_in_time] {
             assert_eq!(resend.merge(first.clone(), second), first);
         }
     }

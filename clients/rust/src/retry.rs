@@ -1,6 +1,10 @@
 //! Which failures are worth another attempt, and when.
 
-use crate::{Error, deadline::Deadline};
+use crate::{
+    Error,
+    deadline::{Deadline, is_local_timeout},
+    replicas::Availability,
+};
 use std::{error::Error as _, time::Duration};
 use tokio::time::sleep;
 use tonic::{Code, Status};
@@ -9,11 +13,12 @@ use tonic_types::StatusExt;
 /// How often and how fast a call is sent again. All attempts and pauses share the call's deadline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// Attempts per request; 1 never sends a request again. A page with rows that the replica does not know is two requests,
-    /// each with this many attempts.
+    /// The most attempts per request; 1 never sends a request again. When rows of a page come back `UNKNOWN_ITEM`, the client
+    /// sends a second request for them, with as many attempts of its own: `get_mid_emb` sends at most twice this number.
     pub max_attempts: u32,
     /// The longest pause before the second attempt. Each further pause may be twice as long as the one before. The pause
-    /// itself is drawn at random below that, so that callers do not come back all at once.
+    /// itself is drawn at random below that, so that callers do not come back all at once. There is no pause where another
+    /// replica can be asked instead.
     pub first_backoff: Duration,
     /// No pause is longer, except one that the server asks for.
     pub max_backoff: Duration,
@@ -39,9 +44,10 @@ impl Default for RetryPolicy {
 /// What a failed attempt means for the next one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Failure {
-    /// The replica did not take the call: it is starting, draining or gone.
-    NotTaken,
-    /// The replica has too much to do and says when to come back.
+    /// The replica did not serve the call: it is starting, draining or gone, or the connection broke before an answer came.
+    /// Calls of this client change nothing on the server, so another attempt is safe.
+    Unanswered,
+    /// The replica is overloaded and says how long to wait.
     Shed(Duration),
     /// Another attempt would end in the same way, or is not known to be safe.
     Final,
@@ -50,9 +56,10 @@ pub(crate) enum Failure {
 impl Failure {
     pub(crate) fn of(status: &Status) -> Self {
         match status.code() {
-            Code::Unavailable => Failure::NotTaken,
+            Code::Unavailable => Failure::Unanswered,
+            _ if is_local_timeout(status) => Failure::Final,
             // A status that a server sent has no source: here the connection ended before an answer came.
-            Code::Cancelled | Code::Internal | Code::Unknown if status.source().is_some() => Failure::NotTaken,
+            Code::Cancelled | Code::Internal | Code::Unknown if status.source().is_some() => Failure::Unanswered,
             Code::ResourceExhausted => match status.get_details_retry_info().and_then(|info| info.retry_delay) {
                 Some(delay) => Failure::Shed(delay),
                 None => Failure::Final,
@@ -76,15 +83,18 @@ impl Attempts {
         Attempts { method, policy, deadline, n_failed: 0 }
     }
 
-    /// Waits until the next attempt is due; returns the call's error if no attempt is left.
-    pub(crate) async fn wait_after(&mut self, status: Status) -> Result<(), Error> {
+    /// Waits until the next attempt is due, or returns the call's error if there is none.
+    pub(crate) async fn wait_after(&mut self, status: Status, replicas: Availability) -> Result<(), Error> {
         self.n_failed += 1;
         if self.deadline.explains(&status) {
             return Err(self.deadline.error(self.method));
         }
         let pause = match Failure::of(&status) {
-            Failure::NotTaken => self.backoff(),
-            // A little later than asked, each caller differently.
+            Failure::Unanswered => match replicas {
+                Availability::SomeReady => Duration::ZERO,
+                Availability::AllRest => self.backoff(),
+            },
+            // Up to half as long again as the server asked, so that callers do not come back all at once.
             Failure::Shed(delay) => delay.mul_f64(1.0 + fastrand::f64() / 2.0),
             Failure::Final => return Err(Error::failed(self.method)(status)),
         };
@@ -122,8 +132,8 @@ mod tests {
     fn only_what_no_server_took_or_what_was_shed_is_sent_again() {
         let mut broken = Status::internal("h2");
         broken.set_source(std::sync::Arc::new(std::io::Error::other("connection reset")));
-        assert_eq!(Failure::of(&Status::unavailable("draining")), Failure::NotTaken);
-        assert_eq!(Failure::of(&broken), Failure::NotTaken);
+        assert_eq!(Failure::of(&Status::unavailable("draining")), Failure::Unanswered);
+        assert_eq!(Failure::of(&broken), Failure::Unanswered);
         assert_eq!(Failure::of(&Status::internal("a fault of the server")), Failure::Final);
         assert_eq!(Failure::of(&Status::invalid_argument("no candidates")), Failure::Final);
         assert_eq!(Failure::of(&shed(Duration::from_millis(7))), Failure::Shed(Duration::from_millis(7)));
@@ -134,9 +144,9 @@ mod tests {
     async fn the_number_of_attempts_is_bounded() {
         let mut attempts = attempts(3, Duration::from_secs(60));
         for _ in 0..2 {
-            attempts.wait_after(Status::unavailable("draining")).await.unwrap();
+            attempts.wait_after(Status::unavailable("draining"), Availability::AllRest).await.unwrap();
         }
-        let error = attempts.wait_after(Status::unavailable("draining")).await.unwrap_err();
+        let error = attempts.wait_after(Status::unavailable("draining"), Availability::AllRest).await.unwrap_err();
         assert_eq!(error.to_string(), "GetMidEmb: Unavailable: draining");
     }
 
@@ -144,9 +154,9 @@ mod tests {
     async fn a_shed_call_waits_as_long_as_the_server_asks_and_not_beyond_the_deadline() {
         let mut attempts = attempts(9, Duration::from_secs(1));
         let start = Instant::now();
-        attempts.wait_after(shed(Duration::from_millis(100))).await.unwrap();
+        attempts.wait_after(shed(Duration::from_millis(100)), Availability::AllRest).await.unwrap();
         assert!((100..=151).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
-        let error = attempts.wait_after(shed(Duration::from_secs(2))).await.unwrap_err();
+        let error = attempts.wait_after(shed(Duration::from_secs(2)), Availability::AllRest).await.unwrap_err();
         assert_eq!(error.code(), Some(Code::ResourceExhausted));
         assert!(start.elapsed() < Duration::from_millis(200), "it waited for an attempt that could not be made");
     }
@@ -154,10 +164,23 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_deadline_that_passed_is_said_as_such() {
         let mut attempts = attempts(9, Duration::from_millis(20));
-        let error = attempts.wait_after(Status::deadline_exceeded("no row was ready")).await.unwrap_err();
+        let error = attempts
+            .wait_after(Status::deadline_exceeded("no row was ready"), Availability::AllRest)
+            .await
+            .unwrap_err();
         assert_eq!(error.to_string(), "GetMidEmb: no answer within the deadline of 20ms");
         tokio::time::advance(Duration::from_millis(20)).await;
-        let error = attempts.wait_after(Status::cancelled("Timeout expired")).await.unwrap_err();
+        let error = attempts.wait_after(Status::cancelled("Timeout expired"), Availability::AllRest).await.unwrap_err();
         assert_eq!(error.code(), Some(Code::DeadlineExceeded));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn there_is_no_pause_where_another_replica_is_ready() {
+        let mut attempts = attempts(9, Duration::from_secs(60));
+        let start = Instant::now();
+        for _ in 0..8 {
+            attempts.wait_after(Status::unavailable("draining"), Availability::SomeReady).await.unwrap();
+        }
+        assert_eq!(start.elapsed(), Duration::ZERO);
     }
 }

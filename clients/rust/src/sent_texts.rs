@@ -14,7 +14,7 @@ use std::{
 #[derive(Debug)]
 pub(crate) struct SentTexts {
     /// The hash of the text by item id. The lock is held for the look-ups of one request and never while waiting.
-    by_id: Mutex<LruCache<String, u64, RandomState>>,
+    by_id: Option<Mutex<LruCache<String, u64, RandomState>>>,
     max_items: usize,
     hasher: RandomState,
 }
@@ -23,36 +23,40 @@ impl SentTexts {
     /// Remembers at most `max_items`; with 0 every text is sent every time.
     pub(crate) fn new(max_items: usize) -> Self {
         let hasher = RandomState::new();
-        // A bounded LruCache would allocate room for all its entries at once.
-        SentTexts { by_id: Mutex::new(LruCache::unbounded_with_hasher(hasher.clone())), max_items, hasher }
+        // A bounded LruCache would reserve memory for all its entries at once.
+        let by_id = (max_items > 0).then(|| Mutex::new(LruCache::unbounded_with_hasher(hasher.clone())));
+        SentTexts { by_id, max_items, hasher }
     }
 
     /// The items as they have to be sent: with their text where the replica has not seen it.
     pub(crate) fn strip(&self, items: &[Item]) -> Vec<Item> {
-        let mut by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut strip = |item: &Item| {
+        let Some(by_id) = &self.by_id else { return items.to_vec() };
+        let mut by_id = by_id.lock().unwrap_or_else(PoisonError::into_inner);
+        let strip = |item: &Item| {
             let text = item.text.as_ref().filter(|text| by_id.get(&item.id) != Some(&self.hash(text)));
             Item { id: item.id.clone(), text: text.cloned() }
         };
-        items.iter().map(&mut strip).collect()
+        items.iter().map(strip).collect()
     }
 
-    /// Records that the replica has the texts of these items. Items without text are skipped.
+    /// Records that the replica has the texts of these items. Items without a text are ignored.
     pub(crate) fn remember<'a>(&self, items: impl Iterator<Item = &'a Item>) {
-        let mut by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(by_id) = &self.by_id else { return };
+        let mut by_id = by_id.lock().unwrap_or_else(PoisonError::into_inner);
         for item in items {
             if let Some(text) = &item.text {
                 by_id.put(item.id.clone(), self.hash(text));
-            }
-            if by_id.len() > self.max_items {
-                by_id.pop_lru();
+                if by_id.len() > self.max_items {
+                    by_id.pop_lru();
+                }
             }
         }
     }
 
-    /// Records that the replica does not have the texts of these items.
+    /// The replica does not have the texts of these items.
     pub(crate) fn forget<'a>(&self, items: impl Iterator<Item = &'a Item>) {
-        let mut by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(by_id) = &self.by_id else { return };
+        let mut by_id = by_id.lock().unwrap_or_else(PoisonError::into_inner);
         for item in items {
             by_id.pop(&item.id);
         }
@@ -95,9 +99,9 @@ mod tests {
         let items = [item("a", "one"), item("b", "two"), item("c", "three")];
         sent.remember(items.iter());
         assert_eq!(has_text(&sent.strip(&items)), [true, false, false]);
-        let unbounded = SentTexts::new(usize::MAX);
-        unbounded.remember(items.iter());
-        assert_eq!(has_text(&unbounded.strip(&items)), [false; 3]);
+        let all = SentTexts::new(usize::MAX);
+        all.remember(items.iter());
+        assert_eq!(has_text(&all.strip(&items)), [false, false, false]);
         let none = SentTexts::new(0);
         none.remember(items.iter());
         assert_eq!(none.strip(&items), items);

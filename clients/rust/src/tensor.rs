@@ -70,11 +70,12 @@ impl Tensor {
     /// The numbers as rows. The first dimension counts them; a tensor of one dimension has rows of one number.
     pub fn matrix(&self) -> Result<Matrix<'_>, TensorError> {
         let values = self.values()?;
-        let widths = self.shape.iter().skip(1).map(|width| *width as usize);
-        // The data of a tensor without rows is empty whatever the widths are, so their product may still overflow.
-        let n_columns = widths.into_iter().try_fold(1_usize, usize::checked_mul);
-        let too_wide = || TensorError::Length { shape: self.shape.clone(), n_bytes: self.data.len() };
-        Ok(Matrix { values, n_columns: n_columns.ok_or_else(too_wide)? })
+        // The product can overflow where the first dimension is 0.
+        let n_columns = self.shape.iter().skip(1).try_fold(1, |n, width| usize::checked_mul(n, *width as usize));
+        let Some(n_columns) = n_columns else {
+            return Err(TensorError::Length { shape: self.shape.clone(), n_bytes: self.data.len() });
+        };
+        Ok(Matrix { values, n_columns })
     }
 }
 
@@ -139,6 +140,7 @@ mod tests {
             Err(TensorError::Length { shape: vec![2, 2], n_bytes: 12 })
         );
         assert!(tensor(DType::DtypeF32, &[u32::MAX, u32::MAX, u32::MAX], vec![]).values().is_err());
+        assert!(tensor(DType::DtypeF32, &[u32::MAX, u32::MAX, u32::MAX], vec![]).matrix().is_err());
         assert!(tensor(DType::DtypeF32, &[0, u32::MAX, u32::MAX, u32::MAX], vec![]).matrix().is_err());
         assert_eq!(Tensor { dtype: 9, ..Tensor::default() }.values(), Err(TensorError::ElementType(9)));
         assert_eq!(tensor(DType::DtypeF32, &[0, 0], vec![]).matrix().unwrap().rows().len(), 0);
