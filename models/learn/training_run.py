@@ -64,7 +64,7 @@ class Run:
 
     def prepare(self, source: Path) -> None:
         """Any data set that is known here -> data/."""
-        data.prepare(source, self.folder / "data", prepare_config(self.settings.prepare, self.settings.held_out()))
+        data.prepare(source, self.folder / "data", prepare_config(self.settings.prepare, self.settings.chosen_split()))
 
     def dataset(self) -> data.Dataset:
         """What `prepare` wrote."""
@@ -72,7 +72,7 @@ class Run:
 
     def split(self, dataset: data.Dataset) -> data.Split:
         """What is held out."""
-        return data.split(dataset.sequences, self.settings.held_out())
+        return data.split(dataset.sequences, self.settings.chosen_split())
 
     @cached_property
     def source(self) -> ceg.Source:
@@ -157,7 +157,7 @@ class Run:
         # Who did something when: the same log whatever the order of the catalogue.
         files = data.read_meta(self.folder / "data").files
         events = " ".join(files[name] for name in ("users.txt", "offsets.npy", "timestamps.npy"))
-        return {"run": self.folder.resolve().name, "events": events, "split": asdict(self.settings.held_out())}
+        return {"run": self.folder.resolve().name, "events": events, "split": asdict(self.settings.chosen_split())}
 
     def check_labels(self) -> None:
         """ValueError if the log has no conversions, or nothing else: then there is nothing that a head could learn."""
@@ -220,7 +220,7 @@ class Run:
     def _origin(self) -> dict[str, Any]:
         """What towers, head and figures of one run have to agree on."""
         encoder = f"{self.encoder.resolve().name} {self.source.identity.hexdigest()[:12]}"
-        return {"split": asdict(self.settings.held_out()), "encoder": encoder}
+        return {"split": asdict(self.settings.chosen_split()), "encoder": encoder}
 
     def _load(self, path: Path, step: str) -> dict[str, Any]:
         saved = _read(path, step)
@@ -240,7 +240,7 @@ class Run:
         figures = {}
         for name, step in (("metrics.json", "evaluate"), ("cvr.json", "cvr")):
             figures |= json.loads(_there(self.folder / name, step).read_text())
-        held_out = self.settings.held_out()
+        held_out = self.settings.chosen_split()
         with (self.folder / "train.jsonl").open() as file:
             config = json.loads(file.readline())["config"]
         figures |= {"seed": config["seed"], "steps": config["steps"]}
