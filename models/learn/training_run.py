@@ -75,10 +75,11 @@ class Run:
         return data.split(dataset.sequences, self.settings.chosen_split())
 
     @cached_property
-    def source(self) -> ceg.Source:
+    def source(self) -> ceg.EncoderFolder:
         """The frozen language model, not in memory yet."""
         wanted = self.settings.encoder
-        return ceg.Source(self.encoder, wanted.max_tokens, ceg.LoadConfig(device=wanted.device, dtype=wanted.dtype))
+        load_config = ceg.LoadConfig(device=wanted.device, dtype=wanted.dtype)
+        return ceg.EncoderFolder(self.encoder, wanted.max_tokens, load_config)
 
     def content(self, dataset: data.Dataset) -> Tensor:
         """[I,C] fp32 of the catalogue, encoded as far as the cache lacks it."""
@@ -105,7 +106,7 @@ class Run:
         torch.manual_seed(settings.train.seed)
         model = Learn(Pch(sizes), content, settings.standardise)
         if began is not None:
-            model.begin_with(began["weights"])
+            model.load_towers(began["weights"])
         model = model.to(device)
         train(settings.train, model, dataset, self.split(dataset), self.folder)
         model.cpu().finish()
@@ -200,7 +201,7 @@ class Run:
         Histories are up to twice as long as the tower reads, which shows where the server cuts them.
         """
         dataset, longest = self.dataset(), 2 * self.settings.pch.max_history
-        towers = verify_server.Towers(self.source.opened(), self.towers(), self.head())
+        towers = verify_server.Towers(self.source.loaded(), self.towers(), self.head())
         users = np.linspace(0, len(dataset.sequences) - 1, n_users).astype(int).tolist()
         shown = sorted({int(dataset.sequences[user].items[-1]) for user in users})
         pages = [(dataset.sequences[user].items[-longest:].tolist(), shown) for user in users]
@@ -248,7 +249,7 @@ class Run:
         if started_from := self.started_from():
             facts = facts | {"started_from": list(started_from)}
         facts = facts | {"metrics": {name: _rounded(value) for name, value in figures.items()}}
-        shipped_bundle.write_default(self.source.opened(), self.towers(), self.head(), facts, out, label)
+        shipped_bundle.write_default(self.source.loaded(), self.towers(), self.head(), facts, out, label)
 
 
 def prepare_config(wanted: PrepareSettings, split: data.SplitConfig | data.TimeSplitConfig) -> data.PrepareConfig:

@@ -156,7 +156,7 @@ def inputs_of(study: Study, source: Path, run: Path, encoders: Path) -> Inputs:
         entry = study.contents[name]
         folder = run / ("data-keywords" if entry.keywords else "data")
         data.prepare(source, folder, replace(plain, max_keywords=N_KEYWORDS) if entry.keywords else plain)
-        encoder = ceg.Source(encoders / entry.encoder, EncoderSettings.max_tokens)
+        encoder = ceg.EncoderFolder(encoders / entry.encoder, EncoderSettings.max_tokens)
         content[name] = embedding_store.encode_to_file(
             encoder, Prompts(data.read_prepared(folder).texts), run / "cache"
         )
