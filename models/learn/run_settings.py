@@ -13,7 +13,7 @@ from typing import Literal
 
 from learn.content.standardise import Method
 from learn.data import SplitConfig, TimeSplitConfig
-from learn.data.splits import HoldsOut
+from learn.data.splits import SplitSettings
 from learn.models.cvr import CvrConfig
 from learn.models.pch import PchConfig
 from learn.toml_config import strict
@@ -48,7 +48,7 @@ class EncoderSettings:
 
 
 @dataclass(frozen=True)
-class Settings(HoldsOut):
+class Settings(SplitSettings):
     """The TOML file."""
 
     prepare: PrepareSettings = field(default_factory=PrepareSettings)

@@ -65,7 +65,7 @@ class Run:
 
     def prepare(self, source: Path) -> None:
         """Reads a data set of any supported layout from `source` and writes data/."""
-        data.prepare(source, self.folder / "data", prepare_config(self.settings.prepare, self.settings.held_out()))
+        data.prepare(source, self.folder / "data", prepare_config(self.settings.prepare, self.settings.chosen_split()))
 
     def dataset(self) -> data.Dataset:
         """The data set that `prepare` wrote."""
@@ -73,13 +73,14 @@ class Run:
 
     def split(self, dataset: data.Dataset) -> data.Split:
         """The split into training, validation and test events."""
-        return data.split(dataset.sequences, self.settings.held_out())
+        return data.split(dataset.sequences, self.settings.chosen_split())
 
     @cached_property
-    def source(self) -> ceg.Source:
+    def source(self) -> ceg.EncoderFolder:
         """The frozen language model, not loaded yet."""
         wanted = self.settings.encoder
-        return ceg.Source(self.encoder, wanted.max_tokens, ceg.LoadConfig(device=wanted.device, dtype=wanted.dtype))
+        load_config = ceg.LoadConfig(device=wanted.device, dtype=wanted.dtype)
+        return ceg.EncoderFolder(self.encoder, wanted.max_tokens, load_config)
 
     def content(self, dataset: data.Dataset) -> Tensor:
         """Content embeddings of the catalogue, fp32 [I,C]. Only items that are not in cache/ are encoded."""
@@ -106,7 +107,7 @@ class Run:
         torch.manual_seed(settings.train.seed)
         model = Learn(Pch(sizes), content, settings.standardise)
         if began is not None:
-            model.begin_with(began["weights"])
+            model.load_towers(began["weights"])
         model = model.to(device)
         train(settings.train, model, dataset, self.split(dataset), self.folder)
         model.cpu().finish()
@@ -161,7 +162,7 @@ class Run:
         # Only users and times identify the log, so it is the same log whatever the order of the catalogue.
         files = data.read_meta(self.folder / "data").files
         events = " ".join(files[name] for name in ("users.txt", "offsets.npy", "timestamps.npy"))
-        return {"run": self.folder.resolve().name, "events": events, "split": asdict(self.settings.held_out())}
+        return {"run": self.folder.resolve().name, "events": events, "split": asdict(self.settings.chosen_split())}
 
     def check_labels(self) -> None:
         """ValueError if all events are conversions or none is: then a head has nothing to learn."""
@@ -205,7 +206,7 @@ class Run:
         twice as long as the tower reads, to check where the server cuts them.
         """
         dataset, longest = self.dataset(), 2 * self.settings.pch.max_history
-        towers = verify_server.Towers(self.source.opened(), self.towers(), self.head())
+        towers = verify_server.Towers(self.source.loaded(), self.towers(), self.head())
         users = np.linspace(0, len(dataset.sequences) - 1, n_users).astype(int).tolist()
         shown = sorted({int(dataset.sequences[user].items[-1]) for user in users})
         pages = [(dataset.sequences[user].items[-longest:].tolist(), shown) for user in users]
@@ -225,7 +226,7 @@ class Run:
     def _origin(self) -> dict[str, Any]:
         """The split and the encoder, which towers, head and figures of one run must share."""
         encoder = f"{self.encoder.resolve().name} {self.source.identity.hexdigest()[:12]}"
-        return {"split": asdict(self.settings.held_out()), "encoder": encoder}
+        return {"split": asdict(self.settings.chosen_split()), "encoder": encoder}
 
     def _load(self, path: Path, step: str) -> dict[str, Any]:
         saved = _read(path, step)
@@ -245,7 +246,7 @@ class Run:
         figures = {}
         for name, step in (("metrics.json", "evaluate"), ("cvr.json", "cvr")):
             figures |= json.loads(_there(self.folder / name, step).read_text())
-        held_out = self.settings.held_out()
+        held_out = self.settings.chosen_split()
         with (self.folder / "train.jsonl").open() as file:
             config = json.loads(file.readline())["config"]
         figures |= {"seed": config["seed"], "steps": config["steps"]}
@@ -253,7 +254,7 @@ class Run:
         if started_from := self.started_from():
             facts = facts | {"started_from": list(started_from)}
         facts = facts | {"metrics": {name: _rounded(value) for name, value in figures.items()}}
-        shipped_bundle.write_default(self.source.opened(), self.towers(), self.head(), facts, out, label)
+        shipped_bundle.write_default(self.source.loaded(), self.towers(), self.head(), facts, out, label)
 
 
 def prepare_config(wanted: PrepareSettings, split: data.SplitConfig | data.TimeSplitConfig) -> data.PrepareConfig:

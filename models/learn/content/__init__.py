@@ -1,1 +1,1 @@
-"""From text to content embeddings: the frozen language model, and how a catalogue is encoded and kept on disk."""
+"""Text -> content embeddings: loading a frozen language model, encoding a catalogue, and storing the vectors."""

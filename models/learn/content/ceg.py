@@ -1,8 +1,8 @@
 """CEG (Content Embedding Generation): prompts -> content embeddings, by a frozen language model.
 
 The embedding is the mean of the last hidden states over the real tokens, scaled to length 1 (`EncoderGraph`).
-It depends on the weights, the tokenizer, the prompt and `max_tokens`, and on nothing else, so these name the files in
-which embeddings are kept between runs (`embedding_store`).
+It depends only on the weights and their dtype, the config, the tokenizer, the prompt and `max_tokens`, so a digest of
+these names the files in which `embedding_store` keeps embeddings between runs.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ GPU_BATCHES = BatchConfig(max_tokens=32_768)
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """How a frozen model runs."""
+    """Where and in which precision a frozen model runs."""
 
-    # "cpu", "cuda", "cuda:1" and so on; "auto" takes CUDA where there is one.
+    # "cpu", "cuda", "cuda:1" and so on; "auto" is CUDA if available, else the CPU.
     device: str = "auto"
-    # Of weights and hidden states: float32, bfloat16 or float16. Mean and norm are always in fp32.
+    # The dtype of weights and hidden states: float32, bfloat16 or float16. Mean and norm are always in fp32.
     dtype: str = "float32"
-    # None takes a batch size that suits the device.
+    # None: a batch size that suits the device.
     batching: BatchConfig | None = None
 
     def resolved_device(self) -> torch.device:
-        """The device that "auto" stands for here."""
+        """The device, with "auto" resolved for this machine."""
         if self.device != "auto":
             return torch.device(self.device)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,7 +47,10 @@ class LoadConfig:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A frozen model with its tokenizer. `weights`, `config_path` and `tokenizer_path` are the files that were read."""
+    """A frozen model with its tokenizer, in memory.
+
+    `weights`, `config_path` and `tokenizer_path` are the files that it was loaded from.
+    """
 
     name: str
     graph: EncoderGraph
@@ -62,20 +65,23 @@ class Encoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.graph.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return next(self.graph.parameters()).dtype
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids with special tokens, cut at `max_tokens`, never padded."""
+        """Token ids with special tokens, truncated to `max_tokens`, without padding."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(prompts))]
 
     def encode(self, prompts: Sequence[str], show_progress: str | None = None) -> np.ndarray:
-        """[n,C] fp32 in the order of `prompts`, all in memory; `encode_cached` is for what does not fit there."""
+        """Content embeddings [n,C] fp32 in the order of `prompts`.
+
+        All of them are in memory; for a catalogue that does not fit, use `embedding_store.encode_cached`.
+        """
         ids = self.tokenize(prompts)
         content = np.empty((len(ids), self.dim), dtype=np.float32)
         with Rate(show_progress, len(ids)) as rate:
@@ -85,31 +91,34 @@ class Encoder:
         return content
 
     def run(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Token ids, ragged -> batches in the order of length: rows [b] of `ids` and their vectors [b,C] fp32."""
+        """Encodes ragged token ids. Yields, by rising length, indices [b] into `ids` and their vectors [b,C] fp32.
+
+        Raises ValueError if a prompt has no token or a vector is not finite.
+        """
         for rows in batches([len(row) for row in ids], self.batching):
             if not ids[rows[0]]:
-                raise ValueError(f"prompt {rows[0]} has no token, so there is nothing to take the mean of")
+                raise ValueError(f"prompt {rows[0]} has no tokens, so it has no embedding; give it some text")
             input_ids, mask = pad([ids[row] for row in rows], self.pad_id)
             with torch.inference_mode():
                 vectors = self.graph(input_ids.to(self.device), mask.to(self.device)).float().cpu().numpy()
             if not np.isfinite(vectors).all():
                 bad = rows[int(np.argmin(np.isfinite(vectors).all(axis=1)))]
-                raise ValueError(f"the encoder gave a vector that is not finite, for prompt {bad}")
+                raise ValueError(f"the embedding of prompt {bad} is not finite; check the weights and the dtype")
             yield rows, vectors
 
     @property
     def identity(self) -> hashlib._Hash:
-        """See `_identified`."""
-        return _identified(self)
+        """See `_model_digest`."""
+        return _model_digest(self)
 
-    def opened(self) -> Encoder:
-        """Itself; see `Source.opened`."""
+    def loaded(self) -> Encoder:
+        """Returns itself; see `EncoderFolder.loaded`."""
         return self
 
 
 @dataclass(frozen=True)
-class Source:
-    """A frozen model that need not be in memory: vectors that are on disk already are found by its files alone."""
+class EncoderFolder:
+    """A frozen model on disk. Vectors that were stored earlier can be found without loading its weights."""
 
     folder: Path
     max_tokens: int
@@ -137,16 +146,16 @@ class Source:
 
     @cached_property
     def identity(self) -> hashlib._Hash:
-        """See `_identified`; the files are read once."""
-        return _identified(self)
+        """See `_model_digest`; all files are read on the first access."""
+        return _model_digest(self)
 
-    def opened(self) -> Encoder:
-        """The model in memory."""
+    def loaded(self) -> Encoder:
+        """Loads the model into memory."""
         return load(self.folder, self.max_tokens, self.config)
 
 
 def pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of several prompts -> input_ids [b,s] and attention_mask [b,s], padded on the right."""
+    """Pads the token ids of several prompts on the right: input_ids [b,s] and attention_mask [b,s]."""
     input_ids, mask = padding.pad(ids, pad_id)
     return torch.from_numpy(input_ids), torch.from_numpy(mask)
 
@@ -154,14 +163,14 @@ def pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.
 def wrap(
     name: str, model: nn.Module, tokenizer_path: Path, max_tokens: int, pad_id: int, weights: tuple[Path, ...] = ()
 ) -> Encoder:
-    """A model in memory -> an encoder. The tokenizer's own padding and truncation are overridden, as in the server."""
+    """Wraps a model in memory. As in the server, the tokenizer's own padding and truncation are overridden."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if max_tokens < 1 or (longest is not None and max_tokens > longest):
-        raise ValueError(f"max_tokens is {max_tokens}, {name} takes 1 to {longest}")
+        raise ValueError(f"max_tokens is {max_tokens}, but {name} takes 1 to {longest}")
     try:
         tokenizer = Tokenizer.from_file(str(tokenizer_path))
-    except Exception as error:  # The library raises this very class.
-        raise ValueError(f"{tokenizer_path}: no tokenizer: {error}") from error
+    except Exception as error:  # The library raises plain Exception.
+        raise ValueError(f"{tokenizer_path}: cannot be read as a tokenizer: {error}") from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens, direction="right")
     graph = EncoderGraph(model.eval().requires_grad_(False)).eval()
@@ -169,21 +178,21 @@ def wrap(
 
 
 def load(folder: Path, max_tokens: int, config: LoadConfig | None = None) -> Encoder:
-    """An encoder from a folder; `language_model` lists what such a folder may hold beside its tokenizer.json."""
+    """Loads an encoder from a folder with a tokenizer.json and weights; see `language_model` for their formats."""
     config = config or LoadConfig()
-    read = language_model.read(folder, config.dtype)
+    checkpoint = language_model.read(folder, config.dtype)
     tokenizer = language_model.tokenizer_file(folder)
-    encoder = wrap(read.name, read.model, tokenizer, max_tokens, read.pad_id, read.weights)
+    encoder = wrap(checkpoint.name, checkpoint.model, tokenizer, max_tokens, checkpoint.pad_id, checkpoint.weights)
     device = config.resolved_device()
     encoder.graph.to(device)
     batching = config.batching or (BatchConfig() if device.type == "cpu" else GPU_BATCHES)
-    return replace(encoder, config_path=read.config, batching=batching)
+    return replace(encoder, config_path=checkpoint.config, batching=batching)
 
 
-def _identified(encoder: Encoder | Source) -> hashlib._Hash:
-    """A SHA-256 of which model it is, in whatever dtype it runs: weights, config, tokenizer and `max_tokens`."""
+def _model_digest(encoder: Encoder | EncoderFolder) -> hashlib._Hash:
+    """A SHA-256 over weights, config, tokenizer and `max_tokens`, which identifies the model whatever its dtype."""
     if not encoder.weights:
-        raise ValueError("an encoder without a weights file has no cache key")
+        raise ValueError("an encoder without a weights file has no cache key; load it from a folder")
     digest = hashlib.sha256()
     config = () if encoder.config_path is None else (encoder.config_path,)
     for path in (*encoder.weights, *config, encoder.tokenizer_path):

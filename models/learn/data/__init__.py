@@ -1,14 +1,15 @@
-"""Raw data sets -> a prepared folder -> sequences and splits. The rest of the code imports its names from here.
+"""Raw data sets -> a prepared folder -> sequences and splits. Other packages import these names from here.
 
 dataset          the types: Dataset, Sequence, Event, DataError
-item_text        six fields of an item -> the one prompt that the encoder reads
-layouts          which data set lies in a folder, and how its log is read
+item_text        the six fields of an item -> the prompt that the encoder reads
+layouts          which data set a folder contains, and how its log is read
 catalogue        the items of each data set, and their text
-preparation      raw files -> a prepared folder, streaming (log_checks: what may be wrong in a log)
-keywords         tags -> keywords, as far as they predate the split
+preparation      raw files -> a prepared folder, streaming
+log_checks       how each record of a log is validated
+keywords         tags that predate the split -> keywords
 prepared_folder  a prepared folder -> Dataset, memory-mapped
-splits           what is trained on, what is predicted
-neutral          the neutral format: how any other data set comes in
+splits           which events are for training, validation and test
+neutral          the neutral format, for every other data set
 """
 
 from learn.data.catalogue import movie_text, plain_title

@@ -1,7 +1,7 @@
-"""The items of each known data set, one at a time: (row of the file, id, text).
+"""Readers for the catalogue of each known data set. They yield one item at a time: (row of the file, id, text).
 
-Nothing is collected here, so a catalogue of any length passes through. What is wrong with a file is a `DataError` that
-names the row; whether an id comes twice is for `prepare` to see, which knows all of them.
+Memory does not grow with the catalogue. A reader raises `DataError` with the row that it cannot read. Duplicate ids are
+found by `prepare`, which sees the whole catalogue.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIELDS = (*STRING_FIELDS, *LIST_FIELDS)
 
 
 def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """(number from 1, line without its end) of a text file, plain or .gz."""
+    """Yields (line number from 1, line without its line ending) of a text file, plain or .gz."""
     row = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -49,18 +49,18 @@ def header(path: Path) -> list[str]:
 
 
 def require_columns(path: Path, found: list[str], names: list[str]) -> None:
-    """Raises `DataError` for the first of `names` that the file lacks, or for a name that it has twice."""
+    """Raises `DataError` for the first of `names` that is missing from the header `found`, or in it more than once."""
     for name in names:
         if found.count(name) != 1:
-            what = "has it twice" if name in found else "lacks it"
-            raise DataError(path, 1, name, f"the header {what}; it has {found}")
+            problem = "names this column twice" if name in found else "does not name this column"
+            raise DataError(path, 1, name, f"the header {problem}; it has {found}")
 
 
-def unclosed_quote(path: Path) -> int | None:
-    """The record of a CSV file (the header is 1) whose quote is still open where the file ends.
+def find_unclosed_quote(path: Path) -> int | None:
+    """The number of the CSV record (the header is 1) whose quote is still open at the end of the file, if any.
 
-    DuckDB 2.0 drops such a record and all that lies behind the quote without a word. Quotes come in pairs, so an odd
-    count is looked at closely, and any other file costs one fast pass.
+    DuckDB 2.0 silently drops such a record and everything after the quote. Only a file with an odd number of quotes
+    is parsed; any other file costs one fast pass.
     """
     with path.open("rb") as file:
         n_quotes = sum(part.count(b'"') for part in iter(lambda: file.read(1 << 20), b""))
@@ -76,8 +76,11 @@ def unclosed_quote(path: Path) -> int | None:
     return None
 
 
-def other_line_end(path: Path) -> int | None:
-    """The first line that ends in another way than the first one does; DuckDB refuses such a file."""
+def find_mixed_line_ending(path: Path) -> int | None:
+    """The number of the first line whose ending (LF or CRLF) differs from that of line 1, if any.
+
+    DuckDB cannot read such a file.
+    """
     first = None
     with path.open("rb") as file:
         for row, line in enumerate(file, start=1):
@@ -89,7 +92,7 @@ def other_line_end(path: Path) -> int | None:
 
 
 def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a file of JSON lines; empty lines are passed over."""
+    """Yields (line number, object) of a JSON Lines file, skipping empty lines."""
     for row, line in lines(path):
         if not line.strip():
             continue
@@ -106,25 +109,25 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def neutral_jsonl(path: Path) -> Iterator[Item]:
-    """`{"id", "text": {..}}`, or `{"id"}` with the six fields beside it."""
+    """Records `{"id", "text": {..}}`, or `{"id", ..}` with any of the six fields beside the id."""
     for row, record in json_objects(path):
-        yield _neutral(path, row, record)
+        yield _neutral_item(path, row, record)
 
 
 def neutral_parquet(path: Path) -> Iterator[Item]:
-    """The same as columns: `id` and a struct `text`, or `id` and any of the six fields."""
+    """Columns `id` and `text` (a struct), or `id` and any of the six fields."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             row = 0
             for batch in file.iter_batches(batch_size=4096):
                 for record in batch.to_pylist():
                     row += 1
-                    yield _neutral(path, row, record)
+                    yield _neutral_item(path, row, record)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(path, None, None, str(error)) from error
 
 
-def _neutral(path: Path, row: int, record: dict[str, Any]) -> Item:
+def _neutral_item(path: Path, row: int, record: dict[str, Any]) -> Item:
     field = "id"
     try:
         identifier = record_id(record)
@@ -140,7 +143,7 @@ _ARTICLES = (
     "The|A|An|Le|La|Les|L'|Il|Lo|I|Gli|El|Los|Las|Der|Die|Das|Den|Det|En|Ett|O|Os|As|Un|Une|Una|Uno|Ein|Eine|De|Het"
 )
 _TRAILING_ARTICLE = re.compile(rf"([^()]+), ({_ARTICLES})(?=\s*[()]|\s*$)")
-# The 19 flags of u.item in their order, as u.genre of MovieLens 100K lists them; "unknown" says nothing of a film.
+# The 19 flags of u.item, in the order of u.genre in MovieLens 100K. "unknown" carries no information about a film.
 _FLAGS_100K = [
     *(
         "unknown",
@@ -159,7 +162,7 @@ _FLAGS_100K = [
 
 
 def plain_title(title: str) -> str:
-    """`Matrix, The (1999)` -> `The Matrix (1999)`, inside brackets too."""
+    """Moves a trailing article to the front, inside brackets too: `Matrix, The (1999)` -> `The Matrix (1999)`."""
 
     def swap(match: re.Match[str]) -> str:
         name, article = match.groups()
@@ -169,7 +172,7 @@ def plain_title(title: str) -> str:
 
 
 def movie_text(title: str, genres: str) -> ItemText:
-    """Title and genres; MovieLens knows no brand, price or attributes, and keywords only as users' tags."""
+    """The text of a film. MovieLens has no brand, price or attributes; `prepare` can add keywords from users' tags."""
     names = [] if genres in ("", "(no genres listed)") else genres.split("|")
     return ItemText(title=plain_title(title), category=", ".join(names))
 
@@ -181,17 +184,18 @@ def movies_csv(path: Path) -> Iterator[Item]:
     reader = csv.DictReader((line + "\n" for _row, line in lines(path, "utf-8-sig")), strict=True)
     try:
         for row, record in enumerate(reader, start=2):
-            absent = [name for name in columns if not record[name]]
-            if absent or None in record:
-                reason = "empty" if absent else f"more fields than the header's {len(reader.fieldnames or [])}"
-                raise DataError(path, row, absent[0] if absent else None, reason)
+            empty = [name for name in columns if not record[name]]
+            if empty:
+                raise DataError(path, row, empty[0], "empty")
+            if None in record:
+                raise DataError(path, row, None, f"more fields than the header's {len(reader.fieldnames or [])}")
             yield row, record["movieId"], movie_text(record["title"], record["genres"])
     except csv.Error as error:
         raise DataError(path, reader.line_num, None, f"malformed: {error}") from error
 
 
 def movies_dat(path: Path) -> Iterator[Item]:
-    """1M (latin-1) and 10M (UTF-8): id::title::genres. A title may hold `::` itself."""
+    """1M (latin-1) and 10M (UTF-8): id::title::genres. A title may itself contain `::`."""
     encoding = text_encoding(path)
     for row, line in lines(path, encoding):
         identifier, _, rest = line.partition("::")
@@ -216,7 +220,7 @@ def u_item(path: Path) -> Iterator[Item]:
 
 
 def text_encoding(path: Path) -> str:
-    """UTF-8 if the whole file is, else latin-1, which any bytes are: 1M is the one and 10M the other."""
+    """utf-8 if the whole file decodes as such (MovieLens 10M), else latin-1 (1M), which can decode any bytes."""
     try:
         for _line in lines(path):
             pass
@@ -228,48 +232,49 @@ def text_encoding(path: Path) -> str:
 # --- Amazon reviews --------------------------------------------------------------------------------------------------
 
 
-def _listed(value: Any) -> list[str]:
+def _string_list(value: Any) -> list[str]:
     return [entry.strip() for entry in value if isinstance(entry, str) and entry.strip()] if value else []
 
 
-def _stated(value: Any) -> str:
+def _string(value: Any) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
 def amazon_2018(path: Path) -> Iterator[Item]:
-    """asin, title, category (a path from general to special), brand, price, feature.
+    """Reads asin, title, category (a path from general to specific), brand, price and feature.
 
-    Prices of that crawl are at times the page's style sheet; only what begins with a currency sign is one.
+    In this crawl the price is sometimes the page's style sheet, so only a value that starts with a currency sign and
+    a digit is kept.
     """
     for row, record in json_objects(path):
-        price = _stated(record.get("price"))
-        yield _amazon(path, row, record, "asin", {
-            "title": _stated(record.get("title")),
-            "category": ", ".join(_listed(record.get("category"))),
-            "brand": _stated(record.get("brand")),
+        price = _string(record.get("price"))
+        yield _amazon_item(path, row, record, "asin", {
+            "title": _string(record.get("title")),
+            "category": ", ".join(_string_list(record.get("category"))),
+            "brand": _string(record.get("brand")),
             "price": price if re.match(r"[$€£]\s*\d", price) else "",
-            "attributes": tuple(_listed(record.get("feature"))),
+            "attributes": tuple(_string_list(record.get("feature"))),
         })  # fmt: skip
 
 
 def amazon_2023(path: Path) -> Iterator[Item]:
-    """parent_asin, title, main_category, categories, store, price (US dollars), features."""
+    """Reads parent_asin, title, main_category, categories, store (the brand), price (US dollars) and features."""
     for row, record in json_objects(path):
         price = str(record.get("price") if record.get("price") is not None else "").strip().removeprefix("$")
-        categories = _listed(record.get("categories")) or _listed([record.get("main_category")])
-        yield _amazon(path, row, record, "parent_asin", {
-            "title": _stated(record.get("title")),
+        categories = _string_list(record.get("categories")) or _string_list([record.get("main_category")])
+        yield _amazon_item(path, row, record, "parent_asin", {
+            "title": _string(record.get("title")),
             "category": ", ".join(categories),
-            "brand": _stated(record.get("store")),
+            "brand": _string(record.get("store")),
             "price": f"${price}" if re.match(r"\d", price) else "",
-            "attributes": tuple(_listed(record.get("features"))),
+            "attributes": tuple(_string_list(record.get("features"))),
         })  # fmt: skip
 
 
-def _amazon(path: Path, row: int, record: dict[str, Any], key: str, fields: dict[str, Any]) -> Item:
+def _amazon_item(path: Path, row: int, record: dict[str, Any], key: str, fields: dict[str, Any]) -> Item:
     identifier = record.get(key)
     if not isinstance(identifier, str) or not identifier:
-        raise DataError(path, row, key, f"expected a text that is not empty, got {identifier!r}")
+        raise DataError(path, row, key, f"expected a non-empty string, got {identifier!r}")
     return row, identifier, ItemText(**fields)
 
 

@@ -1,7 +1,7 @@
-"""The types of a data set: a catalogue, and each user's events in order.
+"""The types of a data set: a catalogue, and the events of each user in order.
 
 `preparation` turns raw files into a prepared folder, and `prepared_folder` opens that folder as a `Dataset` over
-memory-mapped arrays. Tests build data sets from arrays of their own.
+memory-mapped arrays. Tests build a `Dataset` from arrays in memory.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from learn.data.item_text import ItemText
 
 
 class DataError(ValueError):
-    """Something in an input file is not as the format says; names file, row, column and reason."""
+    """An input file violates its format. The message names the file, the row and column if known, and the reason."""
 
     def __init__(self, path: Path, row: int | None, column: str | None, reason: str) -> None:
         where = ", ".join([str(path), *([f"row {row}"] if row else []), *([f"column {column}"] if column else [])])
         super().__init__(f"{where}: {reason}")
-        self._given = (path, row, column, reason)
+        self._arguments = (path, row, column, reason)
 
     def __reduce__(self) -> tuple[type[DataError], tuple[Path, int | None, str | None, str]]:
-        """Whole in another process: exceptions are pickled by their text alone otherwise."""
-        return DataError, self._given
+        """Makes the error picklable: by default, `__init__` would be called with the message alone."""
+        return DataError, self._arguments
 
 
 @dataclass(frozen=True)
 class Interaction:
-    """A user met an item. `timestamp` in seconds; `value` is what the data set measures: for MovieLens the rating."""
+    """One event of a log. `timestamp` is in seconds; `value` is what the data set measures, such as a rating."""
 
     user: str
     item: str
@@ -43,26 +43,26 @@ class Interaction:
 class Sequence:
     """One user's events, oldest first: catalogue indices int64 [n], values float32 [n], timestamps int64 [n].
 
-    Timestamps are seconds. A log without them has only an order, and then they are 0, 1, .. n - 1.
+    Timestamps are in seconds. If the log has only an order, they are 0, 1, .. n - 1, which is also the default.
     """
 
     user: str
     items: np.ndarray
     values: np.ndarray
-    timestamps: np.ndarray = None  # type: ignore[assignment]  # always an array once made
+    timestamps: np.ndarray = None  # type: ignore[assignment]  # __post_init__ makes it an array
 
     def __post_init__(self) -> None:
         if self.timestamps is None:
             object.__setattr__(self, "timestamps", np.arange(len(self.items), dtype=np.int64))
 
 
-# A list in tests, `PreparedSequences` else, which reads a user's events from disk when they are asked for.
+# A list in tests, otherwise `PreparedSequences`, which reads the events of a user from disk on access.
 Sequences: TypeAlias = AnySequence[Sequence]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A catalogue and what users did with it. `sequences` hold indices into `item_ids` and `texts`."""
+    """A catalogue and the events of its users. `sequences` hold indices into `item_ids` and `texts`."""
 
     item_ids: list[str]
     texts: list[ItemText]

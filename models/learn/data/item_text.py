@@ -1,8 +1,8 @@
-"""Six fields of an item -> the one line of text that the encoder reads.
+"""The six fields of an item -> its prompt, the line of text that the encoder reads.
 
-The wording is the LEARN paper's (arXiv 2405.03988), one sentence a field. A field that is missing drops its sentence,
-so that the encoder never reads `brand is ""`. The template is one file beside this one, is copied into every bundle,
-and uses only what Jinja2 and minijinja share; `tests/fixtures/item_text_golden.json` holds both to the same bytes.
+The wording is the LEARN paper's (arXiv 2405.03988), one sentence per field. A missing field has no sentence, so the
+encoder never reads `brand is ""`. The template, `item_text.jinja`, is copied into every bundle and uses only what
+Jinja2 and minijinja share; tests check that both give the bytes in `tests/fixtures/item_text_golden.json`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LIST_FIELDS = ("keywords", "attributes")
 
 @dataclass(frozen=True)
 class ItemText:
-    """What is known of an item. An empty string, an empty list, or a list of empty strings is a missing field."""
+    """What is known about an item. A field is missing if it is an empty string or a list without a non-empty string."""
 
     title: str = ""
     category: str = ""
@@ -33,21 +33,22 @@ class ItemText:
 
     @property
     def is_empty(self) -> bool:
-        """True if no sentence would be written: such an item has nothing to encode, and callers refuse it."""
+        """True if all fields are missing. There is nothing to encode then, so callers must reject the item."""
         strings = any(getattr(self, name) for name in STRING_FIELDS)
         return not (strings or any(any(getattr(self, name)) for name in LIST_FIELDS))
 
     def to_json(self) -> dict[str, Any]:
-        """All six fields, lists as lists."""
+        """All six fields, with the tuples as lists."""
         fields = asdict(self)
         return fields | {name: list(fields[name]) for name in LIST_FIELDS}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> ItemText:
-        """Reads any subset of the six fields; anything else is an error that names the field."""
+        """Reads any subset of the six fields. Raises ValueError with the name of an unknown or mistyped field."""
         unknown = sorted(set(raw) - set(STRING_FIELDS) - set(LIST_FIELDS))
         if unknown:
-            raise ValueError(f"unknown field of item text: {', '.join(unknown)}")
+            known = ", ".join((*STRING_FIELDS, *LIST_FIELDS))
+            raise ValueError(f"unknown field of item text: {', '.join(unknown)}; the known fields are {known}")
         for name in STRING_FIELDS:
             if not isinstance(raw.get(name, ""), str):
                 raise ValueError(f"{name}: expected a string, got {raw[name]!r}")
@@ -61,7 +62,7 @@ class ItemText:
 
 @cache
 def template_source() -> str:
-    """The template as bundles carry it: without the line end that editors put after the last line."""
+    """The template as it is stored in bundles: without the newline at the end of the file."""
     return TEMPLATE_PATH.read_text(encoding="utf-8").removesuffix("\n")
 
 
@@ -71,5 +72,8 @@ def _template(source: str) -> jinja2.Template:
 
 
 def render(text: ItemText, source: str | None = None) -> str:
-    """The prompt of one item. For an empty item it is the opening sentence alone; see `ItemText.is_empty`."""
+    """The prompt of one item, by the template `source` or, if None, our own.
+
+    For an empty item it is the opening sentence alone; see `ItemText.is_empty`.
+    """
     return _template(template_source() if source is None else source).render(text.to_json())

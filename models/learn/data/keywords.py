@@ -1,13 +1,16 @@
-"""MovieLens' tags -> keywords of a film, without a word from the events that a split holds out.
+"""MovieLens' tags -> keywords of each film, without using any tag from the period that a split holds out.
 
-Of each film the tags that most users gave it, lower-cased and stripped; ties by name. Which tags count:
+The keywords of a film are the tags that most users gave it, lower-cased and stripped, with ties in alphabetical order.
+Which tags count depends on the split:
 
-- Leave-last-out: a tag of user u that is older than u's first held-out event. Users with two or more events, but too
-  few for this split, count up to their second event: no split with fewer held-out events can begin earlier. A user
-  with one event or none is never held out from, so such a tag counts if it is older than the last rating of the data.
-- By time: a tag that is older than the first cut, whoever gave it.
+- Leave-last-out: a tag of user u counts if it is older than u's first held-out event. For a user with two or more
+  events, but too few for this split, it counts if it is older than the second event, because no split that holds out
+  fewer events can begin earlier. No event of a user with one event or none is ever held out, so a tag of such a user
+  counts if it is older than the last rating of the data set.
+- By time: a tag counts if it is older than the first cut, whichever user gave it.
 
-So a later split fits if it holds out at most as many events a user, or cuts no earlier; `splits.split` checks that.
+The keywords therefore also suit a split that holds out no more events per user, or that cuts no earlier;
+`splits.split` checks this.
 """
 
 from __future__ import annotations
@@ -21,14 +24,15 @@ from learn.data import sql
 from learn.data.prepared_folder import KeywordBoundary
 from learn.data.splits import SplitConfig, TimeSplitConfig, cut_timestamps
 
-# Users looked at in one go.
+# Users per insert into `boundaries`.
 CHUNK = 1 << 18
 
 
 def count(db: duckdb.DuckDBPyConnection, folder: Path, split: SplitConfig | TimeSplitConfig, n: int) -> KeywordBoundary:
-    """Tables tags(user, item, fine, value) and users -> keywords(item, tags), at most n a film.
+    """Creates the table keywords(item, tags), with at most `n` tags per film, and returns what the tags predate.
 
-    `folder` has the sorted timestamps and offsets already.
+    The tables tags(user, item, sort_key, value) and users must exist, and `folder` must already hold timestamps.npy
+    and offsets.npy.
     """
     timestamps, offsets = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("timestamps", "offsets"))
     db.execute("CREATE TABLE boundaries (user_index BIGINT, before BIGINT)")
@@ -44,7 +48,7 @@ def count(db: duckdb.DuckDBPyConnection, folder: Path, split: SplitConfig | Time
         WITH counted AS (
             SELECT t.item, t.value AS tag, count(DISTINCT t."user") AS n_users
             FROM tags t LEFT JOIN users u ON u."user" = t."user" LEFT JOIN boundaries b ON b.user_index = u.rowid
-            WHERE t.fine < coalesce(b.before, {before_all}) AND t.value <> ''
+            WHERE t.sort_key < coalesce(b.before, {before_all}) AND t.value <> ''
             GROUP BY t.item, t.value
             QUALIFY row_number() OVER (PARTITION BY t.item ORDER BY n_users DESC, tag) <= {n}
         )
@@ -54,7 +58,7 @@ def count(db: duckdb.DuckDBPyConnection, folder: Path, split: SplitConfig | Time
 
 
 def _fill_boundaries(db: duckdb.DuckDBPyConnection, timestamps: np.ndarray, offsets: np.ndarray, held_out: int) -> None:
-    """The timestamp of each user's first held-out event, or of the second event if that is later."""
+    """Stores the timestamp of each user's first held-out event, or of the second event if that is later."""
     if not held_out:
         return
     for begin in range(0, len(offsets) - 1, CHUNK):

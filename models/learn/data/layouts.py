@@ -1,8 +1,9 @@
-"""Which data set lies in a folder, and how DuckDB reads its log.
+"""Which data set a folder contains, and how DuckDB reads its log.
 
-A layout turns its own files into one relation, `record, "user", item, timestamp, value, broken`, all text as it stands
-in the file: `record` counts from 1, `timestamp` and `value` are null where the data set has none, and `broken` says why
-a line is no record at all. `preparation` checks and types them, alike for all layouts.
+Every layout presents its log as the same relation, `record, "user", item, timestamp, value, broken`. `record` counts
+from 1; the other columns are the unchanged text of the file. `timestamp` and `value` are null if the data set has none,
+and `broken` says why a line could not be parsed. `preparation` checks and casts these columns in the same way for all
+layouts.
 
 | layout | files |
 |---|---|
@@ -30,14 +31,14 @@ from learn.data.dataset import DataError
 from learn.data.sql import name, text
 
 TEXT_FIELDS = catalogue.FIELDS
-# What LEARN (arXiv 2405.03988) reads of public data sets.
+# The fields that LEARN (arXiv 2405.03988) uses from public data sets.
 PUBLIC_FIELDS = ("title", "category", "brand")
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the file calls the four columns; None where the log has no such column."""
+    """The names of the four columns in the file; None if the log has no such column."""
 
     user: str = "user"
     item: str = "item"
@@ -45,13 +46,13 @@ class Columns:
     value: str | None = "value"
 
     def present(self) -> list[str]:
-        """Those that the file has."""
+        """The names of the columns that the file has."""
         return [name for name in (self.user, self.item, self.timestamp, self.value) if name is not None]
 
 
 @dataclass(frozen=True)
 class Log:
-    """One file as a relation: `sql` is a SELECT of the relation above."""
+    """A log in one file. `sql` is a SELECT that gives the relation described at the top of this module."""
 
     path: Path
     sql: str
@@ -60,7 +61,7 @@ class Log:
     kind: Literal["csv", "json", "other"] = "other"
 
     def problem(self, record: int, column: str | None, reason: str) -> DataError:
-        """The error of one record, in the rows of the file. DuckDB passes over empty lines of JSON, so count again."""
+        """The error of one record, with its row in the file. DuckDB skips empty lines of JSON, so count them here."""
         if self.kind != "json":
             return DataError(self.path, record + self.first_row - 1, column, reason)
         try:
@@ -72,24 +73,27 @@ class Log:
 
 @dataclass(frozen=True)
 class Layout:
-    """A data set as found in a folder."""
+    """A data set that was found in a folder."""
 
     name: str
     log: Log
     items: Path
     read_items: catalogue.ReadItems
     text_fields: tuple[str, ...] = PUBLIC_FIELDS
-    # Users' tags of items, in the columns of a log with the tag as `value`.
+    # The tags that users gave to items, as a log whose `value` is the tag.
     tags: Log | None = None
     ticks_per_second: int = 1
-    # Real catalogues of shops come with items twice, without text, or not at all: left out and counted, no error.
+    # Catalogues of real shops have duplicate, missing and empty items. These are left out and counted, not errors.
     is_lenient: bool = False
     min_item_events: int = 0
 
 
 @dataclass(frozen=True)
-class Csv:
-    """A file of separated values without a guess in it: every column is text, and short rows end in nulls."""
+class CsvFormat:
+    """How to read a file of separated values, with nothing left to detection.
+
+    Every column is text, and missing fields at the end of a row are null.
+    """
 
     delimiter: str = ","
     quote: str = '"'
@@ -98,9 +102,9 @@ class Csv:
     encoding: str = "utf-8"
 
     def sql(self, path: Path) -> str:
-        """The table function that reads it in the order of the file."""
+        """A call of DuckDB's `read_csv` that gives the rows in the order of the file."""
         columns = ", ".join(f"{text(name)}: 'VARCHAR'" for name in self.names)
-        # A quoted line end cannot be found in the middle of a file, so one thread reads; null_padding needs it too.
+        # One thread: a parallel reader that starts mid-file cannot tell a quoted newline, and null_padding needs it.
         return (
             f"read_csv({text(str(path))}, auto_detect = false, header = {self.has_header}, delim = "
             f"{text(self.delimiter)}, quote = {text(self.quote)}, escape = {text(self.quote)}, null_padding = true, "
@@ -109,7 +113,7 @@ class Csv:
 
 
 def find_layout(folder: Path) -> Layout:
-    """Tells the data set from the names of its files. Raises `DataError` if it is none or more than one."""
+    """Recognises a data set by its file names. Raises `DataError` unless the folder contains exactly one."""
     if not folder.is_dir():
         raise DataError(folder, None, None, "no such folder")
     finders = (_neutral, _movielens_csv, _movielens_dat, _movielens_100k, _amazon)
@@ -117,9 +121,10 @@ def find_layout(folder: Path) -> Layout:
     if len(found) == 1:
         return found[0]
     if found:
-        raise DataError(folder, None, None, f"more than one data set: {', '.join(layout.name for layout in found)}")
+        names = ", ".join(layout.name for layout in found)
+        raise DataError(folder, None, None, f"more than one data set: {names}; leave only one in the folder")
     reason = (
-        "no data set known here: expected interactions.csv or .parquet with items.jsonl or .parquet, MovieLens "
+        "no known data set: expected interactions.csv or .parquet with items.jsonl or .parquet, MovieLens "
         "(ratings.csv with movies.csv, ratings.dat with movies.dat, u.data with u.item), or Amazon reviews (one file "
         "of reviews and one meta_ file)"
     )
@@ -135,21 +140,22 @@ def _neutral(folder: Path) -> Layout | None:
         return None
     items = _one_of(folder, "items.jsonl", "items.parquet")
     if items is None:
-        raise DataError(folder, None, None, f"{log.name} stands here without items.jsonl or items.parquet")
+        raise DataError(folder, None, None, f"{log.name} has no items.jsonl or items.parquet beside it")
     is_csv = log.suffix == ".csv"
     read_items = catalogue.neutral_jsonl if items.suffix == ".jsonl" else catalogue.neutral_parquet
-    neutral = Layout("neutral", _csv_log(log, _optional(log)) if is_csv else _parquet_log(log), items, read_items)
+    parsed_log = _csv_log(log, _neutral_columns(log)) if is_csv else _parquet_log(log)
+    neutral = Layout("neutral", parsed_log, items, read_items)
     return replace(neutral, text_fields=TEXT_FIELDS, ticks_per_second=1 if is_csv else _parquet_ticks(log))
 
 
 def _one_of(folder: Path, *names: str) -> Path | None:
     found = [folder / candidate for candidate in names if (folder / candidate).is_file()]
     if len(found) > 1:
-        raise DataError(folder, None, None, f"both {' and '.join(names)} stand here: which one counts?")
+        raise DataError(folder, None, None, f"both {' and '.join(names)} exist; remove one of them")
     return found[0] if found else None
 
 
-def _optional(path: Path) -> Columns:
+def _neutral_columns(path: Path) -> Columns:
     found = catalogue.header(path)
     return Columns(timestamp="timestamp" if "timestamp" in found else None, value="value" if "value" in found else None)
 
@@ -168,7 +174,7 @@ def _parquet_log(path: Path) -> Log:
     )
     for required in ("user", "item"):
         if required not in schema.names:
-            raise DataError(path, None, required, f"the schema lacks it; it has {schema.names}")
+            raise DataError(path, None, required, f"the schema does not name this column; it has {schema.names}")
     kinds = pyarrow.types
     allowed = {
         "user": (kinds.is_integer, kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_dictionary),
@@ -178,7 +184,7 @@ def _parquet_log(path: Path) -> Log:
     for column in columns.present():
         kind = schema.field(column).type
         if not any(is_kind(kind) for is_kind in allowed.get(column, allowed["user"])):
-            raise DataError(path, None, column, f"type {kind} is none that this column may have")
+            raise DataError(path, None, column, f"the type {kind} is not allowed for this column")
     when = name("timestamp")
     if columns.timestamp and kinds.is_timestamp(schema.field("timestamp").type):
         when = f"epoch_us({when})"
@@ -213,16 +219,17 @@ def _movielens_dat(folder: Path) -> Layout | None:
     first = next(catalogue.lines(ratings, "latin-1"), (1, ""))[1]
     n_fields = first.count("::") + 1
     if n_fields not in (3, 4):
-        raise DataError(ratings, 1, None, f"expected user::item::rating or ::timestamp behind it, got {first[:80]!r}")
-    source = Csv("::", "", names[:n_fields], has_header=False, encoding="latin-1")
+        reason = f"expected user::item::rating or user::item::rating::timestamp, got {first[:80]!r}"
+        raise DataError(ratings, 1, None, reason)
+    source = CsvFormat("::", "", names[:n_fields], has_header=False, encoding="latin-1")
     columns = Columns("user", "item", "timestamp" if n_fields == 4 else None, "rating")
     log = Log(ratings, _relation(source.sql(ratings), columns), columns)
     return Layout("movielens-dat", log, movies, catalogue.movies_dat, tags=_dat_tags(tags) if tags.is_file() else None)
 
 
 def _dat_tags(path: Path) -> Log:
-    """user::item::tag::timestamp, where the tag is free text and may hold `::` itself."""
-    source = Csv("\x01", "", ["line"], has_header=False, encoding=catalogue.text_encoding(path)).sql(path)
+    """Reads user::item::tag::timestamp, where the tag is free text that may itself contain `::`."""
+    source = CsvFormat("\x01", "", ["line"], has_header=False, encoding=catalogue.text_encoding(path)).sql(path)
     groups = "['user', 'item', 'tag', 'timestamp']"
     fields = f"unnest(regexp_extract(coalesce(line, ''), '^(.*?)::(.*?)::(.*)::(.*)$', {groups}))"
     columns = Columns("user", "item", "timestamp", "tag")
@@ -233,7 +240,7 @@ def _movielens_100k(folder: Path) -> Layout | None:
     ratings, movies = folder / "u.data", folder / "u.item"
     if not (ratings.is_file() and movies.is_file()):
         return None
-    source = Csv("\t", "", ["user", "item", "rating", "timestamp"], has_header=False)
+    source = CsvFormat("\t", "", ["user", "item", "rating", "timestamp"], has_header=False)
     columns = Columns("user", "item", "timestamp", "rating")
     return Layout(
         "movielens-100k", Log(ratings, _relation(source.sql(ratings), columns), columns), movies, catalogue.u_item
@@ -256,9 +263,7 @@ def _amazon(folder: Path) -> Layout | None:
         return None
     if len(meta) != 1 or len(reviews) != 1:
         names = [path.name for path in files]
-        reason = (
-            f"expected exactly one file of reviews and one that begins with meta_ for Amazon reviews, found {names}"
-        )
+        reason = f"expected exactly one file of reviews and one whose name begins with meta_, found {names}"
         raise DataError(folder, None, None, reason)
     first = next(catalogue.json_objects(reviews[0]), (1, {}))[1]
     for layout, (columns, read_items, ticks) in _AMAZON.items():
@@ -266,15 +271,15 @@ def _amazon(folder: Path) -> Layout | None:
             log = Log(reviews[0], _json_sql(reviews[0], columns), columns, kind="json")
             found = Layout(layout, log, meta[0], read_items, ticks_per_second=ticks)
             return replace(found, is_lenient=True, min_item_events=1)
-    raise DataError(reviews[0], 1, None, "expected a reviewerID (2018) or a user_id (2023) in the first review")
+    raise DataError(reviews[0], 1, None, "expected reviewerID (2018) or user_id (2023) in the first review")
 
 
 def _json_sql(path: Path, columns: Columns) -> str:
     kinds = ", ".join(f"{text(column)}: 'VARCHAR'" for column in columns.present())
     source = f"read_json({text(str(path))}, format = 'newline_delimited', ignore_errors = true, columns = {{{kinds}}})"
-    # A line that is no JSON becomes a row of nulls. `Log.problem` then looks at that line with Python's parser.
+    # A line that is not JSON becomes a row of nulls. `Log.problem` then parses that line again for a precise reason.
     broken = " AND ".join(f"{name(column)} IS NULL" for column in columns.present())
-    return _relation(source, columns, f"CASE WHEN {broken} THEN 'not an object with such fields' END")
+    return _relation(source, columns, f"CASE WHEN {broken} THEN 'not an object with these fields' END")
 
 
 # --- common ----------------------------------------------------------------------------------------------------------
@@ -283,31 +288,32 @@ def _json_sql(path: Path, columns: Columns) -> str:
 def _csv_log(path: Path, columns: Columns) -> Log:
     found = catalogue.header(path)
     catalogue.require_columns(path, found, columns.present())
-    twice = [column for column in found if found.count(column) > 1]
-    if twice:
-        raise DataError(path, 1, twice[0], f"the header has it twice; it has {found}")
-    return Log(path, _relation(Csv(names=found).sql(path), columns), columns, first_row=2, kind="csv")
+    duplicates = [column for column in found if found.count(column) > 1]
+    if duplicates:
+        raise DataError(path, 1, duplicates[0], f"the header names this column twice; it has {found}")
+    return Log(path, _relation(CsvFormat(names=found).sql(path), columns), columns, first_row=2, kind="csv")
 
 
 def _relation(source: str, columns: Columns, broken: str = "CAST(NULL AS VARCHAR)") -> str:
-    wanted = {"user": columns.user, "item": columns.item, "timestamp": columns.timestamp, "value": columns.value}
+    column_of = {"user": columns.user, "item": columns.item, "timestamp": columns.timestamp, "value": columns.value}
     fields = (
-        f"CAST({name(column) if column else 'NULL'} AS VARCHAR) AS {name(alias)}" for alias, column in wanted.items()
+        f"CAST({name(column) if column else 'NULL'} AS VARCHAR) AS {name(alias)}" for alias, column in column_of.items()
     )
     return f"SELECT row_number() OVER () AS record, {', '.join(fields)}, {broken} AS broken FROM {source}"
 
 
 def check_quotes(log: Log) -> None:
-    """Raises `DataError` if a quote is open where the file ends, which DuckDB does not tell."""
-    row = catalogue.unclosed_quote(log.path) if log.kind == "csv" else None
+    """Raises `DataError` if a quote is still open at the end of the file, which DuckDB does not report."""
+    row = catalogue.find_unclosed_quote(log.path) if log.kind == "csv" else None
     if row is not None:
         raise DataError(log.path, row, None, "a quote is not closed")
 
 
-def explain(log: Log, error: duckdb.Error) -> DataError:
-    """DuckDB's word on a file that it cannot read, as one line of ours."""
-    if "invalid state" in str(error) and (row := catalogue.other_line_end(log.path)) is not None:
-        return DataError(log.path, row, None, "ends its line otherwise than the lines before it, which is not read")
+def read_error(log: Log, error: duckdb.Error) -> DataError:
+    """Turns DuckDB's error about a file that it cannot read into a one-line `DataError`."""
+    if "invalid state" in str(error) and (row := catalogue.find_mixed_line_ending(log.path)) is not None:
+        reason = "the line ending differs from that of the lines before it; use one kind of line ending in the file"
+        return DataError(log.path, row, None, reason)
     return _csv_problem(log.path, str(error)) or DataError(log.path, None, None, str(error).splitlines()[0])
 
 

@@ -1,7 +1,7 @@
-"""What may be wrong with a record of a log, as SQL over the relation of `layouts`.
+"""Checks of the records of a log, as SQL over the relation that `layouts` describes.
 
-Each check is (condition, column of the file, SQL of the reason); the first one that holds is the record's problem.
-Records are `r`, the catalogue joined to them is `i`.
+A check is (SQL condition that is true for a bad record, column of the file, SQL of the reason). The first check whose
+condition holds gives the error of the record. In SQL the record is `r`, and the item joined to it is `i`.
 """
 
 from __future__ import annotations
@@ -10,55 +10,58 @@ from learn.data.layouts import Columns
 from learn.data.sql import name, text
 
 Check = tuple[str, str | None, str]
-# Between column and reason of a problem; no file of text has it.
+# Separates column and reason in a problem; this control character does not occur in text files.
 SEPARATOR = "\x1f"
 QUOTE = "chr(39)"
 
 
-def is_broken() -> list[Check]:
-    """The line is no record at all."""
+def broken_record() -> list[Check]:
+    """The line could not be parsed as a record."""
     return [("r.broken IS NOT NULL", None, "r.broken")]
 
 
-def is_empty(columns: Columns) -> list[Check]:
-    """A column that the file has says nothing here."""
+def empty_fields(columns: Columns) -> list[Check]:
+    """A column that the file has is empty in this record."""
     aliases = {"user": columns.user, "item": columns.item, "timestamp": columns.timestamp, "value": columns.value}
-    given = {alias: column for alias, column in aliases.items() if column is not None}
-    return [(f"coalesce(r.{name(alias)}, '') = ''", column, "'empty'") for alias, column in given.items()]
+    present = {alias: column for alias, column in aliases.items() if column is not None}
+    return [(f"coalesce(r.{name(alias)}, '') = ''", column, "'empty'") for alias, column in present.items()]
 
 
-def is_unknown(column: str, catalogue: str) -> list[Check]:
-    """The item is not in the file of that name."""
+def unknown_item(column: str, catalogue: str) -> list[Check]:
+    """The item is not in the file named `catalogue`."""
     return [("i.row IS NULL", column, f"{QUOTE} || r.item || {QUOTE} || {text(f' is not in {catalogue}')}")]
 
 
-def is_no_time(column: str | None) -> list[Check]:
-    """Not a whole number that 64 bits hold."""
+def invalid_timestamp(column: str | None) -> list[Check]:
+    """The timestamp is not a whole number of at most 18 digits, which always fits in 64 bits."""
     if column is None:
         return []
+    not_whole = "NOT regexp_full_match(trim(r.timestamp), '[+-]?[0-9]{1,18}')"
     return [
-        *_is_no_number("timestamp", column, "DOUBLE"),
-        ("NOT regexp_full_match(trim(r.timestamp), '[+-]?[0-9]{1,18}')", column, _got("a whole number", "timestamp")),
+        *_invalid_number("timestamp", column, "DOUBLE"),
+        (not_whole, column, _expected("a whole number", "timestamp")),
     ]
 
 
-def is_no_value(column: str | None) -> list[Check]:
-    """Not a number that float32 holds."""
-    return [] if column is None else _is_no_number("value", column, "FLOAT")
+def invalid_value(column: str | None) -> list[Check]:
+    """The value is not a number in the range of float32."""
+    return [] if column is None else _invalid_number("value", column, "FLOAT")
 
 
-def _is_no_number(alias: str, column: str, kind: str) -> list[Check]:
+def _invalid_number(alias: str, column: str, kind: str) -> list[Check]:
     return [
-        (f"TRY_CAST(r.{alias} AS DOUBLE) IS NULL", column, _got("a number", alias)),
-        (f"NOT isfinite(TRY_CAST(r.{alias} AS {kind}))", column, _got("a finite number", alias)),
+        (f"TRY_CAST(r.{alias} AS DOUBLE) IS NULL", column, _expected("a number", alias)),
+        (f"NOT isfinite(TRY_CAST(r.{alias} AS {kind}))", column, _expected("a finite number", alias)),
     ]
 
 
-def _got(expected: str, alias: str) -> str:
+def _expected(expected: str, alias: str) -> str:
     return f"{text(f'expected {expected}, got ')} || {QUOTE} || r.{alias} || {QUOTE}"
 
 
 def first_problem(checks: list[Check]) -> str:
-    """One SQL expression: column and reason of the first check that holds, or null."""
-    cases = (f"WHEN {holds} THEN {text((column or '') + SEPARATOR)} || {reason}" for holds, column, reason in checks)
+    """An SQL expression for column, SEPARATOR and reason of the first check that holds, or null if none does."""
+    cases = []
+    for condition, column, reason in checks:
+        cases.append(f"WHEN {condition} THEN {text((column or '') + SEPARATOR)} || {reason}")
     return f"CASE {' '.join(cases)} END"

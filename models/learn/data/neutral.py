@@ -1,7 +1,7 @@
-"""The neutral format, which is how any data set comes in that is not known here: two files in one folder.
+"""The neutral format, for every data set that has no layout of its own: two files in one folder.
 
-interactions.csv or .parquet   user,item and, if there are any, timestamp (seconds) and value; other columns are
-                               ignored. Without timestamps the order of the file counts, without values all are 1.
+interactions.csv or .parquet   user,item and optionally timestamp (seconds) and value; other columns are ignored.
+                               Without timestamps the order of the file counts; without values all are 1.
 items.jsonl or .parquet        one object per line: {"id": "..", "text": {any of the six fields}}, or the fields
                                beside the id; in Parquet a struct `text` or columns of those names
 """
@@ -24,7 +24,7 @@ COLUMNS = ["user", "item", "timestamp", "value"]
 
 
 def write_neutral(interactions: Iterable[Interaction], items: Iterable[tuple[str, ItemText]], folder: Path) -> None:
-    """Writes both files of the neutral format, as CSV and JSONL; creates the folder."""
+    """Writes both files of the neutral format, as CSV and JSON Lines, and creates the folder if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / INTERACTIONS).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -37,9 +37,9 @@ def write_neutral(interactions: Iterable[Interaction], items: Iterable[tuple[str
 
 
 def read_neutral(folder: Path, config: PrepareConfig | None = None) -> Dataset:
-    """A small data set, all of it in memory, by the same steps as a large one: `prepare`, then `read_prepared`.
+    """Reads a small data set into memory, by the same steps as a large one: `prepare`, then `read_prepared`.
 
-    The folder may have any layout that `prepare` knows.
+    Despite the name, the folder may have any layout that `prepare` knows.
     """
     with tempfile.TemporaryDirectory() as work:
         build(folder, Path(work), config or PrepareConfig())
@@ -48,7 +48,7 @@ def read_neutral(folder: Path, config: PrepareConfig | None = None) -> Dataset:
 
 
 def read_movielens(folder: Path) -> tuple[list[Interaction], list[tuple[str, ItemText]]]:
-    """What `write_neutral` takes, from a small folder of any layout: events in order, user by user, and items."""
+    """Reads a small data set of any layout as the arguments of `write_neutral`: events, user by user, and items."""
     dataset = read_neutral(folder)
     events = [
         Interaction(sequence.user, dataset.item_ids[item], timestamp, value)

@@ -1,15 +1,16 @@
-"""The prepared folder: what `prepare` leaves and every later step reads, without loading the log into memory.
+"""The prepared folder, which `prepare` writes and every later step reads without loading the log into memory.
 
-    items.npy       int32 [n]    catalogue index of each event; events lie user by user, oldest first
+    items.npy       int32 [n]    catalogue index of each event; events are grouped by user, oldest first
     values.npy      float32 [n]
     timestamps.npy  int64 [n]    seconds; 0, 1, .. within a user if the log has no timestamps
     offsets.npy     int64 [U+1]  the events of user u are offsets[u] : offsets[u + 1]
-    users.txt       the ids of the users, end to end in UTF-8; users_ends.npy int64 [U] says where each one ends
-    catalogue.jsonl one {"id", "text"} a line; the line number is the index
-    meta.json       counts, settings, and a SHA-256 of each file; written last, so without it the folder does not count
+    users.txt       the ids of the users in UTF-8, without separators; users_ends.npy int64 [U] has the byte at which
+                    each one ends
+    catalogue.jsonl one {"id", "text"} per line, in the order of the indices
+    meta.json       counts, settings, and the SHA-256 of each file; written last, so a folder without it is incomplete
 
-Arrays are opened with `mmap_mode="r"`. A user costs memory only while somebody looks at its `Sequence`; the catalogue
-does lie in memory.
+Arrays are opened with `mmap_mode="r"`, so a user costs memory only while its `Sequence` is in use. The catalogue is
+loaded into memory.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ FILES = (*(f"{name}.npy" for name in ARRAYS), USERS, CATALOGUE)
 
 @dataclass(frozen=True)
 class KeywordBoundary:
-    """Up to where the log was read for keywords: each user's last `held_out` events are later, or everything from
-    the timestamp `cut` on is. Exactly one of them is given."""
+    """The part of the log that keywords were not counted in. Exactly one field is given.
+
+    `held_out`: the last so many events of each user. `cut`: all events from this timestamp on.
+    """
 
     held_out: int | None = None
     cut: int | None = None
@@ -53,7 +56,7 @@ class KeywordBoundary:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What meta.json says. `digest` is the SHA-256 over the digests of all files: equal digests, equal data."""
+    """The content of meta.json. `digest` is a SHA-256 over the digests of all files: if equal, so is the data."""
 
     layout: str
     n_users: int
@@ -61,7 +64,7 @@ class Prepared:
     n_events: int
     has_timestamps: bool
     digest: str
-    # What was left out and why, e.g. {"events of items without text": 12}.
+    # What was left out and how much of it, e.g. {"events of items without text": 12}.
     dropped: dict[str, int] = field(default_factory=dict)
     keywords: KeywordBoundary | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -72,17 +75,17 @@ class Prepared:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
 
     def __str__(self) -> str:
-        lost = "".join(f"; left out: {count} {what}" for what, count in self.dropped.items() if count)
+        left_out = "".join(f"; left out: {count} {what}" for what, count in self.dropped.items() if count)
         counts = f"{self.n_users} users, {self.n_items} items, {self.n_events} events"
-        return f"{counts} ({self.layout}{lost}); digest {self.digest[:12]}"
+        return f"{counts} ({self.layout}{left_out}); digest {self.digest[:12]}"
 
 
 class PreparedSequences(AnySequence[Sequence]):
-    """All users of a prepared folder, each read from disk when asked for. `meta` is that folder's own."""
+    """The users of a prepared folder, each read from disk on access. `meta` must be that folder's own."""
 
     def __init__(self, folder: Path, meta: Prepared) -> None:
         self.folder, self.meta = folder, meta
-        self.arrays = {name: _array(folder, name) for name in ARRAYS}
+        self.arrays = {name: _open_array(folder, name) for name in ARRAYS}
         self._user_ids = np.memmap(folder / USERS, dtype=np.uint8, mode="r") if meta.n_users else np.empty(0, np.uint8)
 
     def __len__(self) -> int:
@@ -91,7 +94,7 @@ class PreparedSequences(AnySequence[Sequence]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[user] for user in range(*index.indices(len(self)))]
-        # operator.index semantics for NumPy integers come with range, and so do its bounds.
+        # range accepts NumPy integers and negative indices, and raises IndexError out of bounds.
         user = range(len(self))[index]
         begin, end = self.arrays["offsets"][user : user + 2]
         return Sequence(
@@ -103,17 +106,17 @@ class PreparedSequences(AnySequence[Sequence]):
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """[U] events of each user, without reading any of them."""
+        """The number of events of each user, [U]; reads no events."""
         return np.diff(self.arrays["offsets"])
 
     def user_id(self, user: int) -> str:
-        """The id of one user."""
+        """The id of the user at index `user`."""
         begin = int(self.arrays["users_ends"][user - 1]) if user else 0
         return self._user_ids[begin : self.arrays["users_ends"][user]].tobytes().decode()
 
 
 def read_meta(folder: Path) -> Prepared:
-    """Raises `DataError` if the folder is not a prepared one, or only half of one."""
+    """Reads meta.json. Raises `DataError` if the folder is not a prepared one, or is incomplete."""
     path = folder / META
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -132,14 +135,18 @@ def read_meta(folder: Path) -> Prepared:
 
 
 def read_prepared(folder: Path) -> Dataset:
-    """The catalogue in memory, the events memory-mapped. Shapes are checked here, digests by `verify_prepared`."""
+    """Loads the catalogue and memory-maps the events.
+
+    Raises `DataError` if a shape does not match meta.json; digests are checked by `verify_prepared` only.
+    """
     meta = read_meta(folder)
     sequences = PreparedSequences(folder, meta)
     shapes = {"offsets": meta.n_users + 1, "users_ends": meta.n_users}
     for name, array in sequences.arrays.items():
         if array.shape != (shapes.get(name, meta.n_events),):
             expected = (shapes.get(name, meta.n_events),)
-            raise DataError(folder / f"{name}.npy", None, None, f"shape {array.shape}, but meta.json says {expected}")
+            reason = f"shape {array.shape}, but meta.json says {expected}; run `learn prepare` again"
+            raise DataError(folder / f"{name}.npy", None, None, reason)
     item_ids, texts = [], []
     with (folder / CATALOGUE).open(encoding="utf-8") as file:
         for line in file:
@@ -147,21 +154,23 @@ def read_prepared(folder: Path) -> Dataset:
             item_ids.append(record["id"])
             texts.append(ItemText.from_json(record["text"]))
     if len(item_ids) != meta.n_items:
-        raise DataError(folder / CATALOGUE, None, None, f"{len(item_ids)} items, but meta.json says {meta.n_items}")
+        reason = f"{len(item_ids)} items, but meta.json says {meta.n_items}; run `learn prepare` again"
+        raise DataError(folder / CATALOGUE, None, None, reason)
     return Dataset(item_ids, texts, sequences)
 
 
 def verify_prepared(folder: Path) -> Prepared:
-    """Reads every byte once more; a file that is not what was written is a `DataError`."""
+    """Reads every file completely. Raises `DataError` if one differs from what was written."""
     meta = read_meta(folder)
     for name, expected in meta.files.items():
         if file_digest(folder / name) != expected:
-            raise DataError(folder / name, None, None, "its SHA-256 is not the one in meta.json")
+            reason = "its SHA-256 is not the one in meta.json; run `learn prepare` again"
+            raise DataError(folder / name, None, None, reason)
     return meta
 
 
 class ArrayWriter:
-    """A .npy file of a known length, written part by part: nothing but the part lies in memory."""
+    """Writes a .npy file of a known length part by part, with only one part in memory."""
 
     def __init__(self, path: Path, dtype: np.dtype, length: int) -> None:
         self.path, self.dtype, self.left = path, dtype, length
@@ -170,7 +179,7 @@ class ArrayWriter:
         np.lib.format.write_array_header_1_0(self.file, header)
 
     def write(self, part: np.ndarray) -> None:
-        """Appends; the part is cast to the file's type."""
+        """Appends a part, cast to the type of the file."""
         self.left -= len(part)
         self.file.write(part.astype(self.dtype).data)
 
@@ -180,21 +189,21 @@ class ArrayWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.file.close()
         if kind is None and self.left:
-            raise ValueError(f"{self.path}: {-self.left} entries more than its header says")
+            raise ValueError(f"{self.path}: {-self.left:+} entries compared with its header")
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file in hex."""
+    """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_digest(files: dict[str, str]) -> str:
-    """One SHA-256 for all files, whatever the order of the dict."""
+    """One SHA-256 over the digests of all files, independent of the order of the dict."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _array(folder: Path, name: str) -> np.ndarray:
+def _open_array(folder: Path, name: str) -> np.ndarray:
     path = folder / f"{name}.npy"
     try:
         array = np.load(path, mmap_mode="r")

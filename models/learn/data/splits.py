@@ -1,8 +1,8 @@
-"""Which events are trained on, which are predicted: the last ones of each user, or everything after a point in time.
+"""Which events are held out from training: the last ones of each user, or all events after a point in time.
 
-Both rest on one order of events, (user, timestamp, item id), in which ids of digits compare as numbers. Many data sets
-have ties in time (15.8 % of neighbouring events in ml-latest-small), so without a stable rule the held-out event would
-depend on the order of a file.
+Both rely on one order of events, (user, timestamp, item id), in which numeric ids compare as numbers. Many data sets
+have ties in time (15.8 % of neighbouring events in ml-latest-small), so without a fixed rule the held-out event would
+depend on the order of the file.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 from learn.data.dataset import Event, Sequences
 from learn.data.prepared_folder import KeywordBoundary, PreparedSequences
 
-# Timestamps looked at in one go: 8 MB.
+# Timestamps counted at once: 8 MB.
 CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How many of each user's last events are held out: the newest for the test, those before for validation."""
+    """How many of each user's last events are held out: the newest for test, those before them for validation."""
 
     n_test: int = 1
     n_validation: int = 1
@@ -34,16 +34,16 @@ class SplitConfig:
 
     @property
     def held_out(self) -> int:
-        """Events of each user that training does not see."""
+        """The number of held-out events per user."""
         return self.n_test + self.n_validation
 
 
 @dataclass(frozen=True)
 class TimeSplitConfig:
-    """Two cuts through the whole log: events from the first on are validation, from the second on test.
+    """Two cuts in time for all users: events from the first cut on are for validation, from the second on for test.
 
-    Give either `fractions` of the events that lie before each cut, such as (0.8, 0.9), or the `timestamps` themselves.
-    Events of one timestamp are never torn apart, so fractions hold up to ties.
+    Give either the `fractions` of events before each cut, such as (0.8, 0.9), or the `timestamps` of the cuts.
+    Events with the same timestamp stay together, so with ties the fractions are approximate.
     """
 
     fractions: tuple[float, float] | None = None
@@ -51,30 +51,30 @@ class TimeSplitConfig:
 
     def __post_init__(self) -> None:
         if (self.fractions is None) == (self.timestamps is None):
-            raise ValueError("expected either fractions or timestamps of the two cuts")
+            raise ValueError("expected either fractions or timestamps for the two cuts, not both or neither")
         cuts = self.timestamps if self.fractions is None else self.fractions
         if len(cuts) != 2 or not cuts[0] <= cuts[1]:
             raise ValueError(f"expected two cuts, the first not after the second, got {cuts}")
         if self.fractions and not 0 < cuts[0] <= cuts[1] <= 1:
-            raise ValueError(f"fractions are {cuts}; expected them above 0 and at most 1")
+            raise ValueError(f"fractions are {cuts}; expected both to be above 0 and at most 1")
 
 
-class HoldsOut:
-    """Settings with a split of each kind: `split` holds out each user's last events, `time_split` all that is late."""
+class SplitSettings:
+    """Base of settings that choose between the two kinds of split; `time_split` wins if it is given."""
 
     split: SplitConfig
     time_split: TimeSplitConfig | None
 
-    def held_out(self) -> SplitConfig | TimeSplitConfig:
-        """The split that is used."""
+    def chosen_split(self) -> SplitConfig | TimeSplitConfig:
+        """The split to use."""
         return self.time_split or self.split
 
 
 @dataclass(frozen=True)
 class Split:
-    """Training may read the first `n_train[u]` events of user u, and nothing after them.
+    """Training may read the first `n_train[u]` events of user u and nothing after them.
 
-    Cut in time, a user may have no training event at all: that is a new user.
+    In a split by time a user may be new, that is, have no event for training.
     """
 
     n_train: list[int]
@@ -83,10 +83,10 @@ class Split:
 
 
 def split(sequences: Sequences, config: SplitConfig | TimeSplitConfig) -> Split:
-    """Holds events out as `config` says.
+    """Splits the events as `config` says.
 
-    Raises ValueError if the log has no timestamps to cut at, or if keywords of the catalogue were counted in events
-    that this split would hold out.
+    Raises ValueError if a split by time needs timestamps that the log does not have, or if keywords of the catalogue
+    were counted in events that this split would hold out.
     """
     if isinstance(config, TimeSplitConfig):
         cuts = time_cuts(sequences, config)
@@ -97,9 +97,9 @@ def split(sequences: Sequences, config: SplitConfig | TimeSplitConfig) -> Split:
 
 
 def _leave_last_out(sequences: Sequences, config: SplitConfig) -> Split:
-    """Users too short to keep one event for training are not held out from."""
+    """Holds nothing out from users with no more than `config.held_out` events: none would be left for training."""
     n_train, validation, test = [], [], []
-    for user, n_events in enumerate(_lengths(sequences)):
+    for user, n_events in enumerate(_user_lengths(sequences)):
         if n_events <= config.held_out:
             n_train.append(n_events)
             continue
@@ -112,7 +112,7 @@ def _leave_last_out(sequences: Sequences, config: SplitConfig) -> Split:
 
 def _split_by_time(sequences: Sequences, cuts: tuple[int, int]) -> Split:
     n_train, validation, test = [], [], []
-    for user, timestamps in enumerate(_timestamps(sequences)):
+    for user, timestamps in enumerate(_user_timestamps(sequences)):
         # "left": an event at the cut itself is held out.
         first, second = np.searchsorted(timestamps, cuts, side="left").tolist()
         n_train.append(first)
@@ -122,30 +122,30 @@ def _split_by_time(sequences: Sequences, cuts: tuple[int, int]) -> Split:
 
 
 def time_cuts(sequences: Sequences, config: TimeSplitConfig) -> tuple[int, int]:
-    """The two timestamps of the cuts, for this log."""
+    """The timestamps of the two cuts for this log."""
     if not isinstance(sequences, PreparedSequences):
-        parts = list(_timestamps(sequences))
+        parts = list(_user_timestamps(sequences))
         return cut_timestamps(np.concatenate(parts) if parts else np.empty(0, np.int64), config)
     if not sequences.meta.has_timestamps:
-        raise ValueError(f"{sequences.folder} has no timestamps, so it cannot be split in time")
+        raise ValueError(f"{sequences.folder} has no timestamps, so it cannot be split in time; use the split by user")
     return cut_timestamps(sequences.arrays["timestamps"], config)
 
 
 def cut_timestamps(timestamps: np.ndarray, config: TimeSplitConfig) -> tuple[int, int]:
-    """The same from all timestamps [n], in any order; they may be memory-mapped and are not copied.
+    """The timestamps of the two cuts, given all timestamps [n] in any order; a memory-mapped array is not copied.
 
-    A fraction f of n events cuts at the timestamp of event floor(f n), counted from the oldest as 0. At f = 1 nothing
+    A fraction f of n events cuts at the timestamp of event floor(f n), where the oldest event is 0. At f = 1 nothing
     is held out.
     """
     if config.timestamps is not None:
         return config.timestamps
-    # A float such as 0.29 * 100 falls just short of the whole number that is meant.
+    # In floating point, a product such as 0.29 * 100 is just below the intended whole number.
     first, second = (_nth_smallest(timestamps, int(f * len(timestamps) + 1e-9)) for f in config.fractions)
     return first, second
 
 
 def _nth_smallest(timestamps: np.ndarray, n: int) -> int:
-    """By bisection over the value: about 31 passes for seconds. Beyond the last event it is the last second + 1."""
+    """Bisects over the values: about 31 passes for timestamps in seconds. If n is too large: the maximum + 1."""
     parts = [timestamps[begin : begin + CHUNK] for begin in range(0, len(timestamps), CHUNK)]
     low = min((int(part.min()) for part in parts), default=0)
     high = max((int(part.max()) for part in parts), default=-1) + 1
@@ -159,10 +159,10 @@ def _nth_smallest(timestamps: np.ndarray, n: int) -> int:
 
 
 def check_keywords(sequences: Sequences, boundary: KeywordBoundary) -> None:
-    """Refuses a split that begins before the one that the catalogue's keywords were counted for.
+    """Raises ValueError if a split begins before the one that the keywords of the catalogue were counted for.
 
-    Keywords from events that this split holds out would tell training what it has to predict. Only prepared folders
-    whose keywords came from tags have such a boundary.
+    Keywords from held-out events would tell training what it has to predict. Only a prepared folder whose keywords
+    come from tags has such a boundary.
     """
     counted = sequences.meta.keywords if isinstance(sequences, PreparedSequences) else None
     if counted is None:
@@ -178,15 +178,15 @@ def check_keywords(sequences: Sequences, boundary: KeywordBoundary) -> None:
         )
 
 
-def _timestamps(sequences: Sequences) -> Iterator[np.ndarray]:
-    """Those of each user; of a prepared folder nothing else is read."""
+def _user_timestamps(sequences: Sequences) -> Iterator[np.ndarray]:
+    """The timestamps of each user; from a prepared folder, nothing else is read."""
     if not isinstance(sequences, PreparedSequences):
         return (sequence.timestamps for sequence in sequences)
     whole, offsets = sequences.arrays["timestamps"], sequences.arrays["offsets"].tolist()
     return (whole[begin:end] for begin, end in pairwise(offsets))
 
 
-def _lengths(sequences: Sequences) -> list[int]:
+def _user_lengths(sequences: Sequences) -> list[int]:
     if isinstance(sequences, PreparedSequences):
         return sequences.lengths.tolist()
     return [len(sequence.items) for sequence in sequences]

@@ -1,4 +1,4 @@
-"""The few pieces of DuckDB's SQL that several files build on."""
+"""Helpers for DuckDB and its SQL that several modules of this package share."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ import duckdb
 import numpy as np
 import pyarrow
 
-# Rows in one Arrow batch.
+# Rows per Arrow batch.
 BATCH = 1 << 16
 
 
 def text(value: str) -> str:
-    """A literal."""
+    """A quoted SQL string literal."""
     return "'" + value.replace("'", "''") + "'"
 
 
 def name(value: str) -> str:
-    """An identifier."""
+    """A quoted SQL identifier."""
     return '"' + value.replace('"', '""') + '"'
 
 
 def id_order(column: str) -> str:
-    """Sorts ids: those of digits first, as numbers of any length (how many digits, then digit by digit), then text."""
+    """An ORDER BY expression for ids: numeric ids first, as numbers of any length, then the others as text."""
     is_number = f"regexp_full_match({column}, '[0-9]+')"
     digits = f"CASE WHEN {is_number} THEN ltrim({column}, '0') END"
     return f"NOT {is_number}, length({digits}), {digits}, {column}"
 
 
 def insert(db: duckdb.DuckDBPyConnection, table: str, columns: dict[str, list | np.ndarray]) -> None:
-    """Appends columns, in the order in which the table has them."""
+    """Appends rows, given as columns in the order of the table."""
     db.register("batch", pyarrow.table(columns))
     db.execute(f"INSERT INTO {table} SELECT * FROM batch")
     db.unregister("batch")
 
 
 def first_row(db: duckdb.DuckDBPyConnection, query: str) -> tuple | None:
-    """The first row of a query that gives one or none. An open result would block the next one, so all is fetched."""
+    """The only row of a query, or None. All rows are fetched, because an open result would block the next query."""
     rows = db.execute(query).fetchall()
     return rows[0] if rows else None
 
 
 def batches(db: duckdb.DuckDBPyConnection, query: str) -> Iterator[pyarrow.RecordBatch]:
-    """The rows of a query, a part at a time; none of the parts is empty."""
+    """The rows of a query in batches of at most `BATCH`, none of them empty."""
     return (batch for batch in db.sql(query).to_arrow_reader(BATCH) if len(batch))

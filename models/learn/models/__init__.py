@@ -1,1 +1,1 @@
-"""What is trained: the towers (PCH), the CVR head, and what every retrieval model looks like from outside."""
+"""The models that are trained: the towers (PCH), the CVR head, and the interface of all retrieval models."""

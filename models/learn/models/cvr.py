@@ -4,8 +4,8 @@
     item [n,E] -> linear ----------------------------> [n,F]
     their sum -> GELU -> linear -> GELU = mid_emb [n,M] -> linear -> logit [n]
 
-Two linear maps and a sum are one linear layer over the pair, split so that the user's part is computed once a user and
-not once a candidate. The ranking model takes mid_emb: the vector before the output layer.
+The two linear maps and the sum are one linear layer over the pair, split so that the user's part is computed once per
+user instead of once per candidate. The ranking model uses mid_emb, the vector before the output layer.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class CvrHead(nn.Module):
         super().__init__()
         self.config = config
         self.fuse_user = nn.Linear(config.in_dim, config.fuse_dim)
-        # No bias of its own: the user's part has one, and the two are added.
+        # No bias: the two parts are added, and the user's part has one.
         self.fuse_item = nn.Linear(config.in_dim, config.fuse_dim, bias=False)
         self.mid = nn.Linear(config.fuse_dim, config.mid_dim)
         self.out = nn.Linear(config.mid_dim, 1)
 
     def forward(self, user: Tensor, item: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Shapes as above; `row` says which user each item is for."""
+        """Scores each item for the user at index `row` of `user`; shapes as above."""
         fused = F.gelu(self.fuse_user(user).index_select(0, row) + self.fuse_item(item))  # [n,F]
         mid_emb = F.gelu(self.mid(fused))
         return mid_emb, self.out(mid_emb).squeeze(-1)

@@ -3,17 +3,17 @@
     content [b,l,C] -> adaptor (MLP) -> [b,l,D]; a learned start token goes before it -> [b,l+1,D]
                     -> causal transformer, pre-LN -> [b,l+1,D] -> norm, projection -> [b,l+1,E]
 
-One set of weights serves as user tower and as item tower (variant 1 of the LEARN paper). The user embedding is the
-output at the last item, or at the start token if there is none. The item embedding is the output at the item in the
-sequence [start, item].
+One set of weights is both user tower and item tower (variant 1 of the LEARN paper). The user embedding is the
+output at the last item, or at the start token if the history is empty. The item embedding is the output at the item in
+the sequence [start, item].
 
-Three ways lead through the same layers, and tests hold them equal:
-- `states`: every position, for training;
-- `last`: only what the last position needs. In the last layer that is one query and one feed-forward row;
-- `alone`: many items, each by itself. The start token sees nothing but itself, so its keys and values are the same for
-  all of them and are computed once.
+Three methods run the same layers, and tests check that they agree:
+- `states` computes every position, for training.
+- `last` computes only what the last position needs: in the last layer, one query and one feed-forward row.
+- `alone` computes many items, each in a sequence of its own. The start token attends only to itself, so its keys and
+  values are the same for all items and are computed once.
 
-Items stand on the left and padding on the right, so causality already hides padding from every real position.
+Padding is on the right, so the causal mask already hides it from every real position.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class PchConfig:
     ffn: int = 256
     out_dim: int = 64
     max_history: int = 80
-    # The paper's adaptor is one linear map; with a small C that is too small a table for the items.
+    # The paper's adaptor is one linear map; with a small C it has too few parameters to tell the items apart.
     adaptor: Literal["mlp", "linear"] = "mlp"
-    # LEARN's variants of the item tower in training. All of them serve one item at a time.
-    # "sequence" (1): targets are read as a sequence. "alone" (2): each by itself. "content" (3): no PCH for items.
+    # LEARN's variants of the item tower in training. In serving, each item is always computed alone.
+    # "sequence" (1): targets are read as a sequence. "alone" (2): each target alone. "content" (3): no PCH for items.
     item_tower: Literal["sequence", "alone", "content"] = "sequence"
     positions: Literal["none", "learned"] = "none"
-    # "unit": outputs have length 1 and training divides by a temperature. "raw": a plain dot product.
+    # "unit": outputs have length 1, and training divides scores by a temperature. "raw": scores are plain dot products.
     output: Literal["unit", "raw"] = "unit"
     dropout: float = 0.1
 
@@ -70,8 +70,8 @@ class Block(nn.Module):
         return self._split(key), self._split(value)
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Updates the positions in `x` [b,q,D]; `mask` is added to the scores [b,heads,q,k]."""
-        query = self._split(self.query(self.norm_attention(x))) * (query_scale(x.shape[-1], self.heads))
+        """Returns the new states of the positions in `x` [b,q,D]; `mask` is added to the scores [b,heads,q,k]."""
+        query = self._split(self.query(self.norm_attention(x))) * query_scale(x.shape[-1], self.heads)
         scores = query @ key.transpose(-1, -2)
         if mask is not None:
             scores = scores + mask
@@ -84,18 +84,18 @@ class Block(nn.Module):
 
 
 def query_scale(width: int, heads: int) -> float:
-    """1 / sqrt(width of a head)."""
+    """The factor of attention scores, 1 / sqrt(width of a head)."""
     return (width // heads) ** -0.5
 
 
-def visible(query_index: Tensor, key_index: Tensor) -> Tensor:
-    """Causality as an addend: 0 where the key is not after the query, -inf elsewhere. Shapes broadcast."""
+def causal_mask(query_index: Tensor, key_index: Tensor) -> Tensor:
+    """A causal mask to add to scores: 0 where the key is not after the query, -inf elsewhere. Shapes broadcast."""
     hidden = torch.tensor(float("-inf"), device=query_index.device)
     return torch.where(key_index <= query_index, torch.zeros_like(hidden), hidden)
 
 
 class Pch(nn.Module):
-    """The towers."""
+    """User and item tower, with shared weights; see the module's docs for shapes."""
 
     def __init__(self, config: PchConfig) -> None:
         super().__init__()
@@ -111,44 +111,45 @@ class Pch(nn.Module):
         self.projection = nn.Linear(config.width, config.out_dim)
 
     def adapt(self, content: Tensor) -> Tensor:
-        """[...,C] -> [...,D]: what enters the transformer."""
+        """Content embeddings [...,C] -> inputs of the transformer, [...,D]."""
         return self.adaptor(content)
 
     def states(self, content: Tensor) -> Tensor:
-        """[b,l,C] -> the output at the start token and at every item, [b,l+1,E]."""
-        return self.states_of(self.adapt(content))
+        """Content [b,l,C] -> the output at the start token and at every item, [b,l+1,E]."""
+        return self.states_from_adapted(self.adapt(content))
 
-    def states_of(self, items: Tensor) -> Tensor:
-        """`states` of items that are adapted already, [b,l,D]."""
+    def states_from_adapted(self, items: Tensor) -> Tensor:
+        """Like `states`, for items [b,l,D] that have already been through `adapt`."""
         x = self._embed(items)
-        mask = self._causal(x)
+        mask = self._causal_mask(x)
         for block in self.blocks:
             x = block(x, *block.keys_values(x), mask)
         return self.output(self._project(x))
 
     def last(self, content: Tensor, mask: Tensor) -> Tensor:
-        """[b,l,C], mask [b,l] (1 = item, items on the left) -> the output at the last item, [b,E]."""
-        return self.last_of(self.adapt(content), mask)
+        """Content [b,l,C], mask [b,l] (1 = item, 0 = padding on the right) -> the output at the last item, [b,E]."""
+        return self.last_from_adapted(self.adapt(content), mask)
 
-    def last_of(self, items: Tensor, mask: Tensor) -> Tensor:
-        """`last` of items that are adapted already, [b,l,D]."""
+    def last_from_adapted(self, items: Tensor, mask: Tensor) -> Tensor:
+        """Like `last`, for items [b,l,D] that have already been through `adapt`."""
         x = self._embed(items)
-        causal = self._causal(x)
+        causal = self._causal_mask(x)
         *earlier, final = self.blocks
         for block in earlier:
             x = block(x, *block.keys_values(x), causal)
-        n_items = mask.sum(dim=1)  # [b]; the start token stands at 0, so the last item stands at n_items
-        at = n_items[:, None, None].expand(-1, 1, x.shape[-1])
+        n_items = mask.sum(dim=1)  # [b]; the start token is at 0, so the last item is at n_items
+        last_index = n_items[:, None, None].expand(-1, 1, x.shape[-1])
         index = torch.arange(x.shape[1], device=x.device)
-        seen = visible(n_items[:, None, None, None], index[None, None, None, :])  # [b,1,1,l+1]
-        return self.output(self._project(final(x.gather(1, at), *final.keys_values(x), seen))).squeeze(1)
+        up_to_last = causal_mask(n_items[:, None, None, None], index[None, None, None, :])  # [b,1,1,l+1]
+        last = final(x.gather(1, last_index), *final.keys_values(x), up_to_last)  # [b,1,D]
+        return self.output(self._project(last)).squeeze(1)
 
     def alone(self, content: Tensor) -> Tensor:
-        """[n,C] -> the output at the item of [start, item], [n,E]."""
-        return self.output(self.alone_raw(self.adapt(content)))
+        """Content [n,C] -> for each item, the output at the item of the sequence [start, item], [n,E]."""
+        return self.output(self.alone_before_output(self.adapt(content)))
 
-    def alone_raw(self, items: Tensor) -> Tensor:
-        """`alone` of items that are adapted already, [n,D] -> [n,E], before their length is made 1."""
+    def alone_before_output(self, items: Tensor) -> Tensor:
+        """Like `alone`, for items [n,D] that have already been through `adapt`, but without `output`: [n,E]."""
         x = items[:, None]  # [n,1,D]
         if self.positions is not None:
             x = x + self.positions[1:2]
@@ -162,7 +163,7 @@ class Pch(nn.Module):
         return self._project(x).squeeze(1)
 
     def start_keys_values(self) -> list[tuple[Tensor, Tensor]]:
-        """What the start token offers to those after it, one pair [1,heads,1,D/heads] a layer."""
+        """Keys and values of the start token, one pair [1,heads,1,D/heads] per layer."""
         x = self.start[None, None]  # [1,1,D]
         if self.positions is not None:
             x = x + self.positions[:1]
@@ -179,20 +180,20 @@ class Pch(nn.Module):
             x = x + self.positions[: x.shape[1]]
         return self.dropout(x)
 
-    def _causal(self, x: Tensor) -> Tensor:
+    def _causal_mask(self, x: Tensor) -> Tensor:
         index = torch.arange(x.shape[1], device=x.device)
-        return visible(index[:, None], index[None, :])  # [l+1,l+1]
+        return causal_mask(index[:, None], index[None, :])  # [l+1,l+1]
 
     def _project(self, x: Tensor) -> Tensor:
         return self.projection(self.norm_out(x))
 
     def output(self, raw: Tensor) -> Tensor:
-        """A user or item embedding as it is served: of length 1, or as it comes."""
+        """Turns projected states into embeddings: scales them to length 1, unless `config.output` is "raw"."""
         return F.normalize(raw, dim=-1) if self.config.output == "unit" else raw
 
 
 def _adaptor(config: PchConfig) -> nn.Sequential:
-    """C -> D; in both shapes the first module is a linear layer, into which a standardisation can be folded."""
+    """C -> D. The first module is always a linear layer, into which a standardisation can be folded."""
     if config.adaptor == "linear":
         return nn.Sequential(nn.Linear(config.content_dim, config.width))
     first, second = config.adaptor_hidden, config.width

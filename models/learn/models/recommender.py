@@ -1,7 +1,7 @@
-"""What every retrieval model of the harness looks like from outside: users and items as vectors, scored by dot product.
+"""The interface of all retrieval models: users and items are vectors, scored by dot product.
 
-Trainer, evaluation and study know this class and nothing of what is inside. Items are catalogue indices, so a model may
-look them up in an embedding table, in a table of content embeddings, or in both.
+Trainer, evaluation and study use only this interface. Items are catalogue indices, so a model may look them up in an
+embedding table, in a table of content embeddings, or in both.
 """
 
 from __future__ import annotations
@@ -23,47 +23,47 @@ Ids = Literal["none", "tied", "separate"]
 class Recommender(nn.Module, ABC):
     """A sequence model over a catalogue of I items.
 
-    `items` [b,l] are catalogue indices, oldest first, padded on the right. `times` [b,l+1] are the seconds at which
-    those events happened and, last, the moment of each request; models that know no time ignore it.
+    `items` [b,l] are catalogue indices, oldest first, padded on the right. `times` [b,l+1] are the timestamps
+    of those events in seconds and, last, that of the request; models without a notion of time ignore it.
     """
 
     # Whether the state before the first event was trained, so that a user without history can be served.
     has_start: ClassVar[bool] = False
     max_history: int
-    # A dataclass; of every model that is trained.
+    # A dataclass. Every model that is trained must have one.
     config: Any
 
     @abstractmethod
     def states(self, items: Tensor, times: Tensor) -> Tensor:
-        """[b,l] -> [b,l+1,E]: state j has read the first j events and asks for the next."""
+        """Items [b,l] -> [b,l+1,E]: state j has read the first j events and predicts the next one."""
 
     @abstractmethod
     def item_embeddings(self, items: Tensor) -> Tensor:
-        """[n] -> [n,E], each item by itself, as it is served."""
+        """Items [n] -> the served embedding of each item, [n,E]."""
 
     def target_keys(self, items: Tensor, times: Tensor) -> Tensor:
-        """[b,t] -> [b,t,E]: a user's targets as the alignment loss sees them; each by itself unless a model differs."""
+        """Targets [b,t] of each user -> their embeddings in the alignment loss, [b,t,E]; by default the served ones."""
         return self.item_embeddings(items.flatten()).unflatten(0, items.shape)
 
     def last(self, items: Tensor, times: Tensor, length: Tensor) -> Tensor:
-        """The state after the last of `length` [b] real events, [b,E]."""
+        """The state after the last event of each user, [b,E]; `length` [b] counts events without padding."""
         states = self.states(items, times)
         at = length[:, None, None].expand(-1, 1, states.shape[-1])
         return states.gather(1, at).squeeze(1)
 
     def settings(self) -> dict[str, Any]:
-        """What it does beyond its weights and buffers, fit for JSON: models alike in all of these are the same."""
+        """Everything that defines the model apart from its weights and buffers, as values for JSON."""
         return asdict(self.config)
 
     def finish(self) -> None:
-        """Called once after training, for what training holds apart and serving wants folded in."""
+        """Called once after training, to fold into the weights what only training keeps apart."""
 
 
 class Learn(Recommender):
     """LEARN: PCH over frozen content embeddings, in two towers that share their weights.
 
-    With `ids`, every item also has free vectors that no text determines, added where the item enters the tower and to
-    its item embedding. The paper has no such thing, so results of it are labelled LEARN+ID.
+    With `ids`, every item also has learned vectors that do not depend on its text. They are added to the input of the
+    tower and to the item embedding. The paper does not have them, so their results are labelled LEARN+ID.
     """
 
     has_start = True
@@ -77,98 +77,100 @@ class Learn(Recommender):
 
     def states(self, items: Tensor, times: Tensor) -> Tensor:
         """As above; `times` is not read."""
-        return self.pch.states_of(self._entered(items))
+        return self.pch.states_from_adapted(self._tower_inputs(items))
 
     def item_embeddings(self, items: Tensor) -> Tensor:
-        """Variants 1 and 2 put each item through PCH by itself; variant 3 takes its content embedding as it is."""
+        """Variants 1 and 2 run PCH on each item alone; variant 3 uses the content embedding, scaled to length 1."""
         if self.pch.config.item_tower == "content":
             return F.normalize(self.content[items], dim=-1)
-        raw = self.pch.alone_raw(self._entered(items))
-        return self.pch.output(raw if self.ids is None else raw + self.ids.leaving(items))
+        raw = self.pch.alone_before_output(self._tower_inputs(items))
+        return self.pch.output(raw if self.ids is None else raw + self.ids.outputs(items))
 
     def target_keys(self, items: Tensor, times: Tensor) -> Tensor:
-        """Variant 1 reads the whole target sequence causally, the others each item by itself."""
+        """Variant 1 reads the whole target sequence causally; the others compute each item alone."""
         if self.pch.config.item_tower == "sequence":
             return self.states(items, times)[:, 1:]
         return super().target_keys(items, times)
 
     def last(self, items: Tensor, times: Tensor, length: Tensor) -> Tensor:
-        """As served: the last layer is computed at the last item alone."""
+        """As above, and as in serving: the last layer is computed only at the last item."""
         mask = (torch.arange(items.shape[1], device=items.device)[None] < length[:, None]).long()
-        return self.pch.last_of(self._entered(items), mask)
+        return self.pch.last_from_adapted(self._tower_inputs(items), mask)
 
-    def begin_with(self, weights: dict[str, Tensor]) -> None:
-        """Takes over the weights of towers that read raw content, such as another run's `finish` left."""
+    def load_towers(self, weights: dict[str, Tensor]) -> None:
+        """Loads weights of towers that take raw content, such as the result of another run's `finish`."""
         self.pch.load_state_dict(weights)
         self.standardisation.unfold_from(self.pch.adaptor[0])
 
     def finish(self) -> None:
-        """Gives back towers that take raw content, as served. The recommender itself is used up by this."""
+        """Changes `pch` to take raw content, as served. The recommender itself cannot be used afterwards."""
         self.standardisation.fold_into(self.pch.adaptor[0])
         del self.content
 
-    def _entered(self, items: Tensor) -> Tensor:
+    def _tower_inputs(self, items: Tensor) -> Tensor:
         x = self.pch.adapt(self.content[items])
-        return x if self.ids is None else x + self.ids.entering(items)
+        return x if self.ids is None else x + self.ids.inputs(items)
 
 
 class IdTables(nn.Module):
-    """Free vectors of every item, for both ends of a tower.
+    """Learned vectors of every item, for the input and the output of a tower.
 
-    "tied": one vector for both, as in SASRec, so both ends have to be of one width. "separate": one each; they begin so
-    small that text speaks first, and items that are never trained on keep what text says.
+    "tied": one vector for both, as in SASRec, so input and output must have the same width. "separate": one for each;
+    they are initialised small, so text dominates at first and for items that are never trained on.
     """
 
     def __init__(self, n_items: int, config: PchConfig, ids: Ids) -> None:
         super().__init__()
         if ids == "tied" and config.width != config.out_dim:
             sizes = f"width {config.width}, out_dim {config.out_dim}"
-            raise ValueError(f"tied ids need towers as wide as their output, got {sizes}")
+            raise ValueError(
+                f"tied ids need towers as wide as their output, got {sizes}; make them equal or use separate ids"
+            )
         self.scale = config.width**0.5 if ids == "tied" else 1.0
         self.first = nn.Parameter(torch.randn(n_items, config.width) * 0.02)
         self.second = None if ids == "tied" else nn.Parameter(torch.randn(n_items, config.out_dim) * 0.02)
 
-    def entering(self, items: Tensor) -> Tensor:
-        """[...] -> [...,D]."""
+    def inputs(self, items: Tensor) -> Tensor:
+        """Items [...] -> what the tower's inputs receive, [...,D]."""
         return self.first[items] * self.scale
 
-    def leaving(self, items: Tensor) -> Tensor:
-        """[...] -> [...,E]."""
-        return self.entering(items) if self.second is None else self.second[items]
+    def outputs(self, items: Tensor) -> Tensor:
+        """Items [...] -> what the item embeddings receive, [...,E]."""
+        return self.inputs(items) if self.second is None else self.second[items]
 
 
 class IdTowers(Recommender):
-    """Our own towers over free item vectors in place of content: what is left of LEARN when the text is taken away."""
+    """The towers of LEARN over learned item vectors instead of content: LEARN without text."""
 
     has_start = True
 
     def __init__(self, pch: Pch, n_items: int) -> None:
         super().__init__()
         self.pch, self.config, self.max_history = pch, pch.config, pch.config.max_history
-        # No text enters, so what would read it is no part of the model.
+        # There is no text, so the model has no adaptor.
         self.pch.adaptor = nn.Identity()
         self.ids = IdTables(n_items, pch.config, "tied")
 
     def states(self, items: Tensor, times: Tensor) -> Tensor:
         """As above; `times` is not read."""
-        return self.pch.states_of(self.ids.entering(items))
+        return self.pch.states_from_adapted(self.ids.inputs(items))
 
     def item_embeddings(self, items: Tensor) -> Tensor:
-        """The table itself: an id needs no tower to become an item embedding."""
-        return self.pch.output(self.ids.leaving(items))
+        """The learned vectors themselves, without a tower."""
+        return self.pch.output(self.ids.outputs(items))
 
 
 class ContentMean(Recommender):
-    """No alignment at all: the mean of the history's content embeddings against each item's own. Nothing is trained."""
+    """A baseline without training: the user is the mean of the content embeddings of the history."""
 
     def __init__(self, content: Tensor, max_history: int) -> None:
         super().__init__()
         self.max_history = max_history
-        # Every prompt opens with the same words; without their common mean, cosines would tell little.
+        # Every prompt begins with the same words, so cosines are informative only once the common mean is removed.
         self.register_buffer("content", F.normalize(content - content.mean(dim=0), dim=-1), persistent=False)
 
     def states(self, items: Tensor, times: Tensor) -> Tensor:
-        """The mean of the first j content embeddings; zeros before the first."""
+        """State j is the direction of the mean of the first j content embeddings; state 0 is zero."""
         total = self.content[items].cumsum(dim=1)
         return F.normalize(F.pad(total, (0, 0, 1, 0)), dim=-1)
 

@@ -1,7 +1,7 @@
 """Towers and CVR head as the server runs them: modules with exactly the ports that the bundle format names.
 
-Golden vectors come from these modules, and the encoder's from `learn.content.encoder_graph`. `tower_export` writes
-the same functions as ONNX, and the bundle's golden vectors are compared with both.
+The golden vectors of a bundle are computed by these modules (for the encoder, by `learn.content.encoder_graph`).
+`tower_export` writes the same functions as ONNX, and tests compare both with the golden vectors.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ItemTowerGraph(nn.Module):
 
 
 class CvrGraph(nn.Module):
-    """user [b,E], item [n,E], row [n] (which user) -> mid_emb [n,M], cvr [n]."""
+    """user [b,E], item [n,E], row [n] (the user of each item) -> mid_emb [n,M], cvr [n]."""
 
     def __init__(self, head: CvrHead) -> None:
         super().__init__()

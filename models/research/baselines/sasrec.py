@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learn.models.pch import visible
+from learn.models.pch import causal_mask
 from learn.models.recommender import Recommender
 
 
@@ -45,7 +45,7 @@ class SasRec(Recommender):
         x = self.table[items] * self.config.width**0.5 + self.positions[: items.shape[1]]
         x = self.dropout(x)
         index = torch.arange(items.shape[1], device=items.device)
-        mask = visible(index[:, None], index[None, :])
+        mask = causal_mask(index[:, None], index[None, :])
         for block in self.blocks:
             x = block(x, mask)
         return F.pad(F.normalize(self.norm_out(x), dim=-1), (0, 0, 1, 0))

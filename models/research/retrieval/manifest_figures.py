@@ -73,7 +73,7 @@ def _as_config(settings: Settings) -> dict[str, Any]:
     sizes, training = asdict(settings.pch), asdict(settings.train)
     del sizes["content_dim"], training["seed"]
     arm = {"standardise": settings.standardise, "ids": "none", "sizes": sizes}
-    return as_read({"arm": arm, "train": training, "split": asdict(settings.held_out())})
+    return as_read({"arm": arm, "train": training, "split": asdict(settings.chosen_split())})
 
 
 def _flat(table: dict[str, Any], above: str = "") -> dict[str, Any]:

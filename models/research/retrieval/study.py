@@ -26,7 +26,7 @@ from tqdm import tqdm
 from learn import data
 from learn.content import ceg, embedding_store
 from learn.content.standardise import Method
-from learn.data.splits import HoldsOut
+from learn.data.splits import SplitSettings
 from learn.evaluation.full_ranking import array_ranking, popularity
 from learn.evaluation.metrics import Ranking
 from learn.evaluation.retrieval import retrieve
@@ -75,7 +75,7 @@ class Content:
 
 
 @dataclass(frozen=True)
-class Study(HoldsOut):
+class Study(SplitSettings):
     """The TOML file."""
 
     study: str
@@ -151,12 +151,12 @@ class Inputs:
 def inputs_of(study: Study, source: Path, run: Path, encoders: Path) -> Inputs:
     """Prepares the data set in `source` and encodes its items for every content that a model of the study needs."""
     needed = {arm.content for arm in study.models.values() if arm.kind in ("content-mean", "learn")}
-    content, plain = {}, prepare_config(study.prepare, study.held_out())
+    content, plain = {}, prepare_config(study.prepare, study.chosen_split())
     for name in sorted(needed):
         entry = study.contents[name]
         folder = run / ("data-keywords" if entry.keywords else "data")
         data.prepare(source, folder, replace(plain, max_keywords=N_KEYWORDS) if entry.keywords else plain)
-        encoder = ceg.Source(encoders / entry.encoder, EncoderSettings.max_tokens)
+        encoder = ceg.EncoderFolder(encoders / entry.encoder, EncoderSettings.max_tokens)
         content[name] = embedding_store.encode_to_file(
             encoder, Prompts(data.read_prepared(folder).texts), run / "cache"
         )
@@ -202,7 +202,7 @@ def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> N
     config = run_config(study, arm) | {"content": _content_name(arm, inputs), "seed": seed}
     if path.is_file() and result_files.read_run(path).config == config:
         return
-    split = data.split(inputs.dataset.sequences, study.held_out())
+    split = data.split(inputs.dataset.sequences, study.chosen_split())
     counts = popularity(inputs.dataset, split)
     if arm.kind == "popularity":
         ranking, costs = _popular(inputs, split, counts)
@@ -243,7 +243,7 @@ def run_config(study: Study, arm: Arm) -> dict[str, Any]:
     recorded["sizes"] = asdict(strict(_SIZES[arm.kind], arm.sizes, "sizes")) if arm.kind in _SIZES else {}
     training = asdict(study.train) | arm.train
     del training["seed"]
-    return as_read({"arm": recorded, "train": training, "split": asdict(study.held_out())})
+    return as_read({"arm": recorded, "train": training, "split": asdict(study.chosen_split())})
 
 
 Costs = dict[str, Any]
@@ -291,7 +291,7 @@ def run_study(study: Study, inputs: Inputs, root: Path, n_workers: int) -> None:
 
     Each run has one thread, since small models gain little from a second one.
     """
-    split = data.split(inputs.dataset.sequences, study.held_out())
+    split = data.split(inputs.dataset.sequences, study.chosen_split())
     result_files.write_study(root, describe(study, inputs.dataset, split))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -138,5 +138,5 @@ def test_what_is_no_baichuan_7b_is_refused():
         baichuan.llama_config({name: value for name, value in CONFIG.items() if name != "hidden_act"})
     with pytest.raises(ValueError, match=r"W_pack.weight has the shape \[8, 4\], expected \[3\*D,D\]"):
         baichuan.llama_state({"model.layers.0.self_attn.W_pack.weight": torch.ones(8, 4)})
-    with pytest.raises(ValueError, match=r"transformer\.wte is no tensor of a Baichuan"):
+    with pytest.raises(ValueError, match=r"transformer\.wte is not a tensor of a Baichuan"):
         baichuan.llama_state({"transformer.wte": torch.ones(2)})

@@ -176,7 +176,7 @@ def test_a_vector_that_is_not_finite_is_never_kept(encoder, tmp_path):
     with torch.no_grad():
         encoder.graph.model.norm.weight[0] = float("nan")
     config = dataclasses.replace(QUIET, shard_items=2)
-    with pytest.raises(ValueError, match="not finite, for prompt 0 of those from item 0 on"):
+    with pytest.raises(ValueError, match="in the shard that begins at item 0: the embedding of prompt 0 is not finite"):
         embedding_store.encode_cached(encoder, PROMPTS, tmp_path / "cache", config)
     assert not list((tmp_path / "cache").rglob("*.npy"))
 
@@ -214,5 +214,5 @@ def test_missing_files_say_which_command_fetches_them(tmp_path):
 @pytest.mark.parametrize("max_tokens", [0, 129])
 def test_more_tokens_than_the_model_has_positions(tmp_path, max_tokens):
     fixture_bundles.byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=f"max_tokens is {max_tokens}, random takes 1 to 128"):
+    with pytest.raises(ValueError, match=f"max_tokens is {max_tokens}, but random takes 1 to 128"):
         ceg.wrap("random", fixture_bundles.encoder_model(), tmp_path / "tokenizer.json", max_tokens, 0)

@@ -140,10 +140,10 @@ def test_what_is_on_disk_is_found_without_the_model(tmp_path, monkeypatch, kind,
         model = LlamaModel(LLAMA) if kind == "sharded" else BertModel(BERT)
         model.save_pretrained(folder, max_shard_size=60_000)
     how = ceg.LoadConfig(device="cpu", dtype=dtype)
-    source = ceg.Source(folder, 24, how)
+    source = ceg.EncoderFolder(folder, 24, how)
     assert embedding_store.cache_key(source, PROMPTS) == embedding_store.cache_key(ceg.load(folder, 24, how), PROMPTS)
     # Which model it is does not hang on its dtype.
-    others = [ceg.Source(folder, 24), ceg.Source(folder, 25, how)]
+    others = [ceg.EncoderFolder(folder, 24), ceg.EncoderFolder(folder, 25, how)]
     same, longer = (other.identity.hexdigest() == source.identity.hexdigest() for other in others)
     assert same and not longer
     first = embedding_store.encode_cached(source, PROMPTS, tmp_path / "cache", StoreConfig(title=None))
@@ -160,7 +160,7 @@ def test_a_tensor_that_is_missing_is_never_made_up(tmp_path):
     language_model.read(tmp_path, "float32")
     del body["encoder.layer.1.output.dense.weight"]
     save_file(body, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 tensors of its model, the first is encoder\.layer\.1\.output"):
+    with pytest.raises(ValueError, match=r"lack 1 tensors of the model, the first is encoder\.layer\.1\.output"):
         language_model.read(tmp_path, "float32")
 
 
@@ -168,19 +168,19 @@ def test_a_shard_that_is_missing_and_an_index_that_is_none(tmp_path):
     LlamaModel(LLAMA).save_pretrained(tmp_path, max_shard_size=60_000)
     first, *_rest = language_model.weight_files(tmp_path)
     first.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{first.name} is named by the index of shards and is missing"):
+    with pytest.raises(FileNotFoundError, match=f"{first.name} is missing, but the index of shards names it"):
         language_model.read(tmp_path, "float32")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="no index of shards"):
+    with pytest.raises(ValueError, match="not an index of shards"):
         language_model.read(tmp_path, "float32")
 
 
 def test_what_needs_two_inputs_is_refused(tmp_path):
     config = T5Config(vocab_size=64, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
     T5Model(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="t5 has an encoder and a decoder"):
+    with pytest.raises(ValueError, match="t5 is an encoder-decoder model"):
         language_model.read(tmp_path, "float32")
-    with pytest.raises(ValueError, match="dtype is 'int8', it must be one of float32"):
+    with pytest.raises(ValueError, match="dtype is 'int8'; it must be one of float32"):
         language_model.read(tmp_path, "int8")
 
 
@@ -212,7 +212,7 @@ def test_a_baichuan_is_read_from_either_kind_of_file(tmp_path):
     (tmp_path / "b.safetensors").unlink()
     index["weight_map"] = {name: "a.safetensors" for name in names}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="tensors are in no file, the first is "):
+    with pytest.raises(ValueError, match="tensors are in no weights file, the first is "):
         ceg.load(tmp_path, 24)
 
 
@@ -229,7 +229,7 @@ def test_files_that_are_damaged_are_named_in_one_line(tmp_path):
         return str(error.value)
 
     assert "weights cannot be read" in refusal("model.safetensors", None)
-    assert "no tokenizer" in refusal("tokenizer.json", None)
+    assert "cannot be read as a tokenizer" in refusal("tokenizer.json", None)
     assert "config.json: Expecting" in refusal("config.json", b"{")
     assert "config.json: expected an object, got list" in refusal("config.json", b"[]")
     ceg.load(folder, 24)

@@ -121,22 +121,22 @@ def test_folders_that_are_none_or_several_are_named(tmp_path):
     with pytest.raises(DataError, match="nowhere: no such folder"):
         data.find_layout(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no data set known here: expected interactions\.csv"):
+    with pytest.raises(DataError, match=r"no known data set: expected interactions\.csv"):
         data.find_layout(tmp_path / "empty")
     with pytest.raises(DataError, match="more than one data set: movielens-dat, movielens-100k"):
         data.find_layout(raw.one_m(raw.hundred_k(tmp_path / "two")))
     folder = raw.write(tmp_path / "half", "interactions.csv", "user,item\n")
-    with pytest.raises(DataError, match=r"without items\.jsonl or items\.parquet"):
+    with pytest.raises(DataError, match=r"has no items\.jsonl or items\.parquet beside it"):
         data.find_layout(folder)
     raw.write(folder, "items.jsonl", "")
     raw.write(folder, "items.parquet", "")
-    with pytest.raises(DataError, match=r"both items\.jsonl and items\.parquet stand here"):
+    with pytest.raises(DataError, match=r"both items\.jsonl and items\.parquet exist; remove one"):
         data.find_layout(folder)
     folder = raw.write(raw.amazon_2018(tmp_path / "three"), "Books.json", "{}")
     with pytest.raises(DataError, match=r"exactly one file of reviews .* found \['Books.json', 'Jewelry_5"):
         data.find_layout(folder)
     folder = raw.write(raw.write(tmp_path / "else", "meta_x.json", "{}"), "x.json", '{"a": 1}\n')
-    with pytest.raises(DataError, match=r"x\.json, row 1: expected a reviewerID"):
+    with pytest.raises(DataError, match=r"x\.json, row 1: expected reviewerID"):
         data.find_layout(folder)
 
 
@@ -153,9 +153,9 @@ def test_folders_that_are_none_or_several_are_named(tmp_path):
         (raw.one_m, "ratings.dat", "1::2::3::4\n1::2::x::4\n", "row 2, column rating: expected a number, got 'x'"),
         (raw.one_m, "ratings.dat", "1::2::3::4\n1::3::3::4\n", "row 2, column item: '3' is not in movies.dat"),
         (raw.one_m, "movies.dat", "1::Heat\n", "movies.dat, row 1: expected id::title::genres, got '1::Heat'"),
-        (raw.one_m, "movies.dat", "1::A::B\n1::C::D\n", "movies.dat, row 2, column id: '1' stands here a second time"),
+        (raw.one_m, "movies.dat", "1::A::B\n1::C::D\n", "movies.dat, row 2, column id: '1' occurs a second time"),
         (raw.amazon_2023, "Home.jsonl", '{"user_id": "a"}\n\n{oops\n', "Home.jsonl, row 1, column parent_asin: empty"),
-        (raw.amazon_2018, "meta_Jewelry.json.gz", '{"title": "A"}\n', "row 1, column asin: expected a text"),
+        (raw.amazon_2018, "meta_Jewelry.json.gz", '{"title": "A"}\n', "row 1, column asin: expected a non-empty"),
         (raw.amazon_2018, "meta_Jewelry.json.gz", "[1]\n", "row 1: expected a JSON object"),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_bad_line_is_named(tmp_path, make, name, content, message):
         (b"{oops", "row 4: not JSON"),
         (b'{"user_id": "a\xff"}', "row 4: not UTF-8"),
         (b'"text"', "row 4: expected a JSON object"),
-        (b'{"reviewer": "a"}', "row 4: not an object with such fields"),
+        (b'{"reviewer": "a"}', "row 4: not an object with these fields"),
         (
             b'{"user_id": "a", "parent_asin": "P1", "rating": 1, "timestamp": 1.5}',
             "row 4, column timestamp: expected a wh",
@@ -203,10 +203,10 @@ def test_a_cut_gzip_file_is_named(tmp_path):
 def test_parquet_columns_of_a_wrong_type_or_missing_are_named(tmp_path):
     raw.write(tmp_path, "items.jsonl", '{"id": "1", "title": "A"}\n')
     for columns, message in (
-        ({"user": [1.5], "item": [1]}, "column user: type double is none"),
-        ({"user": [1], "item": [1], "timestamp": [1.0]}, "column timestamp: type double is none"),
-        ({"user": [1], "item": [1], "value": ["x"]}, "column value: type string is none"),
-        ({"user": [1]}, "column item: the schema lacks it"),
+        ({"user": [1.5], "item": [1]}, "column user: the type double is not allowed"),
+        ({"user": [1], "item": [1], "timestamp": [1.0]}, "column timestamp: the type double is not allowed"),
+        ({"user": [1], "item": [1], "value": ["x"]}, "column value: the type string is not allowed"),
+        ({"user": [1]}, "column item: the schema does not name this column"),
         ({"user": [1, None], "item": [1, 1]}, "row 2, column user: empty"),
         ({"user": [1], "item": [1], "value": [float("nan")]}, "row 1, column value: expected a finite number"),
     ):

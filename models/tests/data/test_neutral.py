@@ -81,11 +81,11 @@ def test_a_bad_interaction_is_named(neutral, row, message):
     ("line", "reason"),
     [
         ("not json", "row 4"),
-        ('{"id": "7"}', "column text: '7' has no text at all"),
+        ('{"id": "7"}', "column text: '7' has no text to encode"),
         ('{"id": "7", "text": "x"}', "column text: expected an object with item text, got 'x'"),
-        ('{"id": ["7"], "title": "x"}', r"column id: expected a text that is not empty, got \['7'\]"),
-        ('{"id": "1", "text": {"title": "x"}}', "column id: '1' stands here a second time"),
-        ('{"id": "7", "text": {"keywords": [""]}}', "column text: '7' has no text at all"),
+        ('{"id": ["7"], "title": "x"}', r"column id: expected a non-empty string, got \['7'\]"),
+        ('{"id": "1", "text": {"title": "x"}}', "column id: '1' occurs a second time"),
+        ('{"id": "7", "text": {"keywords": [""]}}', "column text: '7' has no text to encode"),
         ('{"id": "7", "text": {"colour": "red"}}', "unknown field of item text: colour"),
         ('{"id": "7", "text": {"title": 3}}', "title: expected a string, got 3"),
     ],
@@ -99,17 +99,17 @@ def test_a_bad_item_is_named(neutral, line, reason):
 
 def test_missing_files_and_columns_are_named(neutral, tmp_path):
     (neutral / data.INTERACTIONS).write_text("user,thing,value\n")
-    with pytest.raises(DataError, match="row 1, column item: the header lacks it"):
+    with pytest.raises(DataError, match="row 1, column item: the header does not name this column"):
         data.read_neutral(neutral)
     (neutral / data.INTERACTIONS).write_text("user,item,value,value\n")
-    with pytest.raises(DataError, match="row 1, column value: the header has it twice"):
+    with pytest.raises(DataError, match="row 1, column value: the header names this column twice"):
         data.read_neutral(neutral)
     (neutral / data.INTERACTIONS).write_text("user,item\n1,1\n")
     (neutral / data.ITEMS).write_bytes(b'{"id": "\xff"}')
     with pytest.raises(DataError, match="row 1: not UTF-8"):
         data.read_neutral(neutral)
     (neutral / data.ITEMS).unlink()
-    with pytest.raises(DataError, match=r"without items\.jsonl"):
+    with pytest.raises(DataError, match=r"has no items\.jsonl"):
         data.read_neutral(neutral)
 
 
@@ -118,7 +118,7 @@ def test_missing_files_and_columns_are_named(neutral, tmp_path):
     [
         (b'1,"1,5,4.0\n1,1,5,4.0\n', "row 7: a quote is not closed"),
         (b'1,1,5,"4.0\n1,1,5,4.0\n', "row 7: a quote is not closed"),
-        (b"1,1,5,4.0\r\n1,1,5,4.0\n", "row 7: ends its line otherwise than the lines before it"),
+        (b"1,1,5,4.0\r\n1,1,5,4.0\n", "row 7: the line ending differs from that of the lines before it"),
         (b'1,"1"x,5,4.0\n', "row 7: a quote is not closed, or text follows it"),
         (b"1,1,5,4.0,9\n", "row 7: expected 4 fields, found 5"),
         (b"1,\xff,5,4.0\n", "row 7: not UTF-8"),

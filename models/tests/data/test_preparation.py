@@ -152,10 +152,10 @@ def test_tags_of_10m_may_hold_colons(tmp_path):
 
 def test_keywords_without_tags_or_times_are_refused(tmp_path):
     config = PrepareConfig(max_keywords=8)
-    with pytest.raises(DataError, match="max_keywords is 8, but movielens-100k has no tags"):
+    with pytest.raises(DataError, match="max_keywords is 8, but this movielens-100k data set has no tags"):
         data.prepare(raw.hundred_k(tmp_path / "a"), tmp_path / "out", config)
     folder = raw.write(raw.one_m(tmp_path / "b", with_timestamps=False), "tags.dat", "1::1::x::5\n")
-    with pytest.raises(DataError, match="no tag can be said to predate the split"):
+    with pytest.raises(DataError, match="no tag is known to predate the split"):
         data.prepare(folder, tmp_path / "out", config)
     with pytest.raises(DataError, match=r"tags\.csv, row 2, column movieId: '99' is not in movies\.csv"):
         data.prepare(tagged(tmp_path / "c", [(1, 99, "x", 5)]), tmp_path / "out", config)

@@ -31,8 +31,8 @@ ON_CPU = GraphsConfig(provider="cpu")
 BAD = [
     ('{"id": "broken', "no JSON: "),
     ('["id"]', "expected an object, got list"),
-    ('{"text": {"title": "x"}}', "id: expected a text that is not empty, got None"),
-    ('{"id": "", "text": {"title": "x"}}', "id: expected a text that is not empty, got ''"),
+    ('{"text": {"title": "x"}}', "id: expected a non-empty string, got None"),
+    ('{"id": "", "text": {"title": "x"}}', "id: expected a non-empty string, got ''"),
     ('{"id": "none", "text": {}}', "all text fields are empty"),
     ('{"id": "wrong", "text": {"title": 3}}', "title: expected a string, got 3"),
     ('{"id": "misspelt", "text": {"titel": "x"}}', "unknown field of item text: titel"),
