@@ -1,4 +1,4 @@
-"""AUC: the chance that a positive scores above a negative, over all pairs, ties half."""
+"""AUC: the probability that a positive scores above a negative, over all pairs; ties count half."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from scipy.stats import rankdata
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Of scores [n] and labels [n] (positive above 0.5). Raises ValueError unless both labels are there."""
+    """The AUC of scores [n] and labels [n] (positive above 0.5). Raises ValueError if one of the labels is missing."""
     found = weighted_auc(scores, labels, np.ones((1, len(scores))))[0] if len(scores) else np.nan
     if np.isnan(found):
         raise ValueError("AUC needs both labels")
@@ -15,7 +15,7 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def weighted_auc(scores: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """AUC of events that count `weight` [r,n] times each -> [r]; NaN where one label has no weight."""
+    """[r] AUCs of events that count `weight` [r,n] times; NaN if one label has no weight."""
     order = np.argsort(scores, kind="stable")
     ranked, liked = scores[order], label[order] > 0.5
     first = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
@@ -30,14 +30,14 @@ def weighted_auc(scores: np.ndarray, label: np.ndarray, weight: np.ndarray) -> n
 
 
 def user_aucs(scores: np.ndarray, label: np.ndarray, user: np.ndarray, n_users: int) -> tuple[np.ndarray, np.ndarray]:
-    """[n_users] each user's AUC (NaN where a label is missing) and [n_users] number of events.
+    """[n_users] the AUC of each user (NaN if a label is missing) and [n_users] the number of events.
 
     By ranks within the user (Mann and Whitney 1947): AUC = (R - p (p + 1) / 2) / (p q), where R is the sum of the ranks
     of the p positives, ties at their mean rank, and q is the number of negatives.
     """
     n_events = np.bincount(user, minlength=n_users)
     positives = np.bincount(user, weights=label, minlength=n_users)
-    # Dense ranks of the scores, then ranks of (user, score): ranks within a user are those less what lies below it.
+    # Ranks of (user, score), with scores as dense ranks; less the events of earlier users, they are ranks per user.
     dense = np.unique(scores, return_inverse=True)[1]
     rank = rankdata(user.astype(np.int64) * (dense.max(initial=0) + 1) + dense)
     rank -= (np.cumsum(n_events) - n_events)[user]

@@ -1,8 +1,8 @@
-"""Full-ranking metrics, and popularity in the same harness.
+"""Ranks the whole catalogue for each held-out event; popularity as a baseline.
 
-Protocol: for each held-out event, every item of the catalogue that the user has not met before is scored; the rank of
-the true item is 1 + the number of others whose score is at least as high. So ties count against the model, and a
-constant score earns nothing. Items stand alone, as they do in serving.
+For each held-out event, all items of the catalogue that the user has not met before are scored. The rank of the true
+item is 1 + the number of other items whose score is at least as high, so ties count against the model, and a constant
+score earns nothing. Each item is embedded alone, as in serving.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ CHUNK = 256
 
 
 def metrics(rank: np.ndarray) -> dict[str, float]:
-    """The four that a training log and a manifest carry, as means over events; `metrics.figures` has them all."""
+    """The four metrics of a training log and a manifest, as means over events. `metrics.figures` gives all metrics."""
     names = ("hr_at_10", "hr_at_50", "ndcg_at_10", "mrr")
     return {name: float(event_values(rank, name).mean()) for name in names}
 
 
 def popularity(dataset: Dataset, split: Split) -> np.ndarray:
-    """[I] how often each item stands in the training part."""
+    """[I] the number of training events of each item."""
     counts = np.zeros(len(dataset.item_ids), dtype=np.float32)
     for sequence, n_train in zip(dataset.sequences, split.n_train, strict=True):
         np.add.at(counts, sequence.items[:n_train], 1)
@@ -35,14 +35,14 @@ def popularity(dataset: Dataset, split: Split) -> np.ndarray:
 
 
 def popularity_ranks(dataset: Dataset, split: Split, events: list[Event]) -> np.ndarray:
-    """The baseline that knows nothing of the user."""
+    """The ranks of a baseline that recommends the same popular items to every user."""
     scores = popularity(dataset, split)
     return full_ranking(dataset, events, lambda rows: np.tile(scores, (len(events[rows]), 1))).rank
 
 
 @torch.inference_mode()
 def tower_ranks(pch: Pch, content: torch.Tensor, dataset: Dataset, events: list[Event]) -> np.ndarray:
-    """The towers as served: newest `max_history` items in, dot product out."""
+    """The ranks of the towers as served: they read the newest `max_history` items, and dot products are the scores."""
     pch.eval()
     item = pch.alone(content)  # [I,E]
 
@@ -54,7 +54,7 @@ def tower_ranks(pch: Pch, content: torch.Tensor, dataset: Dataset, events: list[
 
 @torch.inference_mode()
 def user_embeddings(pch: Pch, content: torch.Tensor, dataset: Dataset, events: list[Event]) -> torch.Tensor:
-    """[e,E] from what each user had met before the event."""
+    """[e,E] each user's embedding from the history before the event."""
     histories = [history(dataset.sequences[event.user], event.position, pch.config.max_history) for event in events]
     index, mask = map(torch.from_numpy, pad(histories))
     return pch.last(content[index], mask)
@@ -66,10 +66,10 @@ def history(sequence: Sequence, position: int, max_history: int) -> np.ndarray:
 
 
 def full_ranking(dataset: Dataset, events: list[Event], score: Callable[[slice], np.ndarray]) -> Ranking:
-    """Ranks the whole catalogue for each event, a few events at a time.
+    """Ranks the whole catalogue for each event, some events at a time.
 
-    `score(rows)` gives [n,I] for `events[rows]`; only that many scores are held at once. Raises ValueError without
-    events, or if a score is not a number.
+    `score(rows)` returns [n,I] for `events[rows]`, so only that many scores are in memory. Raises ValueError if there
+    are no events, or if a score is NaN.
     """
     if not events:
         raise ValueError("there are no events to rank for")
@@ -78,14 +78,14 @@ def full_ranking(dataset: Dataset, events: list[Event], score: Callable[[slice],
         rows = slice(begin, begin + CHUNK)
         before = [dataset.sequences[event.user].items[: event.position + 1] for event in events[rows]]
         target = np.array([items[-1] for items in before])
-        # An item that a user meets a second time may be a target again, so it stays in the ranking then.
+        # A target that the user has met before stays in the ranking.
         seen = [np.setdiff1d(items, items[-1:]) for items in before]
         found.append(rank_scores(score(rows), target, seen))
     return Ranking(np.concatenate([part.rank for part in found]), np.concatenate([part.top for part in found]))
 
 
 def array_ranking(user: np.ndarray, item: np.ndarray, dataset: Dataset, events: list[Event]) -> Ranking:
-    """Any recommender as two arrays: user [e,E] before each event, item [I,E]; dot products are ranked."""
+    """Ranks by the dot products of user [e,E], one embedding per event, with item [I,E]."""
     if len(user) != len(events) or len(item) != len(dataset.item_ids):
         raise ValueError(
             f"{len(user)} user embeddings for {len(events)} events, {len(item)} items for {len(dataset.item_ids)}"
@@ -95,10 +95,10 @@ def array_ranking(user: np.ndarray, item: np.ndarray, dataset: Dataset, events: 
 
 @torch.inference_mode()
 def sequence_against_alone(pch: Pch, content: torch.Tensor, dataset: Dataset, events: list[Event]) -> dict[str, float]:
-    """How training's reading of targets differs from serving's, on one pool: all held-out targets of all users.
+    """Hit rates with targets read as a sequence, as in training variant 1, and with each target read alone.
 
-    For each target, its user's state before the first held-out event ranks it among the whole pool. Once targets are
-    read as a sequence, as in training variant 1, and once each alone. A hit is a rank within the first 10.
+    The pool holds the held-out targets of all users. Each target is ranked among the pool by its user's state before
+    the first held-out event; a rank of at most 10 is a hit.
     """
     pch.eval()
     by_user: dict[int, list[int]] = {}
@@ -118,7 +118,7 @@ def sequence_against_alone(pch: Pch, content: torch.Tensor, dataset: Dataset, ev
 
 
 def _pool_hits(state: torch.Tensor, key: torch.Tensor, pool: torch.Tensor, owner: torch.Tensor) -> float:
-    scores = state[owner] @ key.T  # [p,p]: row i asks for pool item i
+    scores = state[owner] @ key.T  # [p,p]: row i ranks the pool for its item i
     own = scores.diagonal()[:, None]
     # Other targets of the same user, and other copies of the same item, are not mistakes.
     rival = (owner[:, None] != owner[None]) & (pool[:, None] != pool[None])

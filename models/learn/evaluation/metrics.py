@@ -1,15 +1,15 @@
-"""Figures of a full ranking, from the ranks alone: numpy only, so that a report needs no PyTorch.
+"""Metrics of a full ranking, computed from the ranks. Uses numpy only, so that a report needs no PyTorch.
 
-A prediction has one right item, so with `rank` from 1:
+Each prediction has one correct item; `rank` counts from 1:
 
     hr_at_k       1 if rank <= k                     hit rate; the mean over events
     ndcg_at_k     1 / log2(1 + rank) if rank <= k    Jarvelin and Kekalainen 2002; the ideal ranking earns 1
     mrr_at_k      1 / rank if rank <= k              `mrr` without a cut-off
-    recall_at_k   the same hits, but the mean over users of each user's share of hits
+    recall_at_k   hits as in hr_at_k              the mean over users of each user's share of hits
 
-An event-wise recall would equal the hit rate. Over users it differs, once some users have more test events than others,
-as within a group of events. LEARN (arXiv 2405.03988) prints H@100 beside R@100; its definition of the two is not in the
-sources at hand, so this reading is ours.
+Recall over events would equal the hit rate. Over users it differs as soon as some users have more test events than
+others, for example within a group of events. LEARN (arXiv 2405.03988) reports both H@100 and R@100 without a definition
+in the sources at hand, so this reading is ours.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 
 CUTOFFS = (10, 50, 100, 200)
 NAMES = ("mrr", *(f"{kind}_at_{k}" for kind in ("hr", "ndcg", "mrr", "recall") for k in CUTOFFS))
-# Of each user's list, how many items count for head share and coverage.
+# The number of items of each user's list that count for head share and coverage.
 TOP = 10
-# How often the target was met in training. Both bounds belong to the bucket. 0 is a new item.
+# Buckets by the number of training events of the target, bounds included. 0 is a new item.
 ITEM_BUCKETS = {"0": (0, 0), "1-4": (1, 4), "5-19": (5, 19), "20-99": (20, 99), "100+": (100, np.inf)}
-# How many events training saw of the user.
+# Buckets by the number of training events of the user.
 USER_BUCKETS = {"0-19": (0, 19), "20-49": (20, 49), "50-199": (50, 199), "200+": (200, np.inf)}
 FEW = "item 0-4"
 NEW = "item 0"
@@ -33,9 +33,9 @@ NEW = "item 0"
 
 @dataclass(frozen=True)
 class Ranking:
-    """What full ranking found for each event: `rank` int64 [e] from 1, `top` int64 [e,k] the k best items.
+    """The result for each event: `rank` int64 [e], from 1; `top` int64 [e,k], the k best items in no particular order.
 
-    The items of a row are in no order. -1 fills a row where fewer than k items could be ranked.
+    A row with fewer than k ranked items is filled up with -1.
     """
 
     rank: np.ndarray
@@ -43,7 +43,7 @@ class Ranking:
 
 
 def rank_scores(scores: np.ndarray, target: np.ndarray, seen: list[np.ndarray], k: int = TOP) -> Ranking:
-    """scores [e,I], target [e], seen: indices not ranked, a row each.
+    """Ranks scores [e,I] for target [e]. `seen` has the indices that are not ranked, one array per row.
 
     The rank is 1 + the number of other items whose score is at least as high: ties count against the model.
     Raises ValueError if a score is not a number, or a target is not ranked.
@@ -55,17 +55,17 @@ def rank_scores(scores: np.ndarray, target: np.ndarray, seen: list[np.ndarray], 
     if not np.isfinite(own).all():
         raise ValueError("a target is among the items that are not ranked, or its score is not finite")
     if np.isnan(scores).any():
-        # NaN compares false with everything, so it would pass for an item that the target beats.
+        # NaN compares false with everything, so such an item would count as ranked below the target.
         raise ValueError("the score of an item is not finite: NaN")
     k = min(k, scores.shape[1])
     top = np.argpartition(scores, -k, axis=1)[:, -k:]
     top = np.where(np.isneginf(np.take_along_axis(scores, top, axis=1)), -1, top)
-    # The target itself is one of those that are at least as high, hence no further 1.
+    # The target counts itself, so no 1 is added.
     return Ranking((scores >= own).sum(axis=1), top)
 
 
 def event_values(rank: np.ndarray, metric: str) -> np.ndarray:
-    """[e] what each event adds to the metric. Recall has the values of the hit rate; only its mean differs."""
+    """[e] the contribution of each event. Recall has the same values as the hit rate; only its mean differs."""
     if metric == "mrr":
         return 1.0 / rank
     parts = re.fullmatch(r"(hr|recall|ndcg|mrr)_at_([1-9]\d*)", metric)
@@ -77,14 +77,14 @@ def event_values(rank: np.ndarray, metric: str) -> np.ndarray:
 
 
 def is_over_users(metric: str) -> bool:
-    """Whether the metric is a mean over users, each counting the same, and not over events."""
+    """Whether the metric is a mean over users with equal weights, and not over events."""
     return metric.startswith("recall_at_")
 
 
 def figures(rank: np.ndarray, user: np.ndarray) -> dict[str, float]:
-    """Every metric of `NAMES` over events with these ranks [e] and users [e] (any ids), and what it is the mean of.
+    """All metrics of `NAMES` for events with these ranks [e] and users [e] (any ids), with the counts of both.
 
-    Empty without events.
+    Empty if there are no events.
     """
     if not len(rank):
         return {}
@@ -100,9 +100,9 @@ def figures(rank: np.ndarray, user: np.ndarray) -> dict[str, float]:
 
 
 def groups(item_count: np.ndarray, user_count: np.ndarray) -> dict[str, np.ndarray]:
-    """Name -> mask [e]: all events, by the target's training count [e], by the user's training events [e].
+    """Masks [e] by name: all events, the buckets by the target's training events [e], and those by the user's [e].
 
-    Item buckets share out all events among them, and so do user buckets. "item 0-4" unites the first two.
+    Each event is in one item bucket and in one user bucket. "item 0-4" is the union of the first two item buckets.
     """
     found = {"all": np.ones(len(item_count), dtype=bool)}
     found |= {f"item {name}": _within(item_count, bounds) for name, bounds in ITEM_BUCKETS.items()}
@@ -115,16 +115,16 @@ def _within(count: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
 
 
 def grouped(rank: np.ndarray, user: np.ndarray, masks: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """`figures` of every group that has events."""
+    """The `figures` of each group that has events."""
     return {name: figures(rank[mask], user[mask]) for name, mask in masks.items() if mask.any()}
 
 
 def top_figures(top: np.ndarray, counts: np.ndarray) -> dict[str, float]:
-    """What the lists top [e,k] (-1 = no item) consist of, given training counts [I].
+    """Head share and coverage of the lists top [e,k] (-1 = no item), given training counts [I].
 
-    Head share: the part of all recommended places that goes to the most popular 1 % (5 %) of the catalogue, at least
-    one item; equally popular ones in the order of their index. Coverage: the part of the catalogue that stands in at
-    least one list.
+    Head share is the share of all recommendations that go to the most popular 1 % (5 %) of the catalogue, at least one
+    item; equally popular items are ordered by index. Coverage is the share of the catalogue that is in at least one
+    list.
     """
     k, given = top.shape[1], top[top >= 0]
     if not len(given):

@@ -1,7 +1,6 @@
-"""A recommender against the whole catalogue: ranks of the held-out items, and what it puts first.
+"""Retrieval from the whole catalogue by any recommender: the ranks of held-out items, and the first items of each list.
 
-Protocol as in `full_ranking`: every item that the user has not met before is scored, each embedded alone as in serving;
-ties count against the model. The history is the newest `max_history` events before the one that is asked for.
+The protocol is that of `full_ranking`. The history has the newest `max_history` events before the one to be predicted.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Histories:
-    """What a model reads before each of e events: items [e,l], times [e,l+1] and length [e]; padded on the right."""
+    """The histories of e events: items [e,l], times [e,l+1] and length [e]; padded on the right."""
 
     items: Tensor
     times: Tensor
@@ -30,7 +29,7 @@ class Histories:
 
 
 def histories(dataset: Dataset, events: list[Event], longest: int) -> Histories:
-    """As many columns as the longest of these histories needs, and at least one."""
+    """The histories of `events`, with as many columns as the longest one needs and at least one."""
     lengths = [min(event.position, longest) for event in events]
     items, times = [], []
     for event, length in zip(events, lengths, strict=True):
@@ -44,7 +43,7 @@ def histories(dataset: Dataset, events: list[Event], longest: int) -> Histories:
 
 @torch.inference_mode()
 def user_states(model: Recommender, dataset: Dataset, events: list[Event]) -> Tensor:
-    """[e,E] on the CPU: each user as the event finds them."""
+    """[e,E] on the CPU: each user's state before the event."""
     model.eval()
     device = next(model.buffers(), next(model.parameters(), torch.empty(0))).device
     found = []
@@ -56,7 +55,7 @@ def user_states(model: Recommender, dataset: Dataset, events: list[Event]) -> Te
 
 @torch.inference_mode()
 def item_table(model: Recommender, n_items: int) -> Tensor:
-    """[I,E] on the CPU."""
+    """[I,E] on the CPU: all item embeddings."""
     model.eval()
     device = next(model.buffers(), next(model.parameters(), torch.empty(0))).device
     chunks = torch.arange(n_items, device=device).split(4096)
@@ -64,6 +63,6 @@ def item_table(model: Recommender, n_items: int) -> Tensor:
 
 
 def retrieve(model: Recommender, dataset: Dataset, events: list[Event]) -> Ranking:
-    """Ranks and first items of every event."""
+    """The rank and the first items of each event."""
     users, items = user_states(model, dataset, events), item_table(model, len(dataset.item_ids))
     return array_ranking(users.numpy(), items.numpy(), dataset, events)

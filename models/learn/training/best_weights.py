@@ -1,4 +1,4 @@
-"""Training that ends with the weights of its best validation, not with the last ones."""
+"""Keeps the weights with the best validation result, so that training ends with them and not with the last ones."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import nn
 
 
 class BestWeights:
-    """The weights of some modules at the highest figure so far; before the first, those that they have now."""
+    """The weights of `modules` at the highest figure so far; before the first figure, their current weights."""
 
     def __init__(self, modules: Sequence[nn.Module], figure: float = -1.0) -> None:
         self.modules = modules
-        # An offer has to be above this.
+        # Weights are kept only if their figure is above this.
         self.figure = figure
         self.weights = self._current()
 
     def offer(self, figure: float) -> bool:
-        """Takes the weights as they are now if `figure` is the highest so far; returns whether it is."""
+        """Keeps the current weights if `figure` is the highest so far; returns whether it is."""
         is_better = figure > self.figure
         if is_better:
             self.figure = figure
@@ -26,11 +26,11 @@ class BestWeights:
         return is_better
 
     def take(self) -> None:
-        """Takes the weights as they are now, for training without validation."""
+        """Keeps the current weights; for training without validation."""
         self.weights = self._current()
 
     def restore(self) -> None:
-        """Puts the kept weights into the modules."""
+        """Loads the kept weights into the modules."""
         for module, weights in zip(self.modules, self.weights, strict=True):
             module.load_state_dict(weights)
 
@@ -45,10 +45,10 @@ def train_epochs(
     validate: Callable[[], float],
     patience: int | None = None,
 ) -> int:
-    """Trains for these epochs, validates after each, and restores the best weights. Returns their epoch.
+    """Trains for `epochs`, validates after each one, and restores the best weights. Returns their epoch.
 
-    `epochs` counts from 1; 0 is returned if no epoch was better than what `best` began with. With `patience`, training
-    stops after so many epochs in a row without a better figure.
+    `epochs` counts from 1; 0 is returned if no epoch was better than the initial figure of `best`. With `patience`,
+    training stops after that many epochs in a row without a better figure.
     """
     best_epoch = 0
     for epoch in epochs:

@@ -1,4 +1,4 @@
-"""Data parallelism under `torchrun`: who I am among the processes, and sums over all of them."""
+"""Data parallelism under `torchrun`: the role of this process, and sums over all processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def start() -> None:
-    """Joins the group if torchrun started this process (it sets WORLD_SIZE); NCCL where there are GPUs, else Gloo."""
+    """Joins the process group if torchrun started this process (it sets WORLD_SIZE). Uses NCCL on GPUs, else Gloo."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
@@ -22,12 +22,12 @@ def start() -> None:
 
 
 def device() -> torch.device:
-    """Where this process trains: its own GPU where there are any, else the CPU."""
+    """The device of this process: its own GPU if there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def stop() -> None:
-    """Leaves the group."""
+    """Leaves the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -38,7 +38,7 @@ def is_first() -> bool:
 
 
 def first_then_others(work: Callable[[], T]) -> T:
-    """Runs `work` in the first process, then in all others: for what is kept on disk once it is done."""
+    """Runs `work` in the first process and then in all others, so that these find its results on disk."""
     if is_first():
         found = work()
     if dist.is_initialized():
@@ -47,7 +47,7 @@ def first_then_others(work: Callable[[], T]) -> T:
 
 
 def share(n_users: int) -> slice:
-    """This process's rows of a batch."""
+    """The rows of a batch that this process works on."""
     if not dist.is_initialized():
         return slice(0, n_users)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -55,7 +55,7 @@ def share(n_users: int) -> slice:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Every process's gradients become the sum of all. A parameter that a process did not use counts as zero there."""
+    """Replaces the gradients of every process by their sum. A parameter that a process did not use counts as zero."""
     if not dist.is_initialized():
         return
     used = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -66,7 +66,7 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 def summed(part: Tensor) -> float:
-    """The sum of every process's part of a loss."""
+    """The sum of the parts of a loss over all processes."""
     total = part.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(total)

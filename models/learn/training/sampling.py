@@ -1,7 +1,8 @@
-"""Which events of a long sequence are trained on.
+"""Samples the events of a long sequence that one training step uses.
 
-LEARN (arXiv 2405.03988) samples in two stages: uniformly at random down to a working size, then weighted to recent
-events, w_i = log(a + i (b - a) / (N - 1)) / max w, i counted from the oldest, a = 10, b = 10000.
+LEARN (arXiv 2405.03988) samples in two stages: first uniformly at random down to a working size, then with weights
+that favour recent events, w_i = log(a + i (b - a) / (N - 1)) / max w, where i counts from the oldest event, a = 10 and
+b = 10000.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ RECENCY_A, RECENCY_B = 10.0, 10000.0
 
 
 def recency_weights(n_events: int, a: float = RECENCY_A, b: float = RECENCY_B) -> np.ndarray:
-    """[n] from the oldest to the newest, the newest has weight 1."""
+    """[n] weights from the oldest to the newest event; the newest has weight 1."""
     steps = np.arange(n_events) / max(n_events - 1, 1) if n_events > 1 else np.ones(n_events)
     weights = np.log(a + steps * (b - a))
     return weights / weights.max() if n_events else weights
 
 
 def two_stage(rng: np.random.Generator, n_events: int, first: int, second: int) -> np.ndarray:
-    """Sorted positions [min(n, second)] out of `n_events`: `first` uniformly, `second` of those by recency."""
+    """Sorted positions [min(n, second)] out of `n_events`: `first` drawn uniformly, then `second` by recency."""
     kept = np.sort(rng.choice(n_events, size=min(first, n_events), replace=False))
     if len(kept) <= second:
         return kept
@@ -28,15 +29,16 @@ def two_stage(rng: np.random.Generator, n_events: int, first: int, second: int) 
 
 
 def window(rng: np.random.Generator, n_events: int, size: int) -> tuple[int, int]:
-    """A contiguous run [begin, end) of at most `size` events; `target_shares` has how often each event is in it."""
+    """A random range [begin, end) of at most `size` events. `target_shares` gives how often each event is a target."""
     end = int(_inside(rng.integers(1, n_events + size), n_events, size))
     return max(0, end - size), end
 
 
 def target_shares(n_events: int, size: int, has_start: bool) -> np.ndarray:
-    """[n] how often an event is asked for by a model that reads `window`: once a state before it lies in the window.
+    """[n] the probability that an event is a target in a window that `window` draws.
 
-    That is every event of a window but its first, and that too where a sequence begins and the start is trained.
+    All events of a window are targets except the first, which has no state before it. The first event of a sequence is
+    a target too if the model has a start token.
     """
     ends = _inside(np.arange(1, n_events + size), n_events, size)
     begins = np.maximum(0, ends - size)
@@ -46,21 +48,22 @@ def target_shares(n_events: int, size: int, has_start: bool) -> np.ndarray:
 
 
 def _inside(end: np.ndarray | int, n_events: int, size: int) -> np.ndarray:
-    """Where windows end that were to end at 1 .. n + size - 1, each as likely: one that hangs over is pushed inside.
+    """Moves the end of a window that would reach beyond the sequence back into it.
 
-    So windows are as full as they can be (they hold states of short histories as well), and the newest events, which
-    are most like what is asked in serving, are targets at least as often as others.
+    Ends are drawn uniformly from 1 .. n + size - 1. So windows are as full as possible, and still contain states of
+    short histories, and the newest events, which are most like the requests in serving, are targets at least as often
+    as others.
     """
     return np.clip(end, min(size, n_events), n_events)
 
 
 def uniform(rng: np.random.Generator, n_events: int, _first: int, second: int) -> np.ndarray:
-    """The first stage alone: sorted positions [min(n, second)], every event alike. The paper's ablation."""
+    """The first stage alone, the paper's ablation: sorted positions [min(n, second)], all events equally likely."""
     return np.sort(rng.choice(n_events, size=min(second, n_events), replace=False))
 
 
 def recent(_rng: np.random.Generator, n_events: int, _first: int, second: int) -> np.ndarray:
-    """No sampling: the newest `second` positions."""
+    """The newest `second` positions, without sampling."""
     return np.arange(max(0, n_events - second), n_events)
 
 

@@ -1,12 +1,12 @@
-"""Trains any recommender of the harness.
+"""Trains any recommender of this package or of `research`.
 
-One step: a batch of users, a window of each one's training events. Two losses, each with a weight in the config,
-because which of them helps what is served is a question for measurement (REPORT.md holds the answer): `next_item` asks
-every state for the event after it; `align` cuts the sequence in two and aligns the parts, as LEARN does.
+Each step draws a batch of users and a window of each user's training events. There are two losses, each with a weight
+in the config: `next_item` predicts the next event from every state; `align` cuts each sequence in two and aligns the
+parts, as LEARN does. REPORT.md says which of them helps.
 
-Several processes (`torchrun`) share a step's users. Every process draws the same batch and the same candidates,
-computes the losses of its own users against all candidates, and the gradients are summed. So the result is that of one
-process but for rounding and dropout.
+Several processes (`torchrun`) share the users of a step. Every process draws the same batch and the same candidates,
+and computes the losses of its own users against all candidates; then the gradients are summed. The result equals that
+of one process except for rounding and dropout.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from learn.training import data_parallel, losses
 from learn.training.best_weights import BestWeights
 from learn.training.sampling import SAMPLERS, target_shares, window
 
-# Of a check on validation: what the best weights are chosen by.
+# The validation metric that decides which weights are best.
 FIGURE = "ndcg_at_10"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. The defaults are those of the shipped bundle."""
+    """The settings of a training run. The defaults are those of the shipped bundle."""
 
     seed: int = 1
     steps: int = 600
@@ -49,21 +49,21 @@ class TrainConfig:
     weight_decay: float = 0.05
     warmup: int = 40
     temperature: float = 0.05
-    # What a state chooses from: the catalogue, the batch's own targets, or these and `n_uniform` uniform ones.
+    # The candidates of a state: the whole catalogue, the targets of the batch, or these and `n_uniform` random items.
     candidates: Literal["full", "sampled", "batch"] = "sampled"
     n_uniform: int = 1024
-    # Whether items that training never meets are candidates as well. They are never right, so training would learn to
-    # tell them by their text and to put them last: new items would never be shown. Served, they are not known yet.
+    # Whether items without a training event are candidates as well. They are never correct, so training would learn to
+    # recognise them by their text and to rank them last, and new items would never be recommended.
     unseen_negatives: bool = False
-    # Corrects for how often each candidate is drawn. Without it in-batch negatives punish what is popular.
+    # Corrects for how often each candidate is drawn. Without it, in-batch negatives penalise popular items.
     log_q: bool = True
     next_weight: float = 1.0
     align_weight: float = 0.0
-    # Sizes of the alignment loss: states and targets a user, and how both are drawn from what the cut leaves.
+    # The alignment loss: the number of states and of targets per user, and how they are sampled beside the cut.
     n_states: int = 10
     n_targets: int = 10
     align_sampling: Literal["two-stage", "uniform", "recent"] = "two-stage"
-    # Users are drawn by (number of events) ** this: 0 = every user alike, 1 = every event alike.
+    # Users are drawn in proportion to (number of events) ** this: 0 weights all users equally, 1 all events.
     user_exponent: float = 0.5
     check_every: int = 100
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -72,23 +72,23 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows: item [b,l] catalogue indices and their times [b,l], padded on the right; length [b]."""
+    """Windows of b users: item [b,l] (catalogue indices) and time [b,l], padded on the right; length [b]."""
 
     item: Tensor
     time: Tensor
     length: Tensor
 
     def rows(self, chosen: slice) -> Batch:
-        """Some of the users."""
+        """The batch of the users in `chosen`."""
         return Batch(self.item[chosen], self.time[chosen], self.length[chosen])
 
     def real(self) -> Tensor:
-        """[b,l]: which entries are events."""
+        """[b,l]: True for events, False for padding."""
         return torch.arange(self.item.shape[1], device=self.item.device)[None] < self.length[:, None]
 
 
 class Trainer:
-    """State of a run."""
+    """The state of a training run."""
 
     def __init__(self, config: TrainConfig, model: Recommender, dataset: Dataset, split: Split) -> None:
         self.config, self.model, self.dataset, self.n_train = config, model, dataset, np.asarray(split.n_train)
@@ -100,7 +100,7 @@ class Trainer:
         self.user_probability = weights / weights.sum()
         counts = popularity(dataset, split)
         self.pool = np.flatnonzero(counts > 0) if not config.unseen_negatives else np.arange(len(counts))
-        # How often each item is a target of either loss, [I]; shares of all targets.
+        # [I]: the share of each item in the targets of each loss.
         self.next_frequency, self.align_frequency = self._frequencies()
         self.rng = np.random.default_rng(config.seed)
         self.scale = 1.0 / config.temperature
@@ -116,12 +116,12 @@ class Trainer:
             n_events = int(self.n_train[user])
             items = self.dataset.sequences[user].items[:n_events]
             np.add.at(following, items, probability * target_shares(n_events, size, self.model.has_start))
-            # As if a user's targets were drawn uniformly: that those soon after a random cut are drawn changes little.
+            # Treats targets as drawn uniformly. They are drawn soon after a random cut, but that changes little.
             np.add.at(aligned, items, probability * min(t, n_events - 1) / n_events)
         return tuple(torch.from_numpy(found / found.sum()).float().to(self.device) for found in (following, aligned))
 
     def step(self, number: int) -> dict[str, float]:
-        """One optimiser step; returns its losses."""
+        """Does one optimiser step; returns its losses."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * schedule(number, self.config.warmup, self.config.steps)
@@ -141,7 +141,7 @@ class Trainer:
         return {name: data_parallel.summed(part) for name, part in parts.items()}
 
     def next_item(self, users: np.ndarray) -> Tensor:
-        """Every state predicts the item after it, each candidate embedded alone. This process's share of the mean."""
+        """Predicts the next item from every state, with each candidate embedded alone. Returns this process's share."""
         size = self.model.max_history + 1
         bounds = [window(self.rng, int(self.n_train[user]), size) for user in users]
         batch = self._pack([np.arange(*bound) for bound in bounds], users)
@@ -159,7 +159,7 @@ class Trainer:
         return total / asked.sum()
 
     def _candidates(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Sorted catalogue indices [c] and the log of the chance that each is one, [c]."""
+        """The candidates: sorted catalogue indices [c], and the log of the probability that each is drawn [c]."""
         n_uniform = self.config.n_uniform
         if self.config.candidates == "full":
             return torch.from_numpy(self.pool).to(self.device), torch.zeros(len(self.pool), device=self.device)
@@ -174,7 +174,7 @@ class Trainer:
         )
 
     def align(self, users: np.ndarray) -> Tensor:
-        """LEARN's alignment: a cut in time, states of the history on one side, the targets on the other."""
+        """LEARN's alignment: cuts each sequence at a random time and aligns the history before it with the targets."""
         h, t, longest = self.config.n_states, self.config.n_targets, self.model.max_history
         sample = SAMPLERS[self.config.align_sampling]
         histories, targets, chosen = [], [], []
@@ -182,7 +182,7 @@ class Trainer:
             n_events = int(self.n_train[user])
             cut = int(self.rng.integers(1, n_events))
             histories.append(sample(self.rng, cut, 2 * longest, longest))
-            # Targets are what comes soon: the two stages work on the next 4 t events.
+            # Targets come soon after the cut: both stages sample from the next 4 t events.
             targets.append(cut + sample(self.rng, min(4 * t, n_events - cut), 2 * t, t))
             chosen.append(self.rng.integers(1, len(histories[-1]) + 1, size=h))
             chosen[-1][0] = len(histories[-1])
@@ -198,7 +198,7 @@ class Trainer:
         return losses.alignment(states.gather(1, at), targets_of_all, self.scale, own)
 
     def _pack(self, positions: list[np.ndarray], users: np.ndarray) -> Batch:
-        """Chosen positions of each user's sequence -> a batch."""
+        """A batch of these positions of each user's sequence."""
         sequences = [self.dataset.sequences[user] for user in users]
         items = [s.items[p] for s, p in zip(sequences, positions, strict=True)]
         times = [s.timestamps[p] for s, p in zip(sequences, positions, strict=True)]
@@ -208,19 +208,19 @@ class Trainer:
 
 
 def _with_request(batch: Batch) -> Tensor:
-    """Times [b,l] -> [b,l+1]. The moment of the request is taken to be that of the last event."""
+    """Times [b,l+1]: those of the batch, and the time of the request, which is taken to be that of the last event."""
     return torch.cat([batch.time, batch.time.amax(dim=1, keepdim=True)], dim=1)
 
 
 def schedule(step: int, warmup: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to 0."""
+    """The learning rate's factor at `step`: linear warm-up, then half a cosine down to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Only matrices decay; biases, norms and the start token do not."""
+    """Parameter groups: weight decay applies to matrices, not to biases, norms and the start token."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -229,10 +229,10 @@ def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]
 def train(
     config: TrainConfig, model: Recommender, dataset: Dataset, split: Split, folder: Path
 ) -> list[dict[str, float]]:
-    """Trains `model` in place and returns the curve, a record a check; also written to `folder`/train.jsonl.
+    """Trains `model` in place and returns one record per check, which are also written to `folder`/train.jsonl.
 
-    With validation events, the weights of the best check by NDCG@10 are kept; without, those of the last step. A run
-    that was cut off goes on from `folder`/checkpoint.pt if that is of the same config, model, content, data and split.
+    Keeps the weights of the check with the best NDCG@10; without validation events, those of the last step. Continues
+    from `folder`/checkpoint.pt if that belongs to the same config, model, content, data and split.
     """
     if config.check_every < 1 or config.steps < 1:
         raise ValueError(f"steps and check_every are at least 1, got {config.steps} and {config.check_every}")
@@ -266,7 +266,7 @@ def train(
 
 @dataclass
 class _Progress:
-    """What a run needs to go on after a stop; `identity` is what it is a run of."""
+    """What a run needs to continue after an interruption. `identity` says which run it is."""
 
     identity: str
     step: int
@@ -276,7 +276,7 @@ class _Progress:
 
     @staticmethod
     def resumed(trainer: Trainer, path: Path, identity: str) -> _Progress:
-        """From a checkpoint of the same run, else from nothing."""
+        """The progress in the checkpoint, if it belongs to the same run; else that of a new run."""
         if path.is_file():
             saved = torch.load(path, map_location=trainer.device, weights_only=False)
             if saved.get("identity") == identity:
@@ -290,7 +290,7 @@ class _Progress:
         return _Progress(identity, 0, 0.0, [], BestWeights([trainer.model]))
 
     def note(self, record: dict[str, float]) -> None:
-        """Adds a check to the curve, and keeps the weights if they are the best so far."""
+        """Adds a record to the curve, and keeps the weights if they are the best so far."""
         if FIGURE in record:
             self.best.offer(record[FIGURE])
         else:
@@ -299,7 +299,7 @@ class _Progress:
         self.step, self.seconds = int(record["step"]), record["seconds"]
 
     def save(self, trainer: Trainer, path: Path) -> None:
-        """Writes the checkpoint, whole or not at all."""
+        """Writes the checkpoint atomically."""
         state = {
             "identity": self.identity,
             "model": trainer.model.state_dict(),
@@ -312,7 +312,7 @@ class _Progress:
 
 
 def _identity(config: TrainConfig, model: Recommender, dataset: Dataset, split: Split) -> str:
-    """SHA-256 over all that a run's result depends on, before its first step."""
+    """SHA-256 over everything that the result of a run depends on, before its first step."""
     found = hashlib.sha256(json.dumps([asdict(config), model.settings()]).encode())
     for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
         found.update(name.encode() + value.detach().cpu().numpy().tobytes())
