@@ -1,1 +1,1 @@
-"""From trained models to what a server loads: bundles, catalogues embedded offline, checks of a live server."""
+"""Turns trained models into what a server loads: bundles and precomputed catalogues; also checks a live server."""

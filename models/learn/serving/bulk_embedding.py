@@ -1,13 +1,13 @@
-"""Content and item embeddings of a whole catalogue, computed offline with a bundle's own files, as Parquet.
+"""Computes content and item embeddings of a whole catalogue offline, with a bundle's own files, as Parquet.
 
-    OUT/job.json                  what is embedded with what: another job in the same folder is refused
-    OUT/part-000000.parquet       one shard: id, text_digest, content, item
+    OUT/job.json                  the job's inputs and settings; a different job in the same folder is refused
+    OUT/part-000000.parquet       one shard, with columns id, text_digest, content, item
     OUT/rejects-000000.jsonl      the rows of that shard that were left out, each with its id and the reason
 
-A part is written under another name, synced and renamed, after its rejects. So a job that is killed goes on with the
-parts that are missing, and rows of parts and rejects add up to those of the catalogue. Each shard is read, embedded and
-written by one worker: this process, or actors of Ray Data on as many machines as there are, which then have to see the
-same folders. `snapshot` makes of the parts what a server imports.
+A part is written under a temporary name, synced and renamed, after its rejects. A job that was killed therefore
+continues with the missing parts, and parts and rejects together have as many rows as the catalogue. Each shard is read,
+embedded and written by one worker: this process, or Ray Data actors on one or more machines, which must see the same
+folders. `cache_snapshot.snapshot` converts the parts into files that a server imports.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ CONTENT_DTYPES = {"float16": np.float16, "float32": np.float32}
 
 @dataclass(frozen=True)
 class BulkConfig:
-    """One job."""
+    """Settings of one bulk embedding job."""
 
     bundle: Path
-    # A .jsonl or .parquet file, or a folder of such.
+    # A .jsonl or .parquet file, or a folder of such files.
     items: Path
     out: Path
-    # Rows that one worker holds in memory, and that a killed job may have to do again.
+    # The rows that one worker holds in memory, and that a killed job may have to repeat per worker.
     shard_rows: int = 10_000
-    # fp16 halves the largest column, with an error of up to 2**-11 of each value.
+    # float16 halves the largest column, with a relative error of up to 2**-11 per value.
     content_dtype: str = "float32"
-    # What the server takes (`limits.max_text_bytes`): longer texts are rejected here as there.
+    # The server's limit (`limits.max_text_bytes`): longer texts are rejected here as they are there.
     max_text_bytes: int = 8192
     graphs: GraphsConfig = field(default_factory=GraphsConfig)
-    # None runs in this process.
+    # None runs the job in this process.
     ray: RayConfig | None = None
     title: str | None = "embed items"
 
     def __post_init__(self) -> None:
         if self.shard_rows < 1:
-            raise ValueError(f"shard_rows is {self.shard_rows}, it must be at least 1")
+            raise ValueError(f"shard_rows is {self.shard_rows}, but it must be at least 1")
         if self.content_dtype not in CONTENT_DTYPES:
-            raise ValueError(f"content_dtype is {self.content_dtype!r}, it must be one of {', '.join(CONTENT_DTYPES)}")
+            raise ValueError(f"content_dtype is {self.content_dtype!r}, but must be one of {', '.join(CONTENT_DTYPES)}")
 
 
 @dataclass(frozen=True)
 class RayConfig:
-    """Workers of Ray Data. Every machine must see the bundle, the catalogue and the output under the same paths."""
+    """Ray Data workers. Every machine must see the bundle, the catalogue and the output under the same paths."""
 
-    # Of a cluster, such as "auto" or "ray://head:10001"; None starts Ray here.
+    # A cluster's address, such as "auto" or "ray://head:10001"; None starts Ray on this machine.
     address: str | None = None
     workers: int = 2
     cpus_per_worker: float = 1
@@ -74,17 +74,17 @@ class RayConfig:
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of the rows of a catalogue."""
+    """How many rows of a catalogue were embedded and rejected, and in how many parts."""
 
     n_items: int
     n_rejects: int
     n_parts: int
-    # Of these parts, how many an earlier run had left.
+    # How many of the parts an earlier run had written.
     n_parts_kept: int
 
 
 def embed_catalogue(config: BulkConfig) -> Summary:
-    """Runs the job, or what is missing of it, and prints what came out."""
+    """Runs the job, or the missing part of it, and prints and returns a summary."""
     shards, digests = item_shards.plan(config.items, config.shard_rows)
     config.out.mkdir(parents=True, exist_ok=True)
     _claim(config, digests, len(shards))
@@ -96,13 +96,13 @@ def embed_catalogue(config: BulkConfig) -> Summary:
     summary = _count(config.out, shards, len(shards) - len(missing))
     print(
         f"{summary.n_items} items embedded, {summary.n_rejects} rejected, in {summary.n_parts} parts "
-        f"({summary.n_parts_kept} of an earlier run): {config.out}"
+        f"({summary.n_parts_kept} from an earlier run): {config.out}"
     )
     return summary
 
 
 def _run(config: BulkConfig, shards: list[Shard]) -> Iterator[tuple[int, int]]:
-    """Rows and tokens of each shard as it is done."""
+    """Yields the number of rows and tokens of each shard as it is finished."""
     if not shards:
         return
     if config.ray is not None:
@@ -117,7 +117,7 @@ def _run_on_ray(config: BulkConfig, ray_config: RayConfig, shards: list[Shard]) 
     import ray
 
     if not ray.is_initialized():
-        # Workers import this package from where it lies here, whatever folder the job was started in.
+        # Workers import this package from its path here, independent of the folder that the job was started in.
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False}
         if ray_config.address is None:
@@ -137,14 +137,14 @@ def _run_on_ray(config: BulkConfig, ray_config: RayConfig, shards: list[Shard]) 
 
 
 class ShardEmbedder:
-    """Embeds shards one after the other; on Ray one of these is an actor, and its graphs are loaded once."""
+    """Embeds shards one after the other. On Ray each actor is one instance, so it loads the graphs once."""
 
     def __init__(self, config: BulkConfig) -> None:
         self.config = config
         self.graphs = BundleGraphs(config.bundle, config.graphs)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Ray's form: shards as columns, and what `embed` returns as columns."""
+        """Ray's interface to `embed`: takes shards as columns and returns the counts as columns."""
         names = list(batch)
         shards = [Shard(**dict(zip(names, row, strict=True))) for row in zip(*batch.values(), strict=True)]
         plain = [Shard(int(s.number), str(s.file), int(s.begin), int(s.first_row), int(s.n_rows)) for s in shards]
@@ -152,7 +152,7 @@ class ShardEmbedder:
         return {"n_rows": counts[:, 0], "n_tokens": counts[:, 1]}
 
     def embed(self, shard: Shard) -> tuple[int, int]:
-        """Writes the shard's part and rejects; returns how many rows it had, and how many tokens were encoded."""
+        """Writes the shard's part and rejects; returns its number of rows and of encoded tokens."""
         items, rejects = item_shards.read(shard, self.config.max_text_bytes)
         table, faults, n_tokens = self._table(items)
         rejects += [Reject(shard.file, item.row, item.id, reason) for item, reason in faults]
@@ -165,13 +165,13 @@ class ShardEmbedder:
 
     def _table(self, items: list[Item]) -> tuple[pa.Table, list[tuple[Item, str]], int]:
         digests = [text_digest(item.text) for item in items]
-        # A text that stands for many items is encoded once.
+        # A text that several items share is encoded once.
         place = {digest: position for position, digest in enumerate(dict.fromkeys(digests))}
         unique = dict(zip(digests, (item.text for item in items), strict=True))
         content, faults, n_tokens = self.graphs.content([unique[digest] for digest in place])
         item = self.graphs.item(content)
         for row in np.flatnonzero(~np.isfinite(item).all(axis=1)):
-            faults.setdefault(int(row), "the item tower gave a vector that is not finite")
+            faults.setdefault(int(row), "the item tower returned a vector that is not finite")
         rows = [place[digest] for digest in digests]
         kept = [n for n, row in enumerate(rows) if row not in faults]
         at = np.array([rows[n] for n in kept], dtype=np.int64)
@@ -190,7 +190,7 @@ def _vectors(rows: np.ndarray) -> pa.FixedSizeListArray:
 
 
 def _claim(config: BulkConfig, digests: dict[str, str], n_parts: int) -> None:
-    """Writes what the folder is for, or holds this job to what it is for."""
+    """Writes the job file, or raises DataError if the folder already holds a different job."""
     job: dict[str, Any] = {
         "bundle_digest": bundle_digest(config.bundle),
         "bundle": "{name} {version}".format(**read_manifest(config.bundle)),
@@ -208,7 +208,7 @@ def _claim(config: BulkConfig, digests: dict[str, str], n_parts: int) -> None:
     there = json.loads(path.read_text())
     for name, value in job.items():
         if there.get(name) != value:
-            raise DataError(path, None, name, f"this folder is another job's ({there.get(name)!r}, not {value!r})")
+            raise DataError(path, None, name, f"the folder holds another job ({there.get(name)!r}, not {value!r})")
 
 
 def _count(out: Path, shards: list[Shard], n_kept: int) -> Summary:
@@ -216,7 +216,7 @@ def _count(out: Path, shards: list[Shard], n_kept: int) -> Summary:
     n_rejects = sum(_rejects(out, shard.number).read_bytes().count(b"\n") for shard in shards)
     n_rows = sum(shard.n_rows for shard in shards)
     if n_items + n_rejects != n_rows:
-        raise DataError(out, None, None, f"{n_items} items and {n_rejects} rejects, of {n_rows} rows")
+        raise DataError(out, None, None, f"{n_items} items and {n_rejects} rejects do not add up to {n_rows} rows")
     return Summary(n_items, n_rejects, len(shards), n_kept)
 
 

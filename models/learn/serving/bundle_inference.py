@@ -1,7 +1,7 @@
-"""A bundle's own files at work: text -> content embedding -> item embedding, as a server computes them.
+"""Computes text -> content embedding -> item embedding from a bundle's own files, as a server does.
 
-ONNX Runtime runs the graphs, the manifest's template and tokenizer make the prompts and ids, rows are padded on the
-right. Needs no PyTorch model, so any machine that has the bundle folder can do it.
+ONNX Runtime runs the graphs, the manifest's template and tokenizer produce prompts and token ids, and rows are padded
+on the right. No PyTorch model is needed, so any machine that has the bundle folder can run it.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ from learn.data.item_text import ItemText, render
 from learn.padding import pad
 from learn.serving.digests import bundle_digest, encoder_digest, read_manifest, tower_digest
 
-# Items that the tower takes at once: enough for its matrix products, and little memory at any width.
+# Items per run of the item tower: enough for efficient matrix products, and little memory at any width.
 TOWER_ITEMS = 1024
 
 
 @dataclass(frozen=True)
 class GraphsConfig:
-    """How the graphs run. The default batches are those that a server takes on a CPU."""
+    """How the graphs run. The default batches on a CPU are the server's."""
 
-    # "cpu", "cuda", or "auto": CUDA where ONNX Runtime has it.
+    # "cpu", "cuda", or "auto", which takes CUDA where ONNX Runtime has it.
     provider: str = "auto"
-    # Of one session; more processes with a thread each do more than one with many threads.
+    # Threads per session. Several processes with one thread each are faster than one process with many threads.
     threads: int = 1
     batching: BatchConfig | None = None
 
     def providers(self) -> list[str]:
-        """ONNX Runtime's names; raises ValueError where CUDA was asked for and is not there."""
+        """Returns ONNX Runtime's provider names; raises ValueError for one that is unknown or not available."""
         known = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider"]}
         if self.provider == "auto":
             has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
             return known["cuda" if has_cuda else "cpu"]
         if self.provider not in known:
-            raise ValueError(f"provider is {self.provider!r}, it must be auto, cpu or cuda")
+            raise ValueError(f"provider is {self.provider!r}, but it must be auto, cpu or cuda")
         (name,) = known[self.provider]
         if name not in onnxruntime.get_available_providers():
-            raise ValueError(f"provider is {self.provider!r}, and this ONNX Runtime lacks {name}")
+            raise ValueError(f"provider is {self.provider!r}, but this ONNX Runtime lacks {name}")
         return [name]
 
     def batches(self) -> BatchConfig:
-        """As given, or what suits the provider."""
+        """Returns the configured batching, or the default for the provider."""
         is_cpu = self.providers() == ["CPUExecutionProvider"]
         return self.batching or (BatchConfig(512, 16) if is_cpu else BatchConfig(16_384, 256))
 
 
 class BundleGraphs:
-    """Encoder and item tower of a bundle folder, loaded."""
+    """The loaded encoder and item tower of a bundle folder."""
 
     def __init__(self, bundle: Path, config: GraphsConfig) -> None:
         manifest = read_manifest(bundle)
@@ -72,12 +72,12 @@ class BundleGraphs:
         self._item_tower = _session(bundle / manifest["item_tower"]["file"], config)
 
     def content(self, texts: Sequence[ItemText]) -> tuple[np.ndarray, dict[int, str], int]:
-        """[n,C] fp32; why a row of it is all zeros, by its number; and tokens. One bad text costs no other one."""
+        """Returns content [n,C] in fp32, the reason for each failed row (which is all zeros) by row, and the token count."""
         template = self.manifest["item_text"]["template"]
         encodings = self._tokenizer.encode_batch([render(text, template) for text in texts])
         ids = [encoding.ids for encoding in encodings]
         vectors = np.zeros((len(ids), self.content_dim), dtype=np.float32)
-        faults = {row: "the tokenizer gave no token" for row, tokens in enumerate(ids) if not tokens}
+        faults = {row: "the tokenizer returned no token" for row, tokens in enumerate(ids) if not tokens}
         present = [row for row in range(len(ids)) if row not in faults]
         for batch in batches([len(ids[row]) for row in present], self._batching):
             rows = [present[position] for position in batch]
@@ -85,7 +85,7 @@ class BundleGraphs:
         return vectors, faults, sum(map(len, ids))
 
     def item(self, content: np.ndarray) -> np.ndarray:
-        """[n,C] -> [n,E] fp32."""
+        """Maps content [n,C] to item embeddings [n,E] in fp32."""
         spec = self.manifest["item_tower"]
         pieces = [
             self._item_tower.run(spec["outputs"], {spec["inputs"][0]: content[begin : begin + TOWER_ITEMS]})[0]
@@ -96,11 +96,11 @@ class BundleGraphs:
     def _encode(self, ids: list[list[int]], rows: list[int], vectors: np.ndarray, faults: dict[int, str]) -> None:
         try:
             found = self._run_encoder([ids[row] for row in rows])
-        except Exception as error:  # ONNX Runtime's errors have no base class of their own.
+        except Exception as error:  # ONNX Runtime's errors have no common base class.
             if len(rows) == 1:
                 faults[rows[0]] = f"the encoder failed: {str(error).splitlines()[0][:200]}"
                 return
-            # One text may be to blame. The others are not to fail with it.
+            # One text may have caused the failure, so each text is encoded alone and the others still succeed.
             for row in rows:
                 self._encode(ids, [row], vectors, faults)
             return
@@ -109,7 +109,7 @@ class BundleGraphs:
             if good:
                 vectors[row] = vector
             else:
-                faults[row] = "the encoder gave a vector that is not finite"
+                faults[row] = "the encoder returned a vector that is not finite"
 
     def _run_encoder(self, ids: list[list[int]]) -> np.ndarray:
         spec = self.manifest["encoder"]

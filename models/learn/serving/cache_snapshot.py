@@ -1,8 +1,8 @@
-"""The parts of a bulk job -> safetensors files that `midemb cache import` takes; the format is src/cache_snapshot's.
+"""Converts the parts of a bulk job into safetensors files for `midemb cache import`; src/cache/snapshot has the format.
 
-Each file holds `vectors` [n,dim] and `text_digests` [n,16] under the digest of the encoder (content) or the tower
-(item) that they came from: a server that does not serve exactly that refuses the file. Files are imported in any order;
-where a cache is smaller than all of them, those that come later push out those before.
+Each file holds `vectors` [n,dim] and `text_digests` [n,16], and the digest of the encoder (content) or the tower (item)
+that computed them. A server whose digest differs refuses the file. Files can be imported in any order; if the cache is
+too small for all of them, later files evict earlier ones.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from learn.data import DataError
 from learn.serving.bulk_embedding import JOB
 from learn.serving.digests import N_BYTES
 
-# As the server's own files, so that neither side ever holds more than that at once.
+# The size of the server's own files, so that neither side holds more than this in memory.
 FILE_BYTES = 64 << 20
 DIGESTS = {"content": b"encoder_digest", "item": b"tower_digest"}
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What all parts have to agree on."""
+    """The properties that all parts must share."""
 
     digest: str
     dim: int
@@ -37,21 +37,23 @@ class _Source:
 
 
 def snapshot(parts: Path, out: Path, kind: str) -> list[Path]:
-    """Writes KIND-000000.safetensors and so on into `out` and returns them. `kind` is content or item."""
+    """Writes KIND-000000.safetensors and so on to `out` and returns the paths. `kind` is content or item."""
     if kind not in DIGESTS:
-        raise ValueError(f"kind is {kind!r}, it must be content or item")
+        raise ValueError(f"kind is {kind!r}, but it must be content or item")
     files = sorted(parts.glob("part-*.parquet"))
     if not files:
-        raise DataError(parts, None, None, "there is no part-*.parquet")
+        raise DataError(parts, None, None, "there is no part-*.parquet; run `learn embed` first")
     job = parts / JOB
     n_parts = json.loads(job.read_text())["n_parts"] if job.is_file() else len(files)
     if len(files) != n_parts:
-        raise DataError(parts, None, None, f"{len(files)} of {n_parts} parts are there; `learn embed` makes the rest")
+        raise DataError(
+            parts, None, None, f"only {len(files)} of {n_parts} parts exist; run `learn embed` for the rest"
+        )
     sources = {path: _source(path, kind) for path in files}
     source = sources[files[0]]
     for path, other in sources.items():
         if other != source:
-            raise DataError(path, None, kind, f"is of {other}, and {files[0].name} of {source}")
+            raise DataError(path, None, kind, f"the part has {other}, but {files[0].name} has {source}")
     out.mkdir(parents=True, exist_ok=True)
     n_rows = max(1, FILE_BYTES // (source.dim * source.dtype.itemsize + N_BYTES))
     written = []
@@ -69,11 +71,11 @@ def _source(path: Path, kind: str) -> _Source:
         column = schema.field(kind).type
         return _Source(digest, column.list_size, np.dtype(column.value_type.to_pandas_dtype()))
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(path, None, kind, f"no part of a bulk job: {error!r}") from error
+        raise DataError(path, None, kind, f"not a part of a bulk job: {error!r}") from error
 
 
 def _pieces(files: list[Path], kind: str, n_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Digests [n,16] and vectors [n,dim], `n_rows` at a time but for the last."""
+    """Yields digests [n,16] and vectors [n,dim] with `n_rows` rows per piece; the last piece may be shorter."""
     waiting: list[pa.RecordBatch] = []
     n_waiting = 0
     for path in files:
@@ -91,7 +93,7 @@ def _pieces(files: list[Path], kind: str, n_rows: int) -> Iterator[tuple[np.ndar
 
 def _arrays(batches: list[pa.RecordBatch], kind: str) -> tuple[np.ndarray, np.ndarray]:
     digests = b"".join(value for batch in batches for value in batch["text_digest"].to_pylist())
-    # `flatten` minds that a batch may be a slice of another.
+    # `flatten` respects that a batch may be a slice of another.
     vectors = [batch[kind].flatten().to_numpy(zero_copy_only=False) for batch in batches]
     dim = batches[0].schema.field(kind).type.list_size
     return np.frombuffer(digests, np.uint8).reshape(-1, N_BYTES), np.concatenate(vectors).reshape(-1, dim)
@@ -100,7 +102,7 @@ def _arrays(batches: list[pa.RecordBatch], kind: str) -> tuple[np.ndarray, np.nd
 def _save(path: Path, kind: str, source: _Source, arrays: tuple[np.ndarray, np.ndarray]) -> None:
     digests, vectors = arrays
     if not np.isfinite(vectors).all():
-        raise DataError(path, None, kind, "a vector is not finite, and the server would refuse the file")
+        raise DataError(path, None, kind, "a vector is not finite, so the server would refuse the file")
     metadata = {
         "format": "midemb-vectors",
         "format_version": "1",

@@ -1,8 +1,8 @@
-"""The digests that a server caches vectors under, computed here from the same bytes.
+"""Computes the digests that are a server's cache keys.
 
-A server keeps content embeddings under (encoder digest, text digest) and item embeddings under (tower digest, text
-digest); src/item_text.rs and src/bundle/digest.rs define them. A live server tells its own through GetModelInfo, and
-`learn verify` holds the two to each other.
+A server caches content embeddings under (encoder digest, text digest) and item embeddings under (tower digest, text
+digest), which `src/domain/item_text.rs` and src/bundle/digest.rs define. A live server reports its digests through
+GetModelInfo, and `learn verify` compares them with these.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ N_BYTES = 16
 
 
 def read_manifest(bundle: Path) -> dict[str, Any]:
-    """A bundle's manifest; raises FileNotFoundError or ValueError with the path."""
+    """Reads a bundle's manifest; raises FileNotFoundError or ValueError with the path."""
     path = bundle / MANIFEST
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -31,7 +31,7 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
 
 
 def text_digest(text: ItemText) -> bytes:
-    """BLAKE3, cut to 16 bytes, over the fields with their lengths; raises UnicodeEncodeError for half a surrogate."""
+    """BLAKE3, cut to 16 bytes, over the fields with their lengths; raises UnicodeEncodeError for a lone surrogate."""
     hasher = blake3()
     for name in STRING_FIELDS:
         _add(hasher, getattr(text, name))
@@ -44,19 +44,19 @@ def text_digest(text: ItemText) -> bytes:
 
 
 def text_bytes(text: ItemText) -> int:
-    """What a server's `limits.max_text_bytes` counts: UTF-8 bytes of all fields, and one for each entry of a list."""
+    """Returns the size that `limits.max_text_bytes` limits: UTF-8 bytes of all fields, plus one per list entry."""
     entries = [entry for name in LIST_FIELDS for entry in getattr(text, name)]
     strings = [getattr(text, name) for name in STRING_FIELDS]
     return sum(len(value.encode()) for value in (*strings, *entries)) + len(entries)
 
 
 def encoder_digest(manifest: Mapping[str, Any]) -> str:
-    """Everything that a content embedding depends on beside the text, as 32 hex digits."""
+    """Digests everything except the text that a content embedding depends on; 32 hex digits."""
     return _encoder(manifest).hex()
 
 
 def tower_digest(manifest: Mapping[str, Any]) -> str:
-    """Everything that an item embedding depends on beside the text, as 32 hex digits."""
+    """Digests everything except the text that an item embedding depends on; 32 hex digits."""
     hasher = _of_part(manifest, "item_tower")
     hasher.update(_encoder(manifest))
     _add_ports(hasher, manifest["item_tower"])
@@ -64,7 +64,7 @@ def tower_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def bundle_digest(bundle: Path) -> str:
-    """SHA-256 of the manifest in hex: it names every other file with its digest."""
+    """Returns the manifest's SHA-256 in hex, which covers every file, as the manifest holds the files' digests."""
     return hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
 
 
