@@ -72,7 +72,7 @@ class BundleGraphs:
         self._item_tower = _session(bundle / manifest["item_tower"]["file"], config)
 
     def content(self, texts: Sequence[ItemText]) -> tuple[np.ndarray, dict[int, str], int]:
-        """Returns content [n,C] in fp32 (failed rows are zeros), the reason for each failed row, and the token count."""
+        """Returns content [n,C] in fp32 (zeros in failed rows), the reason for each failed row, the token count."""
         template = self.manifest["item_text"]["template"]
         encodings = self._tokenizer.encode_batch([render(text, template) for text in texts])
         ids = [encoding.ids for encoding in encodings]

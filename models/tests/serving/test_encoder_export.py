@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from baichuan_checkpoint import CONFIG as BAICHUAN
+from baichuan_checkpoint import random_checkpoint
 from conftest import DEFAULT, FIXTURE
 from safetensors.torch import save_file
-from test_baichuan import CONFIG as BAICHUAN
-from test_baichuan import random_checkpoint
 from transformers import (
     BertConfig,
     BertModel,
