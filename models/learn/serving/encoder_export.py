@@ -74,7 +74,7 @@ def write_encoder(graph: EncoderGraph, folder: Path, checkpoint: Sequence[Path] 
 
 
 def export_encoder(graph: EncoderGraph, folder: Path) -> None:
-    """Writes `encoder.onnx`, and beside it `encoder.weights` with all but the smallest weights. Takes fp32 or fp16 weights.
+    """Writes `encoder.onnx`, and beside it `encoder.weights` with all but the smallest weights, in fp32 or fp16.
 
     Moves the graph to the CPU. While it runs, PyTorch's exporter holds transposed copies of the matrices in memory.
     """
@@ -244,7 +244,7 @@ def _spans(weights: Path) -> Iterator[tuple[tuple[tuple[int, ...], str, bytes], 
 
 
 def _place_the_rest(model: ModelProto, source: Path, folder: Path) -> None:
-    """Moves the weights that were not linked from `source` into the model, or into a file in `folder` if they are large."""
+    """Moves the weights that were not linked from `source` into the model or, if large, into a file in `folder`."""
     rest = [tensor for tensor in model.graph.initializer if _location(tensor) == WEIGHTS]
     if sum(_n_bytes(tensor) for tensor in rest) <= INLINE_UP_TO_BYTES:
         for tensor in rest:

@@ -29,15 +29,15 @@ from learn.serving.bundle_inference import BundleGraphs, GraphsConfig
 
 ON_CPU = GraphsConfig(provider="cpu")
 BAD = [
-    ('{"id": "broken', "no JSON: "),
+    ('{"id": "broken', "not JSON: "),
     ('["id"]', "expected an object, got list"),
     ('{"text": {"title": "x"}}', "id: expected a text that is not empty, got None"),
     ('{"id": "", "text": {"title": "x"}}', "id: expected a text that is not empty, got ''"),
     ('{"id": "none", "text": {}}', "all text fields are empty"),
     ('{"id": "wrong", "text": {"title": 3}}', "title: expected a string, got 3"),
     ('{"id": "misspelt", "text": {"titel": "x"}}', "unknown field of item text: titel"),
-    ('{"id": "half", "text": {"title": "\\ud800"}}', "half of a surrogate pair"),
-    (json.dumps({"id": "long", "text": {"title": "x" * 8193}}), "8193 bytes of text, at most 8192 are taken"),
+    ('{"id": "half", "text": {"title": "\\ud800"}}', "a lone surrogate"),
+    (json.dumps({"id": "long", "text": {"title": "x" * 8193}}), "the text has 8193 bytes, more than the limit of 8192"),
 ]
 
 
@@ -193,10 +193,10 @@ def test_no_catalogue(tmp_path):
         with pytest.raises(DataError, match=r"expected a \.jsonl or \.parquet file"):
             bulk_embedding.embed_catalogue(job(tmp_path, items=path))
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(DataError, match="there is no row to embed"):
+    with pytest.raises(DataError, match="there are no rows to embed"):
         bulk_embedding.embed_catalogue(job(tmp_path, items=tmp_path / "empty.jsonl"))
     pq.write_table(pa.table({"name": ["x"]}), tmp_path / "odd.parquet")
-    with pytest.raises(DataError, match="column id: expected id and text fields, the columns are"):
+    with pytest.raises(DataError, match="column id: expected id and text fields, but the columns are"):
         bulk_embedding.embed_catalogue(job(tmp_path, items=tmp_path / "odd.parquet"))
 
 
