@@ -1,10 +1,10 @@
-"""How much of the bare encoder's rate `embedding_store.encode_cached` reaches, in one run, round by round.
+"""Measures which share of the bare encoder's rate `embedding_store.encode_cached` reaches, round by round.
 
     OMP_NUM_THREADS=1 .venv/bin/python -m benches.encode --data /path/to/ml-latest-small --items 1000 --rounds 5
 
-Bare is the same model in a plain loop over the same batches, tokenized and padded before the clock starts. Ours is all
-of the work: hashing, tokenizing, batching, shards on disk, joining them. Both are taken in CPU seconds of the process,
-which hold on a shared machine where wall time does not; wall time is printed beside them. The goal is .90 or more.
+"bare" is the same model in a plain loop over the same batches, tokenized and padded before the clock starts. "ours" is
+the whole work: hashing, tokenizing, batching, writing shards to disk and joining them. Both are measured in CPU seconds
+of the process, which are stable on a shared machine; wall time is not, and is printed too. The goal is .90 or more.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Seconds = tuple[float, float]
 
 
 def timed(work: Callable[[], object]) -> Seconds:
-    """CPU seconds of all threads of this process, and wall seconds."""
+    """Returns the CPU seconds of all threads of this process, and the wall seconds."""
     cpu, wall = time.process_time(), time.perf_counter()
     work()
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def bare(encoder: ceg.Encoder, prepared: list[tuple[torch.Tensor, torch.Tensor]]) -> Seconds:
-    """The model alone over batches that are in memory."""
+    """Times the model alone over batches that are in memory."""
 
     def loop() -> None:
         with torch.inference_mode():
@@ -48,7 +48,7 @@ def bare(encoder: ceg.Encoder, prepared: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def ours(encoder: ceg.Encoder, prompts: list[str], shard_items: int) -> Seconds:
-    """From prompts to a memory-mapped file, in a folder that knows nothing yet."""
+    """Times the whole work from prompts to a memory-mapped file, in an empty folder."""
     folder = Path(tempfile.mkdtemp())
     try:
         return timed(
@@ -59,7 +59,7 @@ def ours(encoder: ceg.Encoder, prompts: list[str], shard_items: int) -> Seconds:
 
 
 def prepare(encoder: ceg.Encoder, prompts: list[str], shard_items: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches that `encode_cached` makes, ready."""
+    """Prepares the batches that `encode_cached` makes."""
     prepared = []
     for begin in range(0, len(prompts), shard_items):
         ids = encoder.tokenize(prompts[begin : begin + shard_items])
@@ -70,7 +70,7 @@ def prepare(encoder: ceg.Encoder, prompts: list[str], shard_items: int) -> list[
 
 
 def load_prompts(data: Path | None, n_items: int) -> list[str]:
-    """Of a data set, or made up with as many words as film titles have."""
+    """Reads the prompts of a data set, or makes up titles with about as many words as film titles have."""
     if data is not None:
         from learn.data import read_neutral
 
@@ -80,7 +80,7 @@ def load_prompts(data: Path | None, n_items: int) -> list[str]:
 
 
 def main() -> None:
-    """Parses, measures, prints."""
+    """Runs the benchmark and prints its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", type=Path, default=HERE / "default")
     parser.add_argument("--data", type=Path, help="a data set in its original files; without it, made-up titles")
@@ -102,7 +102,7 @@ def main() -> None:
     bare(encoder, prepared[:2])
     ratios = []
     for number in range(arguments.rounds):
-        # Each goes first in turn, so that a machine that slows down favours neither.
+        # The two take turns at going first, so that a machine that slows down favours neither.
         pair = {}
         for name in ("bare", "ours") if number % 2 == 0 else ("ours", "bare"):
             pair[name] = bare(encoder, prepared) if name == "bare" else ours(encoder, prompts, arguments.shard_items)
@@ -110,7 +110,7 @@ def main() -> None:
         ratios.append(bare_cpu / our_cpu)
         print(
             f"round {number + 1}: bare {bare_cpu / len(prompts) * 1e3:.2f}, ours {our_cpu / len(prompts) * 1e3:.2f} "
-            f"CPU ms an item, ratio {ratios[-1]:.3f} (wall: {len(prompts) / bare_wall:.0f} and "
+            f"CPU ms per item, ratio {ratios[-1]:.3f} (wall: {len(prompts) / bare_wall:.0f} and "
             f"{len(prompts) / our_wall:.0f} items/s, {n_real / our_wall:,.0f} tokens/s, "
             f"ratio {bare_wall / our_wall:.3f})"
         )

@@ -157,7 +157,7 @@ def numbers(values: torch.Tensor | np.ndarray) -> list[float]:
 
 @torch.inference_mode()
 def golden(bundle: Bundle) -> dict[str, Any]:
-    """Computes golden vectors in PyTorch: text -> ids -> content -> item; history -> user; pair -> mid_emb, cvr."""
+    """Computes golden vectors in PyTorch: text -> ids, content and item; history -> user; pair -> mid_emb, cvr."""
     encoder, texts = bundle.encoder, bundle.golden_items
     if any(text.is_empty for text in texts):
         raise ValueError("a golden item has no text; give every golden item at least one field")
@@ -231,7 +231,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def verify(folder: Path) -> None:
-    """Runs the graphs on the golden inputs in other batches than the trainer; raises ValueError if they differ."""
+    """Runs the graphs on the golden inputs, in other batches than the trainer's; raises ValueError for a difference."""
     known = json.loads((folder / "golden.json").read_text())
     items, users, pairs = known["items"], known["users"], known["pairs"]
     want_content, want_item = (np.array([item[key] for item in items], np.float32) for key in ("content", "item"))

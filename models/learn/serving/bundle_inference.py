@@ -72,7 +72,10 @@ class BundleGraphs:
         self._item_tower = _session(bundle / manifest["item_tower"]["file"], config)
 
     def content(self, texts: Sequence[ItemText]) -> tuple[np.ndarray, dict[int, str], int]:
-        """Returns content [n,C] in fp32 (zeros in failed rows), the reason for each failed row, the token count."""
+        """Returns content [n,C] in fp32, the reason for each failed row by row number, and the number of tokens.
+
+        A failed row is all zeros; it does not affect the others.
+        """
         template = self.manifest["item_text"]["template"]
         encodings = self._tokenizer.encode_batch([render(text, template) for text in texts])
         ids = [encoding.ids for encoding in encodings]

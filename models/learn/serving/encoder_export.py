@@ -1,18 +1,20 @@
-"""The encoder -> an ONNX model that carries no trace of the machine it was made on; names for the ports of all graphs.
+"""Exports the encoder to ONNX without any trace of the build machine; also names the inputs and outputs of all graphs.
 
-PyTorch's exporter writes it, because encoders have many architectures. Towers and head have one each:
-`tower_export` writes them.
+PyTorch's exporter writes the encoder, because encoders have many architectures. The towers and the head have one
+architecture each, and `tower_export` writes them.
 
-Weights go one of three ways. Linked, where the checkpoint's safetensors files hold the same bytes: that format is raw
-little-endian behind a header, which is just what ONNX calls external data, so the graph names offsets into it and the
-weights are stored once. A weight that the exporter transposed is linked as it lies, and `gemm_rewrite` makes its
-products read it that way; where that is not possible a node transposes it, which ONNX Runtime folds when it loads. Else
-inline, up to 64 MiB. Else in a file beside the graph, because a protobuf cannot pass 2 GB and is read whole.
+Each weight is stored in one of three ways:
+- A link, if the checkpoint's safetensors files hold the same bytes. The format is raw little-endian data behind a
+  header, which ONNX accepts as external data, so the graph refers to offsets in it and the weights are stored once. A
+  weight that the exporter transposed is linked as it is stored, and `gemm_rewrite` makes its products read it that way;
+  where that is not possible, a node transposes it, which ONNX Runtime folds at load time.
+- Inline, if the weights that are not linked take up to 64 MiB.
+- Otherwise in a file beside the graph, because a protobuf is limited to 2 GB and is read as a whole.
 
-On the way the weights lie in a file, never in the protobuf, and are looked at one by one: so a model of many gigabytes
-takes the memory that PyTorch and its exporter hold, and little more.
+During the export the weights are in a file, never in the protobuf, and are read one by one. A model of many gigabytes
+therefore needs little more memory than PyTorch and its exporter take.
 
-fp16: the graph of a model in fp16 computes in fp16 where the provider can (CUDA); mean and norm stay fp32. On CPUs ONNX
+The graph of an fp16 model computes in fp16 where the provider can (CUDA); mean and norm stay in fp32. On CPUs ONNX
 Runtime has no such kernels and computes in fp32 from weights rounded to fp16.
 """
 
@@ -40,9 +42,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from learn.content.encoder_graph import EncoderGraph
 from learn.serving import gemm_rewrite
 
-# The first opset with Gelu, after the one with LayerNormalization: both stay one node each.
+# The first opset with Gelu; LayerNormalization came earlier. Each of them stays one node.
 OPSET = 20
-# Below this a tensor costs less inline than its link does.
+# A smaller tensor takes less space inline than as a link.
 LINK_FROM_BYTES = 1024
 INLINE_UP_TO_BYTES = 64 << 20
 GRAPH, WEIGHTS = "encoder.onnx", "encoder.weights"
@@ -51,7 +53,7 @@ _NUMPY_TYPES = {"F32": "<f4", "F16": "<f2"}
 
 @dataclass(frozen=True)
 class Signature:
-    """Names of a graph's inputs and outputs, and of the axes that may vary."""
+    """Names of a graph's inputs and outputs, and of its dynamic axes."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -65,21 +67,21 @@ CVR = Signature(("user", "item", "row"), ("mid_emb", "cvr"), (("b",), ("n",), ("
 
 
 def write_encoder(graph: EncoderGraph, folder: Path, checkpoint: Sequence[Path] = ()) -> None:
-    """Writes `encoder.onnx` and whatever holds its weights into `folder`; see `place_weights` for `checkpoint`."""
+    """Writes `encoder.onnx` and the files with its weights to `folder`; see `place_weights` for `checkpoint`."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
         export_encoder(graph, Path(temporary))
         place_weights(Path(temporary), folder, checkpoint)
 
 
 def export_encoder(graph: EncoderGraph, folder: Path) -> None:
-    """`encoder.onnx`, and beside it `encoder.weights` with every weight but the smallest. Needs fp32 or fp16 weights.
+    """Writes `encoder.onnx`, and beside it `encoder.weights` with all but the smallest weights, in fp32 or fp16.
 
     Moves the graph to the CPU. While it runs, PyTorch's exporter holds transposed copies of the matrices in memory.
     """
     dtype = next(graph.parameters()).dtype
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"the encoder is in {dtype}; load it in float32 or float16 to export it")
-    # Sizes of 2 or more, because the exporter fixes an axis whose example is 1.
+    # The example's sizes are 2 or more, because the exporter fixes an axis whose example size is 1.
     ids = torch.ones((2, 7), dtype=torch.int64)
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
@@ -92,23 +94,23 @@ def export_encoder(graph: EncoderGraph, folder: Path) -> None:
 
 
 def place_weights(source: Path, folder: Path, checkpoint: Sequence[Path] = ()) -> None:
-    """What `export_encoder` wrote into `source` -> a graph in `folder` with its weights where a bundle wants them.
+    """Turns the output of `export_encoder` in `source` into a graph in `folder` with its weights placed for a bundle.
 
-    Of `checkpoint` those safetensors files are copied into `folder` that hold a weight of the graph, byte for byte.
+    The safetensors files of `checkpoint` that hold a weight of the graph, byte for byte, are copied into `folder`.
     """
     model = onnx.load(source / GRAPH, load_external_data=False)
     for weights in link(model, [file for file in checkpoint if file.suffix == ".safetensors"], source):
         shutil.copyfile(weights, folder / weights.name)
     _place_the_rest(model, source, folder)
     (folder / GRAPH).write_bytes(model.SerializeToString())
-    # By its path, so that the weights need not fit into one protobuf.
+    # The check takes the path, so that the weights need not fit into one protobuf.
     onnx.checker.check_model(folder / GRAPH)
 
 
 def _program(graph: EncoderGraph, example: tuple[torch.Tensor, ...], signature: Signature) -> torch.onnx.ONNXProgram:
     dims = {name: torch.export.Dim(name) for axes in signature.axes for name in axes}
     shapes = tuple({axis: dims[name] for axis, name in enumerate(axes)} for axes in signature.axes)
-    # The exporter reports its stages on stdout and warns of its own internals; neither is for our reader.
+    # The exporter prints its stages to stdout and warns about its internals; neither helps our user.
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -124,12 +126,12 @@ def _program(graph: EncoderGraph, example: tuple[torch.Tensor, ...], signature: 
             verbose=False,
         )
     if program is None:
-        raise ValueError("PyTorch's exporter gave no graph")
+        raise ValueError("PyTorch's exporter returned no graph")
     return program
 
 
 def strip(model: ModelProto) -> ModelProto:
-    """Drops what the exporter notes for its own authors: stack traces, module paths, doc strings, inferred shapes."""
+    """Removes the exporter's debugging data: stack traces, module paths, doc strings and inferred shapes."""
     model.doc_string = ""
     model.producer_version = ""
     del model.metadata_props[:]
@@ -147,9 +149,9 @@ def strip(model: ModelProto) -> ModelProto:
 
 
 def share_equal_weights(model: ModelProto, folder: Path) -> ModelProto:
-    """Keeps one of several equal initializers: the exporter writes a transposed weight once for every use of it.
+    """Keeps one of several equal initializers, because the exporter writes a transposed weight once per use.
 
-    `folder` is where the weights that are not inline lie.
+    `folder` holds the weights that are not inline.
     """
     first: dict[tuple[tuple[int, ...], str, bytes], str] = {}
     replaced = {}
@@ -171,7 +173,7 @@ def share_equal_weights(model: ModelProto, folder: Path) -> ModelProto:
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tensor's bytes lie in a safetensors file."""
+    """The position of a tensor's bytes in a file."""
 
     file: Path
     offset: int
@@ -179,9 +181,9 @@ class Span:
 
 
 def link(model: ModelProto, checkpoint: Sequence[Path], folder: Path) -> list[Path]:
-    """Replaces weights by links into safetensors files, each to lie in the same folder as the model.
+    """Replaces weights by links into safetensors files, which must be placed in the model's folder.
 
-    Returns the files that were linked into. `folder` is where the weights that are not inline lie now.
+    Returns the files that the links point to. `folder` currently holds the weights that are not inline.
     """
     spans = {key: span for path in checkpoint for key, span in _spans(path)}
     transposes, linked = [], []
@@ -213,7 +215,7 @@ def _array(tensor: TensorProto, folder: Path) -> np.ndarray:
 
 
 def _key(array: np.ndarray) -> tuple[tuple[int, ...], str, bytes]:
-    # The shape is the array's own: numpy makes a contiguous scalar one-dimensional.
+    # The shape is taken from the array itself, because `ascontiguousarray` makes a scalar one-dimensional.
     return array.shape, array.dtype.str, hashlib.sha256(np.ascontiguousarray(array).data).digest()
 
 
@@ -236,13 +238,13 @@ def _spans(weights: Path) -> Iterator[tuple[tuple[tuple[int, ...], str, bytes], 
         if name == "__metadata__" or entry["dtype"] not in _NUMPY_TYPES:
             continue
         begin, end = (data + offset for offset in entry["data_offsets"])
-        # A view of the file's bytes may begin at any address, and numpy takes that.
+        # A view of the file's bytes may be unaligned, which numpy accepts.
         array = raw[begin:end].view(_NUMPY_TYPES[entry["dtype"]]).reshape(tuple(entry["shape"]))
         yield _key(array), Span(weights, begin, end - begin)
 
 
 def _place_the_rest(model: ModelProto, source: Path, folder: Path) -> None:
-    """Moves weights that were not linked out of `source`: inline if they are few, else into a file in `folder`."""
+    """Moves the weights that were not linked from `source` into the model or, if large, into a file in `folder`."""
     rest = [tensor for tensor in model.graph.initializer if _location(tensor) == WEIGHTS]
     if sum(_n_bytes(tensor) for tensor in rest) <= INLINE_UP_TO_BYTES:
         for tensor in rest:

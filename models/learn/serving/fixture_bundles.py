@@ -1,10 +1,10 @@
-"""Tiny bundles of random weights, for tests of everything but quality.
+"""Builds tiny bundles with random weights, for tests of everything but quality.
 
-Every dimension is another number, so that two of them in each other's place fail a test. The encoder is decoder-only
-(Llama-shaped) on purpose: the shipped bundle covers BERT's shape.
+All dimensions differ, so that a test fails if two of them are swapped. The encoder is decoder-only (Llama-shaped) on
+purpose: the shipped bundle covers BERT's shape.
 
-There are three, so that a server has something to reload to. `retrained` has the encoder of `bundle`, byte for byte,
-and other towers: content that was computed for the one holds for the other. `reencoded` has another encoder as well.
+There are three bundles, so that a server can reload from one to another. `retrained` has the encoder of `bundle`, byte
+for byte, and other towers, so content embeddings of one are valid for the other. `reencoded` also has another encoder.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ SPECIAL = ("<pad>", "<s>")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What sets one fixture bundle apart from the others."""
+    """Version and seeds of one fixture bundle."""
 
     version: str
     seed: int
-    # Where the random numbers of towers and head begin; without it they go on where the encoder's ended.
+    # Seed of the towers and the head; without it they continue the encoder's sequence of random numbers.
     towers_seed: int | None = None
 
     def provenance(self) -> dict[str, str | int]:
-        """What the manifest says of where the weights came from."""
+        """Returns the manifest's provenance table."""
         seeds = {"seed": self.seed} | ({} if self.towers_seed is None else {"towers_seed": self.towers_seed})
         return {"data": "none: random weights, for tests only", **seeds}
 
 
 FIRST = Recipe(version="1", seed=20240506)
-# Folder -> what lies in it.
+# Folder name -> recipe of the bundle in it.
 RECIPES = {
     "bundle": FIRST,
     "retrained": Recipe(version="2", seed=FIRST.seed, towers_seed=20240507),
@@ -73,7 +73,7 @@ SENTENCES = tuple(render(text) for text in ITEMS) + (
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Byte-level BPE: every text has tokens, whatever is in it. Opens each text with <s>, as Llama does."""
+    """Trains a byte-level BPE tokenizer, which gives tokens for any text. Each text starts with <s>, as in Llama."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -89,7 +89,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def encoder_model() -> LlamaModel:
-    """Two layers with grouped-query attention, RoPE and RMSNorm."""
+    """Returns a model of two layers with grouped-query attention, RoPE and RMSNorm."""
     return LlamaModel(
         LlamaConfig(
             vocab_size=VOCABULARY,
@@ -108,7 +108,7 @@ def encoder_model() -> LlamaModel:
 
 
 def build(tokenizer_path: Path, recipe: Recipe = FIRST) -> Bundle:
-    """A fixture in memory; writes its tokenizer to `tokenizer_path`."""
+    """Builds a fixture bundle in memory and writes its tokenizer to `tokenizer_path`."""
     torch.manual_seed(recipe.seed)
     byte_tokenizer().save(str(tokenizer_path))
     encoder = ceg.wrap("random", encoder_model(), tokenizer_path, MAX_TOKENS, SPECIAL.index("<pad>"))
@@ -129,7 +129,7 @@ def build(tokenizer_path: Path, recipe: Recipe = FIRST) -> Bundle:
     )
 
 
-# Text that a template, a JSON reader or a tokenizer may trip over, and each way in which fields can be missing.
+# Texts that a template, a JSON reader or a tokenizer may handle wrongly, and several combinations of missing fields.
 PROMPT_CASES = (
     ItemText("Envy Clip", "Earrings", "Envy", "9.9 yuan", ("earrings", "clip"), ("Returns for damage",)),
     ItemText(title="Only a Title"),
@@ -159,16 +159,16 @@ PROMPT_CASES = (
 
 
 def prompt_golden() -> str:
-    """The file that holds Jinja2 here and minijinja in the server to the same bytes."""
+    """Returns the file that tests that Jinja2 here and minijinja in the server render the same bytes."""
     cases = [{"text": text.to_json(), "prompt": render(text)} for text in PROMPT_CASES]
     return json.dumps({"template": template_source(), "cases": cases}, ensure_ascii=True, indent=1) + "\n"
 
 
 def write_fixtures(out: Path) -> None:
-    """`python -m learn fixture`: every bundle in a folder of its own in `out`, the golden prompts beside them.
+    """Writes each bundle to its own folder in `out`, and the golden prompts beside them (`python -m learn fixture`).
 
-    Graphs and tokenizer are the same bytes on every run of the same versions. The last digits of the golden vectors are
-    the processor's.
+    Graphs and tokenizer are byte-identical across runs with the same package versions. The last digits of the golden
+    vectors depend on the processor.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "item_text_golden.json").write_text(prompt_golden())

@@ -1,16 +1,16 @@
-"""Linear layers of an exported graph -> Gemm on weights as PyTorch stores them, [out,in].
+"""Rewrites linear layers of an exported graph to Gemm on weights as PyTorch stores them, [out,in].
 
-The input is a graph from `encoder_export.link`: a weight lies as the safetensors file has it, and a Transpose stands
-before the product, MatMul and perhaps Add. ONNX Runtime folds that Transpose as it loads, into a tensor of one session.
-A weight that a product reads itself stays the initializer that the file holds, so that sessions can share it, and also
-the form that it is repacked into. The products are the same; a bias is Gemm's.
+The input is a graph from `encoder_export.link`: a weight has the layout of the safetensors file, and a Transpose
+precedes the MatMul, which an Add may follow. ONNX Runtime folds that Transpose at load time into a tensor per session.
+A weight that a product reads directly stays the file's initializer, so that sessions can share it and its repacked
+form. The products are the same; a bias becomes an input of Gemm.
 
-Gemm knows rows alone, [r,in], where r is all leading axes in one. So a value becomes rows before its first product, and
-what is computed from it stays rows for as long as that works on each element or along the last axis. It gets its axes
-back where something else reads it. Leading axes are never compared: values count as alike only if they came from the
-same one, because the graph alone does not say more.
+Gemm takes rows only, [r,in], where r combines all leading axes. So a value is reshaped to rows before its first
+product, and results computed from it stay rows while each operation works per element or along the last axis. The axes
+are restored where any other node reads the value. Leading axes are never compared: two values have the same leading
+axes only if they come from the same value, because the graph gives no other proof.
 
-Not here: weights that lie inline, [in,out]. MatMul reads those as they are, and nothing is folded.
+Inline weights, [in,out], are not rewritten, because MatMul reads them as they are and nothing is folded.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-# On each element, whatever the axes; so is LayerNormalization, row by row, if its axis is the last.
+# Operators that work per element with any axes. LayerNormalization over the last axis works per row.
 POINTWISE = frozenset({"Add", "Mul", "Gelu", "Sigmoid"})
 
 
 def read_weights_as_stored(model: ModelProto) -> int:
-    """Makes Gemm of every product with a transposed initializer; returns how many.
+    """Replaces every product with a transposed initializer by Gemm; returns the number of replaced products.
 
-    A Transpose that anything else reads as well is left alone, with its products: it will be folded anyway.
+    A Transpose that another kind of node also reads is left as it is, with its products, as it will be folded anyway.
     """
     graph = model.graph
     rewriter = _Rewriter(graph)
@@ -45,7 +45,7 @@ def read_weights_as_stored(model: ModelProto) -> int:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A value [...,width] as rows [r,width]; its leading axes are those of the value `origin`, [...,origin_width]."""
+    """A value [...,width] as rows [r,width]; its leading axes are those of the value `origin` [...,origin_width]."""
 
     name: str
     width: int
@@ -53,12 +53,12 @@ class _Rows:
     origin_width: int
 
     def alike(self, other: _Rows) -> bool:
-        """Whether the two are of one shape for certain."""
+        """Whether both certainly have the same shape."""
         return (self.width, self.origin) == (other.width, other.origin)
 
 
 class _Rewriter:
-    """Takes the nodes one by one, in order, and collects what replaces them."""
+    """Visits the nodes in order and collects the nodes that replace them."""
 
     def __init__(self, graph: GraphProto) -> None:
         self.nodes: list[NodeProto] = []
@@ -73,12 +73,12 @@ class _Rewriter:
         # Transposed name -> stored name.
         self._stored = {node.output[0]: node.input[0] for node in graph.node if self._is_for_products_alone(node)}
         self._rows: dict[str, _Rows] = {}
-        # What is in the new graph, of the names that are made on demand.
+        # Names of the values created on demand that are already in the new graph.
         self._made: set[str] = set()
         self._biased: set[str] = set()
 
     def visit(self, node: NodeProto) -> None:
-        """Adds what stands for `node` in the new graph."""
+        """Adds the replacement of `node` to the new graph."""
         if node.output[0] in self._stored or node.output[0] in self._biased:
             return
         if node.op_type == "MatMul" and node.input[1] in self._stored:
@@ -95,7 +95,7 @@ class _Rewriter:
             self.nodes.append(node)
 
     def restore(self, name: str) -> None:
-        """Gives a value its axes back, if it exists as rows only."""
+        """Restores the axes of a value that exists only as rows."""
         rows = self._rows.get(name)
         if rows is None or rows.origin == name:
             return
@@ -105,7 +105,7 @@ class _Rewriter:
             leading = self._once(f"{rows.origin}.leading", "Shape", rows.origin, end=-1)
             width = self._integers(rows.width)
             shape = self._once(f"{rows.origin}.shape_{rows.width}", "Concat", leading, width, axis=0)
-        # Of no rows there may be as well, and then a 0 is a size, not a wish to copy one.
+        # There may be no rows at all, so a 0 must mean the size 0 and not "copy the input's size".
         self._once(name, "Reshape", rows.name, shape, allowzero=1)
 
     def _is_for_products_alone(self, node: NodeProto) -> bool:
@@ -133,7 +133,7 @@ class _Rewriter:
         self.n_products += 1
 
     def _bias(self, product: str, n_out: int) -> tuple[str, list[str]]:
-        """The name of the layer's result, and its bias if it has one: an Add of [out] that alone reads the product."""
+        """Returns the name of the layer's result, and its bias if an Add of [out] is the only reader of the product."""
         if product not in self._outputs and len(readers := self._readers[product]) == 1:
             (add,) = readers
             bias = [name for name in add.input if name != product]
@@ -143,7 +143,7 @@ class _Rewriter:
         return product, []
 
     def _result_as_rows(self, node: NodeProto) -> _Rows | None:
-        """If `node` can as well work on rows: what then comes out."""
+        """Returns the result of `node` as rows, or None if `node` cannot work on rows."""
         is_norm = node.op_type == "LayerNormalization" and _attribute(node, "axis", -1) == -1 and len(node.output) == 1
         known = [self._rows[name] for name in node.input if name in self._rows]
         if not known or not (is_norm or node.op_type in POINTWISE):
@@ -173,7 +173,7 @@ class _Rewriter:
 
 
 def _reads(node: NodeProto) -> Iterator[str]:
-    """Names of all inputs, those included that a branch or a loop body takes from around it."""
+    """Yields the names of all inputs, including those that a branch or loop body takes from the enclosing graph."""
     yield from node.input
     for attribute in node.attribute:
         for body in (attribute.g, *attribute.graphs):
@@ -188,5 +188,5 @@ def _attribute(node: NodeProto, name: str, default: object) -> object:
 
 
 def _is_view(node: NodeProto) -> bool:
-    """A Reshape whose result depends on the elements' order alone; without `allowzero`, 0 copies a size."""
+    """Whether `node` is a Reshape that depends only on the order of elements; without `allowzero`, 0 copies a size."""
     return node.op_type == "Reshape" and _attribute(node, "allowzero", 0) == 1

@@ -1,4 +1,4 @@
-"""The server's gRPC contract for Python: stubs generated from ../proto, and tensors as numpy arrays."""
+"""The server's gRPC contract in Python: stubs generated from proto/, and tensors as numpy arrays."""
 
 from __future__ import annotations
 
@@ -18,36 +18,38 @@ from learn.data.item_text import ItemText
 
 PROTO = Path(__file__).parents[3] / "proto"
 FILE = "midemb/v1/midemb.proto"
-# As the enum DType numbers them.
+# The keys are the numbers of the enum DType.
 DTYPES = {1: np.dtype("<f4"), 2: np.dtype("<f2"), 3: np.dtype(ml_dtypes.bfloat16)}
 DTYPE_NUMBERS = {"f32": 1, "f16": 2, "bf16": 3}
 
 
 @functools.cache
 def stubs() -> tuple[ModuleType, ModuleType]:
-    """The modules of messages and of services; generated once a process, into a temporary folder."""
+    """Returns the modules of messages and of services, generated once per process in a temporary folder."""
     if not (PROTO / FILE).is_file():
-        raise FileNotFoundError(f"{PROTO / FILE} is missing: the stubs are generated from it")
+        raise FileNotFoundError(f"{PROTO / FILE} is missing; the stubs are generated from it")
     folder = tempfile.mkdtemp(prefix="midemb-stubs-")
     arguments = ["protoc", f"-I{PROTO}", f"--python_out={folder}", f"--grpc_python_out={folder}", FILE]
     if protoc.main(arguments) != 0:
-        raise ValueError(f"no stubs can be generated from {PROTO / FILE}")
+        raise ValueError(f"the stubs cannot be generated from {PROTO / FILE}")
     sys.path.insert(0, folder)
     return importlib.import_module("midemb.v1.midemb_pb2"), importlib.import_module("midemb.v1.midemb_pb2_grpc")
 
 
 def item(identifier: str, text: ItemText) -> Any:
-    """An `Item` with its text."""
+    """Returns an `Item` message with the text."""
     messages, _services = stubs()
     return messages.Item(id=identifier, text=messages.ItemText(**text.to_json()))
 
 
 def array(tensor: Any) -> np.ndarray:
-    """A `Tensor` as fp32 of its shape; raises ValueError where its bytes are not what dtype and shape say."""
+    """Converts a `Tensor` to an fp32 array; raises ValueError if its bytes do not match its dtype and shape."""
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
-        raise ValueError(f"a tensor of the answer has the dtype {tensor.dtype}, expected one of {sorted(DTYPES)}")
+        raise ValueError(f"a tensor in the response has the dtype {tensor.dtype}, expected one of {sorted(DTYPES)}")
     shape = tuple(tensor.shape)
     if len(tensor.data) != int(np.prod(shape)) * dtype.itemsize:
-        raise ValueError(f"a tensor of the answer has {len(tensor.data)} bytes for {list(shape)} of {dtype}")
+        raise ValueError(
+            f"a tensor in the response has {len(tensor.data)} bytes for the shape {list(shape)} of {dtype}"
+        )
     return np.frombuffer(tensor.data, dtype=dtype).reshape(shape).astype(np.float32)

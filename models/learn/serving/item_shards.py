@@ -1,8 +1,8 @@
-"""A catalogue in files -> shards of its rows that can be read alone, each always the same rows.
+"""Divides a catalogue in files into shards of rows. Each shard can be read alone and always holds the same rows.
 
-A catalogue is one file or a folder of files, JSONL (`{"id", "text": {six fields}}` a line, or the fields beside the id)
-or Parquet (columns `id` and any of the six fields, or a column `text` of them). A row that cannot be used is data, not
-an error: it comes out as a `Reject` with its place, its id as far as it is known, and the reason.
+A catalogue is one file or a folder of files: JSONL (per line `{"id", "text": {six fields}}`, or the fields beside the
+id) or Parquet (columns `id` and any of the six fields, or a column `text` with them). A row that cannot be used is not
+an error: it becomes a `Reject` with its position, its id if known, and the reason.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ FIELDS = (*STRING_FIELDS, *LIST_FIELDS)
 
 @dataclass(frozen=True)
 class Shard:
-    """Some rows of one file. `begin` is a byte for JSONL and a row (from 0) for Parquet."""
+    """Consecutive rows of one file. `begin` is a byte offset for JSONL and a row number (from 0) for Parquet."""
 
     number: int
     file: str
     begin: int
-    # Rows count from 1, as an editor counts lines.
+    # Rows are numbered from 1, like lines in an editor.
     first_row: int
     n_rows: int
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A row that was left out."""
+    """A row that cannot be used, with the reason."""
 
     file: str
     row: int
@@ -48,13 +48,13 @@ class Reject:
     reason: str
 
     def to_json(self) -> str:
-        """One line of a rejects file."""
+        """Returns one line of a rejects file."""
         return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True)
 class Item:
-    """A row that can be used, and where it stood."""
+    """A usable row and its number in the file."""
 
     row: int
     id: str
@@ -62,7 +62,7 @@ class Item:
 
 
 def plan(items: Path, shard_rows: int) -> tuple[list[Shard], dict[str, str]]:
-    """All shards in order, and the SHA-256 of each file. Reads everything once, a piece at a time."""
+    """Returns all shards in order and the SHA-256 of each file. Reads every file in pieces."""
     shards: list[Shard] = []
     digests = {}
     for path in _files(items):
@@ -72,7 +72,7 @@ def plan(items: Path, shard_rows: int) -> tuple[list[Shard], dict[str, str]]:
         for begin, first_row, n_rows in starts:
             shards.append(Shard(len(shards), str(path), begin, first_row, n_rows))
     if not shards:
-        raise DataError(items, None, None, "there is no row to embed")
+        raise DataError(items, None, None, "there are no rows to embed")
     return shards, digests
 
 
@@ -80,7 +80,7 @@ def _files(items: Path) -> list[Path]:
     found = sorted(path for path in items.iterdir()) if items.is_dir() else [items]
     files = [path for path in found if path.suffix in (".jsonl", ".parquet") and path.is_file()]
     if not files:
-        raise DataError(items, None, None, "expected a .jsonl or .parquet file, or a folder of such")
+        raise DataError(items, None, None, "expected a .jsonl or .parquet file, or a folder of such files")
     return files
 
 
@@ -107,11 +107,11 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(path, None, None, f"no Parquet file: {error}") from error
+        raise DataError(path, None, None, f"not a Parquet file: {error}") from error
 
 
 def read(shard: Shard, max_text_bytes: int) -> tuple[list[Item], list[Reject]]:
-    """The shard's rows, those that can be used and those that cannot."""
+    """Reads the shard and returns its usable rows and its rejects; raises DataError if the file has changed."""
     path = Path(shard.file)
     records = _parquet_records(path, shard) if path.suffix == ".parquet" else _line_records(path, shard)
     items, rejects = [], []
@@ -126,27 +126,27 @@ def read(shard: Shard, max_text_bytes: int) -> tuple[list[Item], list[Reject]]:
             rejects.append(Reject(shard.file, row, identifier, str(error)))
     if len(items) + len(rejects) != shard.n_rows:
         raise DataError(
-            path, None, None, f"{shard.n_rows} rows were expected from row {shard.first_row} on; it changed"
+            path, None, None, f"expected {shard.n_rows} rows from row {shard.first_row} on; the file has changed"
         )
     return items, rejects
 
 
 def _line_records(path: Path, shard: Shard) -> Iterator[Any]:
-    """An object a line, or the error that stands for it."""
+    """Yields the parsed value of each line, or the error for a line that is not JSON."""
     with path.open("rb") as file:
         file.seek(shard.begin)
         for line in itertools.islice(file, shard.n_rows):
             try:
                 yield json.loads(line)
             except ValueError as error:
-                yield ValueError(f"no JSON: {error}")
+                yield ValueError(f"not JSON: {error}")
 
 
 def _parquet_records(path: Path, shard: Shard) -> Iterator[Any]:
     file = _open_parquet(path)
     wanted = [name for name in ("id", "text", *FIELDS) if name in file.schema_arrow.names]
     if "id" not in wanted or len(wanted) == 1:
-        raise DataError(path, None, "id", f"expected id and text fields, the columns are {file.schema_arrow.names}")
+        raise DataError(path, None, "id", f"expected id and text fields, but the columns are {file.schema_arrow.names}")
     position = 0
     for group in range(file.num_row_groups):
         n_rows = file.metadata.row_group(group).num_rows
@@ -177,7 +177,7 @@ def _text(record: Mapping[str, Any], max_text_bytes: int) -> ItemText:
         for entry in getattr(text, name):
             _check_encodable(name, entry)
     if (n_bytes := text_bytes(text)) > max_text_bytes:
-        raise ValueError(f"{n_bytes} bytes of text, at most {max_text_bytes} are taken")
+        raise ValueError(f"the text has {n_bytes} bytes, more than the limit of {max_text_bytes}")
     return text
 
 
@@ -185,4 +185,4 @@ def _check_encodable(name: str, value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name}: {value!r} holds half of a surrogate pair, which is no text") from None
+        raise ValueError(f"{name}: {value!r} holds a lone surrogate, which UTF-8 cannot encode") from None

@@ -1,4 +1,4 @@
-"""The shipped bundle: which texts its golden vectors cover, and what its manifest says of where it came from."""
+"""Writes the shipped bundle: the texts of its golden vectors and the provenance in its manifest."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ GOLDEN_ITEMS = (
 
 @dataclass(frozen=True)
 class Label:
-    """How a bundle introduces itself."""
+    """Name and version in a bundle's manifest."""
 
     name: str = NAME
     version: str = "1"
 
 
 def write_default(encoder: Encoder, pch: Pch, head: CvrHead, facts: Mapping[str, Any], out: Path, label: Label) -> None:
-    """Writes and verifies a trained bundle. `facts` are data and metrics; what built it is added here."""
+    """Writes and verifies a trained bundle. `facts` are data and metrics; `built_with` is added to them."""
     bundle = Bundle(
         name=label.name,
         version=label.version,
@@ -64,7 +64,7 @@ def write_default(encoder: Encoder, pch: Pch, head: CvrHead, facts: Mapping[str,
 
 
 def built_with(encoder: Encoder) -> dict[str, Any]:
-    """Encoder, versions, commit and day."""
+    """Returns the encoder, package versions, commit and date for the manifest."""
     shipped = f"{minilm.NAME} (Apache-2.0), fetched as {minilm.PYPI}, not shipped"
     return {
         "encoder": shipped if encoder.name == minilm.NAME else encoder.name,

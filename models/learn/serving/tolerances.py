@@ -1,5 +1,5 @@
-"""How far ONNX Runtime and the server may be off PyTorch; the server checks golden vectors with the same bounds."""
+"""How far ONNX Runtime and the server may differ from PyTorch; the server checks golden vectors with these bounds."""
 
-# Of one value, and of the cosine of one vector.
+# The largest absolute difference per value, and the smallest cosine per vector.
 ABSOLUTE = 1e-4
 COSINE = 0.99999

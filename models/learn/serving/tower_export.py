@@ -1,19 +1,19 @@
-"""User tower, item tower and CVR head -> ONNX graphs written node by node: what PyTorch computes, for less work.
+"""Writes the user tower, item tower and CVR head as ONNX graphs, node by node, with less work than PyTorch does.
 
-An exporter writes down the steps of the training code. Those that serving does not need are worked into the weights
-here, once, in fp64. Every step is exact but for rounding, and tests hold the graphs to the modules:
+An exporter would reproduce every step of the training code. Here the steps that serving does not need are folded into
+the weights, once, in fp64. Every step is exact except for rounding, and tests compare the graphs with the modules:
 
-- LayerNorm subtracts a mean and then scales. What is added to the residual stream is made free of its mean instead, so
-  that RMSNormalization is left; and its shift moves into the product behind it.
-- A key's bias adds the same to all scores of a query, which softmax ignores. A value's bias passes through attention
-  unchanged, as weights add up to 1, and moves into the bias of the output.
-- The user tower's last layer has one query, q = Wq h. Its scores q . (Wk x) are (Wk^T Wq h) . x, and the values that it
-  mixes are Wv (sum of p x). So neither keys nor values of the history are computed there.
-- The item tower attends to two positions, and a softmax over two is a sigmoid of their scores' difference. The start
-  token is a constant, so the difference is q . (k - k_start), and the mixture is v_start + p (v - v_start).
+- LayerNorm subtracts a mean and then scales. Here every term of the residual stream is centred instead, so that only
+  RMSNormalization remains, and the norm's shift moves into the product after it.
+- A key's bias adds the same value to all scores of a query, which softmax ignores. A value's bias passes through
+  attention unchanged, as the weights sum to 1, and moves into the bias of the output.
+- The user tower's last layer has one query, q = Wq h. Its scores q . (Wk x) equal (Wk^T Wq h) . x, and its mixture of
+  values equals Wv (sum of p x). So that layer computes neither keys nor values of the history.
+- The item tower attends to two positions, and a softmax over two is a sigmoid of the difference of their scores. The
+  start token is a constant, so the difference is q . (k - k_start), and the mixture is v_start + p (v - v_start).
 
-Products take two-dimensional operands, biases are Gemm's, and Attention (opset 23) reads heads where they lie, so
-that nothing is transposed. All operators are ONNX's own, as ONNX Runtime's contrib operators differ by provider.
+Products take two-dimensional operands, biases are inputs of Gemm, and Attention (opset 23) reads the heads in place, so
+nothing is transposed. All operators are standard ONNX, as ONNX Runtime's contrib operators differ by provider.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from learn.serving.encoder_export import CVR, ITEM_TOWER, USER_TOWER, Signature
 # The first opset with Attention and RMSNormalization, and the IR version that came with it.
 OPSET = 23
 IR_VERSION = 11
-# As torch.nn.functional.normalize has it.
+# The eps of torch.nn.functional.normalize.
 SHORTEST = 1e-12
 
 M = TypeVar("M", bound=nn.Module)
@@ -46,11 +46,11 @@ Product = tuple[Tensor, Tensor | None]
 
 @torch.no_grad()
 def user_tower_model(pch: Pch) -> ModelProto:
-    """content [b,l,C], mask [b,l] -> user [b,E]: `Pch.last`."""
+    """Returns the graph of `Pch.last`: content [b,l,C], mask [b,l] -> user [b,E]."""
     pch = _in_fp64(pch)
     config, g = pch.config, _Graph()
     n_users = g("Shape", "content", start=0, end=1)
-    length = g("Add", g("Shape", "content", start=1, end=2), g.integers(1))  # of a sequence: [start, items]
+    length = g("Add", g("Shape", "content", start=1, end=2), g.integers(1))  # of the sequence [start, items]
     sequences = g("Concat", n_users, g.integers(-1, config.width), axis=0)
 
     def by_user(rows: str) -> str:
@@ -66,7 +66,7 @@ def user_tower_model(pch: Pch) -> ModelProto:
         start = start + positions[0]
         items = g("Add", items, g("Slice", g.constant(positions[1:]), g.integers(0), g("Sub", length, g.integers(1))))
     starts = g("Expand", g.constant(start[None, None]), g("Concat", n_users, g.integers(1, 1), axis=0))
-    x = flat(g("Concat", starts, items, axis=1))  # [b(l+1),D], as everything up to the last layer
+    x = flat(g("Concat", starts, items, axis=1))  # [b(l+1),D], also in all layers before the last
 
     *earlier, last = pch.blocks
     for block in earlier:
@@ -77,7 +77,7 @@ def user_tower_model(pch: Pch) -> ModelProto:
         x = _feed_forward(g, block, x)
 
     x, h = by_user(x), by_user(g.norm(x, last.norm_attention))
-    at = g("ReduceSum", "mask", g.integers(1), keepdims=1)  # [b,1]; the start token stands at 0
+    at = g("ReduceSum", "mask", g.integers(1), keepdims=1)  # [b,1]; the start token is at position 0
     query = g.product(g("GatherND", h, at, batch_dims=1), _absorbed_query(last))
     query = g("Reshape", query, g.integers(-1, last.heads, config.width))
     scores = g("MatMul", query, g("Transpose", h, perm=[0, 2, 1]))  # [b,heads,l+1]
@@ -90,15 +90,17 @@ def user_tower_model(pch: Pch) -> ModelProto:
 
 @torch.no_grad()
 def item_tower_model(pch: Pch) -> ModelProto:
-    """content [n,C] -> item [n,E]: `Pch.alone`."""
+    """Returns the graph of `Pch.alone`: content [n,C] -> item [n,E]."""
     if pch.config.item_tower == "content":
-        raise ValueError("item tower variant (3), content itself, is for comparison only: it has no graph of its own")
+        raise ValueError(
+            "item tower variant (3), content itself, is for comparison only and has no graph, so it cannot be exported"
+        )
     pch = _in_fp64(pch)
     g = _Graph()
     x = _adapt(g, pch, "content")
     if pch.positions is not None:
         x = g("Add", x, g.constant(_centred(pch.positions[1])))
-    # A column a head, with a 1 for each of its dimensions.
+    # One column per head, with a 1 for each of the head's dimensions.
     member = torch.eye(pch.config.heads, dtype=torch.float64).repeat_interleave(pch.config.width // pch.config.heads, 0)
     for block, start in zip(pch.blocks, pch.start_keys_values(), strict=True):
         start_key, start_value = (part.flatten() for part in start)
@@ -119,14 +121,14 @@ def item_tower_model(pch: Pch) -> ModelProto:
 
 @torch.no_grad()
 def cvr_model(head: CvrHead) -> ModelProto:
-    """user [b,E], item [n,E], row [n] -> mid_emb [n,M], cvr [n]: the head and a sigmoid."""
+    """Returns the graph of the head and a sigmoid: user [b,E], item [n,E], row [n] -> mid_emb [n,M], cvr [n]."""
     head = _in_fp64(head)
     config, g = head.config, _Graph()
     of_user = g("Gather", g.product("user", _linear(head.fuse_user)), "row", axis=0)
-    # The user's part is what Gemm adds to.
+    # The user's part is the addend of Gemm.
     fused = g.gelu(g("Gemm", "item", g.constant(head.fuse_item.weight), of_user, transB=1))
     g.gelu(g.product(fused, _linear(head.mid)), into="mid_emb")
-    # [1,M] times [M,n]: ONNX Runtime takes longer for one column than for one row.
+    # The product is [1,M] times [M,n], because ONNX Runtime takes longer for one column than for one row.
     logit = g("Gemm", g.constant(head.out.weight), "mid_emb", g.constant(head.out.bias), transB=1)
     g("Sigmoid", g("Squeeze", logit, g.integers(0)), into="cvr")
     dims = config.in_dim
@@ -142,7 +144,7 @@ def _linear(linear: nn.Linear) -> Product:
 
 
 def _centred(rows: Tensor) -> Tensor:
-    """[...,D] -> each row less its mean: all that a LayerNorm ever sees of it."""
+    """Subtracts each row's mean from rows [...,D], which does not change the result of a LayerNorm."""
     return rows - rows.mean(dim=-1, keepdim=True)
 
 
@@ -151,19 +153,19 @@ def _centred_product(weight: Tensor, bias: Tensor) -> Product:
 
 
 def _shifted(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Product:
-    """A product of what `norm` gives, made one of what it gives without its shift."""
+    """Converts a product on the output of `norm` to one on its output without the shift."""
     return weight, bias + weight @ norm.bias
 
 
 def _attention_biases(block: Block) -> tuple[Tensor, Tensor, Tensor]:
-    """Of queries, keys and values, each [D], with the norm's shift in them."""
+    """Returns the biases of queries, keys and values, each [D], including the norm's shift."""
     weight = torch.cat([block.query.weight, block.key_value.weight])
     bias = torch.cat([block.query.bias, block.key_value.bias])
     return _shifted(block.norm_attention, weight, bias)[1].chunk(3)
 
 
 def _query_key_value(block: Block) -> tuple[Product, Product, Product]:
-    """Three products [D,D]; only queries have a bias."""
+    """Returns three products [D,D], of which only the query has a bias."""
     key, value = block.key_value.weight.chunk(2)
     return (block.query.weight, _attention_biases(block)[0]), (key, None), (value, None)
 
@@ -174,7 +176,7 @@ def _out(block: Block) -> Product:
 
 
 def _absorbed_query(block: Block) -> Product:
-    """h [b,D] -> for each head what the normed positions are multiplied with to give scores, [b,heads*D]."""
+    """Maps h [b,D] to one vector per head, [b,heads*D], whose products with the normed positions are the scores."""
     (query, bias), (key, _), _ = _query_key_value(block)
     scale = query_scale(len(bias), block.heads)
     heads = [part.chunk(block.heads) for part in (query, bias, key)]
@@ -183,14 +185,14 @@ def _absorbed_query(block: Block) -> Product:
 
 
 def _absorbed_out(block: Block) -> Product:
-    """For each head the mixture of normed positions, [b,heads*D] -> [b,D]."""
+    """Maps each head's mixture of normed positions, [b,heads*D], to the attention output [b,D]."""
     value = block.key_value.weight.chunk(2)[1].chunk(block.heads)
     weight, bias = _out(block)
     return torch.cat([o @ v for o, v in zip(weight.chunk(block.heads, dim=1), value, strict=True)], dim=1), bias
 
 
 def _adapt(g: _Graph, pch: Pch, content: str) -> str:
-    """[r,C] -> [r,D], free of its mean."""
+    """Applies the adaptor, [r,C] -> [r,D]; the mean of each row is 0."""
     if pch.config.adaptor == "linear":
         return g.product(content, _centred_product(*_linear(pch.adaptor[0])))
     first, _, second = pch.adaptor
@@ -198,21 +200,21 @@ def _adapt(g: _Graph, pch: Pch, content: str) -> str:
 
 
 def _feed_forward(g: _Graph, block: Block, x: str) -> str:
-    """[r,D] -> [r,D]."""
+    """Adds the feed-forward layer to the residual stream, [r,D] -> [r,D]."""
     up = _shifted(block.norm_ffn, *_linear(block.up))
     hidden = g.gelu(g.product(g.norm(x, block.norm_ffn), up))
     return g("Add", x, g.product(hidden, _centred_product(*_linear(block.down))))
 
 
 def _visible(g: _Graph, length: str, at: str) -> str:
-    """0 for the positions up to `at` [b,1,1], -inf for those after it, [b,1,l+1]."""
+    """Returns a mask [b,1,l+1]: 0 for the positions up to `at` [b,1,1], -inf for later ones."""
     index = g("Range", g.constant(np.int64(0)), g("Squeeze", length), g.constant(np.int64(1)))
     seen = g("LessOrEqual", index, at)
     return g("Where", seen, g.constant(np.float32(0)), g.constant(np.float32("-inf")))
 
 
 def _finish(g: _Graph, pch: Pch, x: str, name: str) -> None:
-    """[r,D] -> the output [r,E]."""
+    """Adds the final norm and projection, [r,D] -> the output [r,E]."""
     last = _shifted(pch.norm_out, *_linear(pch.projection))
     if pch.config.output == "raw":
         g.product(g.norm(x, pch.norm_out), last, into=name)
@@ -223,7 +225,7 @@ def _finish(g: _Graph, pch: Pch, x: str, name: str) -> None:
 
 
 class _Graph:
-    """Nodes and constants of a model under construction. Values go by their names."""
+    """Nodes and constants of a model under construction. Values are identified by name."""
 
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
@@ -236,7 +238,7 @@ class _Graph:
         return output
 
     def constant(self, value: Tensor | np.ndarray | np.generic) -> str:
-        """One tensor for all equal values. What was folded in fp64 is rounded to fp32 here."""
+        """Returns the name of the constant, shared by equal values. Floats are rounded to fp32."""
         array = value.numpy() if isinstance(value, Tensor) else np.asarray(value)
         array = np.ascontiguousarray(array, np.float32).reshape(array.shape) if array.dtype.kind == "f" else array
         key = (array.shape, array.dtype.str, array.tobytes())
@@ -244,23 +246,23 @@ class _Graph:
         return self._constants.setdefault(key, numpy_helper.from_array(array, name)).name
 
     def integers(self, *values: int) -> str:
-        """[len(values)], int64."""
+        """Returns the name of an int64 constant [len(values)]."""
         return self.constant(np.array(values, np.int64))
 
     def product(self, x: str, product: Product, into: str | None = None) -> str:
-        """[r,in] -> [r,out]."""
+        """Adds a linear layer, [r,in] -> [r,out]."""
         return self("Gemm", x, *(self.constant(part) for part in product if part is not None), into=into, transB=1)
 
     def gelu(self, x: str, into: str | None = None) -> str:
-        """By the error function, as in training."""
+        """Adds a Gelu that uses the error function, as in training."""
         return self("Gelu", x, into=into, approximate="none")
 
     def norm(self, x: str, norm: nn.LayerNorm) -> str:
-        """`norm` without its shift, of rows [r,D] whose mean is 0."""
+        """Adds `norm` without its shift, for rows [r,D] whose mean is 0."""
         return self("RMSNormalization", x, self.constant(norm.weight), axis=-1, epsilon=norm.eps)
 
     def model(self, signature: Signature, inputs: Shapes, outputs: Shapes) -> ModelProto:
-        """The checked model; `inputs` and `outputs` are the shapes of the signature's ports."""
+        """Returns the checked model; `inputs` and `outputs` are the shapes of the signature's inputs and outputs."""
         ports = [
             [_port(name, shape) for name, shape in zip(names, shapes, strict=True)]
             for names, shapes in ((signature.inputs, inputs), (signature.outputs, outputs))

@@ -1,17 +1,17 @@
-"""`learn verify`: a live server against PyTorch, stage by stage.
+"""Compares a live server with PyTorch, stage by stage (`learn verify`).
 
-Cases are pages of items with what the towers give for them, either from a bundle's golden vectors, which the trainer
-computed with PyTorch, or computed here by a run's own encoder, towers and head. Each is sent to the server, twice: the
-second answer comes from its caches. What the server answers is compared with what was expected, one line a stage:
+Each case is a page of items with the expected vectors, taken from a bundle's golden vectors, which the trainer computed
+with PyTorch, or computed here by a run's own encoder, towers and head. Each case is sent to the server twice; the
+second response comes from its caches. The responses are compared with the expected vectors, one output line per stage:
 
-    content     where an admin address is given: content is not on the wire, so the server's content cache is exported
-    item_emb    the item tower, over the server's own content
-    user_emb    the user tower, over the same
-    mid_emb     the CVR head's mid-emb, over both
-    cvr         its probability
+    content     content embeddings, from an export of the server's content cache; needs an admin address
+    item_emb    the item tower's output for the server's own content
+    user_emb    the user tower's output for the server's own content
+    mid_emb     the CVR head's mid-emb for these two
+    cvr         the CVR head's probability
 
-So drift adds up from stage to stage as it does in production, and the first line that is off says where it begins. With
-a bundle folder the server's model is also held to it: version, digests, widths and bounds.
+Drift thus accumulates from stage to stage as in production, and the first stage out of tolerance is where it begins.
+With a bundle folder, the server's model is also compared with it: version, digests, dimensions and limits.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from learn.models.pch import Pch
 
 STAGES = ("content", "item_emb", "user_emb", "mid_emb", "cvr")
-# What rounding to the wire's dtype may add to a value of 1: half a unit in the last place, 2**-11 and 2**-8, doubled
-# because mid-embs reach 2. Cosines of whole vectors lose far less.
+# The error that rounding to the wire's dtype may add: for a value of 1 half a unit in the last place, 2**-11 or 2**-8,
+# doubled because mid-embs reach 2. Cosines of whole vectors lose far less.
 WIRE_ABSOLUTE = {"f32": 0.0, "f16": 2.0**-10, "bf16": 2.0**-7}
 WIRE_COSINE = {"f32": 0.0, "f16": 1e-6, "bf16": 1e-4}
 MAX_MESSAGE_BYTES = 256 << 20
@@ -45,13 +45,13 @@ MAX_MESSAGE_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Where the server is and how far it may be off."""
+    """Addresses of the server, and the tolerances."""
 
-    # HOST:PORT of `server.listen`.
+    # HOST:PORT of the server's `server.listen`.
     server: str
-    # HOST:PORT of `admin.listen`, for the stage `content`; unguarded ones only.
+    # HOST:PORT of the server's `admin.listen`, for the stage `content`; it must need no credentials.
     admin: str | None = None
-    # The name that the model is served under; empty takes the only one.
+    # The name that the model is served under; empty selects the only model.
     model: str = ""
     dtype: str = "f32"
     absolute: float = ABSOLUTE
@@ -60,26 +60,26 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         if self.dtype not in grpc_messages.DTYPE_NUMBERS:
-            raise ValueError(f"dtype is {self.dtype!r}, it must be one of {', '.join(grpc_messages.DTYPE_NUMBERS)}")
+            raise ValueError(f"dtype is {self.dtype!r}, but it must be one of {', '.join(grpc_messages.DTYPE_NUMBERS)}")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One request and its answer: texts by position, and vectors as PyTorch has them."""
+    """One request with the vectors that PyTorch computes for it."""
 
     name: str
     history: Sequence[ItemText]
     candidates: Sequence[ItemText]
     user_emb: np.ndarray  # [E]
     item_emb: np.ndarray  # [n,E]
-    mid_emb: np.ndarray  # [n,M]; a row of NaN is not known
-    cvr: np.ndarray  # [n]; NaN is not known
+    mid_emb: np.ndarray  # [n,M]; a row of NaN is not compared
+    cvr: np.ndarray  # [n]; a NaN is not compared
     content: np.ndarray | None = None  # [n,C]
 
 
 @dataclass
 class Drift:
-    """How far one stage was off at most."""
+    """The largest deviation of one stage."""
 
     stage: str
     n: int = 0
@@ -87,15 +87,15 @@ class Drift:
     min_cosine: float = 1.0
 
     def add(self, got: np.ndarray, want: np.ndarray) -> None:
-        """Rows [n,d]; a cosine counts where d is more than 1. Raises where the shapes differ."""
+        """Adds rows [n,d]; cosines are compared if d is more than 1. Raises ValueError if the shapes differ."""
         if got.shape != want.shape:
-            raise ValueError(f"{self.stage}: the server answers the shape {list(got.shape)}, not {list(want.shape)}")
+            raise ValueError(f"{self.stage}: the server's shape is {list(got.shape)}, expected {list(want.shape)}")
         known = np.isfinite(want).all(axis=1)
         got, want = got[known].astype(np.float64), want[known].astype(np.float64)
         if len(got) == 0:
             return
         self.n += len(got)
-        # A NaN of the server's is as far off as can be, and max and min would not say so.
+        # A NaN from the server counts as an infinite error, because max and min could ignore it.
         error = np.where(np.isfinite(got), np.abs(got - want), np.inf)
         self.max_absolute = max(self.max_absolute, float(error.max()))
         if got.shape[1] > 1:
@@ -104,7 +104,7 @@ class Drift:
             self.min_cosine = min(self.min_cosine, float(cosines.min()))
 
     def is_within(self, config: VerifyConfig) -> bool:
-        """Within the tolerances, with what rounding on the wire adds; content is read from the cache in fp32."""
+        """Whether the stage is within tolerances plus the wire's rounding; content is read from the cache in fp32."""
         dtype = "f32" if self.stage == "content" else config.dtype
         absolute = config.absolute + WIRE_ABSOLUTE[dtype]
         return self.max_absolute <= absolute and self.min_cosine >= config.cosine - WIRE_COSINE[dtype]
@@ -112,22 +112,22 @@ class Drift:
 
 @dataclass
 class Report:
-    """What was found: drift by stage, and what is wrong with the model's facts."""
+    """The drift per stage, and the faults found in responses and in the model's facts."""
 
     model: str
     drifts: list[Drift] = field(default_factory=lambda: [Drift(stage) for stage in STAGES])
     faults: list[str] = field(default_factory=list)
 
     def of(self, stage: str) -> Drift:
-        """The drift of one stage."""
+        """Returns the drift of one stage."""
         return next(drift for drift in self.drifts if drift.stage == stage)
 
     def is_good(self, config: VerifyConfig) -> bool:
-        """No fault, something compared, and every stage within its tolerances."""
+        """Whether there is no fault, at least one comparison, and every stage is within its tolerances."""
         return not self.faults and any(d.n for d in self.drifts) and all(d.is_within(config) for d in self.drifts)
 
     def table(self, config: VerifyConfig) -> str:
-        """A line a stage and a line a fault."""
+        """Formats one line per stage and one line per fault."""
         lines = [f"{self.model} at {config.server}, {config.dtype}"]
         lines += [f"{'stage':10} {'n':>7} {'max abs error':>14} {'min cosine':>12}"]
         for drift in self.drifts:
@@ -142,7 +142,7 @@ class Report:
 
 
 def verify(config: VerifyConfig, cases: Iterable[Case], bundle: Path | None = None) -> Report:
-    """Sends every case twice and compares; with `bundle`, the model's facts too. gRPC's errors pass through."""
+    """Sends every case twice and compares; with `bundle`, also the model's facts. Raises gRPC's errors as they are."""
     options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
     messages, services = grpc_messages.stubs()
     with grpc.insecure_channel(config.server, options=options) as channel:
@@ -164,7 +164,7 @@ def verify(config: VerifyConfig, cases: Iterable[Case], bundle: Path | None = No
 
 
 def verify_and_print(config: VerifyConfig, cases: Iterable[Case], bundle: Path | None = None) -> int:
-    """`verify` for a command line: prints the table, returns the exit code, 1 where anything is off."""
+    """Runs `verify` for the command line: prints the table and returns the exit code, 1 for any error or deviation."""
     try:
         report = verify(config, cases, bundle)
     except grpc.RpcError as error:
@@ -177,11 +177,11 @@ def verify_and_print(config: VerifyConfig, cases: Iterable[Case], bundle: Path |
     return 0 if report.is_good(config) else 1
 
 
-# --- what is expected ------------------------------------------------------------------------------------------------
+# --- expected vectors ------------------------------------------------------------------------------------------------
 
 
 def golden_cases(bundle: Path) -> Iterator[Case]:
-    """The golden vectors of a bundle: one case a golden user, with all golden items as candidates."""
+    """Yields a bundle's golden vectors as one case per golden user, with all golden items as candidates."""
     manifest = digests.read_manifest(bundle)
     golden = json.loads((bundle / manifest["golden"]["file"]).read_text())
     texts = [ItemText.from_json(entry["text"]) for entry in golden["items"]]
@@ -199,7 +199,7 @@ def golden_cases(bundle: Path) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Towers:
-    """A run's models in PyTorch."""
+    """The PyTorch models of a run."""
 
     encoder: Encoder
     pch: Pch
@@ -209,9 +209,9 @@ class Towers:
 def torch_cases(
     towers: Towers, texts: Sequence[ItemText], pages: Iterable[tuple[Sequence[int], Sequence[int]]]
 ) -> Iterator[Case]:
-    """Pages of (history, candidates), positions in `texts`, with what PyTorch computes for them.
+    """Yields one case per page of (history, candidates), positions in `texts`, with the vectors that PyTorch computes.
 
-    Only the texts of one page are encoded at a time, each page for itself.
+    The texts are encoded page by page.
     """
     import torch
 
@@ -241,7 +241,7 @@ def torch_cases(
         )
 
 
-# --- what the server says --------------------------------------------------------------------------------------------
+# --- the server's responses ------------------------------------------------------------------------------------------
 
 
 def _model_info(answer: Any, config: VerifyConfig) -> Any:
@@ -250,13 +250,13 @@ def _model_info(answer: Any, config: VerifyConfig) -> Any:
     if config.model:
         served = [info for info in served if info.model.name == config.model]
     if len(served) != 1:
-        wanted = f"no model {config.model!r}" if config.model else "more than one model: name one"
-        raise ValueError(f"{config.server} serves {', '.join(names)}, {wanted}")
+        problem = f"but no model {config.model!r}" if config.model else "so the model to verify must be named"
+        raise ValueError(f"{config.server} serves {', '.join(names)}, {problem}")
     return served[0]
 
 
 def _facts(info: Any, bundle: Path) -> list[str]:
-    """What GetModelInfo says otherwise than the bundle's folder."""
+    """Returns the differences between GetModelInfo's response and the bundle folder."""
     manifest = digests.read_manifest(bundle)
     expected = {
         "version": (info.model.version, manifest["version"]),
@@ -270,12 +270,12 @@ def _facts(info: Any, bundle: Path) -> list[str]:
         "max_history": (info.max_history, manifest["user_tower"]["max_history"]),
         "max_tokens": (info.max_tokens, manifest["item_text"]["max_tokens"]),
     }
-    return [f"{name} is {got!r}, {bundle} has {want!r}" for name, (got, want) in expected.items() if got != want]
+    return [f"{name} is {got!r}, but {bundle} has {want!r}" for name, (got, want) in expected.items() if got != want]
 
 
 def _request(case: Case, config: VerifyConfig, number: int) -> Any:
     messages, _services = grpc_messages.stubs()
-    # The id is the text's digest, so that no case can change what another's id means to the server.
+    # The id is derived from the text's digest, so no two cases give the server different texts under one id.
     item = lambda text: grpc_messages.item(f"verify-{digests.text_digest(text).hex()}", text)  # noqa: E731
     return messages.GetMidEmbRequest(
         user_id=f"verify-{number}",
@@ -291,7 +291,9 @@ def _compare(report: Report, case: Case, answer: Any, turn: tuple[Any, str]) -> 
     info, when = turn
     messages, _services = grpc_messages.stubs()
     if (answer.model.version, answer.model.digest) != (info.model.version, info.model.digest):
-        report.faults.append(f"{case.name}: {answer.model.version} ({answer.model.digest[:12]}) answered")
+        report.faults.append(
+            f"{case.name}: another model responded, {answer.model.version} ({answer.model.digest[:12]})"
+        )
     failed = [messages.RowStatus.Name(status) for status in answer.statuses if status != messages.ROW_STATUS_OK]
     n_expected = min(len(case.history), info.max_history)
     if failed or answer.history_used != n_expected:
@@ -305,7 +307,7 @@ def _compare(report: Report, case: Case, answer: Any, turn: tuple[Any, str]) -> 
 
 
 def _compare_content(report: Report, config: VerifyConfig, model: str, contents: dict[bytes, np.ndarray]) -> None:
-    """Exports the server's content cache and looks for the texts that were sent."""
+    """Exports the server's content cache and compares the embeddings of the texts that were sent."""
     messages, services = grpc_messages.stubs()
     request = messages.ExportCacheRequest(cache="content", model=model)
     with grpc.insecure_channel(config.admin) as channel:

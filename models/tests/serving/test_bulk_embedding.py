@@ -29,15 +29,15 @@ from learn.serving.bundle_inference import BundleGraphs, GraphsConfig
 
 ON_CPU = GraphsConfig(provider="cpu")
 BAD = [
-    ('{"id": "broken', "no JSON: "),
+    ('{"id": "broken', "not JSON: "),
     ('["id"]', "expected an object, got list"),
     ('{"text": {"title": "x"}}', "id: expected a non-empty string, got None"),
     ('{"id": "", "text": {"title": "x"}}', "id: expected a non-empty string, got ''"),
     ('{"id": "none", "text": {}}', "all text fields are empty"),
     ('{"id": "wrong", "text": {"title": 3}}', "title: expected a string, got 3"),
     ('{"id": "misspelt", "text": {"titel": "x"}}', "unknown field of item text: titel"),
-    ('{"id": "half", "text": {"title": "\\ud800"}}', "half of a surrogate pair"),
-    (json.dumps({"id": "long", "text": {"title": "x" * 8193}}), "8193 bytes of text, at most 8192 are taken"),
+    ('{"id": "half", "text": {"title": "\\ud800"}}', "a lone surrogate"),
+    (json.dumps({"id": "long", "text": {"title": "x" * 8193}}), "the text has 8193 bytes, more than the limit of 8192"),
 ]
 
 
@@ -74,7 +74,7 @@ def vectors(table, column):
 def test_every_row_is_embedded_or_rejected_with_its_reason(tmp_path, capsys):
     summary = bulk_embedding.embed_catalogue(job(tmp_path))
     assert summary == bulk_embedding.Summary(n_items=20, n_rejects=len(BAD), n_parts=4, n_parts_kept=0)
-    assert f"20 items embedded, {len(BAD)} rejected, in 4 parts (0 of an earlier run)" in capsys.readouterr().out
+    assert f"20 items embedded, {len(BAD)} rejected, in 4 parts (0 from an earlier run)" in capsys.readouterr().out
     table = rows_of(tmp_path / "out")
     assert table["id"].to_pylist() == [f"item-{n}" for n in range(20)]
     assert table["text_digest"].to_pylist() == [digests.text_digest(text) for text in texts(20)]
@@ -175,7 +175,7 @@ def test_a_job_that_was_killed_goes_on(tmp_path):
 )
 def test_another_job_in_the_same_folder_is_refused(tmp_path, changes, name):
     bulk_embedding.embed_catalogue(job(tmp_path))
-    with pytest.raises(DataError, match=f"column {name}: this folder is another job's"):
+    with pytest.raises(DataError, match=f"column {name}: the folder holds another job"):
         bulk_embedding.embed_catalogue(job(tmp_path, **changes))
 
 
@@ -183,7 +183,7 @@ def test_a_catalogue_that_changed_is_another_job(tmp_path):
     bulk_embedding.embed_catalogue(job(tmp_path))
     with (tmp_path / "items.jsonl").open("a") as file:
         file.write('{"id": "new", "text": {"title": "x"}}\n')
-    with pytest.raises(DataError, match="column files: this folder is another job's"):
+    with pytest.raises(DataError, match="column files: the folder holds another job"):
         bulk_embedding.embed_catalogue(job(tmp_path))
 
 
@@ -193,10 +193,10 @@ def test_no_catalogue(tmp_path):
         with pytest.raises(DataError, match=r"expected a \.jsonl or \.parquet file"):
             bulk_embedding.embed_catalogue(job(tmp_path, items=path))
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(DataError, match="there is no row to embed"):
+    with pytest.raises(DataError, match="there are no rows to embed"):
         bulk_embedding.embed_catalogue(job(tmp_path, items=tmp_path / "empty.jsonl"))
     pq.write_table(pa.table({"name": ["x"]}), tmp_path / "odd.parquet")
-    with pytest.raises(DataError, match="column id: expected id and text fields, the columns are"):
+    with pytest.raises(DataError, match="column id: expected id and text fields, but the columns are"):
         bulk_embedding.embed_catalogue(job(tmp_path, items=tmp_path / "odd.parquet"))
 
 
@@ -213,7 +213,7 @@ def test_one_bad_vector_costs_one_row(tmp_path):
     onnx.save(model, folder / "encoder.onnx")
     good, bad = ItemText(title="Lamp"), ItemText(title="Lamp ¶")
     content, faults, n_tokens = BundleGraphs(folder, ON_CPU).content([good, bad, good])
-    assert faults == {1: "the encoder gave a vector that is not finite"}
+    assert faults == {1: "the encoder returned a vector that is not finite"}
     assert not content[1].any() and np.array_equal(content[0], content[2]) and n_tokens > 30
 
 
@@ -237,7 +237,7 @@ def test_files_for_the_import(tmp_path, monkeypatch, kind, dim):
     monkeypatch.setattr(cache_snapshot, "FILE_BYTES", 7 * (64 + 16))
     last = sorted((tmp_path / "out").glob("part-*.parquet"))[-1]
     last.rename(tmp_path / "kept")
-    with pytest.raises(DataError, match=r"of \d+ parts are there; `learn embed` makes the rest"):
+    with pytest.raises(DataError, match=r"of \d+ parts exist; run `learn embed` for the rest"):
         cache_snapshot.snapshot(tmp_path / "out", tmp_path / "snapshot", kind)
     (tmp_path / "kept").rename(last)
     files = cache_snapshot.snapshot(tmp_path / "out", tmp_path / "snapshot", kind)
@@ -275,7 +275,7 @@ def test_parts_of_two_bundles_are_never_mixed(tmp_path):
     with pytest.raises(ValueError, match="kind is 'user'"):
         cache_snapshot.snapshot(tmp_path / "out", tmp_path / "snapshot", "user")
     pq.write_table(pa.table({"id": ["x"]}), tmp_path / "part-0.parquet")
-    with pytest.raises(DataError, match="no part of a bulk job"):
+    with pytest.raises(DataError, match="not a part of a bulk job"):
         cache_snapshot.snapshot(tmp_path, tmp_path / "snapshot", "content")
 
 
