@@ -53,7 +53,7 @@ def snapshot(parts: Path, out: Path, kind: str) -> list[Path]:
     source = sources[files[0]]
     for path, other in sources.items():
         if other != source:
-            raise DataError(path, None, kind, f"the part has {other}, but {files[0].name} has {source}")
+            raise DataError(path, None, kind, f"the vectors are those of another model than in {files[0].name} ({other.digest}, not {source.digest})")
     out.mkdir(parents=True, exist_ok=True)
     n_rows = max(1, FILE_BYTES // (source.dim * source.dtype.itemsize + N_BYTES))
     written = []
