@@ -157,7 +157,7 @@ def numbers(values: torch.Tensor | np.ndarray) -> list[float]:
 
 @torch.inference_mode()
 def golden(bundle: Bundle) -> dict[str, Any]:
-    """Computes golden vectors in PyTorch: text -> token ids, content and item; history -> user; pair -> mid_emb, cvr."""
+    """Computes golden vectors in PyTorch: text -> token ids, content, item; history -> user; pair -> mid_emb, cvr."""
     encoder, texts = bundle.encoder, bundle.golden_items
     if any(text.is_empty for text in texts):
         raise ValueError("a golden item has no text; give every golden item at least one field")
