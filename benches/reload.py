@@ -30,7 +30,7 @@ LISTENERS = ("server.listen", "admin.listen", "telemetry.metrics_listen")
 
 
 def variant(seed: int) -> Path:
-    """Returns the folder of a variant. A folder without a manifest, which is written last, is incomplete and replaced."""
+    """Returns a variant's folder. A folder without a manifest, which is written last, is incomplete and replaced."""
     folder = FOLDER / f"variant-{seed}"
     if not (folder / "manifest.toml").exists():
         shutil.rmtree(folder, ignore_errors=True)

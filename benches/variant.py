@@ -33,7 +33,7 @@ import onnxruntime
 from onnx import ModelProto, external_data_helper, numpy_helper
 
 NOISE = 0.05
-# A matrix with at least this many values is a layer's weight. Smaller ones may be masks or tables that must not change.
+# A matrix with at least this many values is a layer's weight. Smaller ones may be masks or tables.
 LARGE = 1024
 MANIFEST = "manifest.toml"
 GRAPHS = ("user_tower", "item_tower", "cvr")
@@ -110,7 +110,7 @@ def history(items: list[dict], manifest: dict) -> tuple[np.ndarray, np.ndarray]:
 def numbers(values: np.ndarray) -> list[float]:
     """Converts fp32 values to the shortest decimals that parse to the same values; exits if one is not finite."""
     if not np.isfinite(values).all():
-        sys.exit("a graph returned a number that is not finite; try another --seed")
+        sys.exit("a graph returned a number that is not finite, so no golden vectors can be written")
     return [float(str(value)) for value in np.asarray(values, np.float32)]
 
 

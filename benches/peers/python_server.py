@@ -2,8 +2,8 @@
 
     python benches/peers/python_server.py --bundle models/default --proto proto [--threads 2]
 
-Answers `GetMidEmb` (ids only, F32, mid-emb) and `WarmItems`, and serves the `process_*` metrics for the benchmark. Prints
-one line, `serving GRPC METRICS`, when it is ready, and stops on SIGTERM.
+Answers `GetMidEmb` (ids only, F32, mid-emb) and `WarmItems`, and serves the `process_*` metrics for the benchmark.
+Prints one line, `serving GRPC METRICS`, when it is ready, and stops on SIGTERM.
 
 It is written to be fast for Python: one session per thread on one core each, vectors in two matrices that are gathered
 by row number, and tensors sent without conversion. The features that it lacks make it faster: it has no deadlines, no

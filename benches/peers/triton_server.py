@@ -6,7 +6,7 @@ Writes a model repository (`triton_model.py`, twice) to a temporary folder and r
 nvidia-pytriton on a free loopback port. Prints one line, `serving GRPC PID`, when it is ready. On SIGTERM it stops
 Triton and ends. `triton_bench.py` is its client.
 
-It is set up to be fast: one instance per core with one thread each, no batching (so no waiting for a batch), no HTTP, no
+It is set up to be fast: one instance per core, one thread each, no batching (so no waiting for a batch), no HTTP, no
 metrics, no tracing. The features that it lacks make it faster: those in `python_server.py`, and also all statuses.
 
 Ids are BYTES tensors with one element per id, as the protocol intends. Triton decodes these in Python, which takes 0.3
@@ -99,7 +99,7 @@ def write_model(folder: Path, bundle: Path, store: Path, instances: int) -> None
 
 
 def environment(triton: Path) -> dict[str, str]:
-    """Returns Triton's environment. The stub ignores PYTHONPATH and embeds the first `python3` of PATH, so PATH is set."""
+    """Returns Triton's environment. PATH is set, as the stub ignores PYTHONPATH and embeds the first `python3`."""
     added = {
         "LD_LIBRARY_PATH": [sysconfig.get_config_var("LIBDIR"), triton.parents[1] / "nvidia_pytriton.libs"],
         "PATH": [Path(sys.executable).parent],
@@ -152,7 +152,7 @@ def stop(process: subprocess.Popen) -> None:
     try:
         process.wait(timeout=STOP_WITHIN_SECONDS)
     except subprocess.TimeoutExpired:
-        print("tritonserver did not end in time and was killed", file=sys.stderr)
+        print("tritonserver did not end in time and is being killed", file=sys.stderr)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
