@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""The GPU check: the shipped bundle on the CUDA provider, held to the CPU's answers, then measured.
+"""Checks the shipped bundle on the CUDA provider against the CPU's responses, then measures it.
 
     python3 benches/gpu_check.py --library /path/to/libonnxruntime.so [--write benches/results/DATE-gpu.md]
 
 Needs a built `target/release/midemb`, the bundle's files (`make setup`) and a library with the CUDA provider beside it
-(`python3 deploy/fetch.py --gpu`); standard library only. `--provider cpu` runs the same steps where there is no GPU.
+(`python3 deploy/fetch.py --gpu`). Uses the standard library only. `--provider cpu` runs the same steps without a GPU.
 
-1. `midemb bundle verify`: every golden vector, one by one and in batches.
-2. The same page from a server on the CPU and from one on the provider, each cold and warm: statuses equal, vectors
-   within 1e-4. Any difference ends the check with exit code 1.
-3. `midemb-bench`: w1-hot with 8 and 64 requests at once, scored one by one and together, and w2-cold.
+1. `midemb bundle verify` checks every golden vector, one by one and in batches.
+2. A server on the CPU and one on the provider answer the same page, each cold and warm. Statuses must be equal and
+   vectors within 1e-4; otherwise the check ends with exit code 1.
+3. `midemb-bench` runs w1-hot with 8 and 64 concurrent requests, scored one by one and together, and w2-cold.
 """
 
 import argparse
@@ -46,13 +46,13 @@ def settings(provider: str, library: Path, batch_requests: int = 0) -> dict[str,
 
 
 def answers(server: Server) -> list[dict]:
-    """One page, cold and then warm."""
+    """Returns the responses for one page, cold and then warm."""
     query = ["query", "--server", server.grpc, "--json"]
     return [json.loads(midemb(*query)), json.loads(midemb(*query, "--ids-only"))]
 
 
 def largest_difference(page: dict, other: dict) -> float:
-    """Over all rows' mid-embs and probabilities; infinite where a status or an id differs."""
+    """Returns the largest difference of mid-embs and probabilities; infinite if an id differs or a status is not OK."""
     largest = 0.0
     for row, twin in zip(page["rows"], other["rows"], strict=True):
         if (row["id"], row["status"]) != (twin["id"], twin["status"]) or row["status"] != "OK":
@@ -68,7 +68,7 @@ def bench(server: Server, *arguments: str) -> dict:
 
 
 def measure(provider: str, library: Path) -> list[str]:
-    rows = ["| what | a second | server CPU ms | p50 ms | p99 ms |", "|---|---|---|---|---|"]
+    rows = ["| what | per second | server CPU ms | p50 ms | p99 ms |", "|---|---|---|---|---|"]
 
     def note(what: str, figures: dict) -> None:
         quantiles = [figures[name] for name in ("p50_ms", "p99_ms")]
@@ -90,20 +90,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--provider", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--write", type=Path, help="also write the report into this file")
+    parser.add_argument("--write", type=Path, help="also write the report to this file")
     args = parser.parse_args()
     library = args.library.resolve()
     verified = midemb("bundle", "verify", str(ROOT / "models" / "default"), "--onnxruntime", str(library))
     print(verified, flush=True)
     if f" is good on {args.provider} " not in verified:
-        sys.exit(f"the library did not run the bundle on {args.provider}")
+        sys.exit(f"{library} did not run the bundle on {args.provider}; give a library with that provider")
     with serving(**settings("cpu", library)) as server:
         expected = answers(server)
     with serving(**settings(args.provider, library)) as server:
         differences = [largest_difference(*pair) for pair in zip(answers(server), expected, strict=True)]
-    print(f"largest difference from the CPU's answers: {differences[0]:.1e} cold, {differences[1]:.1e} warm\n")
+    print(f"largest difference from the CPU's responses: {differences[0]:.1e} cold, {differences[1]:.1e} warm\n")
     if max(differences) > TOLERANCE:
-        sys.exit(f"the answers differ by more than {TOLERANCE}")
+        sys.exit(f"the responses of {args.provider} and CPU differ by more than {TOLERANCE}")
     command = f"`python3 benches/gpu_check.py --library LIBRARY --provider {args.provider}`"
     report = "\n".join([f"{command} on {platform.machine()}:", "", *measure(args.provider, library)]) + "\n"
     print(report)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Reloads under load: bundles in turn on one server, every answer checked, what each push costs.
+"""Pushes bundles in turn to one server under load, checks every response and reports the cost of each push.
 
-    .venv/bin/python benches/reload.py                   200 pushes beside 100 requests a second, some two minutes
+    .venv/bin/python benches/reload.py                   200 pushes beside 100 requests per second, about two minutes
     .venv/bin/python benches/reload.py --reloads 40 --rate 50
 
-The other bundles are made by `benches/variant.py`, once, in target/reload: the same encoder with other towers. With two
-bundles a server finds each one's models where it keeps them for a rollback; with three, the default, every push loads.
-Each run has a folder of its own for the config files, as the server keeps what was pushed beside its own.
+`benches/variant.py` makes the other bundles once, in target/reload, with the same encoder and other towers. With two
+bundles, each push reuses the models that the server keeps for a rollback; with three, the default, each push loads
+models. Each run has its own folder for the config files, because the server stores pushed files beside its own file.
 """
 
 import argparse
@@ -30,7 +30,7 @@ LISTENERS = ("server.listen", "admin.listen", "telemetry.metrics_listen")
 
 
 def variant(seed: int) -> Path:
-    """The manifest is written last: where it is missing, what is there is half a bundle."""
+    """Returns a variant's folder. A folder without a manifest, which is written last, is incomplete and replaced."""
     folder = FOLDER / f"variant-{seed}"
     if not (folder / "manifest.toml").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -41,14 +41,14 @@ def variant(seed: int) -> Path:
 
 
 def free_addresses(n: int) -> list[str]:
-    """Addresses that nobody listens on, all open at once so that none comes twice."""
+    """Returns free addresses; all are open at the same time, so they differ."""
     with ExitStack() as open_ones:
         sockets = [open_ones.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n)]
         return [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
 
 
 def config(addresses: dict[str, str], bundle: Path) -> str:
-    """A whole config file: TOML takes dotted keys as they are."""
+    """Returns a complete config file; TOML accepts dotted keys."""
     lines = [f'{key} = "{address}"' for key, address in addresses.items()]
     return "\n".join([*lines, "", "[[models]]", 'name = "learn"', f'bundle = "{bundle}"', ""])
 
@@ -68,11 +68,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--reloads", type=int, default=200)
     parser.add_argument(
-        "--bundles", type=int, default=3, help="2: each push takes over what a rollback keeps; 3: each loads"
+        "--bundles",
+        type=int,
+        default=3,
+        help="2: each push reuses the models kept for a rollback; 3: each loads models",
     )
-    parser.add_argument("--rate", type=float, default=100, help="requests a second; 0 is a closed loop")
-    parser.add_argument("--requests", type=int, default=2000, help="before the first push")
-    parser.add_argument("--json", action="store_true", help="the report as JSON lines")
+    parser.add_argument("--rate", type=float, default=100, help="requests per second; 0 is a closed loop")
+    parser.add_argument("--requests", type=int, default=2000, help="requests before the first push")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON lines")
     args = parser.parse_args()
     for program, target in ((demo.MIDEMB, "build"), (BENCH, "bench-build")):
         if not program.exists():
@@ -86,7 +89,7 @@ def main() -> None:
         configs = [Path(folder) / f"bundle-{i}.toml" for i in range(len(bundles))]
         for path, bundle in zip((own, *configs), (BUNDLE, *bundles), strict=True):
             path.write_text(config(addresses, bundle))
-        # The server's environment wins over what is pushed, too: it says the same as the files.
+        # The server's environment also overrides pushed files, so it is set to the same values.
         environment = {f"MIDEMB__{key.upper().replace('.', '__')}": address for key, address in addresses.items()}
         with demo.serving(own, **environment):
             code = scenario(addresses, configs, args)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Every scenario of `midemb-bench` beside the floors and two peers, in one run: docs/performance.md.
+"""Runs every scenario of `midemb-bench` with the floors and two peers, as docs/performance.md describes.
 
-    make bench                       (or: .venv/bin/python benches/run.py)  five rounds, some ten minutes
+    make bench                       (or: .venv/bin/python benches/run.py)  five rounds, about ten minutes
     .venv/bin/python benches/run.py --rounds 1 --write benches/results/2026-11-24-cpu.md
 
-In each round everything is measured once, one after the other, so that what the machine does to one it does to all.
-Figures are medians over the rounds, with the lowest and the highest; ratios are taken within a round. CPU is the
-server's own, user and system, of the whole process; of Triton it is that of its models' processes, too.
+Each round measures everything once, one after the other, so that the machine's load affects all alike. Figures are
+medians over the rounds, with the lowest and the highest; ratios are taken within a round. CPU time is user plus system
+time of the whole server process; Triton's includes its models' processes.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from demo import MIDEMB, Server, serving  # noqa: E402
 BENCH = ROOT / "target" / "release" / "midemb-bench"
 BUNDLE = ROOT / "models" / "default"
 PEERS = ROOT / "benches" / "peers"
-# About half of what two cores take: the question is what cold work does to hot work, not overload.
+# About half the capacity of two cores, as the scenario measures how cold work affects hot work, not overload.
 W4_RATE = 100
-# Eight requests at once keep every thread busy. With fewer, threads sleep in between, and what waking up costs on a
-# virtual machine is in the figures, too.
+# Eight concurrent requests keep every thread busy. With fewer, threads sleep in between, and the figures include the
+# cost of waking up on a virtual machine.
 BUSY = ["--concurrency", "8"]
 CURVES = {"candidates": [50, 500, 1000, 2000, 4000], "history": [1, 20, 40, 80]}
 CURVE_ITEMS = 4000
-# MB of content and of item embeddings beside 3000 different items, which are 4.7 and 1.1 MB.
+# Cache sizes in MB for content and item embeddings; those of the 3000 items take 4.7 and 1.1 MB.
 CACHE_SIZES = [(1, 1), (2, 1), (4, 1), (8, 2)]
 ZIPF = ["--items", "3000", "--candidates", "50", "--history", "20", "--requests", "400"]
 
@@ -67,7 +67,7 @@ def triton_bench(triton: tuple[str, str], *more: str) -> dict:
 
 @contextmanager
 def peer(script: str, *more: str) -> Iterator[tuple[str, str]]:
-    """A server beside ours: the two words that it says of itself when it serves."""
+    """Runs a peer server and yields the two words that it prints after "serving"."""
     command = [sys.executable, str(PEERS / script), "--bundle", str(BUNDLE), *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -141,7 +141,7 @@ def curve(ours: Server, axis: str) -> list[tuple[int, float]]:
 
 
 def cache_curve() -> list[list[str]]:
-    """Hit rates, latency, cost and memory by cache size, once the caches are as full as they get."""
+    """Measures hit rates, latency, cost and memory by cache size, once the caches have reached their final fill."""
     rows = []
     for content_mb, item_mb in CACHE_SIZES:
         sizes = {"MIDEMB__CACHE__CONTENT_MB": str(content_mb), "MIDEMB__CACHE__ITEM_MB": str(item_mb)}
@@ -188,7 +188,7 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--write", type=Path, help="also write the report into this file")
+    parser.add_argument("--write", type=Path, help="also write the report to this file")
     args = parser.parse_args()
     for program, target in ((MIDEMB, "build"), (BENCH, "bench-build")):
         if not program.exists():

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""A second bundle for reload benchmarks: the same encoder, and towers that are a little off.
+"""Makes a second bundle for reload benchmarks: the same encoder, with slightly changed towers.
 
     .venv/bin/python benches/variant.py --bundle models/default --out DIR --version 2
 
-What a retrained bundle costs a server depends on which files changed, not on what their numbers mean, so nothing is
-trained here. Each large weight matrix of both towers and of the CVR head is multiplied by 1 + 0.05 times a standard
-normal. The noise follows from `--seed` and the matrix alone, so a layer that both towers hold stays one layer. Vectors
-stay as they are: they scale and shift whole rows.
+The cost of a retrained bundle for a server depends on which files changed, not on their values, so nothing is trained
+here. Each large weight matrix of both towers and of the CVR head is multiplied elementwise by 1 + 0.05 times a standard
+normal. The noise depends only on `--seed` and the matrix, so a layer that both towers share stays the same in both.
+Vectors are unchanged, because they scale and shift whole rows.
 The encoder's files are hard links to those of `--bundle`, or copies where a link cannot be made.
 
-The golden vectors are ONNX Runtime's own here, not PyTorch's: they show that a server runs these graphs as this machine
-did, and say nothing of whether the graphs are right. Each stage starts from the golden result of the stage before, as
-`midemb bundle verify` checks them.
+The golden vectors come from ONNX Runtime, not from PyTorch: they show that a server runs these graphs as this machine
+did, but not that the graphs are right. Each stage starts from the golden result of the previous stage, as in `midemb
+bundle verify`.
 
-`DIR` has to be new or empty. The manifest is written last.
+`DIR` must be new or empty. The manifest is written last.
 """
 
 import argparse
@@ -33,14 +33,14 @@ import onnxruntime
 from onnx import ModelProto, external_data_helper, numpy_helper
 
 NOISE = 0.05
-# A matrix this large is a layer's weight. Smaller ones may be masks or tables that the graph counts on.
+# A matrix with at least this many values is a layer's weight. Smaller ones may be masks or tables.
 LARGE = 1024
 MANIFEST = "manifest.toml"
 GRAPHS = ("user_tower", "item_tower", "cvr")
 
 
 def perturb(model: ModelProto, folder: Path, seed: int) -> int:
-    """Multiplies the large matrices in place; external data is inline after that. Returns how many."""
+    """Multiplies the large matrices in place, makes external data inline, and returns the number of changed matrices."""
     external_data_helper.load_external_data_for_model(model, str(folder))
     n_changed = 0
     for tensor in model.graph.initializer:
@@ -55,12 +55,12 @@ def perturb(model: ModelProto, folder: Path, seed: int) -> int:
 
 
 def is_mask(values: np.ndarray) -> bool:
-    """Whether it only selects: zeros and one other number, as the item tower has it for which head owns a column."""
+    """Whether the matrix holds at most two different values, like the item tower's mask of each head's columns."""
     return len(np.unique(values)) <= 2
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """One file under two names. What is a link itself is followed, as a relative one would point elsewhere."""
+    """Links or copies a file. A symbolic link is resolved first, as a relative one would be wrong in another folder."""
     try:
         os.link(source.resolve(), target)
     except OSError:
@@ -68,7 +68,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 class Graph:
-    """One graph of the new bundle. Ports go by the manifest's names, in the order that the trainer gives them."""
+    """One graph of the new bundle. Inputs and outputs have the manifest's names and order."""
 
     def __init__(self, folder: Path, table: dict) -> None:
         options = onnxruntime.SessionOptions()
@@ -82,7 +82,7 @@ class Graph:
 
 
 def recompute(golden: dict, folder: Path, manifest: dict) -> None:
-    """Replaces what the changed graphs answer, one vector at a time; text, token ids and content stay."""
+    """Recomputes the results of the changed graphs, one vector at a time; text, token ids and content are unchanged."""
     user_tower, item_tower, cvr = (Graph(folder, manifest[name]) for name in GRAPHS)
     items, users = golden["items"], golden["users"]
     for item in items:
@@ -96,28 +96,28 @@ def recompute(golden: dict, folder: Path, manifest: dict) -> None:
 
 
 def row(values: list[float]) -> np.ndarray:
-    """[1,d]"""
+    """Returns the values as an array [1,d]."""
     return np.array([values], np.float32)
 
 
 def history(items: list[dict], manifest: dict) -> tuple[np.ndarray, np.ndarray]:
-    """content [1,l,C] and mask [1,l]; nobody's history is one position that does not count."""
+    """Returns content [1,l,C] and mask [1,l]; an empty history is one masked position."""
     if not items:
         return np.zeros((1, 1, manifest["encoder"]["dim"]), np.float32), np.zeros((1, 1), np.int64)
     return np.array([[item["content"] for item in items]], np.float32), np.ones((1, len(items)), np.int64)
 
 
 def numbers(values: np.ndarray) -> list[float]:
-    """fp32 -> the shortest decimals that read back as the same fp32. What is not finite is no answer."""
+    """Converts fp32 values to the shortest decimals that parse to the same values; exits if one is not finite."""
     if not np.isfinite(values).all():
-        sys.exit("a graph gave a number that is not finite")
+        sys.exit("a graph returned a number that is not finite, so no golden vectors can be written")
     return [float(str(value)) for value in np.asarray(values, np.float32)]
 
 
 def relabel(text: str, version: str, folder: Path, provenance: list[str]) -> str:
-    """The manifest with another version, the changed files' sizes and digests, and another provenance.
+    """Returns the manifest with the new version and provenance, and the changed files' sizes and digests.
 
-    It is edited as text because the standard library reads TOML and does not write it; `main` reads it back.
+    It is edited as text because the standard library cannot write TOML; `main` parses the result as a check.
     """
     head, *files = re.split(r"(?m)^\[\[files\]\]\n", text.split("\n[provenance]\n")[0])
     head = re.sub(r'(?m)^version = ".*"$', f"version = {json.dumps(version)}", head, count=1)
@@ -126,7 +126,7 @@ def relabel(text: str, version: str, folder: Path, provenance: list[str]) -> str
 
 
 def redigest(entry: str, folder: Path) -> str:
-    """One entry of the manifest's list of files, true of the file in `folder`."""
+    """Returns a manifest entry with the size and digest of the file in `folder`."""
     path = folder / tomllib.loads(entry)["path"]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -135,14 +135,14 @@ def redigest(entry: str, folder: Path) -> str:
 
 
 def write_files(source: Path, out: Path, manifest: dict, seed: int) -> None:
-    """Everything but the manifest."""
+    """Writes every file except the manifest."""
     changed = {manifest["golden"]["file"]}
     for name in GRAPHS:
         file = manifest[name]["file"]
         model = onnx.load(source / file, load_external_data=False)
         n_changed = perturb(model, source, seed)
         if n_changed == 0:
-            sys.exit(f"{source / file}: holds no large fp32 matrix")
+            sys.exit(f"{source / file} holds no large fp32 matrix, so a variant cannot be made")
         print(f"{file}: {n_changed} matrices changed")
         onnx.save(model, out / file)
         changed.add(file)
@@ -155,7 +155,7 @@ def write_files(source: Path, out: Path, manifest: dict, seed: int) -> None:
 
 
 def provenance(manifest: dict, seed: int) -> list[str]:
-    """What the new manifest says of where its numbers came from; what the old one says of others' work is kept."""
+    """Returns the lines of the new provenance table, which keeps the old data, commit and encoder entries."""
     origin, old = f"{manifest['name']} {manifest['version']}", manifest.get("provenance", {})
     table = {f"origin_{key}": old[key] for key in ("data", "commit") if key in old}
     table |= {key: old[key] for key in ("encoder",) if key in old}
@@ -166,20 +166,20 @@ def provenance(manifest: dict, seed: int) -> list[str]:
         "onnxruntime": onnxruntime.__version__,
         "seed": seed,
     }
-    # A string of JSON, in ASCII, and a whole number are TOML as well.
+    # An ASCII JSON string and an integer are also valid TOML.
     return [f"{key} = {json.dumps(value)}" for key, value in table.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bundle", type=Path, required=True, help="what to start from")
+    parser.add_argument("--bundle", type=Path, required=True, help="the bundle to start from")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
     parser.add_argument("--version", required=True, help="version in the new manifest")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if any(args.out.iterdir()):
-        sys.exit(f"{args.out} is not empty")
+        sys.exit(f"{args.out} is not empty: give a new or empty folder")
     text = (args.bundle / MANIFEST).read_text()
     manifest = tomllib.loads(text)
     write_files(args.bundle, args.out, manifest, args.seed)

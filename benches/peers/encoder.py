@@ -1,9 +1,9 @@
-"""The floor under W2: a bundle's encoder in a bare loop over items sorted by length, as a batch job would run it.
+"""Measures the floor of W2: a bundle's encoder in a bare loop over items sorted by length, as in a batch job.
 
     python benches/peers/encoder.py --bundle models/default [--items 1000] [--threads 2] [--batch 32]
 
-Prints one JSON object: items a second and CPU milliseconds an item, of the graph runs alone. Texts are rendered and
-tokenized before the clock starts, which the server does on the clock.
+Prints one JSON object with items per second and CPU milliseconds per item, for the graph runs alone. Texts are rendered
+and tokenized before the clock starts, while the server's figures include that work.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 import tokenizers
 
-# As long as what `midemb-bench w2-cold` makes up: seven such words, a prefix and two numbers.
+# Texts are as long as those of `midemb-bench w2-cold`: seven such words, a prefix and two numbers.
 WORDS = ["silver", "river", "night", "garden", "winter", "paper", "lantern", "ocean", "copper", "mountain", "glass"]
 
 

@@ -1,15 +1,15 @@
-"""The floor under W1: a bundle's user tower and CVR graph in a bare loop on one thread, and their products alone.
+"""Measures the floor of W1: a bundle's user tower and CVR graph in a bare loop, and their products, on one thread.
 
     python benches/peers/graphs.py --bundle models/default [--history 80] [--candidates 500] [--runs 400]
 
-Prints one JSON object with CPU milliseconds (of this whole process) for one request's worth of each:
+Prints one JSON object with the CPU milliseconds (of this whole process) per request:
 
-- `graphs_ms`: user tower, then CVR graph, through onnxruntime's Python API, on inputs that lie ready;
-- `products_ms`: nothing but the matrix products of those two graphs, at the shapes that ONNX Runtime's own profile
-  reports, as MatMul nodes whose weights are constants where the graph's are. An Attention node counts as its two
-  products, over all positions. No bias, no activation, no norm, no softmax.
+- `graphs_ms`: user tower, then CVR graph, through onnxruntime's Python API, on prepared inputs;
+- `products_ms`: only the matrix products of these two graphs, with the shapes that ONNX Runtime's profile reports, as
+  MatMul nodes whose weights are constants where the graph's are. An Attention node counts as its two products, over all
+  positions. There is no bias, activation, norm or softmax.
 
-Nothing that a server does is in either: no wire, no cache, no gathering of vectors.
+Neither figure includes a server's other work: wire format, cache, gathering of vectors.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def session(model: str | bytes, settings: onnxruntime.SessionOptions | None = No
 
 
 class Graphs:
-    """The two graphs of a hot request and inputs for them."""
+    """The two graphs of a hot request, with inputs for them."""
 
     def __init__(self, folder: Path, n_history: int, n_candidates: int) -> None:
         self.folder = folder
@@ -74,7 +74,7 @@ class Graphs:
         return str(self.folder / self.manifest[graph]["file"])
 
     def loop(self) -> Callable[[], object]:
-        """One request's worth of graph runs; the CVR graph reads what the user tower gave."""
+        """Returns a function that runs both graphs for one request; the CVR graph reads the user tower's output."""
         tower, cvr = session(self.path("user_tower")), session(self.path("cvr"))
         tower_feed, cvr_feed = self.feeds["user_tower"], dict(self.feeds["cvr"])
         user_name = self.manifest["cvr"]["inputs"][0]
@@ -86,7 +86,7 @@ class Graphs:
         return once
 
     def products(self) -> list[Product]:
-        """Every matrix product of one request, as ONNX Runtime ran it."""
+        """Returns every matrix product of one request, as ONNX Runtime ran it."""
         return [product for graph in self.feeds for product in self._products_of(graph)]
 
     def _products_of(self, graph: str) -> list[Product]:
@@ -108,7 +108,7 @@ class Graphs:
             node = event["name"].removesuffix("_kernel_time")
             shapes = [tuple(next(iter(entry.values()))) for entry in arguments["input_type_shape"]]
             if arguments.get("op_name") in PRODUCTS:
-                # A weight that was packed for the kernel is no longer listed.
+                # The profile does not list a weight that was packed for the kernel.
                 weight = weights.get(node)
                 found.append(Product(shapes[0], _fitting(shapes[0], weight or shapes[1]), weight is not None))
             elif arguments.get("op_name") == "Attention":
@@ -117,13 +117,13 @@ class Graphs:
 
 
 def _heads(path: str) -> dict[str, int]:
-    """The heads of each Attention node, by its name."""
+    """Returns the number of heads of each Attention node, by node name."""
     nodes = (node for node in onnx.load(path).graph.node if node.op_type == "Attention")
     return {node.name: next(part.i for part in node.attribute if part.name == "q_num_heads") for node in nodes}
 
 
 def _attention(shapes: list[tuple[int, ...]], heads: int) -> tuple[Product, Product]:
-    """Queries, keys and values [b,l,D] as scores and as mixtures of a head."""
+    """Returns the two products of queries, keys and values [b,l,D]: the scores and the mixtures per head."""
     n_users, length, width = shapes[0]
     query, scores = (n_users, heads, length, width // heads), (n_users, heads, length, shapes[1][1])
     key = (n_users, heads, width // heads, shapes[1][1])
@@ -132,7 +132,7 @@ def _attention(shapes: list[tuple[int, ...]], heads: int) -> tuple[Product, Prod
 
 
 def _weights(path: str) -> dict[str, tuple[int, ...]]:
-    """Of each product whose right operand is a constant of the graph: that operand's shape, by the node's name."""
+    """Returns the shape of each product's right operand that is a constant of the graph, by node name."""
     graph = onnx.load(path).graph
     constants = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     products = (node for node in graph.node if node.op_type in PRODUCTS)
@@ -140,12 +140,12 @@ def _weights(path: str) -> dict[str, tuple[int, ...]]:
 
 
 def _fitting(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
-    """The right operand as a plain MatMul takes it: a fused product may transpose it on the way."""
+    """Returns the shape of the right operand for a plain MatMul, as a fused product may transpose it."""
     return right if left[-1] == right[-2] else (*right[:-2], right[-1], right[-2])
 
 
 def products_alone(products: list[Product]) -> Callable[[], object]:
-    """A graph of nothing but `products`, run with its outputs bound to memory that lies ready."""
+    """Returns a function that runs a graph of only `products`, with its outputs bound to preallocated memory."""
     random = np.random.default_rng(2)
     nodes, inputs, outputs, weights, feeds = [], [], [], [], {}
     for i, product in enumerate(products):
@@ -170,7 +170,7 @@ def products_alone(products: list[Product]) -> Callable[[], object]:
     kept = [np.empty(size, np.float32) for size in sizes]
     for i, value in enumerate(kept):
         binding.bind_output(f"out{i}", "cpu", 0, np.float32, value.shape, value.ctypes.data)
-    # The arrays live as long as the closure that writes into them.
+    # The closure keeps the arrays alive, because ONNX Runtime writes into their memory.
     return lambda kept=kept, feeds=feeds: runner.run_with_iobinding(binding)
 
 
@@ -179,7 +179,7 @@ def flops(products: list[Product]) -> int:
 
 
 def cpu_ms(once: Callable[[], object], runs: int) -> float:
-    """CPU milliseconds of one call, after some that are not counted."""
+    """Returns the CPU milliseconds per call, after warm-up calls that are not counted."""
     for _ in range(max(runs // 10, 5)):
         once()
     start = time.process_time()

@@ -1,13 +1,13 @@
-"""The peer that a team would write first: grpcio and onnxruntime in Python, same contract, bundle and work as midemb.
+"""A peer as a team would write it first: grpcio and onnxruntime in Python, with midemb's contract, bundle and work.
 
     python benches/peers/python_server.py --bundle models/default --proto proto [--threads 2]
 
-Answers `GetMidEmb` (ids alone, F32, mid-emb) and `WarmItems`, and serves `process_*` for the benchmark. Prints one
-line, `serving GRPC METRICS`, when it is ready, and ends with SIGTERM.
+Answers `GetMidEmb` (ids only, F32, mid-emb) and `WarmItems`, and serves the `process_*` metrics for the benchmark.
+Prints one line, `serving GRPC METRICS`, when it is ready, and stops on SIGTERM.
 
-It is written to be fast, as Python goes: one session a thread on one core each, vectors in two matrices that are
-gathered by row numbers, tensors sent as the bytes they lie in. What it leaves out is in its favour: no deadlines, no
-statuses but OK and UNKNOWN_ITEM, no metrics of its own, caches without a bound.
+It is written to be fast for Python: one session per thread on one core each, vectors in two matrices that are gathered
+by row number, and tensors sent without conversion. The features that it lacks make it faster: it has no deadlines, no
+statuses except OK and UNKNOWN_ITEM, no metrics of its own and no eviction.
 """
 
 import argparse
@@ -35,7 +35,7 @@ ROWS = 1 << 16
 
 
 class Model:
-    """A bundle's graphs; every thread has sessions of its own."""
+    """A bundle's graphs. Every thread has its own sessions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class Model:
 
 
 class Peer:
-    """The service."""
+    """The gRPC service over one model, with vectors of up to `ROWS` items in memory."""
 
     def __init__(self, model: Model, pb) -> None:
         self.model, self.pb = model, pb
@@ -85,7 +85,7 @@ class Peer:
                 content = self.model.content([item.text for item in batch])
                 first = len(self.row_of)
                 if first + len(batch) > ROWS:
-                    context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"this peer keeps {ROWS} items")
+                    context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"this peer keeps at most {ROWS} items")
                 self.contents[first : first + len(batch)] = content
                 self.items[first : first + len(batch)] = self.model.run("item_tower", content)[0]
                 self.row_of.update((item.id, first + i) for i, item in enumerate(batch))

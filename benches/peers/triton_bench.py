@@ -1,13 +1,13 @@
-"""The W1 hot workload against the Triton peer, closed loop: what `midemb-bench w1-hot` sends, in KServe's protocol.
+"""Sends the workload of `midemb-bench w1-hot` to the Triton peer in KServe's protocol, as a closed loop.
 
     python benches/peers/triton_bench.py --server GRPC --pid PID --bundle models/default [--requests 2000]
 
-Takes what `triton_server.py` printed. Warms made-up items with random unit vectors in place of the encoder's, holds one
-answer to what onnxruntime computes here, then sends histories and candidates that were never sent before. Prints one
-JSON object with the names of `midemb-bench --json`; `server_*` are sums over Triton and the processes of its models
-(resident memory counts shared pages once in each).
+GRPC and PID are the values that `triton_server.py` prints. Warms made-up items with random unit vectors instead of the
+encoder's, compares one response with onnxruntime's result in this process, then sends newly drawn histories and
+candidates. Prints one JSON object with the keys of `midemb-bench --json`; `server_*` are sums over Triton and the
+processes of its models (resident memory counts shared pages once per process).
 
-Requests are serialized before the clock starts and answers only measured, so that this client costs little.
+Requests are serialized before the clock starts and responses are not parsed, so that this client costs little.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import numpy as np
 import onnxruntime
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
-# What the first requests grow is not the steady state; `midemb-bench` sends as many.
+# Warm-up requests, as memory still grows during the first ones; `midemb-bench` sends the same number.
 UNCOUNTED = 40
 WARM_AT_ONCE = 250
 TOLERANCE = 1e-4
@@ -47,7 +47,7 @@ def infer_request(model: str, *tensors: Tensor) -> bytes:
 
 @dataclass(frozen=True)
 class Items:
-    """Made-up items: the same ids have the same vectors in every run."""
+    """Made-up items. The same ids have the same vectors in every run."""
 
     ids: list[bytes]
     contents: np.ndarray
@@ -73,7 +73,7 @@ class Items:
 
 
 def expected(folder: Path, manifest: dict, history: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """MID_EMB of the content embeddings of one request."""
+    """Returns the expected MID_EMB for the content embeddings of one request."""
 
     def run(graph: str, *inputs: np.ndarray) -> np.ndarray:
         spec = manifest[graph]
@@ -88,15 +88,15 @@ def check(answer: bytes, wanted: np.ndarray) -> None:
     message = protos.ModelInferResponse.FromString(answer)
     (output,), (data,) = message.outputs, message.raw_output_contents
     if tuple(output.shape) != wanted.shape or len(data) != wanted.nbytes:
-        sys.exit(f"MID_EMB is {list(output.shape)} in {len(data)} bytes, not {list(wanted.shape)}")
+        sys.exit(f"MID_EMB has the shape {list(output.shape)} in {len(data)} bytes, expected {list(wanted.shape)}")
     difference = np.abs(np.frombuffer(data, np.float32).reshape(wanted.shape) - wanted).max()
     if not difference <= TOLERANCE:
-        sys.exit(f"MID_EMB is off by {difference}")
+        sys.exit(f"MID_EMB differs from onnxruntime's result by {difference}, more than {TOLERANCE}")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process and all its descendants have used so far."""
+    """CPU time and resident memory used so far, of one process or of a process with all its descendants."""
 
     cpu_seconds: float = 0
     resident_bytes: int = 0
@@ -123,12 +123,12 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 def send(infer: grpc.UnaryUnaryMultiCallable, requests: Iterable[bytes], concurrency: int) -> tuple[list[float], int]:
-    """Seconds of every request, and bytes of the smallest answer. An error ends the run, as no request may fail."""
+    """Returns the seconds of each request and the bytes of the smallest response. A failed request ends the run."""
     left = iter(requests)
 
     def loop() -> list[tuple[float, int]]:
         answers = []
-        # A list's iterator hands each request to one thread only.
+        # The threads share a list's iterator, which gives each request to one thread only.
         for request in left:
             start = time.perf_counter()
             answer = infer(request)
@@ -157,7 +157,7 @@ def measure(args: argparse.Namespace, infer: grpc.UnaryUnaryMultiCallable) -> di
     seconds, smallest = send(infer, requests[UNCOUNTED:], args.concurrency)
     took, own, after = time.perf_counter() - start, time.process_time() - own, Usage.of_tree(args.pid)
     if smallest < wanted.nbytes:
-        sys.exit(f"an answer has {smallest} bytes, and MID_EMB alone has {wanted.nbytes}")
+        sys.exit(f"a response has {smallest} bytes, but MID_EMB alone must have {wanted.nbytes}")
     p50, p99, longest = np.quantile(seconds, [0.5, 0.99, 1]) * 1e3
     return {
         "scenario": "w1-hot",
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=1000)
     args = parser.parse_args()
     with grpc.insecure_channel(args.server, options=[("grpc.max_receive_message_length", 64 << 20)]) as channel:
-        # No serializers: bytes go in and come out as they are.
+        # Without serializers, requests and responses are bytes.
         print(json.dumps(measure(args, channel.unary_unary(INFER))))
 
 

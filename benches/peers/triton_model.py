@@ -1,12 +1,13 @@
-"""What Triton's Python backend runs for the Triton peer: two models of one file, told apart by their names.
+"""The Triton peer's two models for Triton's Python backend. One file serves both and selects by model name.
 
-`triton_server.py` copies this into a model repository; it is not run by hand.
+`triton_server.py` copies this file into a model repository; it is not run by hand.
 
-- `items` takes IDS [n] and their content embeddings CONTENT [n, D], runs the item tower and keeps both in a folder;
-- `mid_emb` takes HISTORY [h] and CANDIDATES [n], ids alone, and answers MID_EMB [n, M].
+- `items` takes IDS [n] and their content embeddings CONTENT [n, D], runs the item tower and stores content and item
+  embeddings in a folder;
+- `mid_emb` takes HISTORY [h] and CANDIDATES [n], ids only, and returns MID_EMB [n, M].
 
-Every instance is a process of its own. Each reads the folder into its own memory when it meets an id that it does not
-know, so a request of the hot workload touches nothing but a dict and two matrices, as in `python_server.py`.
+Every instance is its own process. It reads the folder into its memory when it finds an unknown id, so a request of the
+hot workload uses only a dict and two matrices, as in `python_server.py`.
 """
 
 import json
@@ -22,7 +23,7 @@ ITEMS, MID_EMB = "items", "mid_emb"
 
 
 class Graphs:
-    """A bundle's graphs, one session each, on one thread."""
+    """A bundle's graphs, with one session of one thread per graph."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -41,7 +42,7 @@ class Graphs:
 
 
 class Store:
-    """Ids, content embeddings and item embeddings, row by row; written by one process and read by others."""
+    """Ids with their content and item embeddings, one row per id; one process writes them and others read them."""
 
     def __init__(self, folder: Path, content_dim: int, item_dim: int) -> None:
         self.file = folder / "vectors.npz"
@@ -53,7 +54,7 @@ class Store:
         self.row_of.update((item, len(self.row_of) + i) for i, item in enumerate(ids))
         self.contents = np.concatenate([self.contents, contents])
         self.items = np.concatenate([self.items, items])
-        # Renamed when it is whole: a reader never sees half of it.
+        # The file is renamed once it is complete, so that no reader sees a part of it.
         whole = self.file.with_name("unfinished.npz")
         np.savez(whole, ids=np.array(list(self.row_of)), contents=self.contents, items=self.items)
         os.replace(whole, self.file)
@@ -64,7 +65,7 @@ class Store:
             self.contents, self.items = vectors["contents"], vectors["items"]
 
     def rows(self, ids: list[bytes]) -> list[int]:
-        """The ids' rows; an error, and so the request's, where one was never sent to `items`."""
+        """Returns the ids' rows; a KeyError, which fails the request, means that an id was never sent to `items`."""
         try:
             return [self.row_of[item] for item in ids]
         except KeyError:

@@ -1,19 +1,19 @@
-"""The peer that a team would take from the shelf: Triton with a Python-backend model, same bundle and work as midemb.
+"""A peer from standard software: Triton with a Python-backend model, with midemb's bundle and work.
 
     python benches/peers/triton_server.py --bundle models/default [--instances 2]
 
-Writes a model repository (`triton_model.py`, twice) into a temporary folder and runs the `tritonserver` that the
-package nvidia-pytriton carries, on a free loopback port. Prints one line, `serving GRPC PID`, when it is ready, and
-ends with SIGTERM, and Triton with it. `triton_bench.py` is its client.
+Writes a model repository (`triton_model.py`, twice) to a temporary folder and runs the `tritonserver` of the package
+nvidia-pytriton on a free loopback port. Prints one line, `serving GRPC PID`, when it is ready. On SIGTERM it stops
+Triton and ends. `triton_bench.py` is its client.
 
-It is set up to be fast: an instance a core, one thread each, no batching and so no waiting for a batch, no HTTP, no
-metrics, no tracing. What it leaves out is in its favour: see `python_server.py`, and there are no statuses at all.
+It is set up to be fast: one instance per core, one thread each, no batching (so no waiting for a batch), no HTTP, no
+metrics, no tracing. The features that it lacks make it faster: those in `python_server.py`, and also all statuses.
 
-Ids are BYTES tensors, one element an id, as the protocol means it. Triton takes those apart in Python, 0.3 CPU ms for
-580 ids; a caller who joins them into one element, and so makes up a format of his own, saves most of that.
+Ids are BYTES tensors with one element per id, as the protocol intends. Triton decodes these in Python, which takes 0.3
+CPU ms for 580 ids; a client that joins them into one element, which is a custom format, saves most of that.
 
-Standard library only; whichever Python starts it, it goes on in that of `benches/.venv-triton` (`make bench-setup`):
-Triton's Python backend is built against numpy 1, and everything else here runs on numpy 2.
+Uses the standard library only. Any Python can start it; it then continues with the Python of `benches/.venv-triton`
+(`make bench-setup`), because Triton's Python backend is built for numpy 1 and everything else here uses numpy 2.
 """
 
 import argparse
@@ -36,7 +36,7 @@ MODEL = Path(__file__).with_name("triton_model.py")
 ENVIRONMENT = Path(__file__).resolve().parents[1] / ".venv-triton"
 INSTALL = "make bench-setup"
 
-# name: (inputs, outputs), each (name, type, dims).
+# Model name: (inputs, outputs), where each tensor is (name, type, dims).
 ID = "TYPE_STRING", "-1"
 MODELS = {
     "items": ([("IDS", *ID), ("CONTENT", "TYPE_FP32", "-1, -1")], [("KEPT", "TYPE_INT64", "1")]),
@@ -45,11 +45,11 @@ MODELS = {
 
 
 class Failed(Exception):
-    """Triton cannot run; the message is for the person who runs this."""
+    """Triton cannot run. The message tells the user why."""
 
 
 def package() -> Path:
-    """The folder of Triton's own files in the installed package."""
+    """Returns the folder of Triton's files in the installed package."""
     spec = importlib.util.find_spec("pytriton")
     if spec is None:
         raise Failed(f"nvidia-pytriton is not installed in {ENVIRONMENT}: run `{INSTALL}`")
@@ -57,7 +57,7 @@ def package() -> Path:
 
 
 def python_stub(triton: Path) -> Path:
-    """The executable that runs a Python model; there is one for each version of Python."""
+    """Returns the executable that runs a Python model; there is one per Python version."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = triton / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.exists():
@@ -66,7 +66,7 @@ def python_stub(triton: Path) -> Path:
 
 
 def link_backend(folder: Path, triton: Path) -> None:
-    """The Python backend with the stub beside it, where it looks for that; the installed package stays as it is."""
+    """Links the Python backend and the stub into `folder`, so that the installed package is not changed."""
     folder.mkdir(parents=True)
     parts = filter(Path.is_file, (triton / "backends" / "python").iterdir())
     for file in [*parts, python_stub(triton)]:
@@ -99,7 +99,7 @@ def write_model(folder: Path, bundle: Path, store: Path, instances: int) -> None
 
 
 def environment(triton: Path) -> dict[str, str]:
-    """The stub embeds Python, isolated from PYTHONPATH: it is this one if it is the first `python3` of PATH."""
+    """Returns Triton's environment. PATH is set, as the stub ignores PYTHONPATH and embeds the first `python3`."""
     added = {
         "LD_LIBRARY_PATH": [sysconfig.get_config_var("LIBDIR"), triton.parents[1] / "nvidia_pytriton.libs"],
         "PATH": [Path(sys.executable).parent],
@@ -132,19 +132,19 @@ def start(folder: Path, bundle: Path, instances: int, port: int, log: Path) -> s
         "--exit-timeout-secs=5",
     ]
     with log.open("wb") as output:
-        # A group of its own, so that nothing of it is left over at the end, however it ends.
+        # Triton gets its own process group, so that `stop` can end all of its processes in any case.
         return subprocess.Popen(command, env=environment(triton), stdout=output, stderr=output, start_new_session=True)
 
 
 def wait_until_ready(process: subprocess.Popen, port: int) -> None:
-    """Triton listens when every instance of every model is up, and ends when one does not come up."""
+    """Waits until Triton listens, which means that every instance is up; if one cannot start, Triton exits."""
     until = time.monotonic() + START_WITHIN_SECONDS
     while time.monotonic() < until and process.poll() is None:
         try:
             return socket.create_connection(("127.0.0.1", port), timeout=1).close()
         except OSError:
             time.sleep(0.05)
-    raise Failed(f"tritonserver did not get ready (exit code {process.poll()})")
+    raise Failed(f"tritonserver was not ready within {START_WITHIN_SECONDS} s (exit code {process.poll()})")
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -152,7 +152,7 @@ def stop(process: subprocess.Popen) -> None:
     try:
         process.wait(timeout=STOP_WITHIN_SECONDS)
     except subprocess.TimeoutExpired:
-        print("tritonserver did not end in time and is killed", file=sys.stderr)
+        print("tritonserver did not end in time and is being killed", file=sys.stderr)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -165,7 +165,7 @@ def serve(bundle: Path, instances: int, folder: Path) -> None:
         wait_until_ready(process, port)
         print(f"serving 127.0.0.1:{port} {process.pid}", flush=True)
         if code := process.wait():
-            raise Failed(f"tritonserver ended with {code}")
+            raise Failed(f"tritonserver ended with exit code {code}")
     except Failed as failed:
         raise Failed(f"{failed}\n{log.read_text(errors='replace')[-4000:]}") from None
     finally:
@@ -180,7 +180,7 @@ def main() -> None:
     python = ENVIRONMENT / "bin" / "python"
     if python.exists() and Path(sys.prefix) != ENVIRONMENT:
         os.execv(python, [str(python), *sys.argv])
-    # An exit by exception: Triton is stopped and the folder removed on the way.
+    # SystemExit is an exception, so Triton is stopped and the folder removed before the process ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         with tempfile.TemporaryDirectory(prefix="midemb-triton-") as folder:

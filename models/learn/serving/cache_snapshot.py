@@ -53,7 +53,10 @@ def snapshot(parts: Path, out: Path, kind: str) -> list[Path]:
     source = sources[files[0]]
     for path, other in sources.items():
         if other != source:
-            raise DataError(path, None, kind, f"the vectors are those of another model than in {files[0].name} ({other.digest}, not {source.digest})")
+            reason = (
+                f"the vectors are those of another model ({other.digest}) than in {files[0].name} ({source.digest})"
+            )
+            raise DataError(path, None, kind, reason)
     out.mkdir(parents=True, exist_ok=True)
     n_rows = max(1, FILE_BYTES // (source.dim * source.dtype.itemsize + N_BYTES))
     written = []

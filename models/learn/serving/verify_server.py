@@ -49,7 +49,7 @@ class VerifyConfig:
 
     # HOST:PORT of the server's `server.listen`.
     server: str
-    # HOST:PORT of the server's `admin.listen`, for the stage `content`; it must need no credentials.
+    # HOST:PORT of the server's `admin.listen`, for the stage `content`; it must need neither TLS nor credentials.
     admin: str | None = None
     # The name that the model is served under; empty selects the only model.
     model: str = ""

@@ -94,7 +94,7 @@ def test_rows_that_are_not_ok_are_a_fault(server, towers):
 
 
 def test_a_name_that_is_not_served(server):
-    with pytest.raises(ValueError, match="serves learn, no model 'other'"):
+    with pytest.raises(ValueError, match="serves learn, but no model 'other'"):
         verify_server.verify(VerifyConfig(server.grpc, model="other"), [])
 
 
@@ -110,7 +110,7 @@ def test_drift_by_hand():
     assert drift.min_cosine == pytest.approx(24 / 25)
     drift.add(np.array([[np.nan, 1.0]]), np.array([[1.0, 1.0]]))
     assert (drift.n, drift.max_absolute, drift.min_cosine) == (2, np.inf, -1.0)
-    with pytest.raises(ValueError, match=r"mid_emb: the server answers the shape \[1, 3\], not \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"mid_emb: the server's shape is \[1, 3\], expected \[1, 2\]"):
         drift.add(np.zeros((1, 3)), np.zeros((1, 2)))
 
 
