@@ -40,7 +40,7 @@ GRAPHS = ("user_tower", "item_tower", "cvr")
 
 
 def perturb(model: ModelProto, folder: Path, seed: int) -> int:
-    """Multiplies the large matrices in place, makes external data inline, and returns the number of changed matrices."""
+    """Multiplies the large matrices in place, makes external data inline, and returns the number of changes."""
     external_data_helper.load_external_data_for_model(model, str(folder))
     n_changed = 0
     for tensor in model.graph.initializer:

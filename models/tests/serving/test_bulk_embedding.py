@@ -268,7 +268,7 @@ def test_parts_of_two_bundles_are_never_mixed(tmp_path):
     other = FIXTURE.parent / "reencoded"
     bulk_embedding.embed_catalogue(job(tmp_path, bundle=other, out=tmp_path / "other"))
     (tmp_path / "other" / "part-000003.parquet").rename(tmp_path / "out" / "part-000003.parquet")
-    with pytest.raises(DataError, match=r"part-000003\.parquet, column content: is of"):
+    with pytest.raises(DataError, match=r"part-000003\.parquet, column content: the part has"):
         cache_snapshot.snapshot(tmp_path / "out", tmp_path / "snapshot", "content")
     with pytest.raises(DataError, match=r"there is no part-\*\.parquet"):
         cache_snapshot.snapshot(tmp_path, tmp_path / "snapshot", "content")

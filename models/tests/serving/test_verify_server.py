@@ -136,7 +136,7 @@ def test_tensors_of_each_dtype(number):
     values = np.array([[1.5, -2.0], [0.25, 0.0]], np.float32)
     data = values.astype(grpc_messages.DTYPES[number]).tobytes()
     assert np.array_equal(grpc_messages.array(messages.Tensor(dtype=number, shape=[2, 2], data=data)), values)
-    with pytest.raises(ValueError, match=rf"has {len(data)} bytes for \[2, 3\]"):
+    with pytest.raises(ValueError, match=rf"has {len(data)} bytes for the shape \[2, 3\]"):
         grpc_messages.array(messages.Tensor(dtype=number, shape=[2, 3], data=data))
     with pytest.raises(ValueError, match="has the dtype 0"):
         grpc_messages.array(messages.Tensor(dtype=0, shape=[2, 2], data=data))
