@@ -71,7 +71,7 @@ def test_other_towers_are_found_out_where_they_begin(server, capsys):
     off = re.findall(r"^(\w+) .*OUT OF TOLERANCE$", shown, re.MULTILINE)
     # The encoder is the same in both, so content is not off.
     assert off == ["item_emb", "user_emb", "mid_emb", "cvr"]
-    assert f"fault: version is '1', {FIXTURES / 'retrained'} has '{other.version}'" in shown
+    assert f"fault: version is '1', but {FIXTURES / 'retrained'} has '{other.version}'" in shown
     faults = re.findall(r"^fault: (\w+) is", shown, re.MULTILINE)
     assert faults == ["version", "digest", "tower_digest"]
 
@@ -136,7 +136,7 @@ def test_tensors_of_each_dtype(number):
     values = np.array([[1.5, -2.0], [0.25, 0.0]], np.float32)
     data = values.astype(grpc_messages.DTYPES[number]).tobytes()
     assert np.array_equal(grpc_messages.array(messages.Tensor(dtype=number, shape=[2, 2], data=data)), values)
-    with pytest.raises(ValueError, match=rf"has {len(data)} bytes for \[2, 3\]"):
+    with pytest.raises(ValueError, match=rf"has {len(data)} bytes for the shape \[2, 3\]"):
         grpc_messages.array(messages.Tensor(dtype=number, shape=[2, 3], data=data))
     with pytest.raises(ValueError, match="has the dtype 0"):
         grpc_messages.array(messages.Tensor(dtype=0, shape=[2, 2], data=data))
