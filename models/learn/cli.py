@@ -250,7 +250,7 @@ def _check(arguments: Arguments) -> None:
     run = _run(arguments)
     run.check_labels()
     if arguments.start is not None:
-        run.beginning(arguments.start)
+        run.towers_of(arguments.start)
 
 
 def _study(arguments: Arguments) -> None:

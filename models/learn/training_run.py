@@ -99,22 +99,22 @@ class Run:
             raise ValueError('pch.item_tower = "content" has no item tower to serve; `learn study` can compare it')
         # Read now, because encoder and data may have changed on disk by the time training ends.
         origin, own = self._origin(), self._generation()
-        began = None if start is None else self.beginning(start)
+        first_towers = None if start is None else self.towers_of(start)
         data_parallel.start()
         dataset, device = self.dataset(), data_parallel.device()
         content = data_parallel.first_then_others(lambda: self.content(dataset))
         sizes = replace(settings.pch, content_dim=content.shape[1])
         torch.manual_seed(settings.train.seed)
         model = Learn(Pch(sizes), content, settings.standardise)
-        if began is not None:
-            model.load_towers(began["weights"])
+        if first_towers is not None:
+            model.load_towers(first_towers["weights"])
         model = model.to(device)
         train(settings.train, model, dataset, self.split(dataset), self.folder)
         model.cpu().finish()
         if data_parallel.is_first():
-            # These were made from earlier towers.
+            # These belong to the towers that are replaced here.
             self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
-            lineage = [*(began["lineage"] if began else []), own]
+            lineage = [*(first_towers["lineage"] if first_towers else []), own]
             _save(self.folder / "towers.pt", model.pch, sizes, origin, lineage)
             self._remove("checkpoint.pt")
         data_parallel.stop()
@@ -126,10 +126,10 @@ class Run:
         pch.load_state_dict(saved["weights"])
         return pch.eval()
 
-    def beginning(self, other: Path) -> dict[str, Any]:
-        """The saved towers of another run.
+    def towers_of(self, other: Path) -> dict[str, Any]:
+        """The saved towers of another run, for this run to start training from.
 
-        ValueError if they do not fit this run, or may have seen events that it holds out.
+        Raises ValueError if they do not fit this run, or may have been trained on events that it holds out.
         """
         path = _trained_towers(other)
         saved, own = _read(path, "train"), self._generation()
@@ -138,9 +138,9 @@ class Run:
         for past in saved["lineage"]:
             if past["events"] == own["events"] and past["split"] != own["split"]:
                 raise ValueError(
-                    f"{path}: its towers were trained, in the run {past['run']}, on the same events with "
-                    f"{past['split']} held out, and this run holds out {own['split']}: they may have seen what this "
-                    "one is measured on"
+                    f"{path}: its towers were trained in the run {past['run']} on the same events with "
+                    f"{past['split']} held out, but this run holds out {own['split']}, so they may have seen its test "
+                    "events; use the same split in both runs"
                 )
         found = {"encoder": saved["origin"]["encoder"], **saved["sizes"]}
         for name, wanted in {"encoder": self._origin()["encoder"], **asdict(self.settings.pch)}.items():
@@ -149,7 +149,7 @@ class Run:
                 name == "max_history" and self.settings.pch.positions == "none"
             )
             if found[name] != wanted and not is_free:
-                raise ValueError(f"{path}: its towers have {name} = {found[name]!r}, this run wants {wanted!r}")
+                raise ValueError(f"{path}: its towers have {name} = {found[name]!r}, but this run needs {wanted!r}")
         return saved
 
     def started_from(self) -> tuple[str, ...]:
@@ -165,21 +165,21 @@ class Run:
         return {"run": self.folder.resolve().name, "events": events, "split": asdict(self.settings.chosen_split())}
 
     def check_labels(self) -> None:
-        """ValueError if all events are conversions or none is: then a head has nothing to learn."""
+        """Raises ValueError if all events are conversions or none is, so that a head has nothing to learn."""
         liked_from, dataset = self.settings.cvr.liked_from, self.dataset()
         values = np.concatenate([sequence.values for sequence in dataset.sequences])
         n_liked = int((values >= liked_from).sum())
         if n_liked in (0, len(values)):
             raise ValueError(
-                f"{n_liked:,} of {len(values):,} events have a value of cvr.liked_from = {liked_from:g} or more, and a "
-                "CVR head learns from both kinds: give the log a `value`, or say in --config from which value on it is "
-                "one; `learn train` and `learn evaluate` need neither"
+                f"{n_liked:,} of {len(values):,} events have a value of cvr.liked_from = {liked_from:g} or more, but a "
+                "CVR head learns from both labels: give the log a `value` column, or set another cvr.liked_from in "
+                "--config (`learn train` and `learn evaluate` work without either)"
             )
         parts, advice = ("training", "validation", "test"), "hold out other events, or set another value"
         check_labels(dataset.sequences, self.split(dataset), parts, liked_from, advice)
 
     def train_cvr(self) -> None:
-        """Trains the head and saves it and, with `cvr.tune_towers`, the towers that were tuned with it."""
+        """Trains the head and saves it; with `cvr.tune_towers`, saves the tuned towers as well."""
         self.check_labels()
         self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
         dataset, pch = self.dataset(), self.towers()
@@ -200,10 +200,10 @@ class Run:
         return head.eval()
 
     def cases(self, n_users: int) -> Iterator[verify_server.Case]:
-        """Requests of `n_users` of the run's users, with PyTorch's answers.
+        """Requests for `n_users` of the run's users, each with the answer that PyTorch computes.
 
-        Each has the user's newest history; the candidates are the last items of all these users. Histories are up to
-        twice as long as the tower reads, to check where the server cuts them.
+        A request holds the user's newest history and, as candidates, the last items of all these users. Histories are
+        up to twice as long as the tower reads, to check where the server truncates them.
         """
         dataset, longest = self.dataset(), 2 * self.settings.pch.max_history
         towers = verify_server.Towers(self.source.loaded(), self.towers(), self.head())
@@ -213,7 +213,7 @@ class Run:
         return verify_server.torch_cases(towers, dataset.texts, pages)
 
     def evaluate(self) -> None:
-        """Measures towers and popularity on the test events and writes metrics.json."""
+        """Measures the towers, and popularity as a baseline, on the test events and writes metrics.json."""
         dataset, pch = self.dataset(), self.towers()
         content, split = self.content(dataset), self.split(dataset)
         towers = full_ranking.metrics(full_ranking.tower_ranks(pch, content, dataset, split.test))
@@ -224,7 +224,7 @@ class Run:
         _report(self.folder / "metrics.json", figures)
 
     def _origin(self) -> dict[str, Any]:
-        """The split and the encoder, which towers, head and figures of one run must share."""
+        """The split and the encoder, which the towers, the head and the metrics of one run must share."""
         encoder = f"{self.encoder.resolve().name} {self.source.identity.hexdigest()[:12]}"
         return {"split": asdict(self.settings.chosen_split()), "encoder": encoder}
 
@@ -232,8 +232,8 @@ class Run:
         saved = _read(path, step)
         if (origin := saved.get("origin")) != self._origin():
             raise ValueError(
-                f"{path}: its towers were trained with {origin}, the settings say {self._origin()}; "
-                "train again, or name the config of that training"
+                f"{path}: its towers were trained with {origin}, but the settings say {self._origin()}; "
+                "train again, or pass the config of that training"
             )
         return saved
 
@@ -242,7 +242,7 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
     def export(self, out: Path, label: shipped_bundle.Label, facts: dict[str, Any]) -> None:
-        """Writes the run's models as a bundle. `facts` go into its manifest beside the figures of this run."""
+        """Writes the run's models as a bundle; its manifest gets `facts` and the metrics of this run."""
         figures = {}
         for name, step in (("metrics.json", "evaluate"), ("cvr.json", "cvr")):
             figures |= json.loads(_there(self.folder / name, step).read_text())
@@ -258,7 +258,7 @@ class Run:
 
 
 def prepare_config(wanted: PrepareSettings, split: data.SplitConfig | data.TimeSplitConfig) -> data.PrepareConfig:
-    """The settings as the config that `data.prepare` takes."""
+    """Turns the settings into the config of `data.prepare`."""
     fields = None if wanted.text_fields is None else tuple(wanted.text_fields)
     return data.PrepareConfig(
         split=split,

@@ -86,7 +86,7 @@ def _begin_with_other_towers(tmp_path, where, capsys):
     # Neither other sizes nor towers that have seen what is held out.
     (tmp_path / "wide.toml").write_text("[pch]\nffn = 128\n")
     assert main(["train", *own[:-2], "--config", str(tmp_path / "wide.toml"), "--from", str(tmp_path / "run")]) == 1
-    assert "its towers have ffn = 256, this run wants 128" in capsys.readouterr().err
+    assert "its towers have ffn = 256, but this run needs 128" in capsys.readouterr().err
     leaky = ["--run", str(tmp_path / "leaky"), "--encoder", str(tmp_path / "encoder")]
     leaky += ["--config", str(tmp_path / "other.toml")]
     assert main(["prepare", *map(str, where[:2]), *leaky]) == 0
@@ -94,7 +94,7 @@ def _begin_with_other_towers(tmp_path, where, capsys):
     for start in ("run", "next"):
         assert main(["train", *leaky, "--from", str(tmp_path / start)]) == 1
         error = capsys.readouterr().err
-        assert "trained, in the run run, on the same events" in error and "what this one is measured on" in error
+        assert "trained in the run run on the same events" in error and "may have seen its test events" in error
     assert not (tmp_path / "leaky" / "cache").exists()
     (tmp_path / "encoder" / "again").mkdir()
     _another_encoder(tmp_path / "encoder" / "again")
@@ -160,7 +160,7 @@ def test_a_shop_of_ones_own_from_its_csv_to_bundle_ranking_model_and_report(tmp_
         assert "mid_emb" in capsys.readouterr().out
     # Labels are 0 and 1: without the setting nothing is a conversion, and the message says which setting.
     assert main(["rank", *where, "--seed", "1"]) == 1
-    assert "with a value of cvr.liked_from = 4 or more" in capsys.readouterr().err
+    assert "have a value of cvr.liked_from = 4 or more" in capsys.readouterr().err
     for name, cut in (("run", ""), ("by-time", "[time_split]\nfractions = [0.6, 0.8]\n")):
         (tmp_path / "rank.toml").write_text((tmp_path / "shop.toml").read_text() + cut)
         own = ["--run", str(tmp_path / name), *where[2:], "--config", str(tmp_path / "rank.toml")]
@@ -200,7 +200,7 @@ def test_a_log_without_conversions_is_refused_before_anything_is_trained(tmp_pat
     rows = [f"u{user},i{(user + at) % 9},{at},{at % 2}" for user in range(6) for at in range(6)]
     (tmp_path / "in" / "interactions.csv").write_text("\n".join(["user,item,timestamp,value", *rows]) + "\n")
     assert main(["all", *where, "--config", str(tmp_path / "low.toml")]) == 1
-    assert "validation has 6 events, 0 of them with a value of cvr.liked_from = 1" in capsys.readouterr().err
+    assert "0 of the 6 validation events have a value of cvr.liked_from = 1" in capsys.readouterr().err
     (tmp_path / "low.toml").write_text("[cvr]\nliked_from = 1\n[split]\nn_test = 0\nn_validation = 2\n")
     assert main(["all", *where, "--config", str(tmp_path / "low.toml")]) == 1
-    assert "test has 0 events, 0 of them" in capsys.readouterr().err
+    assert "0 of the 0 test events have a value" in capsys.readouterr().err

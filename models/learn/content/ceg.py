@@ -108,7 +108,7 @@ class Encoder:
 
     @property
     def identity(self) -> hashlib._Hash:
-        """See `_model_digest`."""
+        """A SHA-256 that identifies the model, whatever its dtype; see `_model_digest`."""
         return _model_digest(self)
 
     def loaded(self) -> Encoder:
@@ -126,27 +126,27 @@ class EncoderFolder:
 
     @property
     def weights(self) -> tuple[Path, ...]:
-        """As in `Encoder`."""
+        """The files of the weights."""
         return language_model.weight_files(self.folder)
 
     @property
     def config_path(self) -> Path | None:
-        """As in `Encoder`."""
+        """The model's config file, if the folder has one."""
         return language_model.config_file(self.folder)
 
     @property
     def tokenizer_path(self) -> Path:
-        """As in `Encoder`."""
+        """The tokenizer's file."""
         return language_model.tokenizer_file(self.folder)
 
     @property
     def dtype(self) -> torch.dtype:
-        """As in `Encoder`."""
+        """The dtype in which the weights will be loaded."""
         return language_model.DTYPES[self.config.dtype]
 
     @cached_property
     def identity(self) -> hashlib._Hash:
-        """See `_model_digest`; all files are read on the first access."""
+        """The same digest as `Encoder.identity`; all files are read on the first access."""
         return _model_digest(self)
 
     def loaded(self) -> Encoder:

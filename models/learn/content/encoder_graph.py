@@ -20,7 +20,7 @@ class EncoderGraph(nn.Module):
         self.extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Shapes as above."""
+        """Content embeddings [b,C] of token ids [b,s]; padding, where the mask is 0, does not change them."""
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **self.extra).last_hidden_state
         weight = attention_mask.unsqueeze(-1).to(torch.float32)  # [b,s,1]
         mean = (hidden.to(torch.float32) * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)

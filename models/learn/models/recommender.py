@@ -76,7 +76,7 @@ class Learn(Recommender):
         self.ids = None if ids == "none" else IdTables(len(content), pch.config, ids)
 
     def states(self, items: Tensor, times: Tensor) -> Tensor:
-        """As above; `times` is not read."""
+        """PCH over the adapted content of the items; `times` is not read."""
         return self.pch.states_from_adapted(self._tower_inputs(items))
 
     def item_embeddings(self, items: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Learn(Recommender):
         return super().target_keys(items, times)
 
     def last(self, items: Tensor, times: Tensor, length: Tensor) -> Tensor:
-        """As above, and as in serving: the last layer is computed only at the last item."""
+        """As in serving, the last layer is computed only at the last item of each user; `times` is not read."""
         mask = (torch.arange(items.shape[1], device=items.device)[None] < length[:, None]).long()
         return self.pch.last_from_adapted(self._tower_inputs(items), mask)
 
@@ -152,7 +152,7 @@ class IdTowers(Recommender):
         self.ids = IdTables(n_items, pch.config, "tied")
 
     def states(self, items: Tensor, times: Tensor) -> Tensor:
-        """As above; `times` is not read."""
+        """PCH over the learned vectors of the items; `times` is not read."""
         return self.pch.states_from_adapted(self.ids.inputs(items))
 
     def item_embeddings(self, items: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class UserTowerGraph(nn.Module):
         self.pch = pch
 
     def forward(self, content: Tensor, mask: Tensor) -> Tensor:
-        """Shapes as above."""
+        """The user embedding: the state after the newest item of each history."""
         return self.pch.last(content, mask)
 
 
@@ -32,7 +32,7 @@ class ItemTowerGraph(nn.Module):
         self.pch = pch
 
     def forward(self, content: Tensor) -> Tensor:
-        """Shapes as above."""
+        """The item embedding: PCH on each item alone."""
         return self.pch.alone(content)
 
 
@@ -44,6 +44,6 @@ class CvrGraph(nn.Module):
         self.head = head
 
     def forward(self, user: Tensor, item: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Shapes as above."""
+        """The middle vector of the head, and the probability of a conversion."""
         mid_emb, logit = self.head(user, item, row)
         return mid_emb, logit.sigmoid()

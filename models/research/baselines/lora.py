@@ -59,7 +59,7 @@ class LoraEncoder(Recommender):
         self.register_load_state_dict_post_hook(lambda module, _keys: module._forget())
 
     def train(self, mode: bool = True) -> LoraEncoder:
-        """As in torch. Embeddings of older weights are dropped."""
+        """Sets the mode; training mode drops the embeddings that were computed with older weights."""
         if mode:
             self._forget()
         return super().train(mode)

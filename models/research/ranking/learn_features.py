@@ -17,7 +17,7 @@ from learn.evaluation.full_ranking import metrics, tower_ranks
 from learn.models.cvr import CvrConfig, CvrHead
 from learn.models.pch import Pch, PchConfig
 from learn.models.recommender import Learn
-from learn.training.train_cvr_head import CvrTrainConfig, check_labels, examples, fit_head, kept, windows
+from learn.training.train_cvr_head import CvrTrainConfig, check_labels, examples, fit_head, is_history, windows
 from learn.training.train_recommender import TrainConfig, train
 from research.ranking import event_parts
 from research.ranking.event_parts import Events
@@ -97,7 +97,7 @@ def histories(dataset: Dataset, split: Split, config: MidEmbeddingConfig) -> tup
         ends[event.user] = max(ends[event.user], event.position + 1)
     for user, (sequence, n_known, end) in enumerate(zip(dataset.sequences, split.n_train, ends, strict=True)):
         # Later events are removed here, so that no mistake further down can read them.
-        keep = np.flatnonzero(kept(np.asarray(sequence.values[:end]), config.cvr.history, config.cvr.liked_from))
+        keep = np.flatnonzero(is_history(np.asarray(sequence.values[:end]), config.cvr.history, config.cvr.liked_from))
         columns = (np.asarray(column)[keep] for column in (sequence.items, sequence.values, sequence.timestamps))
         sequences.append(Sequence(sequence.user, *columns))
         n_train.append(int((keep < n_known).sum()))

@@ -124,13 +124,13 @@ def rank(config: RankConfig, dataset: Dataset, content: Tensor, out: Path) -> li
 
 
 def tabulate(config: RankConfig, dataset: Dataset, events: Events) -> Table:
-    """Ids, simple features and labels of all events. ValueError if a part has events of one label only."""
+    """Ids, simple features and labels of all events. Raises ValueError if all labels of a part are the same."""
     for name, part in PARTS.items():
         labels = events.label[events.part == part]
         if not 0 < labels.sum() < len(labels):
             raise ValueError(
-                f"part {name!r} has {len(labels)} events, {int(labels.sum())} of them with a value of cvr.liked_from "
-                f"= {config.split.liked_from:g} or more, and a ranking model needs events of both kinds"
+                f"{int(labels.sum()):,} of the {len(labels):,} events of the part {name!r} have a value of "
+                f"cvr.liked_from = {config.split.liked_from:g} or more, but a ranking model needs both labels there"
             )
     rows = config.ranker.id_rows
     ids = []

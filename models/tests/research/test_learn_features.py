@@ -7,7 +7,7 @@ from conftest import small_pch
 from learn.data import Dataset, Event, Sequence, Split
 from learn.data.item_text import ItemText
 from learn.models.cvr import CvrConfig, CvrHead
-from learn.training.train_cvr_head import CvrTrainConfig, kept
+from learn.training.train_cvr_head import CvrTrainConfig, is_history
 from research.ranking import event_parts, learn_features
 from research.ranking.learn_features import Learned, MidEmbeddingConfig
 
@@ -56,7 +56,7 @@ def test_features_are_those_of_the_served_models_before_each_event():
     for place in range(0, len(rows), 7):
         user, position = events.user[rows[place]], events.position[rows[place]]
         sequence = dataset.sequences[user]
-        past = sequence.items[:position][kept(sequence.values[:position], "liked")]
+        past = sequence.items[:position][is_history(sequence.values[:position], "liked")]
         with torch.no_grad():
             state = pch.last(content[torch.from_numpy(past)][None], torch.ones(1, len(past), dtype=torch.int64))
             item = pch.alone(content[[sequence.items[position]]])

@@ -161,7 +161,7 @@ def test_mistakes_are_named(world, tmp_path):
     with pytest.raises(ValueError, match="3 rows"):
         rank(CONFIG, dataset, content[:3], tmp_path)
     liked = [replace(s, values=np.full(LENGTH, 5.0, dtype=np.float32)) for s in dataset.sequences]
-    with pytest.raises(ValueError, match=r"2280 of them with a value of cvr\.liked_from = 4"):
+    with pytest.raises(ValueError, match=r"2,280 of the 2,280 events of the part .* have a value"):
         rank(CONFIG, replace(dataset, sequences=liked), content, tmp_path)
 
 

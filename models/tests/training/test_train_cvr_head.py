@@ -15,10 +15,10 @@ from learn.training.train_cvr_head import (
     CvrTrainConfig,
     examples,
     fit_head,
-    kept,
+    is_history,
     train_head,
     windows,
-    within_user,
+    within_user_loss,
 )
 
 N_ITEMS = 40
@@ -38,7 +38,7 @@ def content(dim=12):
 
 def served_state(pch, vectors, sequence, position, history):
     """What the served user tower says before the event, from the newest items that the caller would send."""
-    items = sequence.items[:position][kept(sequence.values[:position], history)][-pch.config.max_history :]
+    items = sequence.items[:position][is_history(sequence.values[:position], history)][-pch.config.max_history :]
     padded = torch.zeros(1, pch.config.max_history, vectors.shape[1])
     padded[0, : len(items)] = vectors[torch.from_numpy(items)]
     mask = (torch.arange(pch.config.max_history) < len(items)).long()[None]
@@ -70,7 +70,7 @@ def test_sliding_windows_read_at_least_half_and_nothing_of_the_future(history, l
         for place, state, item in zip(window.row, window.state, window.item, strict=True):
             user, position = events[place]
             assert item == runs[user].items[position]
-            before = runs[user].items[:position][kept(runs[user].values[:position], history)]
+            before = runs[user].items[:position][is_history(runs[user].values[:position], history)]
             assert window.history[:state].tolist() == before[len(before) - state :].tolist()
             assert state >= min(len(before), max(1, longest // 2)) or state == len(before)
             seen[int(place)] = True
@@ -79,7 +79,7 @@ def test_sliding_windows_read_at_least_half_and_nothing_of_the_future(history, l
 
 def test_a_bad_history_is_named():
     with pytest.raises(ValueError, match="'seen'"):
-        kept(np.ones(3), "seen")
+        is_history(np.ones(3), "seen")
 
 
 def test_within_user_by_hand():
@@ -87,8 +87,8 @@ def test_within_user_by_hand():
     liked, owner = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 1, 1])
     # User 0: 1 over 0 and 1 over 3; user 1 has liked events only.
     want = (math.log1p(math.exp(-1.0)) + math.log1p(math.exp(2.0))) / 2
-    assert within_user(logit, liked, owner).item() == pytest.approx(want)
-    assert within_user(logit[:1], liked[:1], owner[:1]).item() == 0.0
+    assert within_user_loss(logit, liked, owner).item() == pytest.approx(want)
+    assert within_user_loss(logit[:1], liked[:1], owner[:1]).item() == 0.0
 
 
 def taste():
