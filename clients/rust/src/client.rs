@@ -20,11 +20,11 @@ const GET_MID_EMB: &str = "GetMidEmb";
 const WARM_ITEMS: &str = "WarmItems";
 const GET_MODEL_INFO: &str = "GetModelInfo";
 
-/// Ids remembered for each replica unless said otherwise: 10 MB where ids have 36 characters.
+/// Ids remembered per replica by default: 10 MB where ids have 36 characters.
 const DEFAULT_REMEMBERED_ITEMS: usize = 100_000;
 const WARM_UP_CHUNK: usize = 64;
 
-/// Asks one or several replicas for mid-embs. Clones share the connections and what is remembered.
+/// Asks one or several replicas for mid-embs. Clones share the connections and the memory of which texts were sent.
 #[derive(Debug, Clone)]
 pub struct Client {
     replicas: Arc<Replicas>,
@@ -87,14 +87,14 @@ impl Builder {
         }
     }
 
-    /// Connects when the first call is made. Must be called within a tokio runtime all the same.
+    /// Connects when the first call is made. It must be called within a tokio runtime nevertheless.
     pub fn connect_lazily(self) -> Result<Client, Error> {
         let replica = |address: Address| Replica::new(&address, address.connect_lazily(), self.max_remembered_items);
         let replicas = self.addresses()?.into_iter().map(replica).collect();
         Ok(Client { replicas: Arc::new(Replicas::new(replicas)), retry: self.retry })
     }
 
-    /// At least one.
+    /// The addresses, of which there is at least one.
     fn addresses(&self) -> Result<Vec<Address>, Error> {
         if self.addresses.is_empty() {
             return Err(Error::NoAddress);
@@ -113,7 +113,7 @@ pub struct Warmed {
 }
 
 impl Client {
-    /// Starts with the defaults. An address is `host:port` or a URL: one for each replica.
+    /// Starts with the defaults. `addresses` has one `host:port` or URL per replica.
     pub fn builder<A: Into<String>>(addresses: impl IntoIterator<Item = A>) -> Builder {
         Builder {
             addresses: addresses.into_iter().map(Into::into).collect(),
@@ -149,7 +149,7 @@ impl Client {
         }
     }
 
-    /// One page with as many attempts as the policy allows, the first of them to `preferred` unless that replica rests.
+    /// One page with as many attempts as the policy allows, the first of them to `preferred` unless that replica is avoided.
     async fn page<'a>(
         &'a self,
         request: &GetMidEmbRequest,
@@ -158,9 +158,9 @@ impl Client {
         deadline: Deadline,
     ) -> Result<Page<'a>, Error> {
         let mut attempts = Attempts::new(GET_MID_EMB, self.retry, deadline);
-        let mut preferred = preferred.filter(|replica| !replica.rests());
+        let mut preferred = preferred.filter(|replica| !replica.is_avoided());
         loop {
-            let replica = preferred.take().unwrap_or_else(|| self.replicas.pick());
+            let replica = preferred.take().unwrap_or_else(|| self.replicas.best());
             let sent = match texts {
                 Texts::All => request.clone(),
                 Texts::Unsent => GetMidEmbRequest {
@@ -189,7 +189,7 @@ impl Client {
         let deadline = Deadline::after(deadline);
         let mut attempts = Attempts::new(GET_MODEL_INFO, self.retry, deadline);
         loop {
-            let replica = self.replicas.pick();
+            let replica = self.replicas.best();
             let call = async { replica.service().get_model_info(deadline.request(GetModelInfoRequest {})).await };
             match answer_of(replica, deadline, call).await {
                 Ok(answer) => return Ok(answer),
@@ -217,7 +217,7 @@ impl Client {
 
     /// The generated client of one replica, for calls that nothing should be added to: load generators and tests.
     pub fn service(&self) -> MidEmbServiceClient<Channel> {
-        self.replicas.pick().service()
+        self.replicas.best().service()
     }
 }
 
@@ -257,19 +257,19 @@ fn check_rows(sent: &GetMidEmbRequest, answer: &GetMidEmbResponse) -> Result<(),
     Err(Error::Rows { n_candidates, n_statuses: answer.statuses.len() })
 }
 
-/// Makes a call, and notes whether the replica takes calls.
+/// Makes a call, and records whether the replica took it.
 async fn answer_of<T>(
     replica: &Replica,
     deadline: Deadline,
     call: impl Future<Output = Result<Response<T>, Status>>,
 ) -> Result<T, Status> {
-    let _under_way = replica.call_under_way();
+    let in_flight = replica.start_call();
     let answer = deadline.answer(call).await;
     match &answer {
         // The replica may be gone or merely slow. Keep-alive pings find out which.
-        Err(status) if is_local_timeout(status) => {}
-        Err(status) if Failure::of(status) == Failure::Unanswered => replica.did_not_take_a_call(),
-        _ => replica.has_answered(),
+        Err(status) if is_local_timeout(status) => drop(in_flight),
+        Err(status) if Failure::of(status) == Failure::Unanswered => in_flight.was_not_taken(),
+        _ => in_flight.was_answered(),
     }
     answer
 }

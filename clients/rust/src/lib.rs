@@ -1,6 +1,6 @@
 //! A client of midemb for ranking services and operators.
 //!
-//! [`Client`] asks for mid-embs. It follows the contract's rules, so that its caller need not:
+//! [`Client`] asks for mid-embs. It follows the rules of the wire contract, so that its caller does not have to:
 //!
 //! - **Text is sent once.** Give every item with its text. A replica that has seen the text is sent the id alone; a row that
 //!   comes back `UNKNOWN_ITEM` is asked for again with its text, once, and merged into the answer.
@@ -9,8 +9,8 @@
 //! - **[`Client::get_mid_emb`] and [`Client::get_model_info`] take a deadline**, which covers all attempts and travels with
 //!   each as `grpc-timeout`. [`Client::warm_items`] and the calls of [`AdminClient`] have none: put `tokio::time::timeout`
 //!   around them where you need one.
-//! - **Several addresses share the load.** A call goes to the replica with the fewest calls under way; a replica that cannot
-//!   be reached is left alone for a while, and the call goes to another one at once.
+//! - **Several addresses share the load.** A call goes to the replica with the fewest calls in flight. When a replica cannot
+//!   be reached, the call goes to another one at once, and a single call per second probes whether it is back.
 //!
 //! [`Tensor`](proto::Tensor) gives its numbers as `f32` slices, without a copy where the received bytes allow it.
 //! [`AdminClient`] is for operators: status, pushes, rollbacks and caches.

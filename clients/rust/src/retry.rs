@@ -92,7 +92,7 @@ impl Attempts {
         let pause = match Failure::of(&status) {
             Failure::Unanswered => match replicas {
                 Availability::SomeReady => Duration::ZERO,
-                Availability::AllRest => self.backoff(),
+                Availability::NoneReady => self.backoff(),
             },
             // Up to half as long again as the server asked, so that callers do not come back all at once.
             Failure::Shed(delay) => delay.mul_f64(1.0 + fastrand::f64() / 2.0),
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_no_server_took_or_what_was_shed_is_sent_again() {
+    fn only_calls_that_no_server_took_or_that_were_shed_are_sent_again() {
         let mut broken = Status::internal("h2");
         broken.set_source(std::sync::Arc::new(std::io::Error::other("connection reset")));
         assert_eq!(Failure::of(&Status::unavailable("draining")), Failure::Unanswered);
@@ -144,9 +144,9 @@ mod tests {
     async fn the_number_of_attempts_is_bounded() {
         let mut attempts = attempts(3, Duration::from_secs(60));
         for _ in 0..2 {
-            attempts.wait_after(Status::unavailable("draining"), Availability::AllRest).await.unwrap();
+            attempts.wait_after(Status::unavailable("draining"), Availability::NoneReady).await.unwrap();
         }
-        let error = attempts.wait_after(Status::unavailable("draining"), Availability::AllRest).await.unwrap_err();
+        let error = attempts.wait_after(Status::unavailable("draining"), Availability::NoneReady).await.unwrap_err();
         assert_eq!(error.to_string(), "GetMidEmb: Unavailable: draining");
     }
 
@@ -154,23 +154,24 @@ mod tests {
     async fn a_shed_call_waits_as_long_as_the_server_asks_and_not_beyond_the_deadline() {
         let mut attempts = attempts(9, Duration::from_secs(1));
         let start = Instant::now();
-        attempts.wait_after(shed(Duration::from_millis(100)), Availability::AllRest).await.unwrap();
+        attempts.wait_after(shed(Duration::from_millis(100)), Availability::NoneReady).await.unwrap();
         assert!((100..=151).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
-        let error = attempts.wait_after(shed(Duration::from_secs(2)), Availability::AllRest).await.unwrap_err();
+        let error = attempts.wait_after(shed(Duration::from_secs(2)), Availability::NoneReady).await.unwrap_err();
         assert_eq!(error.code(), Some(Code::ResourceExhausted));
         assert!(start.elapsed() < Duration::from_millis(200), "it waited for an attempt that could not be made");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_deadline_that_passed_is_said_as_such() {
+    async fn a_deadline_that_passed_is_reported_as_such() {
         let mut attempts = attempts(9, Duration::from_millis(20));
         let error = attempts
-            .wait_after(Status::deadline_exceeded("no row was ready"), Availability::AllRest)
+            .wait_after(Status::deadline_exceeded("no row was ready"), Availability::NoneReady)
             .await
             .unwrap_err();
         assert_eq!(error.to_string(), "GetMidEmb: no answer within the deadline of 20ms");
         tokio::time::advance(Duration::from_millis(20)).await;
-        let error = attempts.wait_after(Status::cancelled("Timeout expired"), Availability::AllRest).await.unwrap_err();
+        let error =
+            attempts.wait_after(Status::cancelled("Timeout expired"), Availability::NoneReady).await.unwrap_err();
         assert_eq!(error.code(), Some(Code::DeadlineExceeded));
     }
 

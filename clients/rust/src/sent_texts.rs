@@ -53,7 +53,7 @@ impl SentTexts {
         }
     }
 
-    /// The replica does not have the texts of these items.
+    /// Records that the replica does not have the texts of these items.
     pub(crate) fn forget<'a>(&self, items: impl Iterator<Item = &'a Item>) {
         let Some(by_id) = &self.by_id else { return };
         let mut by_id = by_id.lock().unwrap_or_else(PoisonError::into_inner);
@@ -62,7 +62,7 @@ impl SentTexts {
         }
     }
 
-    /// Two texts of one item with the same hash would leave the old one in use: with 64 bits that is not a concern.
+    /// If two texts of one item had the same hash, the old text would stay in use; with 64 bits that is negligible.
     fn hash(&self, text: &ItemText) -> u64 {
         let ItemText { title, category, brand, price, keywords, attributes } = text;
         self.hasher.hash_one((title, category, brand, price, keywords, attributes))
