@@ -14,7 +14,7 @@ use crate::{
     pipeline::item_trace,
 };
 use anyhow::ensure;
-use requests::{Popularity, Request, Requests, Sizes, different};
+use requests::{Popularity, Request, Requests, Sizes, distinct};
 use serde::Serialize;
 use std::{hash::Hash, path::PathBuf, sync::Arc};
 
@@ -193,7 +193,7 @@ fn simulate(requests: &[Request], n_entries: usize) -> Point {
     let mut point = Point { n_entries, n_requests, item: Lookups::default(), content: Lookups::default() };
     for (i, Request { history, candidates }) in requests.iter().enumerate() {
         let missing_items = missing(&items, candidates, item_key);
-        let needed_contents = different(history.iter().chain(&missing_items).copied());
+        let needed_contents = distinct(history.iter().chain(&missing_items).copied());
         let missing_contents = missing(&contents, &needed_contents, content_key);
         if i >= n_warm_up {
             point.item.count(candidates.len(), missing_items.len());

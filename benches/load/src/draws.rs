@@ -17,12 +17,12 @@ use std::{
 pub(crate) enum Draws {
     /// Drawn by popularity.
     Zipf(Zipf),
-    /// A recorded list, again from its start when it is over.
+    /// Recorded requests; after the last one they start again from the first.
     Trace(Vec<TracedRequest>),
 }
 
 /// Zipf's law: the k-th most popular item is drawn in proportion to `1 / k^exponent`. `midemb cache-curve` draws the same
-/// items from the same seed.
+/// items from the same seed; a test on either side holds both to the same page.
 #[derive(Debug)]
 pub(crate) struct Zipf {
     /// The sum of the weights up to each item.
@@ -81,14 +81,14 @@ fn item(TracedItem(id, digest): TracedItem) -> Item {
 }
 
 impl Zipf {
-    /// The `i`-th request: different items in the history, and different ones on the page.
+    /// The `i`-th request: distinct items in the history, and distinct ones on the page.
     fn draw(&self, i: u64) -> TracedRequest {
         let mut rng = Rng::with_seed(self.seed ^ i.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        let history = self.draw_different(self.n_history, &mut rng);
-        TracedRequest { history, candidates: self.draw_different(self.n_candidates, &mut rng) }
+        let history = self.draw_distinct(self.n_history, &mut rng);
+        TracedRequest { history, candidates: self.draw_distinct(self.n_candidates, &mut rng) }
     }
 
-    fn draw_different(&self, n: usize, rng: &mut Rng) -> Vec<TracedItem> {
+    fn draw_distinct(&self, n: usize, rng: &mut Rng) -> Vec<TracedItem> {
         let (mut seen, mut drawn) = (HashSet::with_capacity(n), Vec::with_capacity(n));
         while drawn.len() < n {
             let rank = self.draw_one(rng);
@@ -99,7 +99,7 @@ impl Zipf {
         drawn
     }
 
-    /// The place of one item by popularity, from 0.
+    /// The rank of one item by popularity, from 0.
     fn draw_one(&self, rng: &mut Rng) -> usize {
         let below = rng.f64() * self.cumulative_weights.last().copied().unwrap_or_default();
         self.cumulative_weights.partition_point(|sum| *sum <= below).min(self.cumulative_weights.len() - 1)
@@ -129,6 +129,14 @@ mod tests {
         assert_eq!(ids.len(), 50, "an item twice on a page");
         assert_eq!(page.request(3), request);
         assert_ne!(page.request(4), request);
+    }
+
+    /// `midemb cache-curve` has the same constant in its own test.
+    #[test]
+    fn a_page_has_the_items_that_cache_curve_draws() {
+        let ids: Vec<String> = zipf(1000, 0, 8).request(3).candidates.into_iter().map(|item| item.id).collect();
+        let ranks = [1, 50, 5, 231, 18, 49, 175, 632];
+        assert_eq!(ids, ranks.map(|rank| format!("zipf-{rank}")));
     }
 
     #[test]

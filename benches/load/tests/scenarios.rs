@@ -1,6 +1,6 @@
 //! The scenarios against a real server on the fixture bundle, as a script runs them.
 //!
-//! The server is the `midemb` beside this test in the target folder: `make test` builds it first.
+//! The server is the one of this source tree; it is built here if `make test` has not built it already.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on fails")]
 
 use serde_json::Value;
@@ -9,10 +9,23 @@ use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
+    sync::Once,
 };
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// The server's binary, which is in the same target folder as this test. A stale one would be measured without a word.
+fn up_to_date_server() -> PathBuf {
+    static BUILT: Once = Once::new();
+    BUILT.call_once(|| {
+        // The same features as `make test` builds it with, so that this is a matter of a second there.
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.current_dir(root()).args(["test", "--no-run", "--quiet", "--locked", "--workspace"]);
+        assert!(cargo.status().unwrap().success(), "the server does not build");
+    });
+    Path::new(env!("CARGO_BIN_EXE_midemb-bench")).with_file_name("midemb")
 }
 
 /// A server of its own on free ports; killed when dropped.
@@ -25,8 +38,7 @@ struct Server {
 
 impl Server {
     fn start(arguments: &[&str]) -> Self {
-        let program = Path::new(env!("CARGO_BIN_EXE_midemb-bench")).with_file_name("midemb");
-        assert!(program.exists(), "{} is missing: run `cargo build` in the root folder first", program.display());
+        let program = up_to_date_server();
         let folder = tempfile::tempdir().unwrap();
         let config = folder.path().join("midemb.toml");
         let bundle = root().join("tests/fixtures/bundle").canonicalize().unwrap();

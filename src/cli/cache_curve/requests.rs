@@ -32,21 +32,21 @@ impl Requests {
             // An item without a digest has no text and costs no look-up.
             let mut digests = |items: &[TracedItem]| -> Vec<TextDigest> {
                 let names = items.iter().filter_map(|TracedItem(_, digest)| digest.as_deref());
-                different(names.map(|name| texts.digest(name)))
+                distinct(names.map(|name| texts.digest(name)))
             };
             all.push(Request { history: digests(&history[newest..]), candidates: digests(&candidates) });
         }
         Requests { all, n_texts: texts.by_name.len() }
     }
 
-    /// Different items in each history and on each page, drawn by popularity.
+    /// Draws distinct items for each history and each page, by popularity.
     pub(super) fn draw(popularity: &Popularity, sizes: Sizes) -> Self {
         let mut texts = Texts::default();
         let mut all = Vec::with_capacity(sizes.n_requests as usize);
         for request in 0..sizes.n_requests {
             let mut draws = popularity.draws(request);
             let mut digests = |n: usize| -> Vec<TextDigest> {
-                draws.different(n).into_iter().map(|rank| texts.digest(&rank.to_string())).collect()
+                draws.distinct(n).into_iter().map(|rank| texts.digest(&rank.to_string())).collect()
             };
             all.push(Request { history: digests(sizes.n_history), candidates: digests(sizes.n_candidates) });
         }
@@ -54,7 +54,7 @@ impl Requests {
     }
 }
 
-/// How many requests to draw, and of how many items.
+/// How many requests to draw, and how many items each has.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sizes {
     pub(super) n_requests: u64,
@@ -76,7 +76,7 @@ impl Texts {
 }
 
 /// Each text once, in order.
-pub(super) fn different(texts: impl Iterator<Item = TextDigest>) -> Vec<TextDigest> {
+pub(super) fn distinct(texts: impl Iterator<Item = TextDigest>) -> Vec<TextDigest> {
     let mut seen = HashSet::new();
     texts.filter(|text| seen.insert(*text)).collect()
 }
@@ -99,7 +99,8 @@ impl Popularity {
         Popularity { cumulative_weights: cumulative_weights.collect(), seed }
     }
 
-    /// The draws of one request: always the same ones, and those of `midemb-bench w3-zipf` with this seed.
+    /// The draws of one request: always the same ones, and those of `midemb-bench w3-zipf` with this seed. A test on either
+    /// side holds both to the same page.
     fn draws(&self, request: u64) -> Draws<'_> {
         let spread = request.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         Draws { cumulative_weights: &self.cumulative_weights, random: Rng::with_seed(self.seed ^ spread) }
@@ -112,7 +113,7 @@ struct Draws<'a> {
 }
 
 impl Draws<'_> {
-    fn different(&mut self, n: usize) -> Vec<usize> {
+    fn distinct(&mut self, n: usize) -> Vec<usize> {
         let (mut seen, mut ranks) = (HashSet::with_capacity(n), Vec::with_capacity(n));
         while ranks.len() < n {
             let rank = self.next();
@@ -123,7 +124,7 @@ impl Draws<'_> {
         ranks
     }
 
-    /// The place of one item by popularity, from 0.
+    /// The rank of one item by popularity, from 0.
     fn next(&mut self) -> usize {
         let below = self.random.f64() * self.cumulative_weights.last().copied().unwrap_or_default();
         self.cumulative_weights.partition_point(|sum| *sum <= below).min(self.cumulative_weights.len() - 1)
@@ -141,10 +142,17 @@ mod tests {
         let share = n_most_popular as f64 / 20_000.0;
         // 1 / (1 + 1/2 + ... + 1/1000)
         assert!((share - 0.1336).abs() < 0.01, "the most popular item has {share} of all draws");
-        let page = popularity.draws(3).different(50);
+        let page = popularity.draws(3).distinct(50);
         assert_eq!(page.iter().collect::<HashSet<_>>().len(), 50, "an item twice on a page");
-        assert_eq!(popularity.draws(3).different(50), page);
-        assert_ne!(popularity.draws(4).different(50), page);
+        assert_eq!(popularity.draws(3).distinct(50), page);
+        assert_ne!(popularity.draws(4).distinct(50), page);
+    }
+
+    /// `midemb-bench` has the same constant in its own test.
+    #[test]
+    fn a_page_has_the_items_that_the_load_generator_draws() {
+        let page = Popularity::zipf(1.0, 1000, 7).draws(3).distinct(8);
+        assert_eq!(page, [1, 50, 5, 231, 18, 49, 175, 632]);
     }
 
     #[test]
