@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from learn.atomic_file import replacing
 from learn.data import DataError
 
 # Raised whenever a reader of the older form would misread the newer one.
@@ -72,15 +72,12 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 def write(path: Path, record: Record) -> Path:
     """Writes the record over whatever was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two writers from sharing a partial file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with zipfile.ZipFile(partial, "w") as archive:
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         _add(archive, HEADER, record.header().encode())
         for name in record.columns():
             buffer = io.BytesIO()
             np.save(buffer, getattr(record, name), allow_pickle=False)
             _add(archive, f"{name}.npy", buffer.getvalue())
-    partial.replace(path)
     return path
 
 

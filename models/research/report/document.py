@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from learn.atomic_file import replacing
 from learn.evaluation import metrics
 from research.bootstrap import BootstrapConfig
 from research.ranking.arms import CONTROL
@@ -54,9 +55,8 @@ def build(
     report = Report(studies, claims, findings, config, out.parent / PLOTS, [])
     text = _text(report)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(out)
+    with replacing(out) as partial:
+        partial.write_text(text, encoding="utf-8")
     for stale in set(report.plots.glob("*.png")) - set(report.written):
         stale.unlink()
     print(f"{out}: {tally(report)}, {len(report.written)} plots")
