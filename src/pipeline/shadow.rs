@@ -16,7 +16,7 @@ use std::{
 };
 use tokio::sync::OwnedSemaphorePermit;
 
-/// No caller waits for a shadow; this only keeps a stuck one from holding its permit for ever.
+/// No caller waits for a shadow; this only keeps a stuck one from holding its permit forever.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The shadow jobs of one request; usually none.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 /// The number of items that one warm-up call processes at a time.
 const CHUNK: usize = 256;
-/// Warm-up has no deadline of its own; this only keeps a stuck encoder from blocking a stream for ever.
+/// Warm-up has no deadline of its own; this only keeps a stuck encoder from blocking a stream forever.
 const PATIENCE: Duration = Duration::from_secs(3600);
 
 /// Items of a warm-up: their texts are remembered, and they wait to be encoded.

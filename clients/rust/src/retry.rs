@@ -137,7 +137,7 @@ mod tests {
         assert_eq!(Failure::of(&Status::internal("a fault of the server")), Failure::Final);
         assert_eq!(Failure::of(&Status::invalid_argument("no candidates")), Failure::Final);
         assert_eq!(Failure::of(&shed(Duration::from_millis(7))), Failure::Shed(Duration::from_millis(7)));
-        assert_eq!(Failure::of(&Status::resource_exhausted("for ever")), Failure::Final);
+        assert_eq!(Failure::of(&Status::resource_exhausted("forever")), Failure::Final);
     }
 
     #[tokio::test(start_paused = true)]
