@@ -75,11 +75,11 @@ def sha256(path: Path) -> str:
 
 
 def library_pieces(package: str) -> Iterator[Piece]:
-    machine = platform.machine()
-    if (package, machine) not in LIBRARY_DIGESTS:
+    system, machine = platform.system(), platform.machine()
+    if system != "Linux" or (package, machine) not in LIBRARY_DIGESTS:
         known = ", ".join(other_machine for name, other_machine in LIBRARY_DIGESTS if name == package)
         raise Failed(
-            f"no library of {package} is known for {machine}, only for Linux on {known}: "
+            f"no library of {package} is known for {system} on {machine}, only for Linux on {known}: "
             "build ONNX Runtime yourself and set inference.onnxruntime"
         )
     for name, digests in LIBRARY_DIGESTS[package, machine].items():

@@ -16,6 +16,7 @@ import tempfile
 import unittest
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "fetch.py"
 spec = importlib.util.spec_from_file_location("fetch", SCRIPT)
@@ -153,6 +154,14 @@ class FetchTest(unittest.TestCase):
         self.assertEqual(refused.returncode, 1)
         self.assertEqual(len(refused.stderr.splitlines()), 1)
         self.assertIn("no library of onnxruntime is known for ", refused.stderr)
+
+    def test_another_system_on_a_known_machine_is_refused(self) -> None:
+        with (
+            mock.patch("platform.system", return_value="Darwin"),
+            mock.patch("platform.machine", return_value="x86_64"),
+            self.assertRaisesRegex(fetch_script.Failed, "is known for Darwin on x86_64, only for Linux on x86_64"),
+        ):
+            list(fetch_script.library_pieces(fetch_script.CPU_PACKAGE))
 
     def test_the_gpu_library_is_not_replaced_by_the_cpu_library(self) -> None:
         if (fetch_script.GPU_PACKAGE, fetch_script.platform.machine()) not in fetch_script.LIBRARY_DIGESTS:
