@@ -221,7 +221,7 @@ keys! {
     MODEL_SHADOW_PERCENT: Key<u8> = percent(
         "models.shadow_percent",
         1..=100,
-        "The percentage of that model's requests that the shadow scores; 100 by default.",
+        "The percentage of that model's users whose requests the shadow scores; 100 by default.",
     ).live();
 }
 

@@ -32,9 +32,9 @@ pub trait Queued {
 /// The limits of one run of the encoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchLimits {
-    /// The most items.
+    /// The maximum number of items.
     pub max_items: usize,
-    /// The most tokens, counting every item as long as the longest one.
+    /// The maximum number of tokens, with every item counted as long as the longest one.
     pub max_tokens: usize,
 }
 
@@ -44,7 +44,7 @@ impl BatchLimits {
         if time_left.is_zero() || token_time.is_zero() {
             return self;
         }
-        let n_tokens = (time_left / SAFETY).as_nanos() / token_time.as_nanos();
+        let n_tokens = (time_left / SAFETY_DIVISOR).as_nanos() / token_time.as_nanos();
         BatchLimits { max_tokens: self.max_tokens.min(n_tokens as usize), ..self }
     }
 }
@@ -60,10 +60,10 @@ pub enum Work<J> {
 
 /// The most raw jobs that are tokenized together: enough to be worth taking the lock, few enough that threads share the work.
 const TOKENIZE_AT_ONCE: usize = 32;
-/// A batch may take this fraction (one half) of the time that its oldest job has left. A batch that is slightly late is worth
+/// A batch may take one part in this many of the time that its oldest job has left. A batch that is slightly late is worth
 /// nothing, and spare time serves the next one.
-const SAFETY: u32 = 2;
-/// A batch is chosen among this many of the oldest jobs: enough to find similar lengths, few enough to choose quickly.
+const SAFETY_DIVISOR: u32 = 2;
+/// A batch is chosen from this many of the oldest jobs: enough to find similar lengths, few enough to choose quickly.
 const WINDOW: usize = 256;
 
 /// The queue between requests and the encoder's threads.

@@ -36,7 +36,7 @@ pub enum EncodeError {
     Graph(#[from] GraphError),
 }
 
-/// Everything that turns text into vectors except the graph: each thread has its own.
+/// Everything that turns text into vectors except the graph, of which each thread has its own.
 #[derive(Debug)]
 pub struct EncoderModel {
     /// Renders a text as a prompt.
@@ -116,8 +116,8 @@ impl Queued for EncodeJob {
     }
 }
 
-/// How many texts of the maximum length requests may queue (several times as many short ones): a page or two of cold items, a
-/// minute of work for a few cores. Jobs whose requests have run out of time are done after the others.
+/// Requests may queue this many texts of the maximum length, or several times as many short ones: a page or two of cold items,
+/// a minute of work for a few cores. Jobs whose requests have run out of time are done after the others.
 const MAX_REQUEST_TEXTS: usize = 2048;
 /// The same for warm-up: enough for full batches, few enough to keep little text in memory.
 const MAX_WARM_UP_TEXTS: usize = 256;
@@ -193,7 +193,7 @@ impl Encoder {
         Arc::clone(room).try_acquire_many_owned(self.cost(text)).ok().map(Place)
     }
 
-    /// Reserves a place for a warm-up `text` and waits until there is room. Cancel-safe.
+    /// Waits until there is room for a warm-up `text`, then reserves its place. Cancel-safe.
     pub(super) async fn reserve_warm_up(&self, text: &ItemText) -> Place {
         loop {
             // The semaphore is never closed, so the first attempt succeeds.
@@ -203,7 +203,7 @@ impl Encoder {
         }
     }
 
-    /// An estimate of the number of tokens of `text`, at most the room of an empty queue.
+    /// An estimate of the number of tokens of `text`, capped at `max_cost` so that it always fits into an empty queue.
     fn cost(&self, text: &ItemText) -> u32 {
         (TEMPLATE_TOKENS + text.n_bytes() / BYTES_PER_TOKEN).min(self.model.max_cost()) as u32
     }

@@ -111,7 +111,7 @@ impl TableEntry {
     }
 }
 
-/// The duty to compute one vector. Landing or dropping it answers everyone who waits.
+/// A vector that its owner has to compute. Landing or dropping the flight answers everyone who waits.
 #[derive(Debug)]
 pub(super) struct Flight {
     key: ContentKey,

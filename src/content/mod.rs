@@ -159,7 +159,7 @@ impl Contents {
     ) -> ItemState {
         let key = ContentKey { part: encoder.digest(), text: item.digest };
         let until = (request.priority == Priority::Request).then_some(request.until);
-        // Following needs no room in the queue: the text is already in it.
+        // Following needs no room in the queue: the job that is under way has its place already.
         if let Some(ticket) = self.flights.follow(&key, until) {
             return ItemState::Followed(ticket);
         }

@@ -5,7 +5,7 @@ use std::{io, thread};
 use thiserror::Error;
 use tokio::sync::oneshot;
 
-/// At this niceness a busy thread gets a tenth of a core that a normal thread wants too, and all of an idle one.
+/// At this niceness a busy thread gets a tenth of a core that a normal thread also wants, and all of an otherwise idle core.
 const NICENESS: i32 = 10;
 const THREAD: &str = "loader";
 

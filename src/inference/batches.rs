@@ -52,7 +52,7 @@ impl<S, J, T> fmt::Debug for Batches<S, J, T> {
 }
 
 impl<S, J, T> Batches<S, J, T> {
-    /// Creates an empty collection. `size` computes what `limits.max_size` limits.
+    /// Creates an empty collection. `size` returns the size of a job; `limits.max_size` limits their sum over a batch.
     pub fn new(limits: Limits, size: fn(&J) -> usize, run: RunTogether<S, J, T>) -> Self {
         Batches { waiting: Mutex::default(), limits, size, run }
     }
@@ -80,12 +80,12 @@ impl<S, J, T> Batches<S, J, T> {
         if n_jobs == 0 {
             return 0;
         }
-        // A reply cannot be sent to a caller that left while the batch ran.
         match run_guarded(pool, || (self.run)(state, jobs)) {
             Ok(results) => {
                 let mut results = results.into_iter();
                 for reply in replies {
                     let missing = || JobError::Panicked("a batch returned too few results".to_owned());
+                    // Sending fails if the caller left while the batch ran.
                     let _ = reply.send(results.next().ok_or_else(missing));
                 }
             }

@@ -1,4 +1,4 @@
-//! The outcome of a job on an inference thread.
+//! Why a job has no result, and the guard that turns a panic into an error.
 
 use crate::telemetry::events;
 use std::{

@@ -163,8 +163,8 @@ fn find(configured: Option<&Path>) -> Result<PathBuf, LibraryError> {
     found.cloned().ok_or_else(|| LibraryError::NotFound { tried: tried() })
 }
 
-/// Where an installed executable has its library: beside it or in `../lib`. Then where `make setup` puts it: above a built
-/// executable or below the current folder.
+/// The paths to try, in order. An installed executable has its library beside it or in `../lib`; `make setup` puts it above a
+/// built executable or below the current folder.
 fn usual_places() -> Vec<PathBuf> {
     let executable = std::env::current_exe().unwrap_or_default();
     let mut places = Vec::new();

@@ -9,7 +9,7 @@ use std::{
 #[derive(Debug, Default)]
 pub struct Pace(AtomicU64);
 
-/// A new sample has one part in this many of the average.
+/// A new sample contributes one part in this many to the average.
 const SAMPLES: u64 = 16;
 
 impl Pace {

@@ -57,7 +57,7 @@ pub enum GraphError {
         expected: Vec<usize>,
     },
     /// The manifest names another number of outputs than the server reads.
-    #[error("the graph has {found} outputs, expected {expected}")]
+    #[error("the manifest names {found} outputs of the graph, expected {expected}")]
     OutputCount {
         /// The number of outputs in the manifest.
         found: usize,

@@ -59,8 +59,8 @@ impl Candidates {
 }
 
 impl Pipeline {
-    /// Embeds each candidate. Fails if no row is ready and at least one was shed or late, and if the scoring queue is full,
-    /// because then nothing can be scored either.
+    /// Embeds each candidate. Fails if no row is ready and at least one was shed or late. Also fails if the scoring queue
+    /// is full, because then nothing can be scored.
     pub(super) async fn embed_candidates(
         &self,
         model: &Model,

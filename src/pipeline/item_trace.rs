@@ -7,7 +7,8 @@
 //! {"at_ms":1764000000000,"history":[["tt0111161","6b8b…32 hex digits"]],"candidates":[["tt0068646",null]]}
 //! ```
 //!
-//! `at_ms` is Unix time. An item is its id and the digest of its text, or `null` where the text was unknown or refused.
+//! `at_ms` is Unix time. An item is a pair of its id and the digest of its text; the digest is `null` if the text was unknown or
+//! refused.
 //! [`Recorder`] writes on a thread of its own and never delays a request: requests that the writer cannot keep up with are
 //! left out and counted. The trace ends when the file reaches its size limit or a write fails.
 

@@ -13,7 +13,7 @@
 //! - One model answers a request; nothing in the answer comes from another model.
 //! - Candidates are independent: one that fails loses only its own row.
 //! - Nothing is computed here: encoding and scoring run on inference threads, and this code awaits them.
-//! - A shadow scores a request after the request has been answered, and no caller waits for it.
+//! - A shadow scores a request after its answer has been computed, and no caller waits for it.
 
 pub mod admission;
 mod candidates;

@@ -1,7 +1,7 @@
 //! Replay: fills the item cache for a model that is about to serve with the items that are hot for the models that serve now.
 //!
-//! If the encoder stays the same, every content embedding is cached under the same key and only the item tower has to run,
-//! which takes seconds for a whole catalogue. With a new encoder the texts are encoded again, as warm-up, which yields to
+//! If the encoder stays the same, every content embedding is already cached, under the same key, and only the item tower has to
+//! run, which takes seconds for a whole catalogue. With a new encoder the texts are encoded again, as warm-up, which yields to
 //! traffic. Time may run out, so the hottest items come first. A replay inserts its items into the cache's main queue and
 //! uses at most half of the cache: the models that serve now need the rest, and after a rollback their hottest items are
 //! still cached.
@@ -27,7 +27,7 @@ const CHUNK: usize = 256;
 /// A bundle has few golden texts, but they wait behind the encoder's current work.
 const GOLDEN_PATIENCE: Duration = Duration::from_secs(60);
 
-/// A placeholder id for items that carry their text, so that the id is never looked up.
+/// A placeholder for items whose own id is not known. No text is remembered under it.
 const NO_ID: IdKey = IdKey::from_bytes([0; 16]);
 
 /// The result of a replay.

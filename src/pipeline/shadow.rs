@@ -32,9 +32,9 @@ struct Job {
 }
 
 impl Shadows {
-    /// Reserves a permit of each shadow that can take another request, and keeps the page for them.
+    /// Takes one permit from each shadow that can accept another request, and keeps a copy of the page for them.
     pub(super) fn reserve<'a>(shadows: impl Iterator<Item = &'a Shadow>, page: &Page, outputs: Outputs) -> Self {
-        // Only these two outputs are compared, and only if the request asks for them.
+        // Only `mid_emb` and `cvr` are compared, and only if the request asks for them.
         let outputs = Outputs { user_emb: false, item_emb: false, ..outputs };
         let mut jobs = Vec::new();
         for Shadow { model, permits, .. } in shadows.filter(|_| outputs.needs_fusion()) {

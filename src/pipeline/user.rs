@@ -33,7 +33,7 @@ pub(super) enum UserSource {
     History {
         /// `[n, C]`, oldest first.
         contents: Vec<f32>,
-        /// The key to cache the result under; none if an item was late, because the key stands for the complete history.
+        /// The key to cache the result under; none if an item has no vector, because the key stands for the complete history.
         key: Option<UserKey>,
     },
 }

@@ -25,7 +25,7 @@ pub struct WarmUp {
 /// The outcome of warming one item. The order of the variants matters: across models, the greatest outcome is reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum WarmOutcome {
-    /// It was cached already, or another call is encoding it.
+    /// It was cached already, or another call encoded it.
     Cached,
     /// This call encoded it.
     Encoded,

@@ -16,7 +16,7 @@ pub struct UserDims {
 /// then reads its start token alone.
 pub fn embed(graphs: &mut TowerGraphs, histories: Vec<Vec<f32>>, dims: UserDims) -> Result<Vec<f32>, GraphError> {
     let n_users = histories.len();
-    // The graph needs at least one position; the mask marks the positions that hold no item.
+    // The graph needs at least one position; the mask is 0 at positions that hold no item.
     let n_values = histories.iter().map(Vec::len).max().unwrap_or(0).max(dims.content);
     let n_positions = n_values / dims.content;
     let mut mask = vec![0_i64; n_users * n_positions];

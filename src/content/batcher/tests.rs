@@ -1,4 +1,4 @@
-//! Every job is encoded once, requests first, similar lengths together, in batches no longer than the caller waits.
+//! Every job is encoded once, requests first, similar lengths together, and no batch takes longer than its callers wait.
 
 use super::*;
 use proptest::prelude::*;

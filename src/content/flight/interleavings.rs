@@ -38,14 +38,14 @@ impl Scene {
         })
     }
 
-    /// Joins or opens the flight for [`KEY`], as `Contents` does. Fails if two callers lead at a time.
+    /// Joins or opens the flight for [`KEY`], as `Contents` does. Fails if two callers lead at the same time.
     fn board(&self) -> Boarding {
         if let Some(ticket) = self.flights.follow(&KEY, None) {
             return Boarding::Followed(ticket);
         }
         let boarding = self.flights.board(KEY, None, &self.cache);
         if let Boarding::Led(..) = boarding {
-            assert_eq!(self.n_leading.fetch_add(1, Ordering::SeqCst), 0, "two callers lead at a time");
+            assert_eq!(self.n_leading.fetch_add(1, Ordering::SeqCst), 0, "two callers lead at the same time");
             self.n_led.fetch_add(1, Ordering::SeqCst);
         }
         boarding
@@ -54,8 +54,8 @@ impl Scene {
     fn finish(&self, flight: Flight, ending: Ending) {
         self.n_leading.fetch_sub(1, Ordering::SeqCst);
         match ending {
-            Ending::Lands => flight.land(vector()),
-            Ending::IsDropped => drop(flight),
+            Ending::Landed => flight.land(vector()),
+            Ending::Dropped => drop(flight),
         }
     }
 
@@ -74,8 +74,8 @@ impl Scene {
 
 #[derive(Clone, Copy)]
 enum Ending {
-    Lands,
-    IsDropped,
+    Landed,
+    Dropped,
 }
 
 fn vector() -> Vector {
@@ -105,7 +105,7 @@ fn call_twice(scene: &Arc<Scene>, ending: Ending) -> [Content; 2] {
 fn a_flight_that_lands_answers_every_caller_and_nobody_leads_again() {
     loom::model(|| {
         let scene = Scene::new();
-        for content in call_twice(&scene, Ending::Lands) {
+        for content in call_twice(&scene, Ending::Landed) {
             assert!(content.vector().is_some(), "{content:?}");
         }
         assert_eq!(scene.n_led.load(Ordering::SeqCst), 1, "the second leader should have found the cache full");
@@ -118,7 +118,7 @@ fn a_flight_that_lands_answers_every_caller_and_nobody_leads_again() {
 fn a_flight_that_is_dropped_fails_for_every_caller_and_leaves_no_trace() {
     loom::model(|| {
         let scene = Scene::new();
-        for content in call_twice(&scene, Ending::IsDropped) {
+        for content in call_twice(&scene, Ending::Dropped) {
             assert!(matches!(content, Content::Failed), "{content:?}");
         }
         assert!(!scene.cache.contains(&KEY), "a failure was cached");
@@ -127,8 +127,8 @@ fn a_flight_that_is_dropped_fails_for_every_caller_and_leaves_no_trace() {
 }
 
 #[test]
-fn a_follower_asleep_is_woken_by_either_ending() {
-    for ending in [Ending::Lands, Ending::IsDropped] {
+fn a_sleeping_follower_is_woken_by_either_ending() {
+    for ending in [Ending::Landed, Ending::Dropped] {
         loom::model(move || {
             let scene = Scene::new();
             let Boarding::Led(flight, _ticket) = scene.board() else { panic!("the first caller does not lead") };
@@ -137,8 +137,8 @@ fn a_follower_asleep_is_woken_by_either_ending() {
             scene.finish(flight, ending);
             let content = follower.join().unwrap();
             match ending {
-                Ending::Lands => assert!(matches!(content, Content::Encoded(_)), "{content:?}"),
-                Ending::IsDropped => assert!(matches!(content, Content::Failed), "{content:?}"),
+                Ending::Landed => assert!(matches!(content, Content::Encoded(_)), "{content:?}"),
+                Ending::Dropped => assert!(matches!(content, Content::Failed), "{content:?}"),
             }
         });
     }
@@ -150,7 +150,7 @@ fn a_result_is_never_mistaken_for_a_failure() {
         let scene = Scene::new();
         let Boarding::Led(flight, ticket) = scene.board() else { panic!("the first caller does not lead") };
         let reader = thread::spawn(move || ticket.content());
-        scene.finish(flight, Ending::Lands);
+        scene.finish(flight, Ending::Landed);
         let content = reader.join().unwrap();
         assert!(matches!(content, Content::Encoded(_) | Content::NotInTime), "{content:?}");
     });
