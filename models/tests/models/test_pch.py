@@ -24,7 +24,7 @@ def test_later_items_do_not_change_earlier_states(positions):
     changed[:, 4] += 1.0
     before, after = pch.states(content), pch.states(changed)
     torch.testing.assert_close(before[:, :5], after[:, :5], **EXACT)
-    # State j stands after j items, so state 5 is the first that has read item 4.
+    # State j is computed after j items, so state 5 is the first that depends on item 4.
     assert not torch.allclose(before[:, 5], after[:, 5], atol=1e-4)
 
 

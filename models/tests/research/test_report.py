@@ -28,7 +28,7 @@ from research.retrieval import result_files
 from research.retrieval.estimates import StudyEstimates
 
 FAST = BootstrapConfig(n_resamples=300)
-# The synthetic study is made the main one, because the report prints remarks about the main study only.
+# The synthetic study becomes the main one, because the report prints remarks about the main study only.
 CLAIMS = read_claims().model_copy(update={"main_study": "ml-small"})
 SKILLS = {
     "popularity": 1.5,

@@ -113,20 +113,20 @@ def written(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_committed_fixtures_are_what_the_code_writes_now(name, written):
     # Vectors and weights are compared with a tolerance, because torch may differ in the last digit between processors.
-    made, committed = written / name, FIXTURES / name
-    assert {path.name for path in made.iterdir()} == {path.name for path in committed.iterdir()}
-    assert (made / "tokenizer.json").read_bytes() == (committed / "tokenizer.json").read_bytes()
-    manifests = [read_manifest(folder) for folder in (made, committed)]
+    current, committed = written / name, FIXTURES / name
+    assert {path.name for path in current.iterdir()} == {path.name for path in committed.iterdir()}
+    assert (current / "tokenizer.json").read_bytes() == (committed / "tokenizer.json").read_bytes()
+    manifests = [read_manifest(folder) for folder in (current, committed)]
     assert [entry["path"] for entry in manifests[0].pop("files")] == [
         entry["path"] for entry in manifests[1].pop("files")
     ]
     assert manifests[0] == manifests[1]
     for left, right in zip(
-        *(leaves(json.loads((f / "golden.json").read_text())) for f in (made, committed)), strict=True
+        *(leaves(json.loads((f / "golden.json").read_text())) for f in (current, committed)), strict=True
     ):
         assert left == (right if isinstance(right[1], str) else (right[0], pytest.approx(right[1], abs=1e-5)))
     for graph in ("encoder.onnx", "user_tower.onnx", "item_tower.onnx", "cvr.onnx"):
-        left, right = (onnx.load(folder / graph).graph for folder in (made, committed))
+        left, right = (onnx.load(folder / graph).graph for folder in (current, committed))
         assert [node.op_type for node in left.node] == [node.op_type for node in right.node]
         for a, b in zip(left.initializer, right.initializer, strict=True):
             np.testing.assert_allclose(*(onnx.numpy_helper.to_array(t) for t in (a, b)), atol=1e-6)

@@ -173,7 +173,7 @@ def test_linked_weights_give_the_same_output_and_are_not_inline(exported, tmp_pa
     n_matrices = {llama: 14, bert: 12, qwen3: 7}[build]
     # Six or seven matrices per layer and at least one embedding table; every matrix is large enough to be linked.
     assert sum(bool(tensor.external_data) for tensor in linked.graph.initializer) >= n_matrices + 1
-    # Graphs use the matrices as stored, so that sessions can share them: no Transpose reads them, and every Gemm does.
+    # Graphs use the matrices as stored, so that sessions can share them: no Transpose reads one, and every Gemm does.
     names = {tensor.name for tensor in linked.graph.initializer if tensor.external_data}
     assert not names & {name for node in linked.graph.node if node.op_type == "Transpose" for name in node.input}
     weights_of_products = [node.input[1] for node in linked.graph.node if node.op_type == "Gemm"]
