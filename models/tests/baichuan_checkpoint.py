@@ -20,7 +20,7 @@ CONFIG = {
 
 
 def random_checkpoint():
-    """Every tensor that Baichuan2-7B's files have, in small."""
+    """Returns all tensors that the files of Baichuan2-7B have, with small sizes."""
     width, ffn = CONFIG["hidden_size"], CONFIG["intermediate_size"]
 
     def matrix(rows, columns):

@@ -1,4 +1,4 @@
-"""What several tests need. Everything is made here: no test downloads, and none needs a data set."""
+"""Helpers that several tests share. Tests generate all their data: none downloads anything or needs a data set."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ DEFAULT = MODELS / "default"
 
 
 @pytest.fixture(autouse=True)
-def _seeded_and_modest():
+def _fixed_seed_and_one_thread():
     torch.manual_seed(0)
-    # The models here are so small that a second thread costs more than it does.
+    # The models here are so small that a second thread costs more than it gains.
     torch.set_num_threads(1)
 
 
 def small_pch(**changes) -> Pch:
     sizes = {"content_dim": 12, "adaptor_hidden": 10, "width": 16, "layers": 3, "heads": 2, "ffn": 20, "out_dim": 6}
     pch = Pch(PchConfig(**(sizes | {"max_history": 9, "dropout": 0.0} | changes)))
-    # Norms and biases begin at 1 and 0, where a mistake in them would not show.
+    # Norm weights start at 1 and biases at 0; with these values, an error in how they are applied would not show.
     with torch.no_grad():
         for parameter in pch.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -38,6 +38,6 @@ def write_movielens(
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["userId,movieId,rating,timestamp", *(",".join(map(str, row)) for row in ratings)]
     (folder / "ratings.csv").write_text("\n".join(lines) + "\n")
-    quoted = (f'{number},"{title}",{genres}' for number, title, genres in movies)
+    quoted = (f'{movie_id},"{title}",{genres}' for movie_id, title, genres in movies)
     (folder / "movies.csv").write_text("\n".join(["movieId,title,genres", *quoted]) + "\n")
     return folder

@@ -1,4 +1,4 @@
-"""Tiny data sets in the files of their makers, byte for byte as those write them."""
+"""Tiny data sets in the file formats of their publishers, byte for byte."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import gzip
 import json
 from pathlib import Path
 
-FLAGS = 19
+N_GENRES = 19
 
 
 def write(folder: Path, name: str, content: str, encoding: str = "utf-8") -> Path:
-    """One file, gzipped if its name says so."""
+    """Writes one file, gzipped if its name ends in .gz, and returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = content.encode(encoding)
     (folder / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
@@ -21,23 +21,23 @@ def json_lines(records: list[dict]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def u_item_line(number: int, title: str, genres: list[int]) -> str:
-    flags = ["1" if place in genres else "0" for place in range(FLAGS)]
-    return "|".join([str(number), title, "01-Jan-1995", "", "http://imdb.com/?a=b", *flags]) + "\n"
+def u_item_line(movie_id: int, title: str, genres: list[int]) -> str:
+    flags = ["1" if genre in genres else "0" for genre in range(N_GENRES)]
+    return "|".join([str(movie_id), title, "01-Jan-1995", "", "http://imdb.com/?a=b", *flags]) + "\n"
 
 
-def hundred_k(folder: Path) -> Path:
+def movielens_100k(folder: Path) -> Path:
     write(folder, "u.data", "196\t2\t3\t881250949\n22\t10\t1\t878887116\n196\t1\t5\t881250949\n")
-    films = [(1, "Cité des enfants perdus, La (1995)", [1, 15]), (2, "unknown", [0]), (10, "Heat (1995)", [8])]
-    return write(folder, "u.item", "".join(u_item_line(*film) for film in films), "latin-1")
+    movies = [(1, "Cité des enfants perdus, La (1995)", [1, 15]), (2, "unknown", [0]), (10, "Heat (1995)", [8])]
+    return write(folder, "u.item", "".join(u_item_line(*movie) for movie in movies), "latin-1")
 
 
-def one_m(folder: Path, with_timestamps: bool = True, encoding: str = "latin-1") -> Path:
+def movielens_1m(folder: Path, with_timestamps: bool = True, encoding: str = "latin-1") -> Path:
     rows = [("1", "10", "5", "978300760"), ("2", "1", "3", "978298413"), ("1", "2", "4", "978300760")]
     width = 4 if with_timestamps else 3
     write(folder, "ratings.dat", "".join("::".join(row[:width]) + "\n" for row in rows))
-    films = "1::Misérables, Les (1995)::Drama|Musical\n2::Face::Off (1997)::Action\n10::Up (2009)::Comedy\n"
-    return write(folder, "movies.dat", films, encoding)
+    movies = "1::Misérables, Les (1995)::Drama|Musical\n2::Face::Off (1997)::Action\n10::Up (2009)::Comedy\n"
+    return write(folder, "movies.dat", movies, encoding)
 
 
 def amazon_2018(folder: Path, suffix: str = ".json.gz") -> Path:

@@ -1,4 +1,4 @@
-"""Imports run one way, from the packages of `research` down to `learn.data`, and never in a circle."""
+"""Imports go one way, from `research` down to `learn.data`, and never form a cycle."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from conftest import MODELS
 
-# Each may import those before it. A name covers the module or package and all that is in it.
-ORDER = (
+# Each layer may import only itself and the layers before it. A layer is a module, or a package with everything in it.
+LAYERS = (
     "learn.atomic_file",
     "learn.padding",
     "learn.progress",
@@ -31,12 +31,12 @@ ORDER = (
     "research.ranking",
     "research.report",
 )
-# The command line has commands for research, and imports it only when one of them is called.
+# `learn.cli` has commands that run research code, and imports that code only when such a command is called.
 EXCEPTIONS = {"learn.cli": "research"}
 
 
-def module_names() -> dict[str, str]:
-    """Dotted name -> source of every module of both packages."""
+def module_sources() -> dict[str, str]:
+    """Maps the dotted name of every module of both packages to its source."""
     found = {}
     for path in sorted(path for package in ("learn", "research") for path in (MODELS / package).rglob("*.py")):
         parts = path.relative_to(MODELS).with_suffix("").parts
@@ -45,7 +45,7 @@ def module_names() -> dict[str, str]:
 
 
 def imports(source: str, modules) -> set[str]:
-    """The modules that a source imports, at its top or within functions."""
+    """Returns those of `modules` that the source imports, at the top of the file or within functions."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -62,45 +62,47 @@ def imports(source: str, modules) -> set[str]:
 
 @pytest.fixture(scope="module")
 def graph() -> dict[str, set[str]]:
-    modules = module_names()
+    modules = module_sources()
     return {name: imports(source, modules) for name, source in modules.items()}
 
 
-def place(module: str) -> int | None:
-    """Where the module stands in `ORDER`."""
-    for index, name in enumerate(ORDER):
+def layer(module: str) -> int | None:
+    """Returns the index of the module's layer in `LAYERS`, or None if it has none."""
+    for index, name in enumerate(LAYERS):
         if module == name or module.startswith(name + "."):
             return index
     return None
 
 
-def test_every_module_has_a_place(graph):
-    assert {name for name in graph if place(name) is None} == {"learn", "research"}
+def test_every_module_belongs_to_a_layer(graph):
+    assert {name for name in graph if layer(name) is None} == {"learn", "research"}
 
 
-def test_packages_import_only_those_before_them(graph):
-    wrong = [
+def test_no_module_imports_a_later_layer(graph):
+    violations = [
         f"{name} imports {other}"
         for name, others in graph.items()
         for other in others
-        if place(name) is not None
-        and place(other) > place(name)
-        and not other.startswith(EXCEPTIONS.get(name, other + " is no exception"))
+        if layer(name) is not None
+        and layer(other) > layer(name)
+        and not (name in EXCEPTIONS and other.startswith(EXCEPTIONS[name]))
     ]
-    assert not wrong
+    assert not violations
 
 
-def test_no_two_modules_import_each_other(graph):
-    cut = {name: others if name not in EXCEPTIONS else set() for name, others in graph.items()}
+def test_imports_form_no_cycle(graph):
+    without_exceptions = {name: others if name not in EXCEPTIONS else set() for name, others in graph.items()}
     try:
-        TopologicalSorter(cut).prepare()
+        TopologicalSorter(without_exceptions).prepare()
     except CycleError as error:
-        pytest.fail(f"imports in a circle: {' -> '.join(error.args[1])}")
+        pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
 
 
-def test_the_product_is_installed_and_research_is_not():
+def test_every_package_of_learn_is_installed_and_research_is_not():
     import tomllib
 
     installed = tomllib.loads((MODELS / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    there = {".".join(path.parent.relative_to(MODELS).parts) for path in (MODELS / "learn").rglob("__init__.py")}
-    assert set(installed) == there
+    packages_of_learn = {
+        ".".join(path.parent.relative_to(MODELS).parts) for path in (MODELS / "learn").rglob("__init__.py")
+    }
+    assert set(installed) == packages_of_learn

@@ -15,7 +15,7 @@ def test_a_file_is_replaced_when_the_block_ends_and_not_before(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_block_that_fails_changes_nothing_and_leaves_nothing(tmp_path):
+def test_a_block_that_fails_leaves_the_old_file_and_no_partial_file(tmp_path):
     path = tmp_path / "figures.json"
     path.write_text("old")
     with pytest.raises(RuntimeError, match="half way"), replacing(path) as partial:

@@ -1,4 +1,4 @@
-"""Baichuan's layout against a reading of it that shares nothing with the conversion: plain products, row by row."""
+"""The converted Baichuan model against an independent reference that computes on the packed layout, row by row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def reference(state, ids):
         return x / (x.pow(2).mean(-1, keepdim=True) + CONFIG["rms_norm_eps"]).sqrt() * state[name]
 
     def rotated(x, position):
-        # The pair of value i is value i + dim/2, and both turn by position / 10000^(2i/dim).
+        # Values i and i + dim/2 form a pair, which is rotated by the angle position / 10000^(2i/dim).
         out = x.clone()
         for i in range(dim // 2):
             angle = position / 10000 ** (2 * i / dim)
@@ -33,8 +33,8 @@ def reference(state, ids):
 
     x = state["embed_tokens.weight"][ids]
     for layer in range(CONFIG["num_hidden_layers"]):
-        at = f"layers.{layer}."
-        packed = norm(x, at + "input_layernorm.weight") @ state[at + "self_attn.W_pack.weight"].T
+        prefix = f"layers.{layer}."
+        packed = norm(x, prefix + "input_layernorm.weight") @ state[prefix + "self_attn.W_pack.weight"].T
         mixed = torch.zeros_like(x)
         for head in range(n_heads):
             columns = slice(head * dim, (head + 1) * dim)
@@ -44,19 +44,20 @@ def reference(state, ids):
             for position in range(len(ids)):
                 scores = key[: position + 1] @ query[position] / math.sqrt(dim)
                 mixed[position, columns] = scores.softmax(0) @ value[: position + 1]
-        x = x + mixed @ state[at + "self_attn.o_proj.weight"].T
-        y = norm(x, at + "post_attention_layernorm.weight")
-        gate = y @ state[at + "mlp.gate_proj.weight"].T
+        x = x + mixed @ state[prefix + "self_attn.o_proj.weight"].T
+        y = norm(x, prefix + "post_attention_layernorm.weight")
+        gate = y @ state[prefix + "mlp.gate_proj.weight"].T
         x = (
             x
-            + (gate * gate.sigmoid() * (y @ state[at + "mlp.up_proj.weight"].T)) @ state[at + "mlp.down_proj.weight"].T
+            + (gate * gate.sigmoid() * (y @ state[prefix + "mlp.up_proj.weight"].T))
+            @ state[prefix + "mlp.down_proj.weight"].T
         )
     return norm(x, "norm.weight")
 
 
 @pytest.fixture
 def loaded(tmp_path):
-    """The checkpoint, and the model that the loader makes of its file."""
+    """The checkpoint, and the model loaded from its file."""
     state = random_checkpoint()
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     torch.save(state, tmp_path / "pytorch_model.bin")
@@ -64,7 +65,7 @@ def loaded(tmp_path):
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 9])
-def test_the_llama_computes_what_the_packed_layout_says(loaded, n_tokens):
+def test_the_converted_llama_matches_the_packed_layout(loaded, n_tokens):
     state, model = loaded
     ids = torch.randint(1, CONFIG["vocab_size"], (n_tokens,))
     with torch.no_grad():
@@ -72,7 +73,7 @@ def test_the_llama_computes_what_the_packed_layout_says(loaded, n_tokens):
     torch.testing.assert_close(got, reference(state, ids).float(), atol=2e-5, rtol=1e-5)
 
 
-def test_queries_keys_and_values_in_this_order_and_no_head():
+def test_w_pack_is_split_into_query_key_and_value_and_the_head_is_dropped():
     packed = torch.arange(3 * 4 * 4.0).reshape(12, 4)
     state = baichuan.llama_state(
         {
@@ -91,7 +92,7 @@ def test_queries_keys_and_values_in_this_order_and_no_head():
     assert state["layers.7.self_attn.k_proj.weight"].tolist() == packed[4:8].tolist()
 
 
-def test_what_is_no_baichuan_7b_is_refused():
+def test_a_checkpoint_that_is_not_baichuan_7b_is_refused():
     with pytest.raises(ValueError, match="ALiBi"):
         baichuan.llama_config({name: value for name, value in CONFIG.items() if name != "max_position_embeddings"})
     with pytest.raises(ValueError, match="lacks hidden_act"):

@@ -1,4 +1,4 @@
-"""The encoder: order, padding, truncation, and a store that forgets nothing that matters and goes on where it was."""
+"""The encoder keeps order, pads and truncates; its store reuses only matching embeddings and resumes after a kill."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def encoder(tmp_path):
     )
 
 
-def counted(encoder):
-    """The encoder, and a list that grows by each batch's number of items as its graph runs."""
+def record_batch_sizes(encoder):
+    """Returns a list to which each run of the encoder's graph appends the number of items in its batch."""
     sizes = []
     encoder.graph.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
     return sizes
 
 
-def test_rows_come_back_in_order_whatever_was_batched_with_them(encoder):
+def test_embeddings_keep_the_order_of_prompts_and_do_not_depend_on_the_batch(encoder):
     together = encoder.encode(PROMPTS)
-    singly = np.concatenate([encoder.encode([prompt]) for prompt in PROMPTS])
-    np.testing.assert_allclose(together, singly, atol=1e-6)
+    one_by_one = np.concatenate([encoder.encode([prompt]) for prompt in PROMPTS])
+    np.testing.assert_allclose(together, one_by_one, atol=1e-6)
     assert np.abs(together[0] - together[2]).max() > 1e-2
 
 
@@ -52,17 +52,17 @@ def test_content_is_the_masked_mean_of_the_last_hidden_states(encoder):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_of_half_the_size_and_a_mean_in_fp32(encoder, dtype):
+def test_half_precision_weights_still_give_embeddings_of_norm_one_in_fp32(encoder, dtype):
     want = encoder.encode(PROMPTS)
     cast_weights(encoder.graph, dtype)
     got = encoder.encode(PROMPTS)
     assert got.dtype == np.float32 and encoder.dtype == dtype
-    # A norm that was taken in 8 or 11 bits would be off by up to 2**-8 or 2**-11.
+    # A norm computed with the 8 or 11 significant bits of these dtypes would be off by up to 2**-8 or 2**-11.
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1.0, atol=1e-6)
     assert 1e-6 < np.abs(got - want).max() < 0.05
 
 
-def test_long_text_is_cut_on_the_right(encoder):
+def test_long_text_is_truncated_on_the_right(encoder):
     (long,) = encoder.tokenize([PROMPTS[1] * 20])
     (short,) = encoder.tokenize([PROMPTS[1]])
     assert len(long) == encoder.max_tokens > len(short)
@@ -76,18 +76,18 @@ def test_padding_is_on_the_right():
     assert ids.dtype == mask.dtype == torch.int64
 
 
-def test_what_is_in_the_store_is_what_the_encoder_gives(encoder, tmp_path):
+def test_stored_embeddings_are_those_of_the_encoder(encoder, tmp_path):
     got = embedding_store.encode_cached(encoder, PROMPTS, tmp_path / "cache", dataclasses.replace(QUIET, shard_items=3))
     assert isinstance(got, np.memmap) and got.dtype == np.float32
     np.testing.assert_allclose(got, encoder.encode(PROMPTS), atol=1e-6)
-    # The whole is all that is left, and an array that was written to leaves it alone.
+    # Only the merged file is left, and writing to the returned array does not change it.
     (path,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
     torch.from_numpy(got).zero_()
     assert np.load(path).any()
     assert path.name == f"content-{embedding_store.cache_key(encoder, PROMPTS)[:32]}.npy"
 
 
-def test_fp16_is_half_as_large_and_close(encoder, tmp_path):
+def test_an_fp16_store_is_close_to_the_fp32_store(encoder, tmp_path):
     exact = embedding_store.encode_cached(encoder, PROMPTS, tmp_path, QUIET)
     half = embedding_store.encode_cached(encoder, PROMPTS, tmp_path, dataclasses.replace(QUIET, dtype="float16"))
     assert half.dtype == np.float16
@@ -95,26 +95,26 @@ def test_fp16_is_half_as_large_and_close(encoder, tmp_path):
     assert not np.array_equal(half, exact)
 
 
-def test_the_second_call_reads_the_store(encoder, tmp_path):
+def test_a_second_call_encodes_only_what_the_store_lacks(encoder, tmp_path):
     first = embedding_store.encode_cached(encoder, PROMPTS, tmp_path, QUIET)
-    sizes = counted(encoder)
+    sizes = record_batch_sizes(encoder)
     assert np.array_equal(embedding_store.encode_cached(encoder, PROMPTS, tmp_path, QUIET), first)
     assert sizes == []
     embedding_store.encode_cached(encoder, PROMPTS[:2], tmp_path, QUIET)
     assert sum(sizes) == 2
 
 
-def test_a_catalogue_that_grew_encodes_what_is_new(encoder, tmp_path):
+def test_only_the_new_items_of_a_grown_catalogue_are_encoded(encoder, tmp_path):
     config = dataclasses.replace(QUIET, shard_items=2, keep_shards=True)
     first = embedding_store.encode_cached(encoder, PROMPTS, tmp_path, config)
-    sizes = counted(encoder)
+    sizes = record_batch_sizes(encoder)
     longer = embedding_store.encode_cached(encoder, [*PROMPTS, "one more"], tmp_path, config)
     assert sum(sizes) == 1
     assert np.array_equal(longer[:4], first)
 
 
-class KilledAt:
-    """Prompts that end the process as it reads one of them for the second time, the first being that for the key."""
+class KillingPrompts:
+    """Prompts that kill the process when one of them is read a second time; the first reading computes the key."""
 
     def __init__(self, prompts, position):
         self.prompts, self.position, self.n_readings = prompts, position, 0
@@ -127,27 +127,27 @@ class KilledAt:
             yield prompt
 
 
-def test_a_run_that_was_killed_goes_on_where_it_was(encoder, tmp_path):
+def test_a_killed_run_resumes_from_the_shards_that_it_wrote(encoder, tmp_path):
     prompts = [f"text number {number} of some" for number in range(12)]
     config = dataclasses.replace(QUIET, shard_items=2)
-    arguments = (encoder, KilledAt(prompts, 9), tmp_path / "cache", config)
+    arguments = (encoder, KillingPrompts(prompts, 9), tmp_path / "cache", config)
     child = multiprocessing.get_context("fork").Process(target=embedding_store.encode_cached, args=arguments)
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
-    n_there = len(list((tmp_path / "cache" / "shards").glob("[!.]*.npy")))
-    # It died reading the fifth shard ahead, so three are whole and the fourth was under way.
-    assert n_there in (3, 4) and not list((tmp_path / "cache").glob("content-*"))
-    sizes = counted(encoder)
+    n_written = len(list((tmp_path / "cache" / "shards").glob("[!.]*.npy")))
+    # The process was killed as it read the fifth shard ahead: three shards are complete, and the fourth may be.
+    assert n_written in (3, 4) and not list((tmp_path / "cache").glob("content-*"))
+    sizes = record_batch_sizes(encoder)
     got = embedding_store.encode_cached(encoder, prompts, tmp_path / "cache", config)
-    assert sum(sizes) == len(prompts) - 2 * n_there
+    assert sum(sizes) == len(prompts) - 2 * n_written
     np.testing.assert_allclose(got, encoder.encode(prompts), atol=1e-6)
 
 
-def test_prompts_are_streamed(encoder, tmp_path):
+def test_prompts_are_read_at_most_one_shard_ahead(encoder, tmp_path):
     config = dataclasses.replace(QUIET, shard_items=2)
 
-    class Counted:
+    class CountedPrompts:
         n_read = 0
 
         def __iter__(self):
@@ -155,24 +155,24 @@ def test_prompts_are_streamed(encoder, tmp_path):
                 self.n_read += 1
                 yield f"text {number}"
 
-    prompts, ahead = Counted(), []
-    n_batches = counted(encoder)
+    prompts, ahead = CountedPrompts(), []
+    batch_sizes = record_batch_sizes(encoder)
     encoder.graph.register_forward_pre_hook(
-        lambda *_: ahead.append(prompts.n_read - 20 - sum(n_batches[:-1]))  # of the second reading, not yet encoded
+        lambda *_: ahead.append(prompts.n_read - 20 - sum(batch_sizes[:-1]))  # read in the second pass, not yet encoded
     )
     embedding_store.encode_cached(encoder, prompts, tmp_path, config)
-    # The shard under way and the one that is tokenized meanwhile.
+    # At most the shard that is being encoded and the one that is tokenized meanwhile.
     assert 2 <= max(ahead) <= 4
 
 
-def test_prompts_that_can_be_read_once_or_are_none(encoder, tmp_path):
+def test_no_prompts_and_prompts_that_can_be_read_only_once_are_refused(encoder, tmp_path):
     with pytest.raises(ValueError, match="read only once"):
         embedding_store.encode_cached(encoder, iter(PROMPTS), tmp_path)
     with pytest.raises(ValueError, match="no prompt"):
         embedding_store.encode_cached(encoder, [], tmp_path)
 
 
-def test_a_vector_that_is_not_finite_is_never_kept(encoder, tmp_path):
+def test_a_vector_that_is_not_finite_is_never_stored(encoder, tmp_path):
     with torch.no_grad():
         encoder.graph.model.norm.weight[0] = float("nan")
     config = dataclasses.replace(QUIET, shard_items=2)
@@ -195,24 +195,24 @@ def test_the_key_covers_everything_that_the_embedding_depends_on(encoder, tmp_pa
     cast_weights(encoder.graph, torch.float16)
     keys.add(embedding_store.cache_key(encoder, PROMPTS))
     assert len(keys) == 8
-    # Batches are no part of it.
+    # Batching does not affect the embeddings, so it is not part of the key.
     again = dataclasses.replace(encoder, batching=BatchConfig(max_tokens=1))
     assert embedding_store.cache_key(again, PROMPTS) in keys
 
 
-def test_the_bar_shows_items_and_tokens_a_second(encoder, tmp_path, capsys):
+def test_the_progress_bar_shows_items_and_tokens_per_second(encoder, tmp_path, capsys):
     embedding_store.encode_cached(encoder, PROMPTS, tmp_path, StoreConfig(title="encode items"))
     shown = capsys.readouterr().err
     assert "encode items: 100%" in shown and "4/4" in shown and "item/s" in shown and "tokens/s" in shown
 
 
-def test_missing_files_say_which_command_fetches_them(tmp_path):
+def test_the_error_for_missing_files_names_the_command_that_fetches_them(tmp_path):
     with pytest.raises(FileNotFoundError, match="make setup"):
         ceg.load(tmp_path, 16)
 
 
 @pytest.mark.parametrize("max_tokens", [0, 129])
-def test_more_tokens_than_the_model_has_positions(tmp_path, max_tokens):
+def test_a_token_limit_outside_the_positions_of_the_model_is_refused(tmp_path, max_tokens):
     fixture_bundles.byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=f"max_tokens is {max_tokens}, but random takes 1 to 128"):
         ceg.wrap("random", fixture_bundles.encoder_model(), tmp_path / "tokenizer.json", max_tokens, 0)

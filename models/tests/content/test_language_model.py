@@ -1,4 +1,4 @@
-"""Folders with language models of every kind that is read, made here of random weights."""
+"""Folders of every supported kind of language model are read; the models here have random weights."""
 
 from __future__ import annotations
 
@@ -32,43 +32,43 @@ LLAMA = LlamaConfig(
 BERT = BertConfig(**COMMON, num_attention_heads=4, max_position_embeddings=64, initializer_range=0.2)
 
 
-def with_tokenizer(folder):
+def folder_with_tokenizer(folder):
     folder.mkdir(exist_ok=True)
     fixture_bundles.byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
 
 
-def in_memory(model, folder):
+def encode_in_memory(model, folder):
     return ceg.wrap("same", model, folder / "tokenizer.json", 24, 0).encode(PROMPTS)
 
 
 @pytest.mark.parametrize("n_shards", [1, 3])
-def test_a_decoder_with_its_head_in_one_file_or_several(tmp_path, n_shards):
-    folder = with_tokenizer(tmp_path / "llama")
+def test_a_decoder_with_a_head_is_read_from_one_file_or_several(tmp_path, n_shards):
+    folder = folder_with_tokenizer(tmp_path / "llama")
     model = LlamaForCausalLM(LLAMA).eval()
     n_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     model.save_pretrained(folder, max_shard_size=n_bytes // n_shards + 30_000)
     encoder = ceg.load(folder, 24, ceg.LoadConfig(device="cpu"))
     assert len(encoder.weights) == n_shards and encoder.name == "llama"
-    np.testing.assert_allclose(encoder.encode(PROMPTS), in_memory(model.model, folder), atol=1e-6)
-    # All files count in the key.
+    np.testing.assert_allclose(encoder.encode(PROMPTS), encode_in_memory(model.model, folder), atol=1e-6)
+    # Every weights file is part of the key.
     key = embedding_store.cache_key(encoder, PROMPTS)
     encoder.weights[-1].write_bytes(encoder.weights[-1].read_bytes() + b" ")
     assert embedding_store.cache_key(encoder, PROMPTS) != key
 
 
-def test_an_encoder_and_its_store(tmp_path):
-    folder = with_tokenizer(tmp_path / "bert")
+def test_embeddings_of_a_bert_folder_are_stored(tmp_path):
+    folder = folder_with_tokenizer(tmp_path / "bert")
     model = BertForMaskedLM(BERT).eval()
     model.save_pretrained(folder)
     encoder = ceg.load(folder, 24, ceg.LoadConfig(device="cpu"))
     got = embedding_store.encode_cached(encoder, PROMPTS, tmp_path / "cache", StoreConfig(title=None))
-    np.testing.assert_allclose(got, in_memory(model.bert, folder), atol=1e-6)
+    np.testing.assert_allclose(got, encode_in_memory(model.bert, folder), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_weights_come_in_the_dtype_that_was_asked_for(tmp_path, dtype):
-    folder = with_tokenizer(tmp_path / "llama")
+def test_weights_are_loaded_in_the_requested_dtype(tmp_path, dtype):
+    folder = folder_with_tokenizer(tmp_path / "llama")
     LlamaModel(LLAMA).save_pretrained(folder)
     encoder = ceg.load(folder, 24, ceg.LoadConfig(device="cpu", dtype=dtype))
     assert encoder.dtype == language_model.DTYPES[dtype]
@@ -78,7 +78,7 @@ def test_weights_come_in_the_dtype_that_was_asked_for(tmp_path, dtype):
 
 
 def write_gguf(path, model):
-    """A Llama as llama.cpp lays it out: its own names, and queries and keys with interleaved rotary pairs."""
+    """Writes a Llama in llama.cpp's layout: its own tensor names, queries and keys with interleaved rotary pairs."""
     config, state = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -104,9 +104,9 @@ def write_gguf(path, model):
     }
     for name, tensor in state.items():
         name = name.removesuffix(".weight")
-        for ours, theirs in parts.items():
-            if name.endswith(ours):
-                name = f"blk.{name.split('.')[1]}.{theirs}"
+        for hf_name, gguf_name in parts.items():
+            if name.endswith(hf_name):
+                name = f"blk.{name.split('.')[1]}.{gguf_name}"
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-1])
         array = tensor.numpy()
         if heads:
@@ -118,13 +118,13 @@ def write_gguf(path, model):
     writer.close()
 
 
-def test_a_gguf_file(tmp_path):
-    folder = with_tokenizer(tmp_path / "gguf")
+def test_a_gguf_file_is_read_and_a_second_one_in_the_folder_is_refused(tmp_path):
+    folder = folder_with_tokenizer(tmp_path / "gguf")
     model = LlamaModel(LLAMA).eval()
     write_gguf(folder / "tiny.gguf", model)
     encoder = ceg.load(folder, 24, ceg.LoadConfig(device="cpu"))
     assert encoder.weights == (folder / "tiny.gguf",)
-    np.testing.assert_allclose(encoder.encode(PROMPTS), in_memory(model, folder), atol=1e-6)
+    np.testing.assert_allclose(encoder.encode(PROMPTS), encode_in_memory(model, folder), atol=1e-6)
     (folder / "tiny.gguf").rename(folder / "a.gguf")
     (folder / "b.gguf").touch()
     with pytest.raises(ValueError, match=r"2 GGUF files, expected one: a\.gguf, b\.gguf"):
@@ -132,18 +132,20 @@ def test_a_gguf_file(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("sharded", "bfloat16"), ("encoder", "float32"), ("gguf", "float16")])
-def test_what_is_on_disk_is_found_without_the_model(tmp_path, monkeypatch, kind, dtype):
-    folder = with_tokenizer(tmp_path / kind)
+def test_stored_embeddings_are_found_without_loading_the_model(tmp_path, monkeypatch, kind, dtype):
+    folder = folder_with_tokenizer(tmp_path / kind)
     if kind == "gguf":
         write_gguf(folder / "tiny.gguf", LlamaModel(LLAMA).eval())
     else:
         model = LlamaModel(LLAMA) if kind == "sharded" else BertModel(BERT)
         model.save_pretrained(folder, max_shard_size=60_000)
-    how = ceg.LoadConfig(device="cpu", dtype=dtype)
-    source = ceg.EncoderFolder(folder, 24, how)
-    assert embedding_store.cache_key(source, PROMPTS) == embedding_store.cache_key(ceg.load(folder, 24, how), PROMPTS)
-    # Which model it is does not hang on its dtype.
-    others = [ceg.EncoderFolder(folder, 24), ceg.EncoderFolder(folder, 25, how)]
+    config = ceg.LoadConfig(device="cpu", dtype=dtype)
+    source = ceg.EncoderFolder(folder, 24, config)
+    assert embedding_store.cache_key(source, PROMPTS) == embedding_store.cache_key(
+        ceg.load(folder, 24, config), PROMPTS
+    )
+    # The identity of the model depends on max_tokens, but not on the dtype.
+    others = [ceg.EncoderFolder(folder, 24), ceg.EncoderFolder(folder, 25, config)]
     same, longer = (other.identity.hexdigest() == source.identity.hexdigest() for other in others)
     assert same and not longer
     first = embedding_store.encode_cached(source, PROMPTS, tmp_path / "cache", StoreConfig(title=None))
@@ -151,10 +153,10 @@ def test_what_is_on_disk_is_found_without_the_model(tmp_path, monkeypatch, kind,
     np.testing.assert_array_equal(embedding_store.encode_cached(source, PROMPTS, tmp_path / "cache"), first)
 
 
-def test_a_tensor_that_is_missing_is_never_made_up(tmp_path):
+def test_a_missing_tensor_is_an_error_and_never_initialised_at_random(tmp_path):
     BertModel(BERT).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    # The pooler takes no part in the hidden states, so it may be missing.
+    # The pooler does not affect the hidden states, so it may be missing.
     body = {name: tensor for name, tensor in weights.items() if not name.startswith("pooler")}
     save_file(body, tmp_path / "model.safetensors", metadata={"format": "pt"})
     language_model.read(tmp_path, "float32")
@@ -164,7 +166,7 @@ def test_a_tensor_that_is_missing_is_never_made_up(tmp_path):
         language_model.read(tmp_path, "float32")
 
 
-def test_a_shard_that_is_missing_and_an_index_that_is_none(tmp_path):
+def test_a_missing_shard_and_an_invalid_index_are_refused(tmp_path):
     LlamaModel(LLAMA).save_pretrained(tmp_path, max_shard_size=60_000)
     first, *_rest = language_model.weight_files(tmp_path)
     first.unlink()
@@ -175,7 +177,7 @@ def test_a_shard_that_is_missing_and_an_index_that_is_none(tmp_path):
         language_model.read(tmp_path, "float32")
 
 
-def test_what_needs_two_inputs_is_refused(tmp_path):
+def test_an_encoder_decoder_model_and_an_unknown_dtype_are_refused(tmp_path):
     config = T5Config(vocab_size=64, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
     T5Model(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="t5 is an encoder-decoder model"):
@@ -184,19 +186,19 @@ def test_what_needs_two_inputs_is_refused(tmp_path):
         language_model.read(tmp_path, "int8")
 
 
-def test_a_tokenizer_that_is_missing_is_said_so(tmp_path):
+def test_a_missing_tokenizer_is_an_error_that_names_the_file(tmp_path):
     LlamaModel(LLAMA).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing"):
         ceg.load(tmp_path, 24)
 
 
-def test_a_baichuan_is_read_from_either_kind_of_file(tmp_path):
+def test_a_baichuan_model_is_read_from_bin_and_safetensors_files(tmp_path):
     from test_baichuan import CONFIG, random_checkpoint
 
     state = random_checkpoint()
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "baichuan", "vocab_size": 512}))
     state |= {name: torch.randn(512, CONFIG["hidden_size"]) for name in state if state[name].shape[0] == 61}
-    with_tokenizer(tmp_path)
+    folder_with_tokenizer(tmp_path)
     torch.save(state, tmp_path / "pytorch_model.bin")
     first = ceg.load(tmp_path, 24, ceg.LoadConfig(device="cpu")).encode(PROMPTS)
     (tmp_path / "pytorch_model.bin").unlink()
@@ -216,8 +218,8 @@ def test_a_baichuan_is_read_from_either_kind_of_file(tmp_path):
         ceg.load(tmp_path, 24)
 
 
-def test_files_that_are_damaged_are_named_in_one_line(tmp_path):
-    folder = with_tokenizer(tmp_path / "llama")
+def test_a_damaged_file_is_named_in_the_error(tmp_path):
+    folder = folder_with_tokenizer(tmp_path / "llama")
     LlamaForCausalLM(LLAMA).save_pretrained(folder)
 
     def refusal(name, content):

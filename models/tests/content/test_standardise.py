@@ -19,15 +19,15 @@ def test_scale_gives_mean_zero_and_variance_one():
     torch.testing.assert_close(out.std(dim=0), torch.ones(6), rtol=0, atol=1e-5)
 
 
-def test_whitening_makes_the_covariance_one_and_turns_nothing():
+def test_whitening_gives_unit_covariance_without_a_rotation():
     table = content()
     standardisation = fit(table, "whiten")
     torch.testing.assert_close(torch.cov(standardisation.apply(table).T), torch.eye(6), rtol=0, atol=1e-3)
-    # ZCA: of all whitening maps the symmetric one, so that entry j still means what entry j meant.
+    # ZCA is the symmetric whitening map, so entry j keeps its meaning.
     torch.testing.assert_close(standardisation.matrix, standardisation.matrix.T, rtol=0, atol=1e-5)
 
 
-def test_whitening_does_not_blow_up_a_direction_without_variance():
+def test_whitening_does_not_amplify_a_direction_without_variance():
     table = torch.cat([content(), torch.full((400, 1), 0.5)], dim=1)
     assert fit(table, "whiten").apply(table).abs().max() < 100
 
@@ -38,7 +38,7 @@ def test_none_changes_nothing():
 
 
 @pytest.mark.parametrize("method", ["none", "scale", "whiten"])
-def test_folding_is_exact(method):
+def test_folding_into_a_layer_and_unfolding_keep_its_output(method):
     table, layer = content(), nn.Linear(6, 4)
     standardisation = fit(table, method)
     want = layer(standardisation.apply(table))

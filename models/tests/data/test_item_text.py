@@ -1,4 +1,4 @@
-"""The prompt, and the golden file that holds the server's renderer to the same bytes."""
+"""Prompts, and the golden file from which the server's renderer is tested to give the same bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_the_golden_file_is_what_jinja_renders_now():
     assert GOLDEN.read_text() == prompt_golden()
 
 
-def test_the_golden_file_reads_back_as_its_cases():
+def test_every_golden_case_renders_to_its_prompt():
     golden = json.loads(GOLDEN.read_text())
     assert golden["template"] == template_source()
     for case in golden["cases"]:
@@ -25,7 +25,7 @@ def test_the_golden_file_reads_back_as_its_cases():
         assert render(ItemText.from_json(case["text"]), golden["template"]) == case["prompt"]
 
 
-def test_the_prompt_of_the_paper():
+def test_the_prompt_matches_the_example_of_the_paper():
     text = ItemText(
         title="Envy Versatile Five-Petal Flower Earrings 357",
         category="Earrings",
@@ -43,11 +43,11 @@ def test_the_prompt_of_the_paper():
     )
 
 
-def test_a_title_is_data_and_never_a_template():
+def test_template_syntax_in_a_title_is_not_evaluated():
     assert '"{{ 7 * 7 }}"' in render(ItemText(title="{{ 7 * 7 }}"))
 
 
 @pytest.mark.parametrize("text", PROMPT_CASES)
-def test_empty_means_that_only_the_opening_sentence_is_left(text):
+def test_an_empty_text_renders_to_the_opening_sentence_alone(text):
     assert text.is_empty == (render(text) == "The item information is given as follows.")
     assert render(text).strip() == render(text)

@@ -1,4 +1,4 @@
-"""Each data set is read from the files that its makers publish, and no other folder is taken for one."""
+"""Every data set is read from the files that its publishers provide, and other folders are refused."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from learn.data.item_text import ItemText
 
 
 def events(dataset):
-    """user -> [(item id, value, timestamp)] in order."""
+    """Maps each user to the list of events in order: (item id, value, timestamp)."""
     return {
         s.user: [(dataset.item_ids[i], v, t) for i, v, t in zip(s.items, s.values, s.timestamps, strict=True)]
         for s in dataset.sequences
     }
 
 
-def test_movielens_100k(tmp_path):
-    dataset = data.read_neutral(raw.hundred_k(tmp_path))
+def test_movielens_100k_is_read(tmp_path):
+    dataset = data.read_neutral(raw.movielens_100k(tmp_path))
     assert [text.title for text in dataset.texts] == ["La Cité des enfants perdus (1995)", "unknown", "Heat (1995)"]
     assert [text.category for text in dataset.texts] == ["Action, Sci-Fi", "", "Drama"]
     assert events(dataset) == {
@@ -31,8 +31,8 @@ def test_movielens_100k(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
-def test_movielens_1m_and_10m(tmp_path, encoding):
-    dataset = data.read_neutral(raw.one_m(tmp_path, encoding=encoding))
+def test_movielens_1m_and_10m_are_read_in_either_encoding(tmp_path, encoding):
+    dataset = data.read_neutral(raw.movielens_1m(tmp_path, encoding=encoding))
     assert [text.title for text in dataset.texts] == ["Les Misérables (1995)", "Face::Off (1997)", "Up (2009)"]
     assert [text.category for text in dataset.texts] == ["Drama, Musical", "Action", "Comedy"]
     assert events(dataset) == {
@@ -42,22 +42,24 @@ def test_movielens_1m_and_10m(tmp_path, encoding):
 
 
 def test_ratings_without_timestamps_keep_the_order_of_the_file(tmp_path):
-    dataset = data.read_neutral(raw.one_m(tmp_path, with_timestamps=False))
+    dataset = data.read_neutral(raw.movielens_1m(tmp_path, with_timestamps=False))
     assert events(dataset) == {"1": [("10", 5.0, 0), ("2", 4.0, 1)], "2": [("1", 3.0, 0)]}
 
 
-@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-def test_movielens_csv_with_quotes_commas_and_either_line_end(tmp_path, line_end):
+@pytest.mark.parametrize("line_ending", ["\n", "\r\n"])
+def test_movielens_csv_is_read_with_quotes_commas_and_either_line_ending(tmp_path, line_ending):
     rows = ["movieId,title,genres", '1,"Sex, ""Lies"" (1989)",Drama', "3,Naïve (2000),(no genres listed)", ""]
-    raw.write(tmp_path, "movies.csv", line_end.join(rows))
-    raw.write(tmp_path, "ratings.csv", line_end.join(["userId,movieId,rating,timestamp", "7,3,0.5,5", "7,1,4.5,5", ""]))
+    raw.write(tmp_path, "movies.csv", line_ending.join(rows))
+    raw.write(
+        tmp_path, "ratings.csv", line_ending.join(["userId,movieId,rating,timestamp", "7,3,0.5,5", "7,1,4.5,5", ""])
+    )
     dataset = data.read_neutral(tmp_path)
     assert [text.title for text in dataset.texts] == ['Sex, "Lies" (1989)', "Naïve (2000)"]
     assert events(dataset) == {"7": [("1", 4.5, 5), ("3", 0.5, 5)]}
 
 
 @pytest.mark.parametrize("suffix", [".json", ".json.gz", ".jsonl.gz"])
-def test_amazon_2018_leaves_out_and_counts_what_has_no_text(tmp_path, suffix):
+def test_amazon_2018_items_without_text_are_dropped_and_counted(tmp_path, suffix):
     meta = data.prepare(raw.amazon_2018(tmp_path / "in", suffix), tmp_path / "out")
     dataset = data.read_prepared(tmp_path / "out")
     assert dataset.item_ids == ["B01", "B02"]
@@ -71,19 +73,19 @@ def test_amazon_2018_leaves_out_and_counts_what_has_no_text(tmp_path, suffix):
     }
 
 
-def test_amazon_price_and_features_on_request(tmp_path):
+def test_amazon_price_and_features_are_read_on_request(tmp_path):
     config = PrepareConfig(text_fields=("title", "price", "attributes"), min_item_events=0)
     dataset = data.read_neutral(raw.amazon_2018(tmp_path / "2018"), config)
     assert dataset.item_ids == ["B01", "B02", "B03"]
     assert dataset.texts[0] == ItemText(title="Envy Earrings", price="$9.90", attributes=("Returns", "Gift box"))
-    # What stands in the price of B02 is a style sheet.
+    # The price of B02 in the file is part of a style sheet, so it is left out.
     assert dataset.texts[1] == ItemText(title="Plain ring")
     dataset = data.read_neutral(raw.amazon_2023(tmp_path / "2023"), config)
     assert dataset.texts[0] == ItemText(title="Lamp", price="$12.5", attributes=("Warm light",))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_amazon_2023_orders_by_milliseconds_and_tells_seconds(tmp_path, suffix):
+def test_amazon_2023_events_are_ordered_by_milliseconds_and_kept_in_seconds(tmp_path, suffix):
     dataset = data.read_neutral(raw.amazon_2023(tmp_path, suffix))
     assert dataset.texts[0] == ItemText(title="Lamp", category="Home", brand="Lux")
     assert dataset.texts[1] == ItemText(title="Cup", category="Kitchen, Cups")
@@ -96,19 +98,25 @@ def write_parquet(folder, name, columns):
 
 
 @pytest.mark.parametrize("as_struct", [False, True])
-def test_neutral_parquet(tmp_path, as_struct):
-    when = pyarrow.array([5_000_001, 5_000_000, 7_000_000], pyarrow.timestamp("us"))
-    log = {"user": [10, 10, 9], "item": ["b", "a", "b"], "timestamp": when, "value": [1, 0, 1], "device": ["x"] * 3}
+def test_neutral_parquet_is_read_with_flat_or_nested_text(tmp_path, as_struct):
+    timestamps = pyarrow.array([5_000_001, 5_000_000, 7_000_000], pyarrow.timestamp("us"))
+    log = {
+        "user": [10, 10, 9],
+        "item": ["b", "a", "b"],
+        "timestamp": timestamps,
+        "value": [1, 0, 1],
+        "device": ["x"] * 3,
+    }
     write_parquet(tmp_path, "interactions.parquet", log)
-    fields = [{"title": "A", "keywords": ["k", "l"]}, {"title": None, "keywords": ["m"]}]
+    nested = [{"title": "A", "keywords": ["k", "l"]}, {"title": None, "keywords": ["m"]}]
     flat = {"title": ["A", None], "keywords": [["k", "l"], ["m"]]}
-    write_parquet(tmp_path, "items.parquet", {"id": ["a", "b"]} | ({"text": fields} if as_struct else flat))
+    write_parquet(tmp_path, "items.parquet", {"id": ["a", "b"]} | ({"text": nested} if as_struct else flat))
     dataset = data.read_neutral(tmp_path)
     assert dataset.texts == [ItemText(title="A", keywords=("k", "l")), ItemText(keywords=("m",))]
     assert events(dataset) == {"9": [("b", 1.0, 7)], "10": [("a", 0.0, 5), ("b", 1.0, 5)]}
 
 
-def test_neutral_csv_with_flat_items_and_neither_timestamps_nor_values(tmp_path):
+def test_neutral_csv_is_read_with_flat_items_and_without_timestamps_or_values(tmp_path):
     raw.write(tmp_path, "interactions.csv", "item,shop,user\nb,1,u\na,1,u\nb,1,u\n")
     raw.write(tmp_path, "items.jsonl", '{"id": "a", "title": "A", "brand": null}\n\n{"id": 7, "title": "B"}\n')
     with pytest.raises(DataError, match=r"row 2, column item: 'b' is not in items\.jsonl"):
@@ -117,14 +125,14 @@ def test_neutral_csv_with_flat_items_and_neither_timestamps_nor_values(tmp_path)
     assert events(data.read_neutral(tmp_path)) == {"u": [("b", 1.0, 0), ("a", 1.0, 1), ("b", 1.0, 2)]}
 
 
-def test_folders_that_are_none_or_several_are_named(tmp_path):
+def test_a_folder_with_no_or_several_data_sets_is_refused(tmp_path):
     with pytest.raises(DataError, match="nowhere: no such folder"):
         data.find_layout(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no known data set: expected interactions\.csv"):
         data.find_layout(tmp_path / "empty")
     with pytest.raises(DataError, match="more than one data set: movielens-dat, movielens-100k"):
-        data.find_layout(raw.one_m(raw.hundred_k(tmp_path / "two")))
+        data.find_layout(raw.movielens_1m(raw.movielens_100k(tmp_path / "two")))
     folder = raw.write(tmp_path / "half", "interactions.csv", "user,item\n")
     with pytest.raises(DataError, match=r"has no items\.jsonl or items\.parquet beside it"):
         data.find_layout(folder)
@@ -143,23 +151,43 @@ def test_folders_that_are_none_or_several_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("make", "name", "content", "message"),
     [
-        (raw.hundred_k, "u.data", "1\t2\t3\n", "u.data, row 1, column timestamp: empty"),
-        (raw.hundred_k, "u.data", "1\t1\t3\t5\t6\n", "u.data, row 1: expected 4 fields, found 5"),
-        (raw.hundred_k, "u.item", "1|Heat|x\n", "u.item, row 1: expected 24 fields, found 3"),
-        (raw.hundred_k, "u.item", raw.u_item_line(1, " ", [3]), "u.item, row 1, column title: empty"),
-        (raw.hundred_k, "u.item", raw.u_item_line(1, "A", []).replace("0\n", "2\n"), "column genres: expected flags"),
-        (raw.one_m, "ratings.dat", "1::2\n", "ratings.dat, row 1: expected user::item::rating"),
-        (raw.one_m, "ratings.dat", "1::2::3::4\n1::2::3::4::5\n", "ratings.dat, row 2: expected 4 fields, found 5"),
-        (raw.one_m, "ratings.dat", "1::2::3::4\n1::2::x::4\n", "row 2, column rating: expected a number, got 'x'"),
-        (raw.one_m, "ratings.dat", "1::2::3::4\n1::3::3::4\n", "row 2, column item: '3' is not in movies.dat"),
-        (raw.one_m, "movies.dat", "1::Heat\n", "movies.dat, row 1: expected id::title::genres, got '1::Heat'"),
-        (raw.one_m, "movies.dat", "1::A::B\n1::C::D\n", "movies.dat, row 2, column id: '1' occurs a second time"),
+        (raw.movielens_100k, "u.data", "1\t2\t3\n", "u.data, row 1, column timestamp: empty"),
+        (raw.movielens_100k, "u.data", "1\t1\t3\t5\t6\n", "u.data, row 1: expected 4 fields, found 5"),
+        (raw.movielens_100k, "u.item", "1|Heat|x\n", "u.item, row 1: expected 24 fields, found 3"),
+        (raw.movielens_100k, "u.item", raw.u_item_line(1, " ", [3]), "u.item, row 1, column title: empty"),
+        (
+            raw.movielens_100k,
+            "u.item",
+            raw.u_item_line(1, "A", []).replace("0\n", "2\n"),
+            "column genres: expected flags",
+        ),
+        (raw.movielens_1m, "ratings.dat", "1::2\n", "ratings.dat, row 1: expected user::item::rating"),
+        (
+            raw.movielens_1m,
+            "ratings.dat",
+            "1::2::3::4\n1::2::3::4::5\n",
+            "ratings.dat, row 2: expected 4 fields, found 5",
+        ),
+        (
+            raw.movielens_1m,
+            "ratings.dat",
+            "1::2::3::4\n1::2::x::4\n",
+            "row 2, column rating: expected a number, got 'x'",
+        ),
+        (raw.movielens_1m, "ratings.dat", "1::2::3::4\n1::3::3::4\n", "row 2, column item: '3' is not in movies.dat"),
+        (raw.movielens_1m, "movies.dat", "1::Heat\n", "movies.dat, row 1: expected id::title::genres, got '1::Heat'"),
+        (
+            raw.movielens_1m,
+            "movies.dat",
+            "1::A::B\n1::C::D\n",
+            "movies.dat, row 2, column id: '1' occurs a second time",
+        ),
         (raw.amazon_2023, "Home.jsonl", '{"user_id": "a"}\n\n{oops\n', "Home.jsonl, row 1, column parent_asin: empty"),
         (raw.amazon_2018, "meta_Jewelry.json.gz", '{"title": "A"}\n', "row 1, column asin: expected a non-empty"),
         (raw.amazon_2018, "meta_Jewelry.json.gz", "[1]\n", "row 1: expected a JSON object"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, make, name, content, message):
+def test_a_bad_line_is_reported_with_file_row_and_column(tmp_path, make, name, content, message):
     make(tmp_path)
     raw.write(tmp_path, name, content)
     with pytest.raises(DataError) as caught:
@@ -180,7 +208,7 @@ def test_a_bad_line_is_named(tmp_path, make, name, content, message):
         ),
     ],
 )
-def test_rows_of_json_are_lines_though_empty_ones_are_passed_over(tmp_path, line, message):
+def test_row_numbers_of_json_lines_count_empty_lines(tmp_path, line, message):
     folder = raw.amazon_2023(tmp_path)
     with (folder / "Home.jsonl").open("ab") as file:
         file.write(b"\n" + line + b"\n")
@@ -189,7 +217,7 @@ def test_rows_of_json_are_lines_though_empty_ones_are_passed_over(tmp_path, line
     assert f"{folder / 'Home.jsonl'}, {message}" in str(caught.value)
 
 
-def test_a_cut_gzip_file_is_named(tmp_path):
+def test_a_truncated_gzip_file_is_reported_by_name(tmp_path):
     path = raw.amazon_2018(tmp_path) / "meta_Jewelry.json.gz"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"meta_Jewelry.json.gz, row \d+: "):
@@ -200,7 +228,7 @@ def test_a_cut_gzip_file_is_named(tmp_path):
         data.read_neutral(tmp_path)
 
 
-def test_parquet_columns_of_a_wrong_type_or_missing_are_named(tmp_path):
+def test_parquet_columns_that_are_missing_or_of_a_wrong_type_are_reported(tmp_path):
     raw.write(tmp_path, "items.jsonl", '{"id": "1", "title": "A"}\n')
     for columns, message in (
         ({"user": [1.5], "item": [1]}, "column user: the type double is not allowed"),

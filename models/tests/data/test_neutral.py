@@ -1,4 +1,4 @@
-"""The neutral format: what is read, in which order, and what is said of a file that is not in it."""
+"""The neutral format: what is read, in which order, and how a malformed file is reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def neutral(tmp_path):
     return tmp_path / "n"
 
 
-def test_titles_read_as_people_write_them():
+def test_plain_titles_put_the_article_first():
     cases = {
         "Matrix, The (1999)": "The Matrix (1999)",
         "City of Lost Children, The (Cité des enfants perdus, La) (1995)": (
@@ -43,13 +43,13 @@ def test_movielens_becomes_text_and_ordered_sequences(neutral):
     assert dataset.texts[0].title == "The Matrix (1999)" and dataset.texts[0].category == "Action, Sci-Fi"
     assert dataset.texts[1].category == ""
     assert [sequence.user for sequence in dataset.sequences] == ["1", "2"]
-    # User 1 rated 2 and 10 in the same second: the lower number comes first, as a number and not as text.
+    # User 1 rated items 2 and 10 in the same second. Ties go by item id, compared as a number and not as text.
     assert dataset.sequences[0].items.tolist() == [0, 1, 2]
     assert dataset.sequences[0].values.tolist() == [1.0, 5.0, 3.5]
     assert dataset.sequences[1].items.tolist() == [1, 0]
 
 
-def test_the_order_of_the_file_does_not_matter(neutral):
+def test_the_order_of_rows_in_the_file_does_not_matter(neutral):
     before = data.read_neutral(neutral)
     path = neutral / data.INTERACTIONS
     header, *rows = path.read_text().splitlines()
@@ -69,7 +69,7 @@ def test_the_order_of_the_file_does_not_matter(neutral):
         (",1,5,4.0", "row 7, column user: empty"),
     ],
 )
-def test_a_bad_interaction_is_named(neutral, row, message):
+def test_a_bad_interaction_is_reported_with_row_and_column(neutral, row, message):
     with (neutral / data.INTERACTIONS).open("a") as file:
         file.write(row + "\n")
     with pytest.raises(DataError) as caught:
@@ -90,14 +90,14 @@ def test_a_bad_interaction_is_named(neutral, row, message):
         ('{"id": "7", "text": {"title": 3}}', "title: expected a string, got 3"),
     ],
 )
-def test_a_bad_item_is_named(neutral, line, reason):
+def test_a_bad_item_is_reported_with_the_reason(neutral, line, reason):
     with (neutral / data.ITEMS).open("a") as file:
         file.write(line + "\n")
     with pytest.raises(DataError, match=reason):
         data.read_neutral(neutral)
 
 
-def test_missing_files_and_columns_are_named(neutral, tmp_path):
+def test_missing_files_and_bad_headers_are_reported(neutral, tmp_path):
     (neutral / data.INTERACTIONS).write_text("user,thing,value\n")
     with pytest.raises(DataError, match="row 1, column item: the header does not name this column"):
         data.read_neutral(neutral)
@@ -130,7 +130,7 @@ def test_missing_files_and_columns_are_named(neutral, tmp_path):
         (b"1,1,5,4.0\n2,2,soon,1\n3,9,5,1\n", "row 8, column timestamp"),
     ],
 )
-def test_a_malformed_line_is_named(neutral, row, message):
+def test_a_malformed_line_is_reported_with_its_row(neutral, row, message):
     with (neutral / data.INTERACTIONS).open("ab") as file:
         file.write(row)
     with pytest.raises(DataError) as caught:
@@ -138,11 +138,11 @@ def test_a_malformed_line_is_named(neutral, row, message):
     assert str(caught.value).startswith(f"{neutral / data.INTERACTIONS}, {message}")
 
 
-def test_ids_and_texts_of_any_characters_come_back(tmp_path):
+def test_ids_and_texts_with_any_characters_survive_a_round_trip(tmp_path):
     users = ["007", "7", "10", "a", 'é\n"x"', " 7", "1" * 400, "\u2028,"]
     items = [('i,"1"', ItemText(title='A "quoted" title, Ünïcode \u2028 😀')), ("i2", ItemText(attributes=("", "b")))]
     data.write_neutral([data.Interaction(user, items[0][0], 5) for user in users], items, tmp_path)
     dataset = data.read_neutral(tmp_path)
     assert list(zip(dataset.item_ids, dataset.texts, strict=True)) == items
-    # Numbers first, by value, however long; then text by code point.
+    # Numeric ids come first, by value and however long; the others follow by code point.
     assert [s.user for s in dataset.sequences] == ["007", "7", "10", "1" * 400, " 7", "a", 'é\n"x"', "\u2028,"]

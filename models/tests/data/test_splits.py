@@ -1,4 +1,4 @@
-"""Splits by hand, and what they must never do."""
+"""Splits against hand-worked examples, and the properties that every split must have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def sequences(*lengths):
     return [Sequence(str(user), np.arange(n), np.ones(n)) for user, n in enumerate(lengths)]
 
 
-def timed(*runs):
+def timed_sequences(*runs):
     return [Sequence(str(user), np.arange(len(run)), np.ones(len(run)), np.array(run)) for user, run in enumerate(runs)]
 
 
@@ -21,41 +21,41 @@ def pairs(events):
     return [(event.user, event.position) for event in events]
 
 
-def test_leave_last_out_by_hand():
+def test_leave_last_out_matches_a_hand_worked_example():
     split = data.split(sequences(6, 3, 2), SplitConfig(n_test=1, n_validation=2))
     assert split.n_train == [3, 3, 2]
     assert pairs(split.validation) == [(0, 3), (0, 4)]
     assert pairs(split.test) == [(0, 5)]
 
 
-def test_by_time_by_hand():
-    # Events at a cut are held out; user 1 is new at validation, user 2 at the test.
-    runs = timed([1, 5, 10, 20, 20, 30], [10, 11], [25], [1, 2])
+def test_the_time_split_matches_a_hand_worked_example():
+    # Events at the time of a cut are held out. User 1 is new in the validation part and user 2 in the test part.
+    runs = timed_sequences([1, 5, 10, 20, 20, 30], [10, 11], [25], [1, 2])
     split = data.split(runs, TimeSplitConfig(timestamps=(10, 20)))
     assert split.n_train == [2, 0, 0, 2]
     assert pairs(split.validation) == [(0, 2), (1, 0), (1, 1)]
     assert pairs(split.test) == [(0, 3), (0, 4), (0, 5), (2, 0)]
 
 
-def test_fractions_cut_at_the_timestamp_of_that_event():
-    # 10 events; floor(0.5 * 10) = 5 is the event at 6, floor(0.8 * 10) = 8 the one at 9.
-    runs = timed([1, 3, 5, 7, 9], [2, 4, 6, 8, 10])
+def test_fractions_cut_at_the_timestamp_of_the_event_with_that_index():
+    # Of the 10 events, the one with index floor(0.5 * 10) = 5 is at time 6, and the one with floor(0.8 * 10) = 8 at 9.
+    runs = timed_sequences([1, 3, 5, 7, 9], [2, 4, 6, 8, 10])
     assert splits.time_cuts(runs, TimeSplitConfig(fractions=(0.5, 0.8))) == (6, 9)
     split = data.split(runs, TimeSplitConfig(fractions=(0.5, 0.8)))
     assert (sum(split.n_train), len(split.validation), len(split.test)) == (5, 3, 2)
     # 0.29 * 100 is 28.999999999999996 in floating point.
-    assert splits.time_cuts(timed(range(100)), TimeSplitConfig(fractions=(0.29, 1.0))) == (29, 100)
+    assert splits.time_cuts(timed_sequences(range(100)), TimeSplitConfig(fractions=(0.29, 1.0))) == (29, 100)
     assert data.split(runs, TimeSplitConfig(fractions=(0.7, 1.0))).test == []
 
 
-def test_ties_in_time_stay_together():
-    split = data.split(timed([1, 2, 2, 2, 3], [2, 2, 3, 4]), TimeSplitConfig(fractions=(0.4, 0.8)))
+def test_events_with_equal_timestamps_stay_in_one_part():
+    split = data.split(timed_sequences([1, 2, 2, 2, 3], [2, 2, 3, 4]), TimeSplitConfig(fractions=(0.4, 0.8)))
     assert split.n_train == [1, 0]
     assert pairs(split.validation) == [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
     assert len(split.test) == 3
 
 
-def test_the_nth_timestamp_is_that_of_a_sort(monkeypatch):
+def test_the_nth_smallest_timestamp_is_that_of_a_sort(monkeypatch):
     monkeypatch.setattr(splits, "CHUNK", 7)
     rng = np.random.default_rng(0)
     timestamps = rng.integers(-(2**40), 2**40, size=50).repeat(2)
@@ -75,7 +75,7 @@ def test_the_nth_timestamp_is_that_of_a_sort(monkeypatch):
         ),
     ],
 )
-def test_no_held_out_event_is_trained_on_and_none_is_lost(config):
+def test_every_event_is_in_one_part_and_the_parts_follow_one_another(config):
     runs = sequences(*range(1, 30))
     split = data.split(runs, config)
     for user, run in enumerate(runs):
@@ -97,6 +97,6 @@ def test_no_held_out_event_is_trained_on_and_none_is_lost(config):
         (lambda: TimeSplitConfig(fractions=(0.5, 1.5)), "above 0 and at most 1"),
     ],
 )
-def test_impossible_splits_are_refused(make, message):
+def test_an_invalid_split_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

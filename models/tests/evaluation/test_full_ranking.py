@@ -1,4 +1,4 @@
-"""Metrics against numbers worked out by hand."""
+"""Ranks and metrics against hand-computed values and plain loops."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from learn.evaluation.auc import auc
 from learn.evaluation.metrics import rank_scores
 
 
-def test_ranks_by_hand():
+def test_ranks_match_hand_computed_values():
     scores = np.array([[0.9, 0.5, 0.7, 0.1], [0.9, 0.5, 0.7, 0.1], [1.0, 1.0, 1.0, 1.0]])
     got = rank_scores(scores, np.array([1, 1, 2]), [np.array([], dtype=int), np.array([0]), np.array([3])])
-    # Third row: two others tie with the target, and ties count against it.
+    # In the third row, two other items tie with the target; ties count against it.
     assert got.rank.tolist() == [3, 2, 3]
 
 
-@pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_a_target_without_a_finite_score_is_an_error(broken):
+@pytest.mark.parametrize("score", [np.nan, np.inf])
+def test_a_target_without_a_finite_score_or_a_rank_is_an_error(score):
     with pytest.raises(ValueError, match="not finite"):
-        rank_scores(np.array([[broken, 1.0]]), np.array([0]), [np.array([], dtype=int)])
+        rank_scores(np.array([[score, 1.0]]), np.array([0]), [np.array([], dtype=int)])
     with pytest.raises(ValueError, match="not ranked"):
         rank_scores(np.array([[0.0, 1.0]]), np.array([0]), [np.array([0])])
 
 
-def test_metrics_by_hand():
+def test_metrics_match_hand_computed_values():
     got = full_ranking.metrics(np.array([1, 3, 11, 60]))
     assert got["hr_at_10"] == pytest.approx(0.5)
     assert got["hr_at_50"] == pytest.approx(0.75)
@@ -44,12 +44,13 @@ def tiny_dataset():
     return Dataset([str(i) for i in range(6)], [ItemText(title=str(i)) for i in range(6)], sequences)
 
 
-def test_popularity_counts_training_only_and_skips_what_the_user_met():
+def test_popularity_counts_training_events_only_and_skips_items_the_user_has_met():
     dataset = tiny_dataset()
     events = [Event(0, 3), Event(1, 3), Event(2, 3)]
     split = Split([3, 3, 3], [], events)
     assert full_ranking.popularity(dataset, split).tolist() == [3, 4, 2, 0, 0, 0]
-    # User 0 met 0, 1, 2; 3, 4, 5 tie at nothing, so the rank is 3. User 1 met 0 and 1, so 2 leads: rank 4.
+    # User 0 met items 0, 1 and 2. Items 3, 4 and 5 tie at 0 events, so the target has rank 3. User 1 met items 0 and 1,
+    # so item 2 comes first, and the target has rank 4.
     assert full_ranking.popularity_ranks(dataset, split, events).tolist() == [3, 4, 3]
 
 
@@ -69,19 +70,19 @@ def test_tower_ranks_are_those_of_a_plain_loop():
         run = dataset.sequences[event.user].items
         state = pch.states(content[torch.from_numpy(run[: event.position])][None])[0, -1]
         score = (pch.alone(content) @ state).tolist()
-        goal = run[event.position]
-        rivals = [i for i in range(6) if i not in run[: event.position] and i != goal]
-        assert rank == 1 + sum(score[i] >= score[goal] for i in rivals)
+        target = run[event.position]
+        others = [i for i in range(6) if i not in run[: event.position] and i != target]
+        assert rank == 1 + sum(score[i] >= score[target] for i in others)
 
 
-def test_auc_by_hand():
-    # Pairs: .9 beats both; .4 beats .1 and ties with .4.
+def test_auc_matches_a_hand_computed_value():
+    # The positive with .9 beats both negatives; the one with .4 beats .1 and ties with .4.
     assert auc(np.array([0.9, 0.4, 0.1, 0.4]), np.array([1, 1, 0, 0])) == pytest.approx((1 + 1 + 1 + 0.5) / 4)
     with pytest.raises(ValueError, match="both labels"):
         auc(np.array([0.1]), np.array([1]))
 
 
-def test_two_arrays_are_ranked_like_towers():
+def test_embeddings_given_as_arrays_are_ranked_like_those_of_the_towers():
     import torch
 
     dataset, pch = tiny_dataset(), small_pch()
@@ -96,7 +97,7 @@ def test_two_arrays_are_ranked_like_towers():
     assert set(ranking.top[0]) == {3, 4, 5, -1}
 
 
-def test_arrays_that_do_not_fit_and_no_events_are_errors():
+def test_a_wrong_number_of_user_embeddings_and_no_events_are_errors():
     dataset = tiny_dataset()
     with pytest.raises(ValueError, match="1 user embeddings for 2 events"):
         full_ranking.array_ranking(np.zeros((1, 2)), np.zeros((6, 2)), dataset, [Event(0, 3), Event(1, 3)])
@@ -104,7 +105,7 @@ def test_arrays_that_do_not_fit_and_no_events_are_errors():
         full_ranking.array_ranking(np.zeros((0, 2)), np.zeros((6, 2)), dataset, [])
 
 
-def test_many_events_are_ranked_in_chunks(monkeypatch):
+def test_ranking_in_chunks_gives_the_same_ranks(monkeypatch):
     dataset = tiny_dataset()
     events = [Event(0, 3), Event(1, 3), Event(2, 3)]
     user, item = np.random.default_rng(0).normal(size=(3, 4)), np.random.default_rng(1).normal(size=(6, 4))

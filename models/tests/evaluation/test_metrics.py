@@ -1,4 +1,4 @@
-"""Ranking figures against hand-computed values and those of scikit-learn."""
+"""Ranking metrics against hand-computed values and scikit-learn."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ RANK = np.array([1, 3, 11, 60, 150, 500])
 USER = np.array([0, 0, 0, 1, 1, 2])
 
 
-def by_hand(metric: str) -> float:
+def figure(metric: str) -> float:
     return metrics.figures(RANK, USER)[metric]
 
 
-def test_hits_gains_and_reciprocal_ranks_by_hand():
-    assert [by_hand(f"hr_at_{k}") for k in (10, 50, 100, 200)] == pytest.approx([2 / 6, 3 / 6, 4 / 6, 5 / 6])
-    assert by_hand("ndcg_at_10") == pytest.approx((1 + 1 / math.log2(4)) / 6)
-    assert by_hand("ndcg_at_50") == pytest.approx((1 + 0.5 + 1 / math.log2(12)) / 6)
-    assert by_hand("mrr_at_10") == pytest.approx((1 + 1 / 3) / 6)
-    assert by_hand("mrr") == pytest.approx(sum(1 / r for r in RANK) / 6)
+def test_hit_rate_ndcg_and_mrr_match_hand_computed_values():
+    assert [figure(f"hr_at_{k}") for k in (10, 50, 100, 200)] == pytest.approx([2 / 6, 3 / 6, 4 / 6, 5 / 6])
+    assert figure("ndcg_at_10") == pytest.approx((1 + 1 / math.log2(4)) / 6)
+    assert figure("ndcg_at_50") == pytest.approx((1 + 0.5 + 1 / math.log2(12)) / 6)
+    assert figure("mrr_at_10") == pytest.approx((1 + 1 / 3) / 6)
+    assert figure("mrr") == pytest.approx(sum(1 / r for r in RANK) / 6)
 
 
 def test_recall_is_a_mean_over_users():
-    # User 0: 2 of 3 within ten. User 1: none. User 2: none.
-    assert by_hand("recall_at_10") == pytest.approx((2 / 3 + 0 + 0) / 3)
-    assert by_hand("recall_at_200") == pytest.approx((1 + 1 + 0) / 3)
-    assert (by_hand("n_events"), by_hand("n_users")) == (6, 3)
+    # User 0 has 2 of 3 targets in the top ten; users 1 and 2 have none.
+    assert figure("recall_at_10") == pytest.approx((2 / 3 + 0 + 0) / 3)
+    assert figure("recall_at_200") == pytest.approx((1 + 1 + 0) / 3)
+    assert (figure("n_events"), figure("n_users")) == (6, 3)
 
 
-def test_figures_are_those_of_scikit_learn():
+def test_metrics_agree_with_scikit_learn():
     rng = np.random.default_rng(0)
     scores, target = rng.normal(size=(80, 300)), rng.integers(0, 300, 80)
     relevant = np.eye(300)[target]
@@ -52,7 +52,7 @@ def test_an_unknown_metric_is_an_error(name):
         metrics.event_values(RANK, name)
 
 
-def test_item_and_user_buckets_share_out_all_events():
+def test_item_and_user_buckets_cover_all_events():
     counts = np.array([0, 1, 4, 5, 19, 20, 99, 100, 10_000])
     found = metrics.groups(counts, counts)
     sizes = {name: int(mask.sum()) for name, mask in found.items()}
@@ -78,7 +78,7 @@ def test_a_group_without_events_has_no_figures():
     assert metrics.figures(RANK[:0], USER[:0]) == {}
 
 
-def test_the_top_of_a_ranking_leaves_out_what_was_seen():
+def test_the_top_items_leave_out_those_the_user_has_seen():
     scores = np.array([[5.0, 4.0, 3.0, 2.0, 1.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
     seen = [np.array([0]), np.array([1, 2, 3, 4])]
     found = metrics.rank_scores(scores, np.array([3, 0]), seen, k=2)
@@ -86,8 +86,8 @@ def test_the_top_of_a_ranking_leaves_out_what_was_seen():
     assert found.rank.tolist() == [3, 1]
 
 
-def test_head_share_and_coverage_by_hand():
-    # 200 items: the head of 1 % has two, that of 5 % ten; equally popular ones go by index.
+def test_head_share_and_coverage_match_hand_computed_values():
+    # Of the 200 items, the head of 1 % has two and the head of 5 % ten. Equally popular items are ordered by index.
     counts = np.zeros(200)
     counts[[7, 8]] = 50, 40
     top = np.array([[7, 8, 0, 199], [7, 100, 1, -1]])
@@ -99,6 +99,6 @@ def test_head_share_and_coverage_by_hand():
         metrics.top_figures(np.full((2, 3), -1), counts)
 
 
-def test_nan_of_a_rival_does_not_pass_for_a_beaten_one():
+def test_a_nan_score_of_another_item_is_an_error():
     with pytest.raises(ValueError, match="NaN"):
         metrics.rank_scores(np.array([[1.0, np.nan]]), np.array([0]), [np.array([], dtype=int)])

@@ -11,7 +11,7 @@ from learn.evaluation.retrieval import histories, retrieve
 from learn.models.recommender import Learn
 
 
-def world():
+def small_dataset():
     rng = np.random.default_rng(1)
     sequences = []
     for user, n in enumerate((5, 14, 3, 20)):
@@ -21,7 +21,7 @@ def world():
 
 
 def test_ranks_are_those_of_the_towers_as_served():
-    dataset, content = world(), torch.randn(40, 12)
+    dataset, content = small_dataset(), torch.randn(40, 12)
     pch = small_pch()
     events = [data.Event(u, p) for u, s in enumerate(dataset.sequences) for p in range(1, len(s.items))]
     found = retrieve(Learn(pch, content, "none"), dataset, events)
@@ -35,12 +35,12 @@ def test_ranks_are_those_of_the_towers_as_served():
         assert (target in top) == (rank <= 10)
 
 
-def test_histories_by_hand():
-    dataset = world()
+def test_histories_match_a_hand_worked_example():
+    dataset = small_dataset()
     given = histories(dataset, [data.Event(1, 12), data.Event(0, 0), data.Event(2, 2)], longest=4)
     assert given.length.tolist() == [4, 0, 2]
     assert given.items[0].tolist() == dataset.sequences[1].items[8:12].tolist()
-    # The moment of the request is that of the event to predict; its item is nowhere.
+    # The last time is that of the event to predict; the item of that event is not in the history.
     assert given.times.tolist() == [[108, 109, 110, 111, 112], [0, 0, 0, 0, 0], [200, 201, 202, 0, 0]]
     assert given.items[1].tolist() == [0, 0, 0, 0]
 
@@ -50,4 +50,4 @@ def test_a_score_that_is_not_finite_is_refused():
     with torch.no_grad():
         model.pch.projection.bias[0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
-        retrieve(model, world(), [data.Event(0, 3)])
+        retrieve(model, small_dataset(), [data.Event(0, 3)])

@@ -1,4 +1,4 @@
-"""The models of the harness: what each promises to the trainer, and its formulas against plain loops."""
+"""The recommenders: what the trainer relies on in each of them, and their formulas against plain loops."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def lora():
     return LoraEncoder(LoraSizes(rank=2, dropout=0.0, out_dim=6, max_history=9), encoder, prompts)
 
 
-def made(kind):
+def build_model(kind):
     torch.manual_seed(0)
     model = {
         "learn": lambda: Learn(small_pch(), content()),
@@ -55,7 +55,7 @@ KINDS = ["learn", "learn-id", "learn-id-tied", "id-towers", "sasrec", "hstu", "h
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def case():
+def random_batch():
     items = torch.randint(N_ITEMS, (3, 7), generator=torch.Generator().manual_seed(1))
     times = torch.cumsum(torch.randint(1, 10**6, (3, 8), generator=torch.Generator().manual_seed(2)), dim=1)
     return items, times
@@ -63,7 +63,7 @@ def case():
 
 @every_kind
 def test_later_events_do_not_change_earlier_states(kind):
-    model, (items, times) = made(kind), case()
+    model, (items, times) = build_model(kind), random_batch()
     changed = items.clone()
     changed[:, 4] = (changed[:, 4] + 1) % N_ITEMS
     later = times.clone()
@@ -76,28 +76,28 @@ def test_later_events_do_not_change_earlier_states(kind):
 
 @every_kind
 def test_last_is_the_state_after_the_last_real_event(kind):
-    model, (items, times) = made(kind), case()
+    model, (items, times) = build_model(kind), random_batch()
     length = torch.tensor([7, 3, 1])
     naive = model.states(items, times)[torch.arange(3), length]
     torch.testing.assert_close(model.last(items, times, length), naive, **EXACT)
 
 
 @every_kind
-def test_vectors_have_length_one_so_that_one_temperature_fits_all(kind):
-    model, (items, times) = made(kind), case()
+def test_embeddings_and_states_have_norm_one(kind):
+    model, (items, times) = build_model(kind), random_batch()
     torch.testing.assert_close(model.item_embeddings(torch.arange(N_ITEMS)).norm(dim=1), torch.ones(N_ITEMS))
     torch.testing.assert_close(model.states(items, times)[:, 1:].norm(dim=-1), torch.ones(3, 7))
 
 
 @every_kind
-def test_only_a_model_with_a_trained_start_says_so(kind):
-    model, (items, times) = made(kind), case()
+def test_has_start_is_true_only_if_the_first_state_is_not_zero(kind):
+    model, (items, times) = build_model(kind), random_batch()
     start = model.states(items, times)[:, 0]
     assert model.has_start == bool(start.abs().sum() > 0)
 
 
-def test_the_three_variants_of_the_item_tower():
-    items, times = case()
+def test_each_variant_of_the_item_tower_gives_the_keys_it_defines():
+    items, times = random_batch()
     for variant in ("sequence", "alone", "content"):
         torch.manual_seed(0)
         model = Learn(small_pch(item_tower=variant, out_dim=12), content()).eval()
@@ -107,7 +107,7 @@ def test_the_three_variants_of_the_item_tower():
         )
         if variant == "sequence":
             torch.testing.assert_close(keys, model.states(items, times)[:, 1:], **EXACT)
-            # The first of a sequence stands alone, the second has read the first.
+            # The first key depends on its own item alone; the second also depends on the first item.
             torch.testing.assert_close(keys[:, 0], alone[:, 0], **EXACT)
             assert not torch.allclose(keys[:, 1], alone[:, 1], atol=1e-4)
         else:
@@ -116,58 +116,58 @@ def test_the_three_variants_of_the_item_tower():
 
 
 @pytest.mark.parametrize("mode", ["tied", "separate"])
-def test_ids_that_are_zero_leave_what_text_says(mode):
+def test_zero_id_embeddings_leave_the_text_embeddings_unchanged(mode):
     plain, with_ids = (Learn(small_pch(out_dim=16), content(), ids=ids) for ids in ("none", mode))
     with_ids.pch.load_state_dict(plain.pch.state_dict())
-    (items, times), every = case(), torch.arange(N_ITEMS)
-    assert not torch.allclose(plain.item_embeddings(every), with_ids.item_embeddings(every), atol=1e-4)
+    (items, times), all_items = random_batch(), torch.arange(N_ITEMS)
+    assert not torch.allclose(plain.item_embeddings(all_items), with_ids.item_embeddings(all_items), atol=1e-4)
     with torch.no_grad():
         for table in with_ids.ids.parameters():
             table.zero_()
-    torch.testing.assert_close(plain.item_embeddings(every), with_ids.item_embeddings(every), **EXACT)
+    torch.testing.assert_close(plain.item_embeddings(all_items), with_ids.item_embeddings(all_items), **EXACT)
     torch.testing.assert_close(plain.states(items, times), with_ids.states(items, times), **EXACT)
 
 
-def test_tied_ids_need_both_ends_of_one_width():
+def test_tied_ids_need_an_output_as_wide_as_the_towers():
     with pytest.raises(ValueError, match="width 16, out_dim 6"):
         Learn(small_pch(), content(), ids="tied")
 
 
-def test_finished_towers_take_raw_content():
+def test_finished_towers_take_content_that_is_not_standardised():
     model = Learn(small_pch(), content(), "whiten").eval()
     want = model.item_embeddings(torch.arange(N_ITEMS)).detach()
     model.finish()
     torch.testing.assert_close(model.pch.alone(content()).detach(), want, rtol=0, atol=2e-5)
 
 
-def test_content_mean_by_hand():
-    model = made("content-mean")
+def test_the_content_mean_matches_a_hand_computed_value():
+    model = build_model("content-mean")
     centred = F.normalize(content() - content().mean(dim=0), dim=-1)
     got = model.states(torch.tensor([[3, 4]]), torch.zeros(1, 3, dtype=torch.int64))[0]
     torch.testing.assert_close(got[2], F.normalize(centred[3] + centred[4], dim=0), **EXACT)
 
 
-def test_time_buckets_by_hand():
+def test_time_buckets_match_hand_computed_values():
     times = torch.tensor([[0, 0, 100, 10**9]])
-    # Query i asks for the event after it, so it stands at time i + 1.
+    # Query i predicts the event after it, so its time is that of event i + 1.
     want = [[0, 0, math.log(100) // BUCKET_WIDTH], [math.log(100) // BUCKET_WIDTH] * 2 + [0], None]
     got = time_buckets(times)[0]
     assert got[0].tolist() == [0, 0, want[0][2]] and got[1].tolist() == want[1]
     assert got[2].tolist() == [math.log(10**9) // BUCKET_WIDTH] * 2 + [math.log(10**9 - 100) // BUCKET_WIDTH]
 
 
-def test_hstu_knows_the_moment_of_the_request_only_with_its_time_bias():
-    items, times = case()
+def test_hstu_depends_on_the_time_of_the_request_only_with_its_time_bias():
+    items, times = random_batch()
     later = times.clone()
     later[:, -1] += 10**8
     for kind, differs in (("hstu", False), ("hstu-time", True)):
-        model = made(kind)
+        model = build_model(kind)
         changed = (model.states(items, times)[:, -1] - model.states(items, later)[:, -1]).abs().max()
         assert (changed > 1e-4) == differs
 
 
-def test_an_hstu_layer_by_hand():
-    """One layer, one head, two events, in plain sums: no softmax, and a division by the longest sequence."""
+def test_an_hstu_layer_matches_plain_sums():
+    """Computes one layer with one head for two events: no softmax, and a division by the longest sequence length."""
     model = Hstu(HstuConfig(width=4, layers=1, heads=1, max_history=5, dropout=0.0), N_ITEMS).eval()
     items = torch.tensor([[3, 8]])
     x = model.table[items[0]] * 2.0 + model.positions[:2]
@@ -183,7 +183,7 @@ def test_an_hstu_layer_by_hand():
     torch.testing.assert_close(got, want, **EXACT)
 
 
-def test_a_sasrec_block_by_hand():
+def test_a_sasrec_block_matches_plain_products():
     config = SasRecConfig(width=4, layers=1, heads=1, max_history=5, dropout=0.0)
     model = SasRec(config, N_ITEMS).eval()
     x = model.table[torch.tensor([3, 8])] * 2.0 + model.positions[:2]
@@ -201,42 +201,43 @@ def test_a_sasrec_block_by_hand():
     torch.testing.assert_close(got, want, **EXACT)
 
 
-def test_a_linear_adaptor_folds_too():
+def test_standardisation_also_folds_into_a_linear_adaptor():
     model = Learn(small_pch(adaptor="linear"), content(), "scale").eval()
     want = model.item_embeddings(torch.arange(4)).detach()
     model.finish()
     torch.testing.assert_close(model.pch.alone(content()[:4]).detach(), want, rtol=0, atol=2e-5)
 
 
-def test_an_encoder_that_is_tuned_gives_the_same_in_training_and_when_served():
-    model, (items, times) = made("lora"), case()
-    every = torch.arange(N_ITEMS)
-    states, keys = model.states(items, times), model.item_embeddings(every)
+def test_a_tuned_encoder_gives_the_same_embeddings_in_training_and_evaluation():
+    model, (items, times) = build_model("lora"), random_batch()
+    all_items = torch.arange(N_ITEMS)
+    states, keys = model.states(items, times), model.item_embeddings(all_items)
     model.train()
     torch.testing.assert_close(model.states(items, times), states, **EXACT)
-    # Some of these were encoded for the states a moment ago, some were not.
-    torch.testing.assert_close(model.item_embeddings(every), keys, **EXACT)
+    # Some of these items have just been encoded for the states, and others have not.
+    torch.testing.assert_close(model.item_embeddings(all_items), keys, **EXACT)
     mean = F.normalize(keys[items[0, :3]].mean(dim=0), dim=0)
     torch.testing.assert_close(states[0, 3], mean, **EXACT)
 
 
-def test_only_low_rank_updates_and_the_projection_of_a_tuned_encoder_learn():
-    model, (items, times) = lora().train(), case()
+def test_only_low_rank_updates_and_the_projection_of_a_tuned_encoder_are_trained():
+    model, (items, times) = lora().train(), random_batch()
     before = {name: value.clone() for name, value in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):  # The first step moves only half of a low-rank product: the other half begins at zero.
+    # The first step changes only the low-rank factor that starts at zero, because the other factor has no gradient yet.
+    for _ in range(2):
         optimizer.zero_grad()
         (model.states(items, times)[:, 1:, 0].sum() + model.item_embeddings(items.unique())[:, 1].sum()).backward()
         optimizer.step()
-    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    changed_names = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     expected = {name for name in before if "lora_" in name or name.startswith("projection")}
-    assert moved == expected and len(expected) > 10
+    assert changed_names == expected and len(expected) > 10
     n_learned = sum(before[name].numel() for name in expected)
     assert n_learned == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_weights_that_are_loaded_count_at_once():
-    model, (items, times) = made("lora"), case()
+def test_loaded_weights_take_effect_at_once():
+    model, (items, times) = build_model("lora"), random_batch()
     states, weights = model.states(items, times), {name: value.clone() for name, value in model.state_dict().items()}
     weights["projection.weight"] = -weights["projection.weight"]
     model.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""Intervals against simulations with a known answer, against scipy, and at the edges."""
+"""Bootstrap intervals against simulations with a known difference, against scipy, and in edge cases."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ USER = np.repeat(np.arange(60), 3)
 
 
 def simulate(rng, difference: float, spread_of_seeds: float):
-    """Two models on the same events: 5 seeds each, gains that differ by user, by event and by run."""
-    ease = rng.normal(0, 1, len(USER))
-    liking = rng.normal(difference, 0.5, 60)[USER]
+    """Simulates two models on the same events with 5 seeds each; gains differ by user, event and run."""
+    event_level = rng.normal(0, 1, len(USER))
+    user_gain = rng.normal(difference, 0.5, 60)[USER]
     runs = []
-    for gain in (liking, 0.0):
+    for gain in (user_gain, 0.0):
         level = rng.normal(0, spread_of_seeds, 5)
-        runs.append({s: ease + gain + level[s] + rng.normal(0, 0.5, len(USER)) for s in range(5)})
+        runs.append({s: event_level + gain + level[s] + rng.normal(0, 0.5, len(USER)) for s in range(5)})
     return runs
 
 
@@ -43,7 +43,7 @@ def test_averaging_over_seeds_gives_too_narrow_intervals_when_training_is_noisy(
     assert coverage(0.15, "averaged") < 0.82
 
 
-def test_p_is_uniform_enough_without_a_difference():
+def test_p_is_about_uniform_without_a_difference():
     rng = np.random.default_rng(3)
     bootstrap = Bootstrap(USER, BootstrapConfig(n_resamples=400))
     p = np.array([bootstrap.difference(*simulate(rng, 0.0, 0.05)).p for _ in range(300)])
@@ -51,13 +51,13 @@ def test_p_is_uniform_enough_without_a_difference():
     assert 0.4 <= (p < 0.5).mean() <= 0.6
 
 
-def test_identical_models_differ_by_nothing():
+def test_identical_models_have_a_difference_of_zero():
     runs = {seed: np.random.default_rng(seed).random(len(USER)) for seed in range(4)}
     found = Bootstrap(USER).difference(runs, dict(runs))
     assert (found.value, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
 
 
-def test_one_event_per_user_and_one_seed_is_the_plain_paired_bootstrap_of_scipy():
+def test_with_one_event_per_user_and_one_seed_intervals_match_the_paired_bootstrap_of_scipy():
     rng = np.random.default_rng(5)
     a, b = rng.random(80), rng.random(80) * 0.8
     ours = Bootstrap(np.arange(80), BootstrapConfig(n_resamples=20_000)).difference({1: a}, {1: b})
@@ -66,7 +66,7 @@ def test_one_event_per_user_and_one_seed_is_the_plain_paired_bootstrap_of_scipy(
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.003)
 
 
-def test_users_are_the_unit_so_repeating_their_events_narrows_nothing():
+def test_repeating_the_events_of_users_does_not_narrow_the_interval():
     gain = np.random.default_rng(1).random(60)
     once = Bootstrap(np.arange(60)).mean({1: gain})
     thrice = Bootstrap(USER).mean({1: gain[USER]})
@@ -74,7 +74,7 @@ def test_users_are_the_unit_so_repeating_their_events_narrows_nothing():
     assert (thrice.n_events, thrice.n_users, once.n_events) == (180, 60, 60)
 
 
-def test_events_or_users_weigh_the_same():
+def test_either_events_or_users_have_equal_weights():
     user = np.array([0, 0, 0, 1])
     values = {1: np.array([1.0, 0.0, 1.0, 0.0])}
     bootstrap = Bootstrap(user)
@@ -85,13 +85,13 @@ def test_events_or_users_weigh_the_same():
     assert masked.n_events == 3
 
 
-def test_a_rare_group_leaves_out_replicates_without_its_users():
+def test_resamples_without_users_of_a_rare_group_are_left_out():
     mask = USER < 2
     found = Bootstrap(USER).mean({1: USER.astype(float)}, Group(mask))
     assert (found.value, found.low, found.high, found.n_users) == (0.5, 0.0, 1.0, 2)
 
 
-def test_models_with_different_seeds_are_drawn_separately():
+def test_seeds_of_models_with_different_seeds_are_drawn_separately():
     rng = np.random.default_rng(2)
     level = {seed: np.full(len(USER), float(seed)) for seed in range(4)}
     noise = rng.random(len(USER))
@@ -103,7 +103,7 @@ def test_models_with_different_seeds_are_drawn_separately():
     assert apart.high - apart.low > 3 * (together.high - together.low)
 
 
-def test_estimates_do_not_depend_on_what_was_compared_before():
+def test_estimates_do_not_depend_on_earlier_comparisons():
     runs = {1: np.random.default_rng(1).random(len(USER))}
     fresh = Bootstrap(USER).mean(runs)
     used = Bootstrap(USER)
@@ -111,13 +111,13 @@ def test_estimates_do_not_depend_on_what_was_compared_before():
     assert used.mean(runs) == fresh
 
 
-def test_p_by_hand():
+def test_p_matches_hand_computed_values():
     assert two_sided_p(np.array([1.0] * 9)) == pytest.approx(2 * 1 / 10)
     assert two_sided_p(np.array([1.0] * 8 + [-1.0])) == pytest.approx(2 * 2 / 10)
     assert two_sided_p(np.zeros(9)) == 1.0
 
 
-def test_bad_input_is_one_clear_error():
+def test_invalid_input_is_refused_with_the_reason():
     bootstrap = Bootstrap(USER)
     with pytest.raises(ValueError, match=r"seed 3 has values of shape \(2,\)"):
         bootstrap.mean({3: np.zeros(2)})

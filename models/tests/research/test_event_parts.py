@@ -27,20 +27,20 @@ def dataset(*lengths, times=None):
     return Dataset([str(i) for i in range(n_items)], [ItemText(title=str(i)) for i in range(n_items)], sequences)
 
 
-def test_per_user_by_hand():
-    # 40 events: 4 (but at least 5) for the test, 4 for validation, 31 to train, 60 % of those (18.6, so 19) for
-    # the towers.
+def test_the_per_user_split_matches_a_hand_worked_example():
+    # Of 40 events, 5 are for the test (10 % are 4, but the minimum is 5) and 4 for validation. Of the 31 others, 60 %
+    # are for the towers: 18.6, rounded to 19.
     events = cut(dataset(40, 6), RankSplitConfig())
     own = events.part[events.user == 0]
     assert [int((own == part).sum()) for part in (TOWER_PART, RANKER_PART, VALIDATION, TEST)] == [19, 12, 4, 5]
     assert (np.diff(own) >= 0).all()
-    # Six events are too few for five, two and two: all of them are for training.
+    # Six events are too few to hold any out, so all of them are for training.
     assert set(events.part[events.user == 1]) == {TOWER_PART, RANKER_PART}
     assert events.label.tolist()[:4] == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("kind", ["per_user", "global_time"])
-def test_parts_follow_one_another_and_lose_nothing(kind):
+def test_parts_follow_one_another_and_cover_every_event(kind):
     events = cut(dataset(*range(1, 60)), RankSplitConfig(kind=kind))
     assert len(events.part) == sum(range(1, 60)) and set(events.part) == {TOWER_PART, RANKER_PART, VALIDATION, TEST}
     same_user = events.user[1:] == events.user[:-1]
@@ -54,20 +54,20 @@ def test_parts_follow_one_another_and_lose_nothing(kind):
     assert covered == list(zip(events.user[rows].tolist(), events.position[rows].tolist(), strict=True))
 
 
-def test_global_time_never_splits_events_of_one_instant():
+def test_the_global_time_split_never_separates_events_of_one_timestamp():
     times = [[0, 1, 2, 3, 4], [5, 6, 7, 7, 7], [7, 7, 8, 9, 9]]
     config = RankSplitConfig(kind="global_time", towers=0.5, validation=0.2, test=0.2)
     events = cut(dataset(5, 5, 5, times=times), config)
-    by_time = {when: set(events.part[events.clock == when]) for when in range(10)}
-    assert all(len(parts) == 1 for parts in by_time.values())
-    assert by_time[0] == {TOWER_PART} and by_time[9] == {TEST}
-    assert (np.diff([min(by_time[when]) for when in range(10)]) >= 0).all()
-    # The third user has no training event, so the ranker does not know it.
+    parts_at = {when: set(events.part[events.clock == when]) for when in range(10)}
+    assert all(len(parts) == 1 for parts in parts_at.values())
+    assert parts_at[0] == {TOWER_PART} and parts_at[9] == {TEST}
+    assert (np.diff([min(parts_at[when]) for when in range(10)]) >= 0).all()
+    # The third user has no event in the part of the towers.
     assert events.part[events.user == 2].min() >= RANKER_PART
 
 
 @pytest.mark.parametrize("cuts", [{"fractions": (0.6, 0.8)}, {"timestamps": (7, 9)}])
-def test_validation_and_test_begin_where_the_time_split_begins_them(cuts):
+def test_validation_and_test_are_those_of_the_time_split(cuts):
     times = [[0, 1, 2, 3, 4], [5, 6, 6, 7, 7], [7, 7, 8, 9, 9]]
     data = dataset(5, 5, 5, times=times)
     found = split(data.sequences, TimeSplitConfig(**cuts))
@@ -82,7 +82,7 @@ def test_validation_and_test_begin_where_the_time_split_begins_them(cuts):
 
 
 @pytest.mark.parametrize("times", [np.zeros(20), np.arange(20)])
-def test_without_times_the_position_is_the_clock(times):
+def test_without_timestamps_the_position_is_the_clock(times):
     events = cut(dataset(20, 20, times=[times, times]), RankSplitConfig())
     assert not events.has_times and events.clock.tolist() == [*range(20), *range(20)]
 
@@ -91,9 +91,9 @@ def test_the_towers_get_their_own_part_and_nothing_else():
     data = dataset(40, 6, 1)
     events = cut(data, RankSplitConfig())
     split = tower_split(data, events)
-    n_a = np.bincount(events.user[events.part == TOWER_PART], minlength=3)
+    n_tower_events = np.bincount(events.user[events.part == TOWER_PART], minlength=3)
     # One validation event is too few, so users with two events hold out one as well.
-    assert n_a.tolist() == [19, 4, 1] and split.n_train == [18, 3, 1]
+    assert n_tower_events.tolist() == [19, 4, 1] and split.n_train == [18, 3, 1]
     assert [(event.user, event.position) for event in split.validation] == [(0, 18), (1, 3)] and split.test == []
     # Twelve users with two events each are enough, so the user with one event keeps it.
     data = dataset(*[42] * 12, 6)
@@ -102,7 +102,7 @@ def test_the_towers_get_their_own_part_and_nothing_else():
 
 
 def test_the_head_gets_validation_events_even_if_all_users_have_few():
-    # 14 events: 5 for the test, 2 for validation, and 60 % of the other 7 for the towers.
+    # Of 14 events, 5 are for the test, 2 for validation, and 60 % of the other 7 for the towers.
     data = dataset(14, 14, 3)
     split = tower_split(data, cut(data, RankSplitConfig()))
     assert split.n_train == [3, 3, 1] and [(event.user, event.position) for event in split.validation] == [
@@ -115,6 +115,6 @@ def test_the_head_gets_validation_events_even_if_all_users_have_few():
 @pytest.mark.parametrize(
     "change", [{"kind": "random"}, {"towers": 1.0}, {"test": 0.0}, {"test": 0.6, "validation": 0.4}]
 )
-def test_bad_settings_are_named(change):
+def test_invalid_settings_are_refused_by_name(change):
     with pytest.raises(ValueError, match=r"split kind|shares"):
         RankSplitConfig(**change)

@@ -47,14 +47,14 @@ def test_features_are_those_of_the_served_models_before_each_event():
     dataset = log()
     content = torch.nn.functional.normalize(torch.randn(N_ITEMS, 12), dim=-1)
     events = event_parts.cut(dataset, event_parts.RankSplitConfig())
-    # Sliding windows contain whole histories if these are at most half a window long.
+    # A sliding window contains the whole history if that is at most half a window long.
     pch, head = small_pch(max_history=80), CvrHead(CvrConfig(6, 8, 5)).eval()
     config = MidEmbeddingConfig(cvr=CvrTrainConfig(history="liked"))
     features = learn_features.features(Learned(pch, head, {}, {}), config, content, dataset, events)
     rows = events.rows(event_parts.RANKER_PART, event_parts.VALIDATION, event_parts.TEST)
     assert features.mid_emb.shape == (len(rows), 5) and features.user.shape == features.item.shape == (len(rows), 6)
-    for place in range(0, len(rows), 7):
-        user, position = events.user[rows[place]], events.position[rows[place]]
+    for index in range(0, len(rows), 7):
+        user, position = events.user[rows[index]], events.position[rows[index]]
         sequence = dataset.sequences[user]
         past = sequence.items[:position][is_history(sequence.values[:position], "liked")]
         with torch.no_grad():
@@ -62,5 +62,5 @@ def test_features_are_those_of_the_served_models_before_each_event():
             item = pch.alone(content[[sequence.items[position]]])
             mid_emb, logit = head(state, item, torch.tensor([0]))
         for actual, expected in ((features.user, state), (features.item, item), (features.mid_emb, mid_emb)):
-            np.testing.assert_allclose(actual[place], expected[0], atol=1e-5)
-        np.testing.assert_allclose(features.logit[place], logit[0], atol=1e-5)
+            np.testing.assert_allclose(actual[index], expected[0], atol=1e-5)
+        np.testing.assert_allclose(features.logit[index], logit[0], atol=1e-5)

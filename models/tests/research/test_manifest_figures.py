@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from made_results import made_run, made_study, write_made
+from synthetic_results import synthetic_run, synthetic_study, write_synthetic_study
 
 from learn.data import TimeSplitConfig
 from learn.evaluation.metrics import event_values
@@ -16,7 +16,7 @@ CONTENT = "c" * 32
 
 
 def subject(settings=None, **changes):
-    """A run with the data and content of the made-up study."""
+    """Returns a run with the data and content of the synthetic study."""
     return replace(Subject(settings or Settings(), "ab" * 32, CONTENT + "d" * 32), **changes)
 
 
@@ -25,9 +25,9 @@ def run_config(**more):
 
 
 def test_the_manifest_gets_means_over_seeds_with_intervals(tmp_path):
-    study = write_made(tmp_path, {"sasrec": 2.0})
+    study = write_synthetic_study(tmp_path, {"sasrec": 2.0})
     for seed in (1, 2, 3):
-        result_files.write_run(tmp_path, made_run(study, "learn-text", seed, 4.0, **run_config(seed=seed)))
+        result_files.write_run(tmp_path, synthetic_run(study, "learn-text", seed, 4.0, **run_config(seed=seed)))
     facts = figures_of(tmp_path / "ml-small", "learn-text", subject())
     runs = result_files.read_study(tmp_path / "ml-small").runs["learn-text"]
     mean = np.mean([event_values(run.rank, "ndcg_at_10").mean() for run in runs.values()])
@@ -45,9 +45,9 @@ def test_a_bundle_cannot_carry_the_figures_of_another_model(tmp_path):
     config = run_config(arm={"standardise": "scale", "ids": "none", "sizes": sizes}, train=training)
     config["config"]["split"] = {"fractions": [0.6, 0.8], "timestamps": None}
     settings = replace(settings, time_split=TimeSplitConfig(fractions=(0.6, 0.8)))
-    study = made_study()
+    study = synthetic_study()
     result_files.write_study(tmp_path, study)
-    result_files.write_run(tmp_path, made_run(study, "learn-text", 1, 3.0, **config))
+    result_files.write_run(tmp_path, synthetic_run(study, "learn-text", 1, 3.0, **config))
     assert figures_of(tmp_path / "ml-small", "learn-text", subject(settings))["seeds"] == [1]
     for other, message in (
         (subject(replace(settings, pch=replace(settings.pch, width=32))), "arm.sizes.width = "),

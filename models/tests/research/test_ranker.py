@@ -18,7 +18,7 @@ def inputs(n, extra=0, seed=0):
     return Inputs(*ids, numeric, torch.randn(n, extra, generator=g), torch.randint(0, 2, (n,), generator=g).float())
 
 
-def test_a_cross_layer_by_hand():
+def test_a_cross_layer_matches_a_hand_computed_value():
     model = Ranker(RankerConfig(id_dim=1, cross_layers=1, deep=(1,), dropout=0.0), Widths(2, 2, 1)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -28,7 +28,7 @@ def test_a_cross_layer_by_hand():
         model.cross[0].bias[:] = 0.5
         model.out_cross.weight[:] = 1.0
     x = Inputs(torch.tensor([1]), torch.tensor([1]), torch.tensor([[5.0]]), torch.zeros(1, 0), torch.ones(1))
-    # x0 = (2, 3, 5); W x0 + b = (3.5, 5.5, 2.5); x0 * that + x0 = (9, 19.5, 17.5).
+    # x0 = (2, 3, 5); W x0 + b = (3.5, 5.5, 2.5); x0 * (W x0 + b) + x0 = (9, 19.5, 17.5).
     assert model(x).item() == pytest.approx(46.0)
 
 
@@ -39,7 +39,7 @@ def test_a_widened_model_starts_with_the_same_scores_and_learns_to_use_the_new_f
     plain, with_extra = inputs(50), inputs(50, extra=4)
     np.testing.assert_allclose(ranker.scores(start, plain), ranker.scores(wide, with_extra), atol=1e-6)
     assert wide.widths.extra == 4
-    # The label depends on the new columns only: on a sum of two, and on a product with a known feature.
+    # The label depends on one new column, and on the product of another with a known feature.
     train, validation = inputs(2000, 4, seed=1), inputs(500, 4, seed=2)
     rule = [x.extra[:, 0] + x.extra[:, 1] * x.numeric[:, 0] > 0 for x in (train, validation)]
     train, validation = (
@@ -91,7 +91,7 @@ def test_the_trial_that_is_best_on_validation_is_kept():
         ranker.best_fit(Ranker(SMALL, WIDTHS), train, validation, (), seed=1)
 
 
-def test_hidden_ids_are_row_0_and_only_in_training():
+def test_ids_are_hidden_as_row_0_and_only_in_training():
     model = Ranker(RankerConfig(id_dim=3, id_dropout=1.0), WIDTHS)
     rows = torch.arange(1, 5)
     assert model.train()._hidden(rows).tolist() == [0, 0, 0, 0]

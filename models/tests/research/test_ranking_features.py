@@ -20,8 +20,8 @@ from research.ranking.features import (
 )
 
 
-def by_hand():
-    """User 0 meets items 7, 8, 9 at times 10, 20, 30; user 1 meets 7, 9, 8 at 10, 25, 20."""
+def example_events():
+    """User 0 meets items 7, 8, 9 at times 10, 20, 30; user 1 meets items 7, 9, 8 at times 10, 25, 40."""
     return Events(
         user=np.array([0, 0, 0, 1, 1, 1]),
         position=np.array([0, 1, 2, 0, 1, 2]),
@@ -34,22 +34,22 @@ def by_hand():
     )
 
 
-def test_user_statistics_by_hand():
-    found = user_statistics(by_hand())
+def test_user_statistics_match_hand_computed_values():
+    found = user_statistics(example_events())
     assert found.count.tolist() == [0, 1, 2, 0, 1, 2]
     assert found.value.tolist() == [0, 5, 7, 0, 1, 5.5]
     assert found.liked.tolist() == [0, 1, 1, 0, 0, 1]
 
 
-def test_item_statistics_by_hand():
-    found = item_statistics(by_hand())
+def test_item_statistics_match_hand_computed_values():
+    found = item_statistics(example_events())
     # Item 7 has two events at the same time, so neither counts for the other. The event of item 9 at 30 counts the one
-    # at 25, that of item 8 at 40 the one at 20.
+    # at 25, and the event of item 8 at 40 counts the one at 20.
     assert found.count.tolist() == [0, 0, 1, 0, 0, 1]
     assert found.value.tolist() == [0, 0, 4.5, 0, 0, 2]
     assert found.liked.tolist() == [0, 0, 1, 0, 0, 0]
     # Held-out events do not count in any statistic.
-    hidden = replace(by_hand(), part=np.array([TOWER_PART, TOWER_PART, TEST, TOWER_PART, VALIDATION, TEST]))
+    hidden = replace(example_events(), part=np.array([TOWER_PART, TOWER_PART, TEST, TOWER_PART, VALIDATION, TEST]))
     assert item_statistics(hidden).count.tolist() == [0, 0, 0, 0, 0, 1]
 
 
@@ -65,7 +65,7 @@ def log(seed=0, n_users=30, n_items=25):
     return Dataset([str(i) for i in range(n_items)], [ItemText(title=str(i)) for i in range(n_items)], sequences)
 
 
-def test_no_label_is_in_its_own_features_or_in_earlier_ones():
+def test_a_label_affects_only_later_statistics_of_its_user_and_item():
     data = log()
     events = cut(data, RankSplitConfig())
     before = numeric(events)
@@ -92,8 +92,8 @@ def test_columns_are_standardised_over_the_towers_part():
     assert (timeless[:, NAMES.index("hour_sin")] == 0).all() and np.isfinite(timeless).all()
 
 
-def test_midnight_and_weekday():
-    events = replace(by_hand(), clock=np.array([0, 43200, 86400, 0, 7 * 86400, 8 * 86400]))
+def test_time_features_match_hand_computed_values():
+    events = replace(example_events(), clock=np.array([0, 43200, 86400, 0, 7 * 86400, 8 * 86400]))
     since, is_first, hour_sin, hour_cos, weekday_sin, weekday_cos = features._times(events)
     np.testing.assert_allclose(np.expm1(since), [0, 43200, 43200, 0, 7 * 86400, 86400])
     assert is_first.tolist() == [1, 0, 0, 1, 0, 0]
@@ -103,7 +103,7 @@ def test_midnight_and_weekday():
     np.testing.assert_allclose(weekday_cos[[0, 2]], np.cos(2 * np.pi * np.array([0, 1]) / 7))
 
 
-def test_rows_of_id_tables():
+def test_rows_of_id_tables_are_distinct_or_evenly_hashed():
     counts = np.array([3, 0, 1, 2])
     assert hashed_rows(counts, 100).tolist() == [1, 0, 3, 4]
     many = hashed_rows(np.ones(10_000, dtype=int), 64)
@@ -114,8 +114,8 @@ def test_rows_of_id_tables():
         hashed_rows(counts, 1)
 
 
-def test_training_counts_and_categories():
-    events = by_hand()
+def test_training_counts_and_categories_match_hand_computed_values():
+    events = example_events()
     assert training_counts(events, events.item, 11).tolist() == [0, 0, 0, 0, 0, 0, 0, 2, 1, 1, 0]
     texts = [ItemText("a", "Drama, War"), ItemText("b", "Drama"), ItemText("c"), ItemText("d", "Comedy")]
     table = categories(Dataset(list("abcd"), texts, []), most=2)

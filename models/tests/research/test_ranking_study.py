@@ -1,4 +1,4 @@
-"""A small world in which content predicts taste: LEARN's features have to help, and no arm may know the labels."""
+"""A small study in which content predicts taste: LEARN's features must help, and no arm may know the test labels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONFIG = RankConfig(
 
 @pytest.fixture(scope="module")
 def world():
-    """Each user likes films of one of two kinds, mostly; the content says the kind, the category does not."""
+    """Each user mostly likes films of one of two kinds. The content tells the kind of a film, the category does not."""
     rng = np.random.default_rng(3)
     kind = np.arange(N_ITEMS) % 2
     sequences = []
@@ -70,7 +70,7 @@ def test_taste_that_only_content_predicts_improves_the_ranker(study):
     assert mid.gain.value == pytest.approx(mid.mean - plain.mean, abs=1e-5) and mid.gain.low > 0 and mid.gain.p < 0.05
     assert (mid.gain.n_users, mid.gain.n_seeds) == (mid.n_users, 3)
     assert plain.gain is None
-    # The categories carry no information here, so they must not show any.
+    # The categories carry no information here, so they must not improve the ranker.
     control = by_key["categories", "all", "uauc"]
     assert control.gain.low < 0.05 and control.mean < mid.mean
     groups = {row.group for row in rows}
@@ -113,7 +113,7 @@ def test_a_finished_study_is_read_and_not_run_again(study, world):
     assert summarise(out) == rows
 
 
-def test_one_seed_gives_one_result(study, world, tmp_path):
+def test_equal_seeds_give_equal_scores(study, world, tmp_path):
     _, out = study
     rank(replace(CONFIG, seeds=(2,), arms=("base", "mid_emb")), *world, tmp_path)
     for arm in ("base", "mid_emb"):
@@ -132,7 +132,7 @@ def test_runs_of_different_data_are_not_combined(study, world, tmp_path):
 
 
 def test_labels_of_the_test_part_do_not_change_scores(study, world, tmp_path):
-    """Flips the last event of every user: nothing comes after it, so every score of every arm stays."""
+    """Flips the label of every user's last event; no event comes after it, so no score of any arm may change."""
     _, out = study
     dataset, content = world
     flipped = []
@@ -152,7 +152,7 @@ def test_labels_of_the_test_part_do_not_change_scores(study, world, tmp_path):
         assert first.score_rank.tolist() == again.score_rank.tolist()
 
 
-def test_mistakes_are_named(world, tmp_path):
+def test_invalid_configs_and_data_are_refused_with_the_reason(world, tmp_path):
     dataset, content = world
     with pytest.raises(ValueError, match="unknown arm 'mid'"):
         RankConfig(arms=("base", "mid"))

@@ -1,4 +1,4 @@
-"""The report from small made-up runs: it says what the runs say, says what is missing, and is the same every time."""
+"""Reports on small synthetic runs give the figures of the runs, name what is missing, and are reproducible."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_results import made_run, write_made
 from PIL import Image
+from synthetic_results import synthetic_run, write_synthetic_study
 
 from learn.data import DataError
 from learn.evaluation.metrics import event_values
@@ -28,7 +28,7 @@ from research.retrieval import result_files
 from research.retrieval.estimates import StudyEstimates
 
 FAST = BootstrapConfig(n_resamples=300)
-# As if remarks were about the made-up study.
+# The synthetic study becomes the main one, because the report prints remarks about the main study only.
 CLAIMS = read_claims().model_copy(update={"main_study": "ml-small"})
 SKILLS = {
     "popularity": 1.5,
@@ -44,9 +44,9 @@ SKILLS = {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A report of one study, which the remarks are about; read by several tests, changed by none."""
+    """A report on one study, which the remarks are about. Several tests read it, and none changes it."""
     folder = tmp_path_factory.mktemp("built")
-    write_made(folder / "results", SKILLS)
+    write_synthetic_study(folder / "results", SKILLS)
     written = document.build(folder / "results", folder / "REPORT.md", FAST, CLAIMS)
     return folder, (folder / "REPORT.md").read_text(), written
 
@@ -55,7 +55,7 @@ def row(text: str, begin: str) -> str:
     return next(line for line in text.splitlines() if line.startswith(f"| {begin}"))
 
 
-def test_every_section_and_every_claim_is_there(built):
+def test_every_section_and_every_claim_is_in_the_report(built):
     _, text, _ = built
     assert re.findall(r"^## (\d)\.", text, re.MULTILINE) == list("123456789")
     for section in CLAIMS.sections:
@@ -104,7 +104,7 @@ def test_remarks_stand_beside_their_claim_and_question(built, tmp_path):
     remark = next(section.until_tested for section in CLAIMS.sections if section.until_tested).remark
     amazon = row(text, "LEARN beats SASRec on six")
     assert f"not tested here. {remark}" in amazon
-    # The same comparison on the data that are there.
+    # The row also gives the same comparison on the data that have been studied.
     shown = re.search(r"on `ml-small` instead, Recall@10 (\.\d{4}) against (\.\d{4}): \*\*−", amazon)
     estimates = StudyEstimates(result_files.read(built[0] / "results").retrieval["ml-small"], FAST)
     means = [estimates.mean(model, "recall_at_10").value for model in ("learn-text", "sasrec")]
@@ -136,7 +136,7 @@ def test_without_any_run_the_report_says_so(tmp_path):
 
 
 def test_the_short_answer_has_a_line_on_the_ranking_model():
-    ranking = {"ml-small": rank_rows(1), "ml-small-by-time": rank_rows(-1)}
+    ranking = {"ml-small": ranking_rows(1), "ml-small-by-time": ranking_rows(-1)}
     whole = Report(Studies({}, "ml-small", ranking), CLAIMS, {}, FAST, Path(), [])
     plain, by_time = headlines(whole)[-2:]
     gain = "**+.0200 [+.0100, +.0300], p .010**"
@@ -148,8 +148,8 @@ def test_the_short_answer_has_a_line_on_the_ranking_model():
 # --- verdicts --------------------------------------------------------------------------------------------------------
 
 
-def made_studies(folder, skills, seeds=(1, 2, 3)) -> Studies:
-    write_made(folder, skills, seeds=seeds)
+def synthetic_studies(folder, skills, seeds=(1, 2, 3)) -> Studies:
+    write_synthetic_study(folder, skills, seeds=seeds)
     results = result_files.read(folder).retrieval
     return Studies({name: StudyEstimates(study, FAST) for name, study in results.items()}, "ml-small", {})
 
@@ -157,21 +157,21 @@ def made_studies(folder, skills, seeds=(1, 2, 3)) -> Studies:
 WORDS = {"id": "id", "text": "text", "source": "paper"}
 
 
-def ahead(model: str, against: str, metric: str, group: str = "all") -> Difference:
+def difference_claim(model: str, against: str, metric: str, group: str = "all") -> Difference:
     pair = {"model": model, "against": against}
     return Difference(test="difference", study="main", metric=metric, group=group, **pair, **WORDS)
 
 
-def reproduces(published: float, study: str = "ml-small") -> Reproduces:
+def reproduces_claim(published: float, study: str = "ml-small") -> Reproduces:
     figure = {"model": "sasrec", "metric": "hr_at_10", "published": published, "tolerance": 0.015}
     return Reproduces(test="reproduces", study=study, **figure, **WORDS)
 
 
-def exceeds(published: float, study: str = "ml-small") -> Exceeds:
+def exceeds_claim(published: float, study: str = "ml-small") -> Exceeds:
     return Exceeds(test="exceeds", study=study, model="sasrec", metric="hr_at_10", published=published, **WORDS)
 
 
-def gains(group: str, study: str = "main") -> RankingGain:
+def ranking_gain_claim(group: str, study: str = "main") -> RankingGain:
     return RankingGain(test="ranking-gain", study=study, metric="uauc", group=group, arm="mid_emb", **WORDS)
 
 
@@ -180,45 +180,47 @@ def verdict(claim, studies: Studies) -> Verdict:
 
 
 def test_a_verdict_flips_when_the_figures_do(tmp_path):
-    claim = ahead("learn-text", "sasrec", "ndcg_at_10")
-    assert verdict(claim, made_studies(tmp_path / "a", {"learn-text": 4.0, "sasrec": 2.0})) is Verdict.HOLDS
-    assert verdict(claim, made_studies(tmp_path / "b", {"learn-text": 2.0, "sasrec": 4.0})) is Verdict.DOES_NOT_HOLD
-    assert verdict(claim, made_studies(tmp_path / "c", {"learn-text": 2.0, "sasrec": 2.0})) is Verdict.NOT_SHOWN
+    claim = difference_claim("learn-text", "sasrec", "ndcg_at_10")
+    assert verdict(claim, synthetic_studies(tmp_path / "a", {"learn-text": 4.0, "sasrec": 2.0})) is Verdict.HOLDS
+    assert (
+        verdict(claim, synthetic_studies(tmp_path / "b", {"learn-text": 2.0, "sasrec": 4.0})) is Verdict.DOES_NOT_HOLD
+    )
+    assert verdict(claim, synthetic_studies(tmp_path / "c", {"learn-text": 2.0, "sasrec": 2.0})) is Verdict.NOT_SHOWN
     # One seed decides nothing, however far apart the two are.
-    one_seed = made_studies(tmp_path / "d", {"learn-text": 4.0, "sasrec": 2.0}, seeds=(1,))
+    one_seed = synthetic_studies(tmp_path / "d", {"learn-text": 4.0, "sasrec": 2.0}, seeds=(1,))
     assert verdict(claim, one_seed) is Verdict.NOT_SHOWN
     assert decide(claim, one_seed).result.endswith("**; one seed")
 
 
 def test_a_claim_on_a_model_that_was_not_run_names_the_model(tmp_path):
-    studies = made_studies(tmp_path, {"learn-text": 2.0})
-    finding = decide(ahead("learn-text", "learn-text/lora", "hr_at_100"), studies)
+    studies = synthetic_studies(tmp_path, {"learn-text": 2.0})
+    finding = decide(difference_claim("learn-text", "learn-text/lora", "hr_at_100"), studies)
     assert (finding.verdict, finding.result) == (
         Verdict.NOT_TESTED,
         "`learn-text/lora` not run yet in the study `ml-small`",
     )
 
 
-def test_published_figures_are_reproduced_or_exceeded_or_not(tmp_path):
-    studies = made_studies(tmp_path / "three", {"sasrec": 2.5})
+def test_published_figures_are_judged_by_tolerance_and_interval(tmp_path):
+    studies = synthetic_studies(tmp_path / "three", {"sasrec": 2.5})
     mean = studies.study("ml-small").mean("sasrec", "hr_at_10")
-    near = [verdict(reproduces(mean.value + gap), studies) for gap in (0.014, -0.014, 0.016)]
+    near = [verdict(reproduces_claim(mean.value + gap), studies) for gap in (0.014, -0.014, 0.016)]
     assert near == [Verdict.HOLDS, Verdict.HOLDS, Verdict.DOES_NOT_HOLD]
     bounds = (mean.low - 0.001, mean.value, mean.high + 0.001)
-    above = [verdict(exceeds(bound), studies) for bound in bounds]
+    above = [verdict(exceeds_claim(bound), studies) for bound in bounds]
     assert above == [Verdict.HOLDS, Verdict.NOT_SHOWN, Verdict.DOES_NOT_HOLD]
-    assert verdict(exceeds(0.1, "ml-1m"), studies) is Verdict.NOT_TESTED
-    one_seed = made_studies(tmp_path / "one", {"sasrec": 2.5}, seeds=(1,))
+    assert verdict(exceeds_claim(0.1, "ml-1m"), studies) is Verdict.NOT_TESTED
+    one_seed = synthetic_studies(tmp_path / "one", {"sasrec": 2.5}, seeds=(1,))
     mean = one_seed.study("ml-small").mean("sasrec", "hr_at_10")
-    assert verdict(reproduces(mean.value), one_seed) is Verdict.NOT_SHOWN
-    assert verdict(exceeds(0.0), one_seed) is Verdict.NOT_SHOWN
+    assert verdict(reproduces_claim(mean.value), one_seed) is Verdict.NOT_SHOWN
+    assert verdict(exceeds_claim(0.0), one_seed) is Verdict.NOT_SHOWN
 
 
-def test_a_group_with_too_few_users_or_no_events_shows_nothing(tmp_path):
-    studies = made_studies(tmp_path, {"learn-text": 4.0, "sasrec": 1.5})
+def test_a_group_with_too_few_users_or_no_events_decides_nothing(tmp_path):
+    studies = synthetic_studies(tmp_path, {"learn-text": 4.0, "sasrec": 1.5})
     assert int(studies.study("ml-small").groups["item 5-19"].sum()) in range(1, 10)
-    assert verdict(ahead("learn-text", "sasrec", "hr_at_100", "item 5-19"), studies) is Verdict.NOT_SHOWN
-    assert verdict(ahead("learn-text", "sasrec", "hr_at_100", "item 1-4"), studies) is Verdict.NOT_TESTED
+    assert verdict(difference_claim("learn-text", "sasrec", "hr_at_100", "item 5-19"), studies) is Verdict.NOT_SHOWN
+    assert verdict(difference_claim("learn-text", "sasrec", "hr_at_100", "item 1-4"), studies) is Verdict.NOT_TESTED
 
 
 CLAIM_TOML = """
@@ -246,7 +248,7 @@ against = "sasrec"
         ("[[sections.claims]]", CLAIM_TOML.split('One"')[1] + "[[sections.claims]]", "two claims are called 'first'"),
     ],
 )
-def test_a_mistake_in_the_claims_is_named(tmp_path, old, new, message):
+def test_a_mistake_in_the_claims_is_reported_with_its_field(tmp_path, old, new, message):
     path = tmp_path / "claims.toml"
     path.write_text(CLAIM_TOML)
     assert read_claims(path).claims()[0].group == "all"
@@ -255,7 +257,7 @@ def test_a_mistake_in_the_claims_is_named(tmp_path, old, new, message):
         read_claims(path)
 
 
-def test_two_ranking_studies_of_one_name_are_an_error(tmp_path):
+def test_two_ranking_studies_with_the_same_name_are_an_error(tmp_path):
     columns = {name: np.array([0, 1]) for name in ("user", "label", "item_train_count", "user_train_count")}
     study = RankingStudy(study="default", label_meaning="proxy", split={}, groups={}, n_events={}, **columns)
     for folder in ("ranking-a", "ranking-b"):
@@ -265,8 +267,8 @@ def test_two_ranking_studies_of_one_name_are_an_error(tmp_path):
 
 
 def test_a_study_by_time_stands_beside_the_main_one(tmp_path):
-    write_made(tmp_path / "results", SKILLS, "ml-small-by-time")
-    write_made(tmp_path / "results", SKILLS | {"learn-text": 4.0})
+    write_synthetic_study(tmp_path / "results", SKILLS, "ml-small-by-time")
+    write_synthetic_study(tmp_path / "results", SKILLS | {"learn-text": 4.0})
     document.build(tmp_path / "results", tmp_path / "REPORT.md", FAST, CLAIMS)
     text = (tmp_path / "REPORT.md").read_text()
     # Each study has its own figures: text is ahead in one and behind in the other.
@@ -282,7 +284,7 @@ def test_a_study_by_time_stands_beside_the_main_one(tmp_path):
 
 
 def test_the_ladder_goes_from_weak_to_strong_and_ends_at_the_goal(tmp_path):
-    study = made_studies(tmp_path, SKILLS).study("ml-small")
+    study = synthetic_studies(tmp_path, SKILLS).study("ml-small")
     values = [study.mean(model, "ndcg_at_10").value for model in ladder(study)]
     assert values == sorted(values)
     table = ladder_table(study)
@@ -293,13 +295,13 @@ def test_the_ladder_goes_from_weak_to_strong_and_ends_at_the_goal(tmp_path):
 
 
 def test_a_model_that_is_not_expected_has_a_row_too(tmp_path):
-    study = made_studies(tmp_path, {"sasrec": 2.0, "gru4rec": 2.0}).study("ml-small")
+    study = synthetic_studies(tmp_path, {"sasrec": 2.0, "gru4rec": 2.0}).study("ml-small")
     assert "| GRU4REC | 3 |" in main_table(study)
 
 
 def test_a_curve_keeps_the_steps_that_all_seeds_have(tmp_path):
-    study = write_made(tmp_path, {"sasrec": 2.0}, seeds=(1,))
-    short = made_run(study, "sasrec", 2, 2.0)
+    study = write_synthetic_study(tmp_path, {"sasrec": 2.0}, seeds=(1,))
+    short = synthetic_run(study, "sasrec", 2, 2.0)
     result_files.write_run(tmp_path, short.model_copy(update={"curve": short.curve[:2]}))
     curve = document._curve(StudyEstimates(result_files.read(tmp_path).retrieval["ml-small"], FAST), "sasrec")
     assert curve.step.tolist() == [100, 200]
@@ -310,7 +312,7 @@ def test_a_table_cell_cannot_break_the_table():
     assert prose_table(["a"], [["x | y\nz"]]).splitlines()[-1] == "| x \\| y z |"
 
 
-def rank_rows(sign: float, n_seeds: int = 5) -> list[Row]:
+def ranking_rows(sign: float, n_seeds: int = 5) -> list[Row]:
     rows = []
     for group in ("all", "cold-start items"):
         for metric in ("auc", "uauc", "wuauc"):
@@ -321,19 +323,19 @@ def rank_rows(sign: float, n_seeds: int = 5) -> list[Row]:
 
 
 def test_rows_of_the_ranking_study_become_tables_and_verdicts():
-    assert row(ranking_table.means_table(rank_rows(1)), "`mid_emb`") == (
+    assert row(ranking_table.means_table(ranking_rows(1)), "`mid_emb`") == (
         "| `mid_emb` | .7200 | **+.0200 [+.0100, +.0300], p .010** "
         "| .7200 | **+.0200 [+.0100, +.0300], p .010** "
         "| .7200 | **+.0200 [+.0100, +.0300], p .010** |"
     )
-    assert "| cold-start items | 50 |" in ranking_table.groups_table(rank_rows(1), "uauc")
+    assert "| cold-start items | 50 |" in ranking_table.groups_table(ranking_rows(1), "uauc")
     for sign, expected in ((1, Verdict.HOLDS), (-1, Verdict.DOES_NOT_HOLD)):
-        studies = Studies({}, "ml-small", {"ml-small": rank_rows(sign)})
-        assert verdict(gains("cold-start items"), studies) is expected
-    assert verdict(gains("cold-start users"), studies) is Verdict.NOT_TESTED
-    one_seed = Studies({}, "ml-small", {"ml-small": rank_rows(1, n_seeds=1)})
-    assert verdict(gains("all"), one_seed) is Verdict.NOT_SHOWN
-    by_time = decide(gains("all", MAIN_BY_TIME), studies)
+        studies = Studies({}, "ml-small", {"ml-small": ranking_rows(sign)})
+        assert verdict(ranking_gain_claim("cold-start items"), studies) is expected
+    assert verdict(ranking_gain_claim("cold-start users"), studies) is Verdict.NOT_TESTED
+    one_seed = Studies({}, "ml-small", {"ml-small": ranking_rows(1, n_seeds=1)})
+    assert verdict(ranking_gain_claim("all"), one_seed) is Verdict.NOT_SHOWN
+    by_time = decide(ranking_gain_claim("all", MAIN_BY_TIME), studies)
     assert (by_time.verdict, by_time.result) == (
         Verdict.NOT_TESTED,
         "the ranking study `ml-small-by-time` has not been run yet",

@@ -1,4 +1,4 @@
-"""Runs are read back as they were written, and refused with file and field if something is wrong."""
+"""Runs are read back as they were written, and an invalid file is refused with its name and field."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from made_results import COUNTS, made_run, made_study, write_made
+from synthetic_results import COUNTS, synthetic_run, synthetic_study, write_synthetic_study
 
 from learn import data
 from learn.data import DataError, Dataset, Sequence
@@ -17,13 +17,15 @@ from research.record_files import HEADER
 from research.retrieval import result_files
 
 
-def test_what_is_written_is_read_back(tmp_path):
-    study = write_made(tmp_path, {"sasrec": 2.0, "learn-text": 2.5, "learn-text/variant-2": 2.2}, seeds=(2, 1))
+def test_studies_and_runs_are_read_back_as_written(tmp_path):
+    study = write_synthetic_study(
+        tmp_path, {"sasrec": 2.0, "learn-text": 2.5, "learn-text/variant-2": 2.2}, seeds=(2, 1)
+    )
     found = result_files.read(tmp_path).retrieval["ml-small"]
     assert found.study.equals(study)
     assert list(found.runs) == ["learn-text", "learn-text/variant-2", "sasrec"]
     assert list(found.runs["sasrec"]) == [1, 2]
-    assert found.runs["sasrec"][2].equals(made_run(study, "sasrec", 2, 2.0))
+    assert found.runs["sasrec"][2].equals(synthetic_run(study, "sasrec", 2, 2.0))
     assert found.any_run("learn-text/variant-2").reference == "learn-text"
     names = {path.name for path in (tmp_path / "ml-small").iterdir()}
     assert "learn-text--variant-2-seed1.npz" in names
@@ -55,7 +57,7 @@ def test_a_study_describes_its_test_events():
 
 
 def test_a_study_is_not_overwritten_by_another(tmp_path):
-    study = made_study()
+    study = synthetic_study()
     assert result_files.write_study(tmp_path, study) == result_files.write_study(tmp_path, study)
     other = study.model_copy(update={"data": study.data.model_copy(update={"digest": "cd"})})
     with pytest.raises(ValueError, match="describes other data"):
@@ -64,20 +66,20 @@ def test_a_study_is_not_overwritten_by_another(tmp_path):
 
 def test_a_run_needs_its_study(tmp_path):
     with pytest.raises(DataError, match=r"study\.npz: missing"):
-        result_files.write_run(tmp_path, made_run(made_study(), "sasrec", 1, 2.0))
+        result_files.write_run(tmp_path, synthetic_run(synthetic_study(), "sasrec", 1, 2.0))
 
 
-def test_equal_records_give_equal_files_with_small_types(tmp_path):
+def test_equal_records_give_equal_files_with_the_smallest_dtypes(tmp_path):
     for name in ("a", "b"):
-        result_files.write_study(tmp_path / name, made_study())
+        result_files.write_study(tmp_path / name, synthetic_study())
     first, second = ((tmp_path / name / "ml-small" / "study.npz").read_bytes() for name in ("a", "b"))
     assert first == second
     with np.load(tmp_path / "a" / "ml-small" / "study.npz") as archive:
         assert archive["user"].dtype == np.uint8 and archive["item"].dtype == np.uint16
 
 
-def rewritten(path, change_header, change_columns) -> None:
-    """Changes the file of a record without the checks that writing one makes."""
+def rewrite_record(path, change_header, change_columns) -> None:
+    """Changes the file of a record without the checks that `record_files` makes when it writes one."""
     with np.load(path) as archive:
         header = json.loads(archive[HEADER])
         columns = {name: archive[name].astype(np.int64) for name in archive.files if name != HEADER}
@@ -88,12 +90,12 @@ def rewritten(path, change_header, change_columns) -> None:
         archive.writestr(HEADER, json.dumps(header))
 
 
-def nothing(_):
+def unchanged(_):
     pass
 
 
-def column(name: str, place: int, value: int):
-    return lambda columns: columns[name].__setitem__(place, value)
+def column(name: str, index: int, value: int):
+    return lambda columns: columns[name].__setitem__(index, value)
 
 
 def shortened(name: str):
@@ -106,37 +108,42 @@ RUN, STUDY = "sasrec-seed2.npz", "study.npz"
 @pytest.mark.parametrize(
     ("name", "header", "columns", "expected"),
     [
-        (RUN, lambda r: r.pop("machine"), nothing, "column machine: Field required"),
-        (RUN, lambda r: r.update(refrence="x"), nothing, "column refrence: Extra inputs"),
-        (RUN, lambda r: r.update(format=1), nothing, "column format: is 1; this program reads format 2"),
-        (RUN, lambda r: r.pop("format"), nothing, "column format: is None; this program reads format 2"),
-        (RUN, lambda r: r.update(kind="ranking run"), nothing, "column kind: Input should be 'retrieval run'"),
-        (RUN, lambda r: r["seconds"].update(train=-1), nothing, "column seconds.train: Input should be greater"),
-        (RUN, nothing, shortened("rank"), "column rank: has 119 entries for 120 test events"),
-        (RUN, nothing, column("rank", 0, 0), "rank holds 0; ranks begin at 1"),
-        (RUN, nothing, column("rank", 0, -1), "column rank: Value error, holds -1; expected 0 or more"),
-        (RUN, nothing, column("rank", 0, 501), "column rank: holds 501, but there are 500 items"),
-        (RUN, nothing, lambda columns: columns.pop("rank"), "column rank: Field required"),
-        (RUN, lambda r: r.update(study="other"), nothing, "column study: is 'other'"),
-        (RUN, lambda r: r.update(seed=3), nothing, "column model: is 'sasrec' with seed 3, but the file name differs"),
-        (RUN, lambda r: r.update(label="Other"), nothing, "column label: is 'Other', but 'SASREC' with seed 1"),
-        (RUN, lambda r: r["config"].update(width=32), nothing, "column config.width: is 32, but 64 with seed 1"),
-        (RUN, lambda r: r.update(family="ablation"), nothing, "an ablation needs the fields reference and question"),
-        (STUDY, nothing, shortened("item"), "item has 119 entries for 120 in user"),
-        (STUDY, nothing, column("user", 0, 40), "user holds 40; expected less than 40"),
-        (STUDY, lambda r: r.update(study="other"), nothing, "column study: is 'other' in the folder 'ml-small'"),
+        (RUN, lambda r: r.pop("machine"), unchanged, "column machine: Field required"),
+        (RUN, lambda r: r.update(refrence="x"), unchanged, "column refrence: Extra inputs"),
+        (RUN, lambda r: r.update(format=1), unchanged, "column format: is 1; this program reads format 2"),
+        (RUN, lambda r: r.pop("format"), unchanged, "column format: is None; this program reads format 2"),
+        (RUN, lambda r: r.update(kind="ranking run"), unchanged, "column kind: Input should be 'retrieval run'"),
+        (RUN, lambda r: r["seconds"].update(train=-1), unchanged, "column seconds.train: Input should be greater"),
+        (RUN, unchanged, shortened("rank"), "column rank: has 119 entries for 120 test events"),
+        (RUN, unchanged, column("rank", 0, 0), "rank holds 0; ranks begin at 1"),
+        (RUN, unchanged, column("rank", 0, -1), "column rank: Value error, holds -1; expected 0 or more"),
+        (RUN, unchanged, column("rank", 0, 501), "column rank: holds 501, but there are 500 items"),
+        (RUN, unchanged, lambda columns: columns.pop("rank"), "column rank: Field required"),
+        (RUN, lambda r: r.update(study="other"), unchanged, "column study: is 'other'"),
+        (
+            RUN,
+            lambda r: r.update(seed=3),
+            unchanged,
+            "column model: is 'sasrec' with seed 3, but the file name differs",
+        ),
+        (RUN, lambda r: r.update(label="Other"), unchanged, "column label: is 'Other', but 'SASREC' with seed 1"),
+        (RUN, lambda r: r["config"].update(width=32), unchanged, "column config.width: is 32, but 64 with seed 1"),
+        (RUN, lambda r: r.update(family="ablation"), unchanged, "an ablation needs the fields reference and question"),
+        (STUDY, unchanged, shortened("item"), "item has 119 entries for 120 in user"),
+        (STUDY, unchanged, column("user", 0, 40), "user holds 40; expected less than 40"),
+        (STUDY, lambda r: r.update(study="other"), unchanged, "column study: is 'other' in the folder 'ml-small'"),
     ],
 )
-def test_what_is_wrong_is_named_by_file_and_field(tmp_path, name, header, columns, expected):
-    write_made(tmp_path, {"sasrec": 2.0}, seeds=(1, 2))
-    rewritten(tmp_path / "ml-small" / name, header, columns)
+def test_an_invalid_record_is_reported_with_file_and_field(tmp_path, name, header, columns, expected):
+    write_synthetic_study(tmp_path, {"sasrec": 2.0}, seeds=(1, 2))
+    rewrite_record(tmp_path / "ml-small" / name, header, columns)
     with pytest.raises(DataError) as caught:
         result_files.read(tmp_path)
     assert name in str(caught.value) and expected in str(caught.value)
 
 
-def test_cut_off_files_and_stray_folders_are_errors(tmp_path):
-    write_made(tmp_path, {"sasrec": 2.0}, seeds=(1,))
+def test_truncated_files_and_stray_folders_are_errors(tmp_path):
+    write_synthetic_study(tmp_path, {"sasrec": 2.0}, seeds=(1,))
     path = tmp_path / "ml-small" / "sasrec-seed1.npz"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match=r"sasrec-seed1\.npz: not a file of results"):

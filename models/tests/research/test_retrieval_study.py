@@ -1,4 +1,4 @@
-"""A small study: what it writes, that it continues where it was stopped, and which mistakes it names."""
+"""A small retrieval study: which files it writes, that it resumes, and how mistakes in its settings are reported."""
 
 from __future__ import annotations
 
@@ -80,15 +80,15 @@ def inputs(tmp_path):
     return Inputs(data.Dataset([str(i) for i in range(25)], [], sequences), {"minilm": tmp_path / "content.npy"}, {})
 
 
-def written(tmp_path, text=TOML):
+def write_and_read_study(tmp_path, text=TOML):
     path = tmp_path / "study.toml"
     path.write_text(text)
     return read_study(path)
 
 
-def test_a_study_writes_a_file_per_run_and_does_not_repeat_itself(tmp_path, inputs):
+def test_a_study_writes_one_file_per_run_and_repeats_only_changed_runs(tmp_path, inputs):
     root = tmp_path / "results"
-    run_study(written(tmp_path), inputs, root, n_workers=1)
+    run_study(write_and_read_study(tmp_path), inputs, root, n_workers=1)
     found = result_files.read(root).retrieval["tiny"]
     assert {name: list(runs) for name, runs in found.runs.items()} == {
         "content-mean": [1],
@@ -114,14 +114,14 @@ def test_a_study_writes_a_file_per_run_and_does_not_repeat_itself(tmp_path, inpu
 
     before = {path: path.stat().st_mtime_ns for path in root.glob("tiny/*-seed*.npz")}
     changed = TOML.replace("sizes = { width = 8, max_history = 6 }", "sizes = { width = 16, max_history = 6 }")
-    run_study(written(tmp_path, changed), inputs, root, n_workers=1)
+    run_study(write_and_read_study(tmp_path, changed), inputs, root, n_workers=1)
     again = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert again == {"sasrec-seed1.npz", "sasrec-seed2.npz"}
 
 
-def test_a_study_split_by_time_continues_where_it_was(tmp_path, inputs):
+def test_a_finished_study_that_is_split_by_time_is_not_run_again(tmp_path, inputs):
     text = TOML.replace("[split]\nn_test = 2\nn_validation = 1", "[time_split]\nfractions = [0.6, 0.8]")
-    study = only(written(tmp_path, text), ["popularity", "sasrec"])
+    study = only(write_and_read_study(tmp_path, text), ["popularity", "sasrec"])
     run_study(study, inputs, tmp_path / "results", n_workers=1)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "tiny").glob("*-seed*.npz")}
     assert len(before) == 3
@@ -130,15 +130,15 @@ def test_a_study_split_by_time_continues_where_it_was(tmp_path, inputs):
 
 
 def test_an_ablation_runs_without_its_reference(tmp_path, inputs):
-    study = only(written(tmp_path), ["learn-text/variant-3"])
+    study = only(write_and_read_study(tmp_path), ["learn-text/variant-3"])
     run_study(study, inputs, tmp_path / "results", n_workers=1)
     assert list(result_files.read(tmp_path / "results").retrieval["tiny"].runs) == ["learn-text/variant-3"]
     with pytest.raises(ValueError, match="--only learn-txt: this study has popularity, content-mean, sasrec"):
-        only(written(tmp_path), ["sasrec", "learn-txt"])
+        only(write_and_read_study(tmp_path), ["sasrec", "learn-txt"])
 
 
 @pytest.mark.parametrize("path", sorted((MODELS / "configs").glob("*.toml")), ids=lambda path: path.stem)
-def test_the_configs_that_are_shipped_can_be_read(path):
+def test_the_shipped_configs_can_be_read(path):
     is_study = "models" in tomllib.loads(path.read_text())
     (read_study if is_study else read_settings)(path)
 
@@ -156,8 +156,8 @@ def test_the_configs_that_are_shipped_can_be_read(path):
         ("seeds = [1, 2]", "seeds = 1, 2", "study.toml: "),
     ],
 )
-def test_a_mistake_in_the_toml_is_named(tmp_path, old, new, message):
+def test_a_mistake_in_the_settings_is_reported_with_its_field(tmp_path, old, new, message):
     assert old in TOML
     with pytest.raises(ValueError, match=r"study\.toml") as error:
-        written(tmp_path, TOML.replace(old, new))
+        write_and_read_study(tmp_path, TOML.replace(old, new))
     assert message in str(error.value)

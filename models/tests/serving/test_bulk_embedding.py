@@ -1,4 +1,4 @@
-"""A catalogue in bulk: each row embedded or rejected, killed jobs that go on, a server that takes what comes out."""
+"""Bulk embedding: every row is embedded or rejected, killed jobs resume, and a server imports the result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from learn.serving.bulk_embedding import BulkConfig, RayConfig
 from learn.serving.bundle_inference import BundleGraphs, GraphsConfig
 
 ON_CPU = GraphsConfig(provider="cpu")
-BAD = [
+BAD_ROWS = [
     ('{"id": "broken', "not JSON: "),
     ('["id"]', "expected an object, got list"),
     ('{"text": {"title": "x"}}', "id: expected a non-empty string, got None"),
@@ -42,9 +42,9 @@ BAD = [
 
 
 def write_jsonl(path, texts):
-    """Good rows, one for each text, with every bad row somewhere between."""
+    """Writes one good row per text, with the bad rows between them."""
     lines = [json.dumps({"id": f"item-{n}", "text": text.to_json()}) for n, text in enumerate(texts)]
-    for number, (line, _reason) in enumerate(BAD):
+    for number, (line, _reason) in enumerate(BAD_ROWS):
         lines.insert(2 * number, line)
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -62,8 +62,8 @@ def job(tmp_path, **changes):
     return dataclasses.replace(config, **changes)
 
 
-def rows_of(folder):
-    """All parts as one table."""
+def read_parts(folder):
+    """Reads all parts as one table."""
     return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("part-*.parquet"))])
 
 
@@ -73,14 +73,14 @@ def vectors(table, column):
 
 def test_every_row_is_embedded_or_rejected_with_its_reason(tmp_path, capsys):
     summary = bulk_embedding.embed_catalogue(job(tmp_path))
-    assert summary == bulk_embedding.Summary(n_items=20, n_rejects=len(BAD), n_parts=4, n_parts_kept=0)
-    assert f"20 items embedded, {len(BAD)} rejected, in 4 parts (0 from an earlier run)" in capsys.readouterr().out
-    table = rows_of(tmp_path / "out")
+    assert summary == bulk_embedding.Summary(n_items=20, n_rejects=len(BAD_ROWS), n_parts=4, n_parts_kept=0)
+    assert f"20 items embedded, {len(BAD_ROWS)} rejected, in 4 parts (0 from an earlier run)" in capsys.readouterr().out
+    table = read_parts(tmp_path / "out")
     assert table["id"].to_pylist() == [f"item-{n}" for n in range(20)]
     assert table["text_digest"].to_pylist() == [digests.text_digest(text) for text in texts(20)]
     rejects = [json.loads(line) for path in sorted((tmp_path / "out").glob("rejects-*")) for line in path.open()]
-    assert len(rejects) == len(BAD)
-    for number, (reject, (line, reason)) in enumerate(zip(rejects, BAD, strict=True)):
+    assert len(rejects) == len(BAD_ROWS)
+    for number, (reject, (line, reason)) in enumerate(zip(rejects, BAD_ROWS, strict=True)):
         assert reason in reject["reason"] and reject["row"] == 2 * number + 1
         assert reject["file"] == str(tmp_path / "items.jsonl")
         known = json.loads(line) if line.endswith("}") else {}
@@ -88,12 +88,12 @@ def test_every_row_is_embedded_or_rejected_with_its_reason(tmp_path, capsys):
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_vectors_are_those_of_the_bundle(tmp_path):
-    """The golden items, whose vectors PyTorch gave."""
+def test_vectors_match_the_golden_vectors_of_the_bundle(tmp_path):
+    """Embeds the golden items, whose expected vectors were computed by PyTorch."""
     lines = [json.dumps({"id": str(n), "text": text.to_json()}) for n, text in enumerate(fixture_bundles.ITEMS)]
     (tmp_path / "items.jsonl").write_text("\n".join(lines))
     bulk_embedding.embed_catalogue(job(tmp_path))
-    table = rows_of(tmp_path / "out")
+    table = read_parts(tmp_path / "out")
     golden = json.loads((FIXTURE / "golden.json").read_text())["items"]
     for column in ("content", "item"):
         want = np.array([entry[column] for entry in golden], np.float32)
@@ -102,10 +102,10 @@ def test_vectors_are_those_of_the_bundle(tmp_path):
     assert table.schema.field("item").type == pa.list_(pa.float32(), 16)
 
 
-def test_fp16_is_for_content_alone(tmp_path):
+def test_only_content_is_written_in_fp16(tmp_path):
     bulk_embedding.embed_catalogue(job(tmp_path, out=tmp_path / "exact"))
     bulk_embedding.embed_catalogue(job(tmp_path, content_dtype="float16"))
-    half, exact = rows_of(tmp_path / "out"), rows_of(tmp_path / "exact")
+    half, exact = read_parts(tmp_path / "out"), read_parts(tmp_path / "exact")
     assert half.schema.field("content").type == pa.list_(pa.float16(), 32)
     np.testing.assert_allclose(vectors(half, "content"), vectors(exact, "content"), rtol=2**-11, atol=1e-7)
     np.testing.assert_array_equal(vectors(half, "item"), vectors(exact, "item"))
@@ -124,13 +124,13 @@ def write_parquet(path, n_items, row_group_size):
 
 
 @pytest.mark.parametrize("row_group_size", [3, 8, 100])
-def test_parquet_in_row_groups_of_any_size(tmp_path, row_group_size):
+def test_parquet_is_read_with_row_groups_of_any_size(tmp_path, row_group_size):
     (tmp_path / "items").mkdir()
     write_parquet(tmp_path / "items" / "a.parquet", 20, row_group_size)
     write_jsonl(tmp_path / "items" / "b.jsonl", texts(20))
     summary = bulk_embedding.embed_catalogue(job(tmp_path, items=tmp_path / "items"))
-    assert (summary.n_items, summary.n_rejects, summary.n_parts) == (19 + 20, 1 + len(BAD), 3 + 4)
-    table = rows_of(tmp_path / "out")
+    assert (summary.n_items, summary.n_rejects, summary.n_parts) == (19 + 20, 1 + len(BAD_ROWS), 3 + 4)
+    table = read_parts(tmp_path / "out")
     assert table["id"].to_pylist()[:19] == [str(n) for n in range(20) if n != 5]
     found = dict(zip(table["id"].to_pylist(), table["text_digest"].to_pylist(), strict=True))
     assert found["3"] == digests.text_digest(ItemText(title="Lamp number 3"))
@@ -139,24 +139,24 @@ def test_parquet_in_row_groups_of_any_size(tmp_path, row_group_size):
     assert (reject["row"], reject["id"], reject["reason"]) == (6, "5", "all text fields are empty")
 
 
-class DiesAtSecond(bulk_embedding.ShardEmbedder):
-    """Is killed where the second shard is encoded and its part not yet written."""
+class KilledInSecondShard(bulk_embedding.ShardEmbedder):
+    """Kills its process after the second shard is encoded and before the part of that shard is written."""
 
     def _table(self, items):
-        made = super()._table(items)
+        table = super()._table(items)
         if items[0].row > self.config.shard_rows:
             os.kill(os.getpid(), signal.SIGKILL)
-        return made
+        return table
 
 
-def _embed_and_die(config):
-    bulk_embedding.ShardEmbedder = DiesAtSecond
+def _embed_until_killed(config):
+    bulk_embedding.ShardEmbedder = KilledInSecondShard
     bulk_embedding.embed_catalogue(config)
 
 
-def test_a_job_that_was_killed_goes_on(tmp_path):
+def test_a_killed_job_resumes_and_keeps_the_parts_that_it_wrote(tmp_path):
     config = job(tmp_path)
-    child = multiprocessing.get_context("fork").Process(target=_embed_and_die, args=(config,))
+    child = multiprocessing.get_context("fork").Process(target=_embed_until_killed, args=(config,))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
@@ -164,10 +164,10 @@ def test_a_job_that_was_killed_goes_on(tmp_path):
     assert sorted((tmp_path / "out").glob("part-*")) == [first]
     written_at = first.stat().st_mtime_ns
     summary = bulk_embedding.embed_catalogue(config)
-    assert (summary.n_items, summary.n_rejects, summary.n_parts_kept) == (20, len(BAD), 1)
+    assert (summary.n_items, summary.n_rejects, summary.n_parts_kept) == (20, len(BAD_ROWS), 1)
     assert first.stat().st_mtime_ns == written_at
     bulk_embedding.embed_catalogue(job(tmp_path, out=tmp_path / "at once"))
-    assert rows_of(tmp_path / "out").equals(rows_of(tmp_path / "at once"))
+    assert read_parts(tmp_path / "out").equals(read_parts(tmp_path / "at once"))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_another_job_in_the_same_folder_is_refused(tmp_path, changes, name):
         bulk_embedding.embed_catalogue(job(tmp_path, **changes))
 
 
-def test_a_catalogue_that_changed_is_another_job(tmp_path):
+def test_a_changed_catalogue_counts_as_another_job(tmp_path):
     bulk_embedding.embed_catalogue(job(tmp_path))
     with (tmp_path / "items.jsonl").open("a") as file:
         file.write('{"id": "new", "text": {"title": "x"}}\n')
@@ -187,7 +187,7 @@ def test_a_catalogue_that_changed_is_another_job(tmp_path):
         bulk_embedding.embed_catalogue(job(tmp_path))
 
 
-def test_no_catalogue(tmp_path):
+def test_a_missing_empty_or_unreadable_catalogue_is_refused(tmp_path):
     (tmp_path / "nothing").mkdir()
     for path in (tmp_path / "nothing", tmp_path / "items.csv"):
         with pytest.raises(DataError, match=r"expected a \.jsonl or \.parquet file"):
@@ -200,8 +200,8 @@ def test_no_catalogue(tmp_path):
         bulk_embedding.embed_catalogue(job(tmp_path, items=tmp_path / "odd.parquet"))
 
 
-def test_one_bad_vector_costs_one_row(tmp_path):
-    """An encoder whose table of embeddings holds one NaN: texts with that token are rejected, the others are not."""
+def test_a_vector_that_is_not_finite_affects_only_its_row(tmp_path):
+    """Makes the embedding of one token NaN: texts with that token are faulty, the others are not."""
     folder = shutil.copytree(FIXTURE, tmp_path / "bundle")
     model = onnx.load(folder / "encoder.onnx")
     graphs = BundleGraphs(FIXTURE, ON_CPU)
@@ -217,23 +217,23 @@ def test_one_bad_vector_costs_one_row(tmp_path):
     assert not content[1].any() and np.array_equal(content[0], content[2]) and n_tokens > 30
 
 
-def test_on_ray_the_same_rows_come_out(tmp_path):
+def test_a_job_on_ray_writes_the_same_rows(tmp_path):
     bulk_embedding.embed_catalogue(job(tmp_path, out=tmp_path / "here"))
     try:
         summary = bulk_embedding.embed_catalogue(job(tmp_path, ray=RayConfig(workers=2)))
     finally:
         ray.shutdown()
-    assert (summary.n_items, summary.n_rejects, summary.n_parts) == (20, len(BAD), 4)
-    assert rows_of(tmp_path / "out").equals(rows_of(tmp_path / "here"))
+    assert (summary.n_items, summary.n_rejects, summary.n_parts) == (20, len(BAD_ROWS), 4)
+    assert read_parts(tmp_path / "out").equals(read_parts(tmp_path / "here"))
 
 
 # --- what a server imports -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "dim"), [("content", 32), ("item", 16)])
-def test_files_for_the_import(tmp_path, monkeypatch, kind, dim):
+def test_snapshot_files_have_the_vectors_digests_and_header_for_the_import(tmp_path, monkeypatch, kind, dim):
     bulk_embedding.embed_catalogue(job(tmp_path, content_dtype="float16"))
-    # Seven rows of content in fp16 a file, or of item embeddings in fp32.
+    # Limits a file to seven rows of content in fp16 or of item embeddings in fp32.
     monkeypatch.setattr(cache_snapshot, "FILE_BYTES", 7 * (64 + 16))
     last = sorted((tmp_path / "out").glob("part-*.parquet"))[-1]
     last.rename(tmp_path / "kept")
@@ -244,7 +244,7 @@ def test_files_for_the_import(tmp_path, monkeypatch, kind, dim):
     assert [path.name for path in files] == [f"{kind}-{n:06}.safetensors" for n in range(3)]
     found = [safetensors.numpy.load_file(path) for path in files]
     assert [len(tensors["vectors"]) for tensors in found] == [7, 7, 6]
-    table = rows_of(tmp_path / "out")
+    table = read_parts(tmp_path / "out")
     got = np.concatenate([tensors["vectors"] for tensors in found]).astype(np.float32)
     np.testing.assert_array_equal(got, vectors(table, kind))
     got_digests = b"".join(tensors["text_digests"].tobytes() for tensors in found)
@@ -263,7 +263,7 @@ def test_files_for_the_import(tmp_path, monkeypatch, kind, dim):
     }
 
 
-def test_parts_of_two_bundles_are_never_mixed(tmp_path):
+def test_a_snapshot_never_mixes_parts_of_two_bundles(tmp_path):
     bulk_embedding.embed_catalogue(job(tmp_path))
     other = FIXTURE.parent / "reencoded"
     bulk_embedding.embed_catalogue(job(tmp_path, bundle=other, out=tmp_path / "other"))
@@ -281,8 +281,8 @@ def test_parts_of_two_bundles_are_never_mixed(tmp_path):
         cache_snapshot.snapshot(tmp_path, tmp_path / "snapshot", "content")
 
 
-def ask(server, n_items):
-    """A page of the catalogue's items with their texts, and a history of others."""
+def request_mid_emb(server, n_items):
+    """Requests mid-embs for a page of catalogue items with their texts; the first three are also the history."""
     messages, services = grpc_messages.stubs()
     page = [grpc_messages.item(f"item-{n}", text) for n, text in enumerate(texts(n_items))]
     request = messages.GetMidEmbRequest(user_id="u", history=page[:3], candidates=page)
@@ -293,13 +293,13 @@ def ask(server, n_items):
 
 
 @pytest.mark.parametrize("content_dtype", ["float32", "float16"])
-def test_a_server_that_imported_them_encodes_nothing(tmp_path, content_dtype):
+def test_a_server_with_imported_caches_encodes_nothing(tmp_path, content_dtype):
     bulk_embedding.embed_catalogue(job(tmp_path, content_dtype=content_dtype))
     files = [path for kind in ("content", "item") for path in cache_snapshot.snapshot(tmp_path / "out", tmp_path, kind)]
     with serving(FIXTURE, tmp_path) as server:
-        said = server.import_cache(*files)
-        assert "content, 20 entries, 0 skipped" in said and "item, 20 entries, 0 skipped" in said
-        imported = ask(server, 20)
+        output = server.import_cache(*files)
+        assert "content, 20 entries, 0 skipped" in output and "item, 20 entries, 0 skipped" in output
+        imported = request_mid_emb(server, 20)
         assert server.metric("midemb_batch_tokens_count") == 0
         for cache, n_hits in (("content", 3), ("item", 15)):
             hits = server.metric("midemb_cache_lookups_total", cache=cache, result="hit")
@@ -307,13 +307,13 @@ def test_a_server_that_imported_them_encodes_nothing(tmp_path, content_dtype):
             assert hits >= n_hits and misses == 0
     (tmp_path / "cold").mkdir()
     with serving(FIXTURE, tmp_path / "cold") as server:
-        computed = ask(server, 20)
+        computed = request_mid_emb(server, 20)
         assert server.metric("midemb_batch_tokens_count") > 0
-    # Through fp16 content the user tower sees inputs that are rounded.
+    # With fp16 content, the inputs of the user tower are rounded.
     np.testing.assert_allclose(imported, computed, atol=1e-5 if content_dtype == "float32" else 5e-3)
 
 
-def test_shards_are_the_same_rows_whatever_ends_the_file(tmp_path):
+def test_shards_are_the_same_with_or_without_a_final_newline(tmp_path):
     for end in ("", "\n"):
         path = tmp_path / f"items{len(end)}.jsonl"
         path.write_text("\n".join(f'{{"id": {n}, "title": "x{n}"}}' for n in range(7)) + end)

@@ -1,4 +1,4 @@
-"""Bundles: what is committed is whole and true, and what is wrong is never written."""
+"""Committed bundles are complete and correct, and a wrong bundle is never written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from learn.serving import bundle, fixture_bundles, tolerances
 
 NAMES = list(fixture_bundles.RECIPES)
 FOLDERS = pytest.mark.parametrize("folder", [*(FIXTURES / name for name in NAMES), DEFAULT], ids=[*NAMES, "default"])
-# Beside a bundle's files, for people and for the demo.
+# Files beside those that a manifest lists, for readers and for the demo.
 EXTRA = {"manifest.toml", "sample_items.jsonl", "README.md"}
 
 
@@ -29,13 +29,13 @@ def read_manifest(folder):
 
 
 def absent_files(folder):
-    """Fetched files that set-up has not placed yet: the only ones that may be missing."""
+    """Returns the files that `make setup` has not fetched yet. No other file may be missing."""
     files = read_manifest(folder)["files"]
     return {entry["path"] for entry in files if "pypi" in entry and not (folder / entry["path"]).exists()}
 
 
 @FOLDERS
-def test_digests_are_true_and_no_file_is_unlisted(folder):
+def test_digests_match_and_every_file_is_listed(folder):
     files = read_manifest(folder)["files"]
     absent = absent_files(folder)
     for entry in files:
@@ -47,7 +47,7 @@ def test_digests_are_true_and_no_file_is_unlisted(folder):
 
 
 @FOLDERS
-def test_the_manifest_says_what_the_files_hold(folder):
+def test_the_manifest_agrees_with_the_files(folder):
     manifest = read_manifest(folder)
     golden = json.loads((folder / manifest["golden"]["file"]).read_text())
     assert manifest["format"] == 1
@@ -60,26 +60,26 @@ def test_the_manifest_says_what_the_files_hold(folder):
     assert all(len(pair["mid_emb"]) == manifest["cvr"]["dim"] for pair in golden["pairs"])
     lengths = {len(user["history"]) for user in golden["users"]}
     assert {0, 1, manifest["user_tower"]["max_history"]} <= lengths
-    # One text at least is cut.
+    # At least one text is truncated.
     assert max(len(item["token_ids"]) for item in golden["items"]) == manifest["item_text"]["max_tokens"]
     assert {pair["user"] for pair in golden["pairs"]} == set(range(len(golden["users"])))
 
 
 @FOLDERS
-def test_the_committed_bundle_answers_as_its_golden_vectors_say(folder, tmp_path):
+def test_the_committed_bundle_reproduces_its_golden_vectors(folder, tmp_path):
     if absent_files(folder):
-        pytest.skip("the encoder's fetched files are not here; `make setup` fetches them")
+        pytest.skip("the encoder's files are missing; `make setup` fetches them")
     bundle.verify(folder)
 
 
-def test_the_default_towers_answer_without_the_fetched_encoder():
+def test_the_default_item_tower_reproduces_its_golden_vectors_without_the_encoder():
     golden = json.loads((DEFAULT / "golden.json").read_text())
     content = np.array([item["content"] for item in golden["items"]], np.float32)
     (got,) = bundle.session(DEFAULT / "item_tower.onnx").run(None, {"content": content})
     bundle.compare("item tower", got, np.array([item["item"] for item in golden["items"]], np.float32))
 
 
-def test_sizes_stay_small():
+def test_committed_bundles_stay_small():
     for name in NAMES:
         assert sum(path.stat().st_size for path in (FIXTURES / name).iterdir()) < 500_000
     assert (DEFAULT / "encoder.onnx").stat().st_size < 1_000_000
@@ -95,7 +95,7 @@ def test_sample_items_are_distinct_and_have_text():
 
 
 def leaves(value, path=""):
-    """Every number and string of a JSON value with its path."""
+    """Returns every number and string of a JSON value with its path."""
     if isinstance(value, dict | list):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return [leaf for key, child in pairs for leaf in leaves(child, f"{path}/{key}")]
@@ -112,26 +112,28 @@ def written(tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_committed_fixtures_are_what_the_code_writes_now(name, written):
-    # Not byte for byte: what torch computes may differ in the last digit from one processor to the next.
-    made, committed = written / name, FIXTURES / name
-    assert {path.name for path in made.iterdir()} == {path.name for path in committed.iterdir()}
-    assert (made / "tokenizer.json").read_bytes() == (committed / "tokenizer.json").read_bytes()
-    tables = [read_manifest(folder) for folder in (made, committed)]
-    assert [entry["path"] for entry in tables[0].pop("files")] == [entry["path"] for entry in tables[1].pop("files")]
-    assert tables[0] == tables[1]
+    # Vectors and weights are compared with a tolerance, because torch may differ in the last digit between processors.
+    current, committed = written / name, FIXTURES / name
+    assert {path.name for path in current.iterdir()} == {path.name for path in committed.iterdir()}
+    assert (current / "tokenizer.json").read_bytes() == (committed / "tokenizer.json").read_bytes()
+    manifests = [read_manifest(folder) for folder in (current, committed)]
+    assert [entry["path"] for entry in manifests[0].pop("files")] == [
+        entry["path"] for entry in manifests[1].pop("files")
+    ]
+    assert manifests[0] == manifests[1]
     for left, right in zip(
-        *(leaves(json.loads((f / "golden.json").read_text())) for f in (made, committed)), strict=True
+        *(leaves(json.loads((f / "golden.json").read_text())) for f in (current, committed)), strict=True
     ):
         assert left == (right if isinstance(right[1], str) else (right[0], pytest.approx(right[1], abs=1e-5)))
     for graph in ("encoder.onnx", "user_tower.onnx", "item_tower.onnx", "cvr.onnx"):
-        left, right = (onnx.load(folder / graph).graph for folder in (made, committed))
+        left, right = (onnx.load(folder / graph).graph for folder in (current, committed))
         assert [node.op_type for node in left.node] == [node.op_type for node in right.node]
         for a, b in zip(left.initializer, right.initializer, strict=True):
             np.testing.assert_allclose(*(onnx.numpy_helper.to_array(t) for t in (a, b)), atol=1e-6)
 
 
-def test_no_fixture_is_written_that_is_not_committed(written):
-    # And the other way round, of bundles: the folder holds files of other tests as well.
+def test_the_written_and_the_committed_fixtures_are_the_same_set(written):
+    # Only folders with a manifest are compared, because the folder of fixtures has files of other tests as well.
     assert {path.name for path in written.iterdir() if path.is_dir()} == {
         path.parent.name for path in FIXTURES.glob("*/manifest.toml")
     }
@@ -148,30 +150,30 @@ def test_retraining_keeps_the_encoder_part_and_reencoding_does_not():
     first, retrained, reencoded = (encoder_part(FIXTURES / name) for name in NAMES)
     assert retrained == first
     assert reencoded[0]["encoder.onnx"] != first[0]["encoder.onnx"]
-    # What a request may count on stays: names and widths.
+    # Names and widths, on which clients rely, are the same.
     assert reencoded[1:] == first[1:]
 
 
 def golden_vectors(name, part, key):
-    """[n,d] of a committed fixture."""
+    """Returns one kind of golden vectors [n,d] of a committed fixture."""
     rows = json.loads((FIXTURES / name / "golden.json").read_text())[part]
     return np.array([row[key] for row in rows], np.float32).reshape(len(rows), -1)
 
 
 def golden_inputs(name):
-    """Texts, histories and pairs, without any answer."""
-    known = json.loads((FIXTURES / name / "golden.json").read_text())
+    """Returns texts, histories and pairs, without the golden outputs."""
+    golden = json.loads((FIXTURES / name / "golden.json").read_text())
     return (
-        [(item["text"], item["token_ids"]) for item in known["items"]],
-        [user["history"] for user in known["users"]],
-        [(pair["user"], pair["item"]) for pair in known["pairs"]],
+        [(item["text"], item["token_ids"]) for item in golden["items"]],
+        [user["history"] for user in golden["users"]],
+        [(pair["user"], pair["item"]) for pair in golden["pairs"]],
     )
 
 
 @pytest.mark.parametrize(("name", "other"), list(itertools.combinations(NAMES, 2)))
-def test_every_answer_tells_which_fixture_gave_it(name, other):
+def test_the_golden_vectors_of_two_fixtures_differ_far_beyond_the_tolerance(name, other):
     assert golden_inputs(name) == golden_inputs(other)
-    # A hundred times the tolerance: no rounding makes one bundle's answer pass for another's.
+    # At a hundred times the tolerance, no rounding error can make the output of one bundle pass for that of another.
     for part, key in (("items", "item"), ("users", "user"), ("pairs", "mid_emb"), ("pairs", "cvr")):
         difference = np.abs(golden_vectors(name, part, key) - golden_vectors(other, part, key)).max(axis=1)
         assert difference.min() > 100 * tolerances.ABSOLUTE, key
@@ -184,7 +186,7 @@ def test_every_text_has_tokens_in_the_fixture_tokenizer(tmp_path):
         assert 1 < len(ids) <= fixture_bundles.MAX_TOKENS and ids[0] == fixture_bundles.SPECIAL.index("<s>")
 
 
-def test_a_bundle_that_answers_otherwise_is_refused(tmp_path):
+def test_a_bundle_that_differs_from_its_golden_vectors_is_refused(tmp_path):
     folder = shutil.copytree(FIXTURE, tmp_path / "bundle")
     golden = json.loads((folder / "golden.json").read_text())
     golden["users"][2]["user"][3] += 3e-4
@@ -193,7 +195,7 @@ def test_a_bundle_that_answers_otherwise_is_refused(tmp_path):
         bundle.verify(folder)
 
 
-def test_a_failed_write_leaves_the_old_bundle_and_no_litter(tmp_path):
+def test_a_failed_write_leaves_the_old_bundle_and_no_partial_files(tmp_path):
     broken = fixture_bundles.build(tmp_path / "tokenizer.json")
     with torch.no_grad():
         broken.pch.projection.weight.fill_(float("nan"))
@@ -205,14 +207,14 @@ def test_a_failed_write_leaves_the_old_bundle_and_no_litter(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", "tokenizer.json"}
 
 
-def test_what_only_the_bundle_before_had_is_removed(tmp_path):
+def test_files_that_only_the_replaced_bundle_listed_are_removed(tmp_path):
     folder = shutil.copytree(FIXTURE, tmp_path / "bundle")
     manifest = (folder / "manifest.toml").read_text()
     (folder / "manifest.toml").write_text(f'{manifest}\n[[files]]\npath = "encoder.weights"\n')
     for name in ("encoder.weights", "notes.txt"):
-        (folder / name).write_text("of before")
+        (folder / name).write_text("old")
     bundle.write(fixture_bundles.build(tmp_path / "tokenizer.json"), folder)
-    # A file that no manifest named is somebody's own.
+    # A file that no manifest lists belongs to somebody else, so it is kept.
     assert not (folder / "encoder.weights").exists() and (folder / "notes.txt").exists()
     bundle.verify(folder)
 
@@ -220,7 +222,7 @@ def test_what_only_the_bundle_before_had_is_removed(tmp_path):
 @pytest.mark.parametrize(
     ("got", "ok"), [([1.0, 2.0], True), ([1.00005, 2.0], True), ([1.0002, 2.0], False), ([float("nan"), 2.0], False)]
 )
-def test_tolerances(got, ok):
+def test_compare_accepts_only_vectors_within_the_tolerances(got, ok):
     got, want = np.array([got], np.float32), np.array([[1.0, 2.0]], np.float32)
     if ok:
         bundle.compare("x", got, want)
@@ -229,20 +231,20 @@ def test_tolerances(got, ok):
             bundle.compare("x", got, want)
 
 
-def test_numbers_read_back_as_the_same_fp32():
+def test_numbers_read_back_from_json_as_the_same_fp32():
     values = torch.randn(100) * 10.0 ** torch.randint(-6, 6, (100,)).float()
     again = torch.tensor(json.loads(json.dumps(bundle.numbers(values))), dtype=torch.float32)
     assert torch.equal(again, values)
 
 
-def test_golden_content_of_fp16_weights_is_what_they_give_in_fp32(tmp_path):
+def test_golden_content_of_fp16_weights_is_computed_in_fp32(tmp_path):
     encoder = fixture_bundles.build(tmp_path / "tokenizer.json").encoder
     cast_weights(encoder.graph, torch.float16)
     before = {name: tensor.clone() for name, tensor in encoder.graph.state_dict().items()}
     frequencies = [buffer.clone() for buffer in encoder.graph.buffers()]
     ids = encoder.tokenize(["a lamp and a cup of tea"])
     got = bundle.exact_content(encoder, ids)
-    # The encoder is left as it was, its rotary frequencies in fp32 among it.
+    # The encoder is unchanged, and its rotary frequencies are still in fp32.
     assert all(torch.equal(before[name], tensor) for name, tensor in encoder.graph.state_dict().items())
     assert frequencies and all(
         torch.equal(a, b) and a.dtype == b.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Digests that a server computes, too: by hand here, and against the server's own answers in test_verify.py."""
+"""Digests that the server computes too: against hand-built bytes here, and a live server in test_verify_server.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from learn.data.item_text import ItemText
 from learn.serving import digests
 
 
-def test_a_text_by_hand():
+def test_a_text_digest_matches_hand_built_bytes():
     def field(value):
         return struct.pack("<Q", len(value.encode())) + value.encode()
 
@@ -24,7 +24,7 @@ def test_a_text_by_hand():
     assert digests.text_bytes(text) == 5 + 1 + 1 + (1 + 1) + (0 + 1)
 
 
-def test_no_two_texts_share_bytes():
+def test_texts_that_differ_only_in_field_boundaries_have_different_digests():
     texts = [
         ItemText("ab"),
         ItemText("a", "b"),
@@ -37,12 +37,12 @@ def test_no_two_texts_share_bytes():
     assert len({digests.text_digest(text) for text in texts}) == len(texts)
 
 
-def test_half_a_surrogate_pair_is_no_text():
+def test_a_lone_surrogate_is_refused():
     with pytest.raises(UnicodeEncodeError):
         digests.text_digest(ItemText("\ud800"))
 
 
-def test_parts_of_bundles():
+def test_each_digest_covers_exactly_its_part_of_the_bundle():
     first, retrained, reencoded = (digests.read_manifest(FIXTURES / n) for n in ("bundle", "retrained", "reencoded"))
     assert digests.encoder_digest(first) == digests.encoder_digest(retrained) != digests.encoder_digest(reencoded)
     assert len({digests.tower_digest(manifest) for manifest in (first, retrained, reencoded)}) == 3
@@ -54,7 +54,7 @@ def test_parts_of_bundles():
     assert digests.bundle_digest(FIXTURES / "bundle") == hashlib.sha256(raw).hexdigest()
 
 
-def test_a_manifest_that_cannot_be_read(tmp_path):
+def test_a_missing_or_malformed_manifest_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         digests.read_manifest(tmp_path)
     (tmp_path / "manifest.toml").write_text("format = ")

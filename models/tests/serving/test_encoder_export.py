@@ -1,4 +1,4 @@
-"""The encoder against PyTorch, at sizes that the exporter did not see; of every graph, its ports and its privacy."""
+"""Exported encoders match PyTorch at sizes unknown to the exporter; graphs have the right ports and no local paths."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from learn.serving import bundle, encoder_export
 GRAPHS = ("encoder.onnx", "user_tower.onnx", "item_tower.onnx", "cvr.onnx")
 COMMON = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4}
 DECODER = COMMON | {"num_key_value_heads": 2, "max_position_embeddings": 64}
-# How far ONNX Runtime may be from the same fp16 weights in PyTorch, in fp16 and in fp32 (as golden vectors are). On a
-# CPU it computes in fp32 and rounds to fp16 between its nodes; seen were 3.4e-4 at most. Values here are about
-# 32**-0.5; those of real models, C wide, are about C**-0.5, and the error goes with them.
-FP16 = 1e-3
-FP32 = 2e-5
+# How far ONNX Runtime may be from PyTorch with the same weights. fp16 weights are compared with PyTorch in fp16 and in
+# fp32, in which golden vectors are computed. On a CPU, ONNX Runtime computes in fp32 and rounds to fp16 between nodes;
+# the largest error seen was 3.4e-4. Entries of an embedding are about 32**-0.5 here and about C**-0.5 in a real model
+# of width C, and the error scales with them.
+TOLERANCE = {torch.float16: 1e-3, torch.float32: 2e-5}
 
 
 def llama():
@@ -61,7 +61,7 @@ def baichuan_7b():
     return model
 
 
-ALL = [
+ENCODERS = [
     (llama, torch.float32),
     (qwen2, torch.float32),
     (qwen3, torch.float32),
@@ -73,18 +73,18 @@ ALL = [
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """(build, dtype) -> the module, and the folder that its graph and weights were exported to: once each."""
+    """A function (build, dtype) -> (module, folder of its exported graph and weights) that exports each pair once."""
 
     @functools.cache
-    def made(build, dtype):
+    def export(build, dtype):
         torch.manual_seed(1)
-        graph = EncoderGraph(wide(build())).eval()
+        graph = EncoderGraph(perturbed(build())).eval()
         cast_weights(graph, dtype)
         folder = tmp_path_factory.mktemp("exported")
         encoder_export.export_encoder(graph, folder)
         return graph, folder
 
-    return made
+    return export
 
 
 def ragged_batch(lengths, side):
@@ -101,19 +101,19 @@ def run(path, *arrays):
     return session.run(None, {name: np.asarray(array) for name, array in zip(names, arrays, strict=True)})
 
 
-def wide(module):
-    """Larger weights than a fresh model has, so that attention is not uniform and mistakes are not small."""
+def perturbed(module):
+    """Adds noise to the weights, so that attention is not uniform and errors are not small."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return module.eval()
 
 
-@pytest.mark.parametrize(("build", "dtype"), ALL, ids=lambda value: getattr(value, "__name__", str(value)))
-def test_models_of_any_shape_on_batches_of_any_shape(exported, build, dtype):
+@pytest.mark.parametrize(("build", "dtype"), ENCODERS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_exported_encoders_match_pytorch_on_batches_of_any_shape(exported, build, dtype):
     graph, folder = exported(build, dtype)
-    # BERT counts positions from the left whatever the mask says: padding there changes its answer in PyTorch too. The
-    # decoders' positions are rotary, so only distances count, and padding on the left moves all tokens alike.
+    # BERT counts positions from the left whatever the mask says: padding there changes its output in PyTorch too. The
+    # decoders' positions are rotary, so only distances count, and padding on the left shifts all tokens equally.
     sides = ("right",) if build is bert else ("right", "left")
     for side in sides:
         for lengths in ([1], [5], [3, 9, 1], [2] * 5):
@@ -129,25 +129,25 @@ def test_models_of_any_shape_on_batches_of_any_shape(exported, build, dtype):
                 cast_weights(graph, dtype)
             (got,) = run(folder / "encoder.onnx", ids, mask)
             assert got.dtype == np.float32
-            np.testing.assert_allclose(got, same_dtype, atol=FP32 if dtype == torch.float32 else FP16)
-            np.testing.assert_allclose(got, exact, atol=FP32 if dtype == torch.float32 else FP16)
-            # Padding and neighbours leave no trace in a row.
-            np.testing.assert_allclose(got, torch.cat(singles).numpy(), atol=FP32 if dtype == torch.float32 else FP16)
+            np.testing.assert_allclose(got, same_dtype, atol=TOLERANCE[dtype])
+            np.testing.assert_allclose(got, exact, atol=TOLERANCE[dtype])
+            # Neither padding nor the other rows of the batch change a row.
+            np.testing.assert_allclose(got, torch.cat(singles).numpy(), atol=TOLERANCE[dtype])
             np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1.0, atol=1e-5)
 
 
-def test_fp16_is_half_the_file(exported):
+def test_fp16_weights_take_about_half_the_bytes(exported):
     sizes = [(exported(qwen3, dtype)[1] / "encoder.weights").stat().st_size for dtype in (torch.float32, torch.float16)]
     assert sizes[1] < 0.6 * sizes[0]
 
 
-def test_bfloat16_has_to_be_loaded_as_something_else(tmp_path):
+def test_a_bfloat16_encoder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"the encoder is in torch\.bfloat16; load it in float32 or float16"):
         encoder_export.export_encoder(EncoderGraph(qwen3().bfloat16()), tmp_path)
 
 
 def save_shards(graph, folder, n_shards):
-    """The model's own tensors as safetensors files with the names that Hugging Face gives."""
+    """Saves the model's own tensors as safetensors files that are named as Hugging Face names them."""
     state = {name: tensor.contiguous() for name, tensor in graph.model.state_dict().items()}
     names = sorted(state)
     paths = []
@@ -162,7 +162,7 @@ def save_shards(graph, folder, n_shards):
     [(llama, torch.float32, 1), (llama, torch.float32, 3), (bert, torch.float32, 1), (qwen3, torch.float16, 2)],
     ids=["llama", "llama in shards", "bert", "qwen3 in fp16"],
 )
-def test_linked_weights_give_the_same_answers_and_are_not_inline(exported, tmp_path, build, dtype, n_shards):
+def test_linked_weights_give_the_same_output_and_are_not_inline(exported, tmp_path, build, dtype, n_shards):
     graph, folder = exported(build, dtype)
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "out").mkdir()
@@ -171,9 +171,9 @@ def test_linked_weights_give_the_same_answers_and_are_not_inline(exported, tmp_p
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"encoder.onnx", *(path.name for path in weights)}
     linked = onnx.load(tmp_path / "out" / "encoder.onnx", load_external_data=False)
     n_matrices = {llama: 14, bert: 12, qwen3: 7}[build]
-    # Six or seven a layer, and a table of embeddings at least; every matrix of the model is large enough.
+    # Six or seven matrices per layer and at least one embedding table; every matrix is large enough to be linked.
     assert sum(bool(tensor.external_data) for tensor in linked.graph.initializer) >= n_matrices + 1
-    # As stored, so that sessions can share them: all that is computed from them is products.
+    # Graphs use the matrices as stored, so that sessions can share them: no Transpose reads one, and every Gemm does.
     names = {tensor.name for tensor in linked.graph.initializer if tensor.external_data}
     assert not names & {name for node in linked.graph.node if node.op_type == "Transpose" for name in node.input}
     weights_of_products = [node.input[1] for node in linked.graph.node if node.op_type == "Gemm"]
@@ -183,7 +183,7 @@ def test_linked_weights_give_the_same_answers_and_are_not_inline(exported, tmp_p
         (got,) = run(tmp_path / "out" / "encoder.onnx", ids, mask)
         with torch.no_grad():
             want = graph(ids, mask).numpy()
-        np.testing.assert_allclose(got, want, atol=FP32 if dtype == torch.float32 else FP16)
+        np.testing.assert_allclose(got, want, atol=TOLERANCE[dtype])
     broken = tmp_path / "out" / weights[-1].name
     raw = bytearray(broken.read_bytes())
     raw[-1500:] = bytes(1500)
@@ -192,22 +192,24 @@ def test_linked_weights_give_the_same_answers_and_are_not_inline(exported, tmp_p
     assert np.abs(broken - got).max() > 1e-3
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["inline", "beside"])
-def test_weights_of_another_dtype_than_the_checkpoint_are_written_out(exported, tmp_path, monkeypatch, beside):
+@pytest.mark.parametrize("in_own_file", [False, True], ids=["inline", "in its own file"])
+def test_weights_of_another_dtype_than_the_checkpoint_are_written_to_the_bundle(
+    exported, tmp_path, monkeypatch, in_own_file
+):
     graph, folder = exported(qwen3, torch.float16)
     (tmp_path / "out").mkdir()
     bfloat16 = copy.deepcopy(graph).bfloat16()
-    if beside:
+    if in_own_file:
         monkeypatch.setattr(encoder_export, "INLINE_UP_TO_BYTES", 0)
     encoder_export.place_weights(folder, tmp_path / "out", save_shards(bfloat16, tmp_path, 1))
-    expected = {"encoder.onnx", "encoder.weights"} if beside else {"encoder.onnx"}
+    expected = {"encoder.onnx", "encoder.weights"} if in_own_file else {"encoder.onnx"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
     ids, mask = ragged_batch([3, 7], "right")
     (want,) = run(folder / "encoder.onnx", ids, mask)
     np.testing.assert_allclose(run(tmp_path / "out" / "encoder.onnx", ids, mask)[0], want, atol=1e-7)
 
 
-def test_equal_weights_are_stored_once_and_a_scalar_is_no_vector(tmp_path):
+def test_equal_weights_are_stored_once_and_a_scalar_never_replaces_a_vector(tmp_path):
     scalar = onnx.numpy_helper.from_array(np.array(1.0, np.float32), "scalar")
     vector = onnx.numpy_helper.from_array(np.array([1.0], np.float32), "vector")
     again = onnx.numpy_helper.from_array(np.array([1.0], np.float32), "again")
@@ -220,7 +222,7 @@ def test_equal_weights_are_stored_once_and_a_scalar_is_no_vector(tmp_path):
 
 @pytest.mark.parametrize("folder", [FIXTURE, DEFAULT], ids=["fixture", "default"])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_no_trace_of_the_machine_that_exported(folder, name):
+def test_graphs_have_no_trace_of_the_machine_that_exported_them(folder, name):
     raw = (folder / name).read_bytes()
     words = re.findall(rb"[ -~]{4,}", raw)
     traces = [w for w in words if re.search(rb"/root|/work|/home|/tmp|site-packages|\.py\b", w)]
@@ -230,7 +232,7 @@ def test_no_trace_of_the_machine_that_exported(folder, name):
 
 
 @pytest.mark.parametrize("folder", [FIXTURE, DEFAULT], ids=["fixture", "default"])
-def test_axes_are_dynamic_and_ports_are_named_as_the_format_says(folder):
+def test_axes_are_dynamic_and_ports_are_named_as_the_format_specifies(folder):
     signatures = (encoder_export.ENCODER, encoder_export.USER_TOWER, encoder_export.ITEM_TOWER, encoder_export.CVR)
     for name, signature in zip(GRAPHS, signatures, strict=True):
         graph = onnx.load(folder / name, load_external_data=False).graph
@@ -242,6 +244,6 @@ def test_axes_are_dynamic_and_ports_are_named_as_the_format_says(folder):
 
 def test_gelu_and_layer_norm_stay_single_nodes():
     graph = onnx.load(DEFAULT / "encoder.onnx", load_external_data=False).graph
-    kinds = [node.op_type for node in graph.node]
-    assert "Gelu" in kinds and "LayerNormalization" in kinds
-    assert "Erf" not in kinds and "ReduceMean" not in kinds
+    op_types = [node.op_type for node in graph.node]
+    assert "Gelu" in op_types and "LayerNormalization" in op_types
+    assert "Erf" not in op_types and "ReduceMean" not in op_types

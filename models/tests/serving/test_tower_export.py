@@ -1,4 +1,4 @@
-"""What is written node by node against the modules that it stands for: random weights, every length, many users."""
+"""Graphs written node by node match their PyTorch modules, with random weights and histories of every length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from learn.serving import tower_export
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 GRAPHS = ("user_tower.onnx", "item_tower.onnx", "cvr.onnx")
-# Each shape that the fold has to know about. One layer: there is none before the last.
+# Every configuration that the export treats differently. With one layer, no layer precedes the last.
 VARIANTS = pytest.mark.parametrize(
     "changes",
     [{}, {"positions": "learned"}, {"output": "raw"}, {"layers": 1}, {"heads": 4}, {"heads": 1}],
@@ -36,15 +36,15 @@ def histories(lengths, width):
     return torch.randn(len(lengths), width, 12), (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
 
 
-def kinds(model):
+def op_types(model):
     return [node.op_type for node in model.graph.node]
 
 
 @VARIANTS
-def test_user_tower(changes):
+def test_the_user_tower_graph_matches_pytorch(changes):
     pch = small_pch(**changes)
     model = tower_export.user_tower_model(pch)
-    # The history that is empty, short, as long as may be; alone, and beside others; padded further than anyone needs.
+    # Histories that are empty, short or of the maximum length, alone or in a batch, and padded more than needed.
     for lengths, width in (([1], 1), ([0], 1), ([9], 9), ([4, 0, 9, 1], 9), ([2, 2], 6), ([0, 0], 3)):
         content, mask = histories(lengths, width)
         (got,) = run(model, content, mask)
@@ -53,7 +53,7 @@ def test_user_tower(changes):
         np.testing.assert_allclose(got, naive.detach(), **CLOSE)
 
 
-def test_user_tower_sees_neither_padding_nor_other_users():
+def test_the_user_tower_graph_ignores_padding_and_other_users():
     model = tower_export.user_tower_model(small_pch())
     content, mask = histories([3, 6, 0], 9)
     (together,) = run(model, content, mask)
@@ -65,7 +65,7 @@ def test_user_tower_sees_neither_padding_nor_other_users():
 
 
 @VARIANTS
-def test_item_tower(changes):
+def test_the_item_tower_graph_matches_pytorch(changes):
     pch = small_pch(**changes)
     model = tower_export.item_tower_model(pch)
     for n_items in (1, 2, 7):
@@ -75,7 +75,7 @@ def test_item_tower(changes):
         np.testing.assert_allclose(got, pch.states(content[:, None])[:, 1].detach(), **CLOSE)
 
 
-def test_cvr():
+def test_the_cvr_graph_matches_pytorch():
     head = CvrHead(CvrConfig(in_dim=6, fuse_dim=10, mid_dim=4)).eval()
     model = tower_export.cvr_model(head)
     for n_users, row in ((1, [0]), (1, [0, 0, 0]), (3, [2, 0, 2, 1]), (3, [1]), (2, [0, 1, 1, 0])):
@@ -86,7 +86,7 @@ def test_cvr():
         np.testing.assert_allclose(cvr, want_cvr.detach(), **CLOSE)
 
 
-def test_a_linear_adaptor_is_a_product_less():
+def test_towers_with_a_linear_adaptor_match_pytorch():
     pch = small_pch(adaptor="linear")
     content, mask = histories([5, 2], 5)
     (got,) = run(tower_export.user_tower_model(pch), content, mask)
@@ -96,23 +96,23 @@ def test_a_linear_adaptor_is_a_product_less():
     assert pch.start.dtype == torch.float32 and pch.start.requires_grad
 
 
-def test_content_itself_as_item_tower_has_no_graph():
+def test_an_item_tower_that_is_the_content_itself_has_no_graph():
     with pytest.raises(ValueError, match="variant"):
         tower_export.item_tower_model(small_pch(item_tower="content"))
 
 
-def test_every_history_is_attended_to_without_keys_or_values_in_the_last_layer():
+def test_the_last_layer_of_the_user_tower_computes_no_keys_or_values():
     pch = small_pch(layers=3)
-    found = kinds(tower_export.user_tower_model(pch))
+    found = op_types(tower_export.user_tower_model(pch))
     assert found.count("Attention") == 2
-    # Two of the adaptor, six of each earlier layer, four of the last one, and the projection.
+    # Two products of the adaptor, six of each earlier layer, four of the last layer, and the projection.
     assert found.count("Gemm") == 2 + 6 * 2 + 4 + 1
     assert "LayerNormalization" not in found and "Erf" not in found
 
 
 @pytest.mark.parametrize("folder", [FIXTURE, DEFAULT], ids=["fixture", "default"])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_only_operators_that_onnx_defines(folder, name):
+def test_graphs_use_only_operators_that_onnx_defines(folder, name):
     # Contrib operators differ from one execution provider to the next, and FusedGemm is for CPUs alone.
     model = onnx.load(folder / name)
     assert [entry.domain for entry in model.opset_import] == [""]
@@ -127,5 +127,5 @@ def test_the_shipped_graphs_are_what_the_code_writes_now():
         ("cvr.onnx", tower_export.cvr_model(head)),
     ):
         shipped = onnx.load(DEFAULT / name)
-        assert kinds(shipped) == kinds(model)
+        assert op_types(shipped) == op_types(model)
         assert shipped.graph.input == model.graph.input and shipped.graph.output == model.graph.output

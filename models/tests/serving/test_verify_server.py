@@ -1,4 +1,4 @@
-"""A live server held to PyTorch: the real binary on the fixture bundle, and drift that is put in."""
+"""A live server, the real binary with the fixture bundle, is compared with PyTorch, and drift is found."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
-    """The fixture's models again, in PyTorch: its recipe says all of them."""
-    made = fixture_bundles.build(tmp_path_factory.mktemp("towers") / "tokenizer.json")
-    return Towers(made.encoder, made.pch, made.head)
+    """The models of the fixture bundle in PyTorch, rebuilt from its recipe."""
+    built = fixture_bundles.build(tmp_path_factory.mktemp("towers") / "tokenizer.json")
+    return Towers(built.encoder, built.pch, built.head)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
-def test_the_server_against_the_golden_vectors(server, dtype, capsys):
+def test_the_server_reproduces_the_golden_vectors(server, dtype, capsys):
     config = VerifyConfig(server.grpc, admin=server.admin, dtype=dtype)
     assert verify_server.verify_and_print(config, verify_server.golden_cases(FIXTURE), FIXTURE) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("learn 1 (") and "OUT OF" not in shown
     rows = dict(re.findall(r"^(\w+) +(\d+) +[\d.e-]+ ", shown, re.MULTILINE))
-    # Nine items once each from the cache; five users and all their items twice, cold and cached.
+    # The content of nine items is read once, from the cache; five users and all items are compared cold and cached.
     n_pairs = sum(bool(np.isfinite(cvr)) for case in verify_server.golden_cases(FIXTURE) for cvr in case.cvr)
     assert rows == {
         "content": "9",
@@ -48,17 +48,17 @@ def test_the_server_against_the_golden_vectors(server, dtype, capsys):
     }
 
 
-def test_the_server_against_a_runs_own_towers(server, towers):
+def test_the_server_matches_the_towers_of_a_run(server, towers):
     cases = list(verify_server.torch_cases(towers, fixture_bundles.ITEMS, PAGES))
     config = VerifyConfig(server.grpc, admin=server.admin)
     report = verify_server.verify(config, cases)
     assert report.is_good(config), report.table(config)
     assert [drift.n for drift in report.drifts] == [6, 2 * 7, 2 * 3, 2 * 7, 2 * 7]
-    # fp32 on both sides: equal but for the last digits, and yet not copied from one to the other.
+    # Both sides compute in fp32: they differ in the last digits only, and a difference of 0 would mean a copy.
     assert 0 < max(drift.max_absolute for drift in report.drifts) < 2e-5
 
 
-def test_other_towers_are_found_out_where_they_begin(server, capsys):
+def test_other_towers_are_reported_from_the_first_output_that_differs(server, capsys):
     other = fixture_bundles.RECIPES["retrained"]
     config = VerifyConfig(server.grpc, admin=server.admin)
     assert (
@@ -69,14 +69,14 @@ def test_other_towers_are_found_out_where_they_begin(server, capsys):
     )
     shown = capsys.readouterr().out
     off = re.findall(r"^(\w+) .*OUT OF TOLERANCE$", shown, re.MULTILINE)
-    # The encoder is the same in both, so content is not off.
+    # The encoder is the same in both bundles, so content is within the tolerance.
     assert off == ["item_emb", "user_emb", "mid_emb", "cvr"]
     assert f"fault: version is '1', but {FIXTURES / 'retrained'} has '{other.version}'" in shown
     faults = re.findall(r"^fault: (\w+) is", shown, re.MULTILINE)
     assert faults == ["version", "digest", "tower_digest"]
 
 
-def test_without_an_admin_address_content_says_so(server):
+def test_without_an_admin_address_content_is_reported_as_not_compared(server):
     config = VerifyConfig(server.grpc)
     report = verify_server.verify(config, verify_server.golden_cases(FIXTURE))
     assert report.is_good(config)
@@ -93,17 +93,17 @@ def test_rows_that_are_not_ok_are_a_fault(server, towers):
     assert report.faults[0] == ("page 0, cold: 1 rows not OK ['ROW_STATUS_INVALID_ITEM'], 1 of 1 history items used")
 
 
-def test_a_name_that_is_not_served(server):
+def test_a_model_name_that_is_not_served_is_an_error(server):
     with pytest.raises(ValueError, match="serves learn, but no model 'other'"):
         verify_server.verify(VerifyConfig(server.grpc, model="other"), [])
 
 
-def test_nobody_listens(capsys):
+def test_an_unreachable_server_is_reported(capsys):
     assert verify_server.verify_and_print(VerifyConfig("127.0.0.1:1"), []) == 1
     assert "127.0.0.1:1: UNAVAILABLE" in capsys.readouterr().out
 
 
-def test_drift_by_hand():
+def test_drift_matches_hand_computed_values():
     drift = Drift("mid_emb")
     drift.add(np.array([[3.0, 4.0], [0.0, 1.0]]), np.array([[4.0, 3.0], [np.nan, 1.0]]))
     assert (drift.n, drift.max_absolute) == (1, 1.0)
@@ -114,12 +114,12 @@ def test_drift_by_hand():
         drift.add(np.zeros((1, 3)), np.zeros((1, 2)))
 
 
-def test_nothing_compared_is_not_good():
+def test_a_report_without_comparisons_is_not_good():
     assert not verify_server.Report("x").is_good(VerifyConfig("x"))
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
-def test_rounding_on_the_wire_is_allowed_and_no_more(dtype):
+def test_only_the_rounding_of_the_wire_dtype_is_allowed(dtype):
     config = VerifyConfig("x", dtype=dtype)
     want = torch.linspace(-2, 2, 4001).reshape(1, -1)
     rounded = want.to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype]).float()
@@ -130,19 +130,19 @@ def test_rounding_on_the_wire_is_allowed_and_no_more(dtype):
     assert not outside.is_within(config)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_tensors_of_each_dtype(number):
+@pytest.mark.parametrize("dtype", [1, 2, 3])
+def test_tensors_of_each_dtype_are_decoded(dtype):
     messages, _services = grpc_messages.stubs()
     values = np.array([[1.5, -2.0], [0.25, 0.0]], np.float32)
-    data = values.astype(grpc_messages.DTYPES[number]).tobytes()
-    assert np.array_equal(grpc_messages.array(messages.Tensor(dtype=number, shape=[2, 2], data=data)), values)
+    data = values.astype(grpc_messages.DTYPES[dtype]).tobytes()
+    assert np.array_equal(grpc_messages.array(messages.Tensor(dtype=dtype, shape=[2, 2], data=data)), values)
     with pytest.raises(ValueError, match=rf"has {len(data)} bytes for the shape \[2, 3\]"):
-        grpc_messages.array(messages.Tensor(dtype=number, shape=[2, 3], data=data))
+        grpc_messages.array(messages.Tensor(dtype=dtype, shape=[2, 3], data=data))
     with pytest.raises(ValueError, match="has the dtype 0"):
         grpc_messages.array(messages.Tensor(dtype=0, shape=[2, 2], data=data))
 
 
-def test_a_case_is_what_torch_computes_item_by_item(towers):
+def test_a_case_does_not_depend_on_its_other_candidates(towers):
     (case,) = verify_server.torch_cases(towers, fixture_bundles.ITEMS, [([1, 2], [3, 4])])
     assert isinstance(case, Case)
     (alone,) = verify_server.torch_cases(towers, fixture_bundles.ITEMS, [([1, 2], [4])])

@@ -1,4 +1,4 @@
-"""Two real processes under torchrun against one."""
+"""Training in two real processes under torchrun against training in one process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ HERE = Path(__file__)
 LOSSES = {"next": {}, "align": {"next_weight": 0.0, "align_weight": 1.0}}
 
 
-def trained(out: Path, loss: str) -> None:
-    """What each process runs: a few steps on a small world without dropout, its weights written by the first."""
+def train_and_save(out: Path, loss: str) -> None:
+    """Runs in each process: trains a few steps without dropout; the first process writes the weights and the curve."""
     import numpy as np
     from conftest import small_pch
 
@@ -43,13 +43,13 @@ def trained(out: Path, loss: str) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_two_processes_train_what_one_does(tmp_path, loss):
+def test_two_processes_train_the_same_weights_as_one(tmp_path, loss):
     paths = os.pathsep.join([str(HERE.parents[1]), str(HERE.parents[2])])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])):
         command = [sys.executable, *launcher, str(HERE), str(tmp_path / name), loss]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
+        completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert completed.returncode == 0, completed.stderr
     one, two = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=2e-5)
@@ -58,4 +58,4 @@ def test_two_processes_train_what_one_does(tmp_path, loss):
 
 
 if __name__ == "__main__":
-    trained(Path(sys.argv[1]), sys.argv[2])
+    train_and_save(Path(sys.argv[1]), sys.argv[2])

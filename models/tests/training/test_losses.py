@@ -1,4 +1,4 @@
-"""Losses against numbers worked out by hand, term by term, in plain Python."""
+"""Losses against values computed term by term in plain Python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from learn.training import losses
 
 
-def test_inclusion_probability_by_hand():
+def test_inclusion_probability_matches_hand_computed_values():
     frequency = torch.tensor([0.5, 0.25, 0.25, 0.0])
     got = losses.inclusion_log_probability(frequency, n_draws=2, n_uniform=1, n_pool=len(frequency)).exp()
     # 1 - (1 - f)^2 * (1 - 1/4)
@@ -18,7 +18,7 @@ def test_inclusion_probability_by_hand():
     torch.testing.assert_close(got, want)
 
 
-def test_inclusion_probability_matches_simulation():
+def test_inclusion_probability_matches_a_simulation():
     frequency = torch.tensor([0.6, 0.3, 0.1, 0.0, 0.0])
     generator = torch.Generator().manual_seed(1)
     hits = torch.zeros(5)
@@ -30,12 +30,13 @@ def test_inclusion_probability_matches_simulation():
     torch.testing.assert_close(got, hits / 4000, rtol=0, atol=0.03)
 
 
-def test_catalogue_softmax_by_hand():
+def test_catalogue_softmax_matches_a_hand_computed_value():
     query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     candidate = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, -1.0]])
     probability = [0.5, 0.25, 1.0]
     got = losses.catalogue_softmax(query, candidate, torch.tensor([0, 1]), torch.tensor(probability).log(), scale=2.0)
-    # Row 0: own 2*1; others 2*.5 weighted 1/.25, 0 weighted 1/1. Row 1: own 2*.5; others 0 weighted 1/.5, -2.
+    # Logits of row 0: 2*1 for the target; 2*.5 with weight 1/.25 and 0 with weight 1 for the others. Logits of row 1:
+    # 2*.5 for the target; 0 with weight 1/.5 and -2 with weight 1 for the others.
     first = -math.log(math.exp(2) / (math.exp(2) + 4 * math.exp(1) + 1))
     second = -math.log(math.exp(1) / (math.exp(1) + 2 * math.exp(0) + math.exp(-2)))
     assert float(got) == pytest.approx((first + second) / 2, rel=1e-6)
@@ -47,7 +48,7 @@ def test_catalogue_softmax_with_every_item_is_the_full_softmax():
     torch.testing.assert_close(got, torch.nn.functional.cross_entropy(query @ candidate.T, target))
 
 
-def alignment_by_hand(query, key, item, log_frequency, present, scale):
+def alignment_in_plain_python(query, key, item, log_frequency, present, scale):
     terms = []
     for user, states in enumerate(query.tolist()):
         own = {i for i, real in zip(item[user].tolist(), present[user].tolist(), strict=True) if real}
@@ -70,20 +71,22 @@ def alignment_by_hand(query, key, item, log_frequency, present, scale):
     return sum(terms) / len(terms)
 
 
-def test_alignment_by_hand_with_padding_and_a_shared_item():
+def test_alignment_matches_plain_python_with_padding_and_a_shared_item():
     query, key = torch.randn(3, 2, 4), torch.randn(3, 3, 4)
-    item = torch.tensor([[1, 2, 0], [2, 3, 4], [5, 0, 0]])  # item 2 is wanted by users 0 and 1
+    item = torch.tensor([[1, 2, 0], [2, 3, 4], [5, 0, 0]])  # users 0 and 1 share item 2
     present = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
     log_frequency = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.1, 0.05]).log()[item]
     targets = losses.Targets(key, item, log_frequency, present)
     got = losses.alignment(query, targets, scale=1.5)
-    # Several processes take a range of the users each, and what they get adds up.
+    # Each of several processes takes a range of the users, and their losses add up to the whole.
     parts = [losses.alignment(query[own], targets, 1.5, own) for own in (slice(0, 1), slice(1, 3))]
     assert float(sum(parts)) == pytest.approx(float(got), rel=1e-6)
-    assert float(got) == pytest.approx(alignment_by_hand(query, key, item, log_frequency, present, 1.5), rel=1e-5)
+    assert float(got) == pytest.approx(
+        alignment_in_plain_python(query, key, item, log_frequency, present, 1.5), rel=1e-5
+    )
 
 
-def test_alignment_is_finite_where_a_batch_offers_no_negative():
+def test_alignment_is_finite_if_a_batch_has_no_negatives():
     query, key = torch.randn(1, 2, 4, requires_grad=True), torch.randn(1, 2, 4)
     item, present = torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool)
     loss = losses.alignment(query, losses.Targets(key, item, torch.zeros(1, 2), present), scale=1.0)

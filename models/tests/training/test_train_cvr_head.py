@@ -37,7 +37,7 @@ def content(dim=12):
 
 
 def served_state(pch, vectors, sequence, position, history):
-    """What the served user tower says before the event, from the newest items that the caller would send."""
+    """Returns the served user tower's state before the event, from the newest items that a caller would send."""
     items = sequence.items[:position][is_history(sequence.values[:position], history)][-pch.config.max_history :]
     padded = torch.zeros(1, pch.config.max_history, vectors.shape[1])
     padded[0, : len(items)] = vectors[torch.from_numpy(items)]
@@ -46,7 +46,7 @@ def served_state(pch, vectors, sequence, position, history):
 
 
 @pytest.mark.parametrize("history", ["all", "liked"])
-def test_exact_windows_read_what_serving_reads(history):
+def test_exact_windows_give_the_states_of_serving(history):
     pch, vectors, runs = small_pch(), content(), sequences(30, 3, 12)
     spans = [(0, 0, 30), (2, 4, 12), (1, 0, 1)]
     found = examples(pch, vectors, windows(runs, spans, pch.config.max_history, history, "exact"))
@@ -60,39 +60,39 @@ def test_exact_windows_read_what_serving_reads(history):
 
 @pytest.mark.parametrize("history", ["all", "liked"])
 @pytest.mark.parametrize("longest", [1, 2, 9, 10])
-def test_sliding_windows_read_at_least_half_and_nothing_of_the_future(history, longest):
+def test_sliding_windows_read_at_least_half_a_window_and_no_future_event(history, longest):
     runs = sequences(35, 1, 8)
     spans = [(0, 5, 35), (1, 0, 1), (2, 0, 8)]
     events = [(user, position) for user, begin, end in spans for position in range(begin, end)]
     seen = {}
     for window in windows(runs, spans, longest, history, "sliding"):
         assert len(window.history) <= longest
-        for place, state, item in zip(window.row, window.state, window.item, strict=True):
-            user, position = events[place]
+        for row, state, item in zip(window.row, window.state, window.item, strict=True):
+            user, position = events[row]
             assert item == runs[user].items[position]
             before = runs[user].items[:position][is_history(runs[user].values[:position], history)]
             assert window.history[:state].tolist() == before[len(before) - state :].tolist()
             assert state >= min(len(before), max(1, longest // 2)) or state == len(before)
-            seen[int(place)] = True
+            seen[int(row)] = True
     assert len(seen) == len(events)
 
 
-def test_a_bad_history_is_named():
+def test_an_unknown_history_is_refused_by_name():
     with pytest.raises(ValueError, match="'seen'"):
         is_history(np.ones(3), "seen")
 
 
-def test_within_user_by_hand():
+def test_the_within_user_loss_matches_a_hand_computed_value():
     logit = torch.tensor([1.0, 0.0, 3.0, -1.0, 5.0])
-    liked, owner = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 1, 1])
-    # User 0: 1 over 0 and 1 over 3; user 1 has liked events only.
+    liked, user_of_event = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 1, 1])
+    # User 0 has the pairs 1 over 0 and 1 over 3; user 1 has liked events only, so no pairs.
     want = (math.log1p(math.exp(-1.0)) + math.log1p(math.exp(2.0))) / 2
-    assert within_user_loss(logit, liked, owner).item() == pytest.approx(want)
-    assert within_user_loss(logit[:1], liked[:1], owner[:1]).item() == 0.0
+    assert within_user_loss(logit, liked, user_of_event).item() == pytest.approx(want)
+    assert within_user_loss(logit[:1], liked[:1], user_of_event[:1]).item() == 0.0
 
 
-def taste():
-    """Users like either even or odd items, and their liked history alone says which."""
+def taste_data():
+    """Users like either even or odd items, and only their liked history tells which."""
     rng = np.random.default_rng(1)
     vectors = torch.nn.functional.one_hot(torch.arange(N_ITEMS) % 2, 12).float() + 0.1 * torch.randn(N_ITEMS, 12)
     runs = []
@@ -108,8 +108,8 @@ def taste():
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_tuned_towers_tell_tastes_from_liked_histories(weight):
-    vectors, dataset, split = taste()
+def test_tuned_towers_learn_tastes_from_liked_histories(weight):
+    vectors, dataset, split = taste_data()
     config = CvrTrainConfig(
         epochs=6,
         history="liked",
@@ -125,8 +125,8 @@ def test_tuned_towers_tell_tastes_from_liked_histories(weight):
     assert any(not torch.equal(v, before[n]) for n, v in pch.state_dict().items())
 
 
-def test_frozen_towers_stay_as_they_are():
-    vectors, dataset, split = taste()
+def test_frozen_towers_do_not_change():
+    vectors, dataset, split = taste_data()
     pch = small_pch()
     before = {name: value.clone() for name, value in pch.state_dict().items()}
     fit_head(CvrTrainConfig(epochs=1), CvrConfig(6, 16, 8), pch, vectors, dataset, split)

@@ -1,4 +1,4 @@
-"""A small world with a rule in it: the towers have to find the rule, popularity cannot."""
+"""Training on a small synthetic data set with a rule that every model must find and popularity cannot."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SIZES = PchConfig(content_dim=12, adaptor_hidden=24, width=24, layers=2, heads=2
 
 @pytest.fixture
 def world(tmp_path):
-    """Users stay in one of six groups of ten films; the films' embeddings say which group, noisily."""
+    """Each user rates films of one of six groups of ten; the embedding of a film tells its group, with noise."""
     rng = np.random.default_rng(3)
     movies = [(i + 1, f"Film {i}", f"Group {i % N_GROUPS}") for i in range(N_ITEMS)]
     ratings = []
     for user in range(60):
         films = rng.permutation(np.arange(user % N_GROUPS, N_ITEMS, N_GROUPS))[:9]
-        # Three of the groups are liked: that is the CVR head's rule.
+        # Films of three of the groups are liked, which is the rule that the CVR head must find.
         ratings += [(user + 1, int(f) + 1, 5.0 if f % N_GROUPS < 3 else 2.0, when) for when, f in enumerate(films)]
     data.write_neutral(*data.read_movielens(write_movielens(tmp_path / "ml", ratings, movies)), tmp_path)
     dataset = data.read_neutral(tmp_path)
@@ -63,8 +63,11 @@ MODELS = {
 }
 
 
-def hits(model, dataset, split):
-    """Every user has met eight of the ten films of a group, so the two that are left should lead."""
+def hit_rate(model, dataset, split):
+    """Returns the share of test events whose target is in the top two.
+
+    Every user has met eight of the ten films of a group, so the two others should come first.
+    """
     return (retrieval.retrieve(model, dataset, split.test).rank <= 2).mean()
 
 
@@ -74,7 +77,7 @@ def test_every_model_finds_a_planted_rule_that_popularity_cannot(world, tmp_path
     assert curve[-1]["loss_next"] < curve[0]["loss_next"] - 0.2
     assert [record["step"] for record in curve] == list(range(2, 121, 2))
     popular = (full_ranking.popularity_ranks(world[1], split, split.test) <= 2).mean()
-    assert hits(model, world[1], split) > 0.8 > 2 * popular
+    assert hit_rate(model, world[1], split) > 0.8 > 2 * popular
 
 
 @pytest.mark.parametrize("item_tower", ["sequence", "alone"])
@@ -82,41 +85,43 @@ def test_alignment_finds_the_rule_too(world, tmp_path, item_tower):
     MODELS["variant"] = lambda content: Learn(Pch(replace(SIZES, item_tower=item_tower)), content)
     model, split, curve = fit(world, tmp_path, "variant", next_weight=0.0, align_weight=1.0)
     assert curve[-1]["loss_align"] < curve[0]["loss_align"] - 0.2
-    assert hits(model, world[1], split) > 0.8
+    assert hit_rate(model, world[1], split) > 0.8
 
 
 @pytest.mark.parametrize("candidates", ["full", "batch"])
-def test_each_set_of_candidates_finds_the_rule(world, tmp_path, candidates):
+def test_training_with_each_set_of_candidates_finds_the_rule(world, tmp_path, candidates):
     model, split, _ = fit(world, tmp_path, candidates=candidates)
-    assert hits(model, world[1], split) > 0.8
+    assert hit_rate(model, world[1], split) > 0.8
 
 
-def test_towers_train_in_bf16_with_losses_in_fp32(world, tmp_path):
+def test_bf16_training_keeps_fp32_weights_and_gives_similar_losses(world, tmp_path):
     changes = {"steps": 30, "check_every": 30, "align_weight": 0.5}
     model, split, curve = fit(world, tmp_path / "half", precision="bf16", **changes)
     _, _, exact = fit(world, tmp_path / "whole", **changes)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     for loss in ("loss_next", "loss_align"):
         assert curve[-1][loss] == pytest.approx(exact[-1][loss], rel=0.1) and curve[-1][loss] != exact[-1][loss]
-    assert hits(model, world[1], split) > 0.2
+    assert hit_rate(model, world[1], split) > 0.2
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_towers_train_as_others_do(world, tmp_path, monkeypatch):
-    # Compiled dropout draws other numbers.
-    MODELS["still"] = lambda content: Learn(Pch(replace(SIZES, dropout=0.0)), content)
+def test_compiled_towers_reach_the_same_loss(world, tmp_path, monkeypatch):
+    # There is no dropout, because compiled dropout draws other random numbers.
+    MODELS["no-dropout"] = lambda content: Learn(Pch(replace(SIZES, dropout=0.0)), content)
     changes = {"steps": 4, "check_every": 4}
-    n_compiled, compile_it = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *given, **how: n_compiled.append(given) or compile_it(*given, **how))
-    _, _, compiled = fit(world, tmp_path / "compiled", "still", compile=True, **changes)
-    assert len(n_compiled) == 1
-    _, _, plain = fit(world, tmp_path / "plain", "still", **changes)
+    compile_calls, original_compile = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **kwargs: compile_calls.append(args) or original_compile(*args, **kwargs)
+    )
+    _, _, compiled = fit(world, tmp_path / "compiled", "no-dropout", compile=True, **changes)
+    assert len(compile_calls) == 1
+    _, _, plain = fit(world, tmp_path / "plain", "no-dropout", **changes)
     assert compiled[-1]["loss_next"] == pytest.approx(plain[-1]["loss_next"], rel=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["next", "align"])
-def test_without_logq_candidates_are_scored_as_they_are(world, loss):
-    """Every item's frequency is 1 by itself: with the correction off, what is popular gets no handicap."""
+def test_item_frequencies_affect_the_loss_only_with_the_logq_correction(world, loss):
+    """With the logQ correction off, skewed item frequencies must leave the loss unchanged."""
     content, dataset = world
     split = data.split(dataset.sequences, data.SplitConfig())
     weights = {"next_weight": float(loss == "next"), "align_weight": float(loss == "align")}
@@ -126,7 +131,7 @@ def test_without_logq_candidates_are_scored_as_they_are(world, loss):
             config = train_recommender.TrainConfig(users=16, n_uniform=8, candidates="batch", log_q=log_q, **weights)
             torch.manual_seed(0)
             trainer = Trainer(config, Learn(Pch(replace(SIZES, dropout=0.0)), content), dataset, split)
-            # As if some films were met far more often than others.
+            # Makes some films far more frequent than others, if `spread` is large.
             factor = torch.linspace(1.0, spread, N_ITEMS)
             trainer.next_frequency, trainer.align_frequency = (
                 frequency * factor / (frequency * factor).sum()
@@ -140,13 +145,15 @@ def test_without_logq_candidates_are_scored_as_they_are(world, loss):
 
 @pytest.mark.parametrize("candidates", ["full", "sampled"])
 @pytest.mark.parametrize("unseen", [False, True])
-def test_an_item_that_training_never_meets_is_a_candidate_only_if_asked_for(world, candidates, unseen):
+def test_an_item_without_training_events_is_a_candidate_only_on_request(world, candidates, unseen):
     content, dataset = world
-    # The first user's last two films leave everybody else's training.
+    # The training part of every user ends before the first user's last two films, so that no training event has them.
     split = data.split(dataset.sequences, data.SplitConfig())
-    new = set(dataset.sequences[0].items[-2:].tolist())
+    held_out_items = set(dataset.sequences[0].items[-2:].tolist())
     for user, sequence in enumerate(dataset.sequences):
-        split.n_train[user] = next((at for at, item in enumerate(sequence.items) if item in new), split.n_train[user])
+        split.n_train[user] = next(
+            (at for at, item in enumerate(sequence.items) if item in held_out_items), split.n_train[user]
+        )
     config = train_recommender.TrainConfig(candidates=candidates, unseen_negatives=unseen, n_uniform=2000)
     trainer = train_recommender.Trainer(config, MODELS["learn"](content), dataset, split)
     met = np.unique(np.concatenate([s.items[:n] for s, n in zip(dataset.sequences, split.n_train, strict=True)]))
@@ -156,38 +163,36 @@ def test_an_item_that_training_never_meets_is_a_candidate_only_if_asked_for(worl
     assert log_inclusion.shape == candidate.shape and (log_inclusion <= 0).all()
 
 
-def test_an_item_is_a_target_as_often_as_the_correction_believes(world):
+def test_an_item_is_a_target_as_often_as_the_logq_correction_assumes(world):
     content, dataset = world
     config = train_recommender.TrainConfig(users=4, candidates="batch", align_weight=1.0)
     trainer = train_recommender.Trainer(
         config, MODELS["learn"](content), dataset, data.split(dataset.sequences, data.SplitConfig())
     )
-    asked, aligned = [], []
-    trainer._candidates = lambda target: (asked.append(target), Trainer._candidates(trainer, target))[1]
+    next_targets, packs = [], []
+    trainer._candidates = lambda target: (next_targets.append(target), Trainer._candidates(trainer, target))[1]
     trainer._pack = lambda positions, users: (
-        aligned.append((positions, users)),
+        packs.append((positions, users)),
         Trainer._pack(trainer, positions, users),
     )[1]
     for _ in range(300):
         users = trainer.rng.choice(trainer.users, size=4, replace=False, p=trainer.user_probability)
         trainer.next_item(users)
         trainer.align(users)
-    # Of three packs a step, the last one holds the targets of the alignment.
-    future = [
-        dataset.sequences[u].items[p]
-        for positions, users in aligned[2::3]
-        for p, u in zip(positions, users, strict=True)
+    # Each step packs three times; the last pack holds the targets of the alignment.
+    align_targets = [
+        dataset.sequences[u].items[p] for positions, users in packs[2::3] for p, u in zip(positions, users, strict=True)
     ]
-    for drawn, believed in (
-        (torch.cat(asked).numpy(), trainer.next_frequency),
-        (np.concatenate(future), trainer.align_frequency),
+    for drawn, assumed in (
+        (torch.cat(next_targets).numpy(), trainer.next_frequency),
+        (np.concatenate(align_targets), trainer.align_frequency),
     ):
         share = np.bincount(drawn, minlength=N_ITEMS) / len(drawn)
-        error = np.sqrt(believed.numpy() / len(drawn)) + 1e-4
-        assert (np.abs(share - believed.numpy()) < 6 * error + 0.15 * believed.numpy()).all()
+        error = np.sqrt(assumed.numpy() / len(drawn)) + 1e-4
+        assert (np.abs(share - assumed.numpy()) < 6 * error + 0.15 * assumed.numpy()).all()
 
 
-def test_a_run_repeats_itself(world, tmp_path):
+def test_equal_seeds_give_equal_weights_and_other_seeds_do_not(world, tmp_path):
     weights = [
         fit(world, tmp_path / name, steps=5, seed=seed)[0].state_dict()
         for name, seed in zip("abc", (1, 1, 2), strict=True)
@@ -197,36 +202,36 @@ def test_a_run_repeats_itself(world, tmp_path):
     assert not torch.equal(first["pch.projection.weight"], other["pch.projection.weight"])
 
 
-def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(world, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_weights_and_curve(world, tmp_path, monkeypatch):
     whole, _, curve = fit(world, tmp_path / "whole", steps=8, check_every=2)
     step = train_recommender.Trainer.step
 
-    def dies(self, number):
+    def interrupted_step(self, number):
         if number == 5:
             raise KeyboardInterrupt
         return step(self, number)
 
-    monkeypatch.setattr(train_recommender.Trainer, "step", dies)
+    monkeypatch.setattr(train_recommender.Trainer, "step", interrupted_step)
     with pytest.raises(KeyboardInterrupt):
         fit(world, tmp_path / "cut", steps=8, check_every=2)
-    done = []
+    resumed_steps = []
     monkeypatch.setattr(
-        train_recommender.Trainer, "step", lambda self, number: done.append(number) or step(self, number)
+        train_recommender.Trainer, "step", lambda self, number: resumed_steps.append(number) or step(self, number)
     )
     resumed, _, curve_again = fit(world, tmp_path / "cut", steps=8, check_every=2)
-    assert done == [4, 5, 6, 7]
+    assert resumed_steps == [4, 5, 6, 7]
     assert [{**r, "seconds": 0} for r in curve_again] == [{**r, "seconds": 0} for r in curve]
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
 
 
-def test_a_checkpoint_of_another_config_is_not_taken(world, tmp_path):
+def test_a_checkpoint_of_another_config_is_not_resumed(world, tmp_path):
     fit(world, tmp_path, steps=4, check_every=2)
     curve = fit(world, tmp_path, steps=6, check_every=2)[2]
     assert [record["step"] for record in curve] == [2, 4, 6]
 
 
-def test_a_run_is_told_from_every_other(world):
+def test_the_identity_of_a_run_covers_config_model_data_and_split(world):
     content, dataset = world
     split = data.split(dataset.sequences, data.SplitConfig())
 
@@ -251,7 +256,7 @@ def test_a_run_is_told_from_every_other(world):
     assert identity() == identity() and len({identity(), *others}) == 9
 
 
-def test_the_best_check_on_validation_is_kept(world, tmp_path):
+def test_the_weights_of_the_best_check_on_validation_are_kept(world, tmp_path):
     model, split, curve = fit(world, tmp_path, steps=40, check_every=5, learning_rate=0.05)
     best = max(record["ndcg_at_10"] for record in curve)
     found = full_ranking.metrics(retrieval.retrieve(model, world[1], split.validation).rank)["ndcg_at_10"]
@@ -276,7 +281,7 @@ def test_training_never_reads_a_held_out_event(world):
     assert trainer.next_frequency.sum() == pytest.approx(1.0) == trainer.align_frequency.sum()
 
 
-def test_a_data_set_without_two_events_of_anyone_is_refused(world):
+def test_a_data_set_in_which_no_user_has_two_events_is_refused(world):
     content, dataset = world
     with pytest.raises(ValueError, match="no user has two events"):
         train_recommender.Trainer(
@@ -284,7 +289,7 @@ def test_a_data_set_without_two_events_of_anyone_is_refused(world):
         )
 
 
-def test_the_head_finds_what_is_liked(world, tmp_path):
+def test_the_head_learns_which_films_are_liked(world, tmp_path):
     content, dataset = world
     model, split, _ = fit(world, tmp_path, steps=30)
     model.finish()
@@ -314,7 +319,7 @@ def test_head_examples_cover_each_training_event_once_with_the_state_before_it(n
         torch.testing.assert_close(found.user[position], want.detach(), rtol=0, atol=1e-5)
 
 
-def test_schedule_rises_then_falls_to_nothing():
+def test_the_learning_rate_schedule_rises_and_then_falls_almost_to_zero():
     values = [train_recommender.schedule(step, 10, 100) for step in range(100)]
     assert values[0] == pytest.approx(0.1) and values[9] == pytest.approx(1.0)
     assert all(a >= b for a, b in itertools.pairwise(values[10:]))
