@@ -5,7 +5,7 @@
 //!
 //! - [`cli`]: the operator's commands, one file each.
 //! - [`server`]: listeners, health, shutdown.
-//! - [`wire`]: the only place that knows tonic's server and our messages.
+//! - [`wire`]: our messages, and the gRPC services that speak them.
 //! - [`lifecycle`]: how a config comes into force, and how it is rolled back.
 //! - [`config`]: file and environment to validated settings.
 //! - [`pipeline`]: the request, one line per stage. **Start here.**
@@ -16,6 +16,11 @@
 //! - [`inference`]: the only place that knows ort.
 //! - [`telemetry`]: the only place that knows the metrics macros.
 //! - [`domain`]: the plain types: requests, item text, digests, errors.
+
+#[cfg(all(feature = "loom", not(test)))]
+compile_error!(
+    "the feature loom replaces locks and threads; it is for `cargo test --lib --features loom interleavings` only"
+);
 
 pub mod bundle;
 pub mod cache;

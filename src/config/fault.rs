@@ -29,7 +29,7 @@ pub enum ConfigError {
 pub struct Fault {
     /// The dotted name; `models[0].share` for a key of a model.
     pub key: String,
-    /// Where it can be told, the value and what it must be.
+    /// What is wrong, with the value and its bound unless the value may be secret.
     pub reason: String,
 }
 

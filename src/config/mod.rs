@@ -5,7 +5,7 @@
 //! the server sees. A config is refused with all its errors at once ([`fault`]), each with its key, value and
 //! bound.
 //!
-//! This is the only room that reads environment variables.
+//! This is the only module that reads environment variables.
 
 mod environment;
 pub mod fault;

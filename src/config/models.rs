@@ -79,7 +79,7 @@ pub(super) fn read(entries: &[ModelEntry], folder: &Path, faults: &mut Vec<Fault
     }
     check_names(&models, faults);
     check_shadows(&models, faults);
-    // After another fault, a share may be a stand-in that does not count.
+    // After another fault, a share may be a placeholder, so the sum would mean nothing.
     if faults.is_empty() {
         check_shares(&models, faults);
     }
@@ -184,7 +184,7 @@ impl EntryReader<'_> {
         self.entry.contains_key(key.description.last_part())
     }
 
-    /// None where the key is absent, or where its value is outside the bound, which is a fault.
+    /// None if the key is absent. A value outside the bound is recorded as a fault and also gives none.
     fn optional<T>(&mut self, key: &Key<T>) -> Option<T> {
         let written = self.entry.get(key.description.last_part())?;
         let value = scalar(written).and_then(|text| key.parse(&text));
@@ -195,8 +195,8 @@ impl EntryReader<'_> {
         value
     }
 
-    /// None where the key is absent or its value is outside the bound, both of which are faults. These do not repeat the
-    /// value: the URL of a bundle may hold a password.
+    /// None if the key is absent or its value is outside the bound; both are recorded as faults. The fault does not repeat
+    /// the value, because the URL of a bundle may contain a password.
     fn required(&mut self, key: &Key<String>) -> Option<String> {
         let written = self.entry.get(key.description.last_part());
         let value = written.and_then(scalar).and_then(|text| key.parse(&text));

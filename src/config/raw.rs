@@ -87,7 +87,7 @@ fn table(value: &Value) -> Option<BTreeMap<String, Value>> {
     Some(value.clone().into_table().ok()?.into_iter().collect())
 }
 
-/// The text of a text, number or truth value; none for anything else, which no key accepts.
+/// The text of a string, number or boolean; none for tables, arrays and nil, which no key accepts.
 pub(super) fn scalar(value: &Value) -> Option<String> {
     match &value.kind {
         ValueKind::Table(_) | ValueKind::Array(_) | ValueKind::Nil => None,

@@ -8,7 +8,7 @@ use super::{
 };
 use std::collections::BTreeMap;
 
-/// From this Jaro similarity on, an unknown key is taken for a misspelt one.
+/// Above this Jaro similarity, an unknown key is assumed to be a misspelling.
 const MIN_SIMILARITY: f64 = 0.85;
 
 pub(super) struct Reader<'a> {
@@ -24,7 +24,8 @@ impl<'a> Reader<'a> {
         Reader { raw, faults: unknown_keys(raw), texts: BTreeMap::new() }
     }
 
-    /// The value of `key`. Where none was written, or one outside the bound, which is a fault, it is the default.
+    /// The value of `key`, or its default if none was written. A value outside the bound is recorded as a fault, and the default
+    /// is returned.
     pub(super) fn get<T>(&mut self, key: &Key<T>) -> T {
         let Description { name, default, bound, .. } = &key.description;
         let Some(written) = self.raw.values.get(*name) else {

@@ -105,7 +105,7 @@ impl Settings {
         Self::check(&Raw::read(file)?, file)
     }
 
-    /// Checks `text` as if it stood in `file`, and the environment.
+    /// Reads and checks `text`, as if it were the contents of `file`, and the environment.
     pub fn from_text(text: &str, file: &Path) -> Result<Self, ConfigError> {
         Self::check(&Raw::from_text(text, file)?, Some(file))
     }
@@ -114,7 +114,7 @@ impl Settings {
     pub fn check(raw: &Raw, file: Option<&Path>) -> Result<Self, ConfigError> {
         let folder = file.and_then(Path::parent).unwrap_or(Path::new(""));
         let mut reader = Reader::new(raw);
-        // Faults are reported in the order of these lines.
+        // Faults of known keys are reported in the order of these lines.
         let mut settings = Settings {
             server_listen: reader.get(&keys::SERVER_LISTEN),
             drain: reader.get(&keys::SERVER_DRAIN_SECONDS),

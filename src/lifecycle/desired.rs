@@ -31,7 +31,7 @@ pub struct Desired {
 
 /// Why a pushed config cannot be saved for the next restart.
 #[derive(Debug, Error)]
-#[error("{} cannot be written, so a restart would lose this config: {source}", path.display())]
+#[error("{} cannot be updated, so a restart would not find this config: {source}", path.display())]
 #[expect(missing_docs, reason = "the message names the fields")]
 pub struct PersistError {
     pub path: PathBuf,

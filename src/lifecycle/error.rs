@@ -54,7 +54,7 @@ pub enum PushError {
     /// The server is shutting down.
     #[error("the server is draining")]
     Draining,
-    /// A background task panicked or was cancelled.
+    /// A background task could not be started, panicked or was cancelled.
     #[error("a load failed: {0}")]
     Failed(String),
 }

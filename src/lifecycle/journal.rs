@@ -112,7 +112,7 @@ impl Outcome {
 
 const REFUSED: &str = "refused";
 
-/// How far a step is.
+/// The state of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the names say it all")]
 pub enum StepStatus {
@@ -122,7 +122,7 @@ pub enum StepStatus {
 }
 
 impl StepStatus {
-    /// The name used in the status; empty while the step runs.
+    /// The name used in the status and the metrics; empty while the step runs.
     pub fn as_str(self) -> &'static str {
         match self {
             StepStatus::Running => "",

@@ -70,7 +70,7 @@ pub fn cache_measured(cache: &'static str, n_entries: u64, n_bytes: u64) {
     gauge!(names::CACHE_BYTES, "cache" => cache).set(n_bytes as f64);
 }
 
-/// A response with these candidate rows was sent.
+/// A response with these candidate rows is about to be sent.
 pub fn rows_answered(statuses: &[RowStatus]) {
     for status in RowStatus::ALL {
         let n = statuses.iter().filter(|s| **s == status).count();

@@ -51,7 +51,7 @@ pub fn install(format: LogFormat, filter: &str) -> Result<(), LogError> {
     installed.map_err(LogError::Install)
 }
 
-/// Makes panics appear in the log like any other event. A panic fails only its own job; see `inference::pool`.
+/// Makes panics appear in the log like any other event. A panic fails only its own job; see `inference::job`.
 pub fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         let location = panic.location().map(ToString::to_string).unwrap_or_default();

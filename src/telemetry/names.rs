@@ -54,7 +54,7 @@ const DIFFERENCES: &[f64] = &[0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 
 macro_rules! metrics {
     ($($(#[doc = $doc:literal])* $ident:ident = $name:literal, $kind:expr, $labels:literal;)*) => {
         $($(#[doc = $doc])* pub const $ident: &str = $name;)*
-        /// Every metric of the server's own. The `process_*` metrics come in addition.
+        /// Every metric that the server defines itself; the `process_*` metrics are added to these.
         pub const METRICS: &[Metric] =
             &[$(Metric { name: $name, kind: $kind, labels: $labels, help: concat!($($doc),*).trim_ascii() }),*];
     };

@@ -235,7 +235,9 @@ fn export(caches: &Caches, model: &Model, kind: VectorKind, out: &mut ChunkWrite
 }
 
 fn internal(method: &'static str, error: background::BackgroundError) -> Status {
-    to_status(method)(Error::internal("cache", error))
+    // Operators may see the cause, which `to_status` only logs.
+    let message = error.to_string();
+    Status::new(to_status(method)(Error::internal("cache", error)).code(), message)
 }
 
 fn invalid_argument(method: &'static str, field: &str, description: String) -> Status {

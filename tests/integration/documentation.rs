@@ -16,7 +16,7 @@ use std::{
 /// The README fits on a few screens; everything else has a page of its own.
 const MAX_README_LINES: usize = 200;
 
-const COMMANDS: &[&str] = &["serve", "query", "bundle", "config", "admin", "cache"];
+const COMMANDS: &[&str] = &["serve", "query", "bundle", "config", "admin", "cache", "cache-curve"];
 
 #[test]
 fn the_table_of_config_keys_matches_the_code() {

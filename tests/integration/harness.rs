@@ -178,7 +178,7 @@ impl Server {
     }
 
     /// All log lines from now on, up to the first with this message.
-    fn log_until(&self, message: &str) -> Vec<Value> {
+    pub(crate) fn log_until(&self, message: &str) -> Vec<Value> {
         let mut lines = Vec::new();
         loop {
             let line =

@@ -123,14 +123,21 @@ async fn a_rollback_loads_nothing_and_a_second_one_undoes_it() {
     let in_force = status(&server).await.config.unwrap();
     assert!(in_force.pushed_file.ends_with("midemb.pushed.toml"), "{in_force:?}");
 
+    let has_loaded = |log: &[serde_json::Value]| log.iter().any(|line| line["message"] == "model loaded");
+    let mut push_log = server.log_until("push ended");
+    while push_log.last().unwrap()["trigger"] != "push" {
+        push_log = server.log_until("push ended");
+    }
+    assert!(has_loaded(&push_log), "{push_log:?}");
+
     let roll_back =
         async || server.admin().await.rollback(RollbackRequest::default()).await.map(tonic::Response::into_inner);
     let rolled_back = roll_back().await.unwrap();
     assert_eq!(rolled_back.warning, "");
     assert_eq!(rolled_back.config.unwrap().pushed_file, "", "the config file's own text is in force again");
-    let steps: Vec<String> = rolled_back.report.unwrap().steps.into_iter().map(|step| step.step).collect();
-    let loading = ["fetch", "digests", "graphs", "golden", "warm", "replay"];
-    assert!(!steps.iter().any(|step| loading.contains(&step.as_str())), "a rollback loaded models: {steps:?}");
+    let rollback_log = server.log_until("push ended");
+    assert_eq!(rollback_log.last().unwrap()["trigger"], "rollback");
+    assert!(!has_loaded(&rollback_log), "a rollback loaded models: {rollback_log:?}");
     assert!(!server.file.with_extension("pushed.toml").exists());
     assert_same(&ask(&server, request.clone()).await, &first);
     roll_back().await.unwrap();

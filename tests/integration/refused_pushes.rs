@@ -201,7 +201,7 @@ async fn a_config_that_cannot_be_saved_is_not_put_in_force() {
     std::fs::write(in_the_way.join("full"), "").unwrap();
     let refused = push(&server, config.clone()).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition);
-    assert!(refused.message().contains("midemb.pushed.toml cannot be written"), "{}", refused.message());
+    assert!(refused.message().contains("midemb.pushed.toml cannot be updated"), "{}", refused.message());
     assert_eq!(status(&server).await.models[0].model.as_ref().unwrap().version, "1");
     if mounted {
         let (small, path) = (folder.path().to_path_buf(), folder.path().join("midemb.toml"));

@@ -36,7 +36,6 @@ pub enum ReadError {
     DataLength {
         /// The number of bytes that the header describes.
         described: usize,
-        /// The number of bytes in the file.
         /// The number of bytes that follow it.
         found: usize,
     },
