@@ -73,7 +73,7 @@ pub struct Manifest {
     pub provenance: toml::Table,
 }
 
-/// How an item's text becomes a prompt, and the prompt token ids.
+/// How an item's text becomes a prompt, and how the prompt becomes token ids.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ItemTextSpec {

@@ -95,7 +95,7 @@ pub enum Fallback {
     LastServed,
 }
 
-/// Called with the number of bytes fetched and the total number of bytes to fetch; cached files count in neither.
+/// Called with the number of bytes fetched and the total number of bytes to fetch; cached files are counted in neither.
 pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
 
 /// Fetches bundles into one local folder, which several processes may share.

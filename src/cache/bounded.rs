@@ -4,18 +4,17 @@
 //! caches. So [`BoundedCache::read_many`] takes every shard's read lock once and then makes two passes over all keys, first
 //! through the tables, then through the entries. Within a pass no step depends on the previous one, and the only write is an
 //! entry's use count, so the processor can wait for many entries at once. A loop of single look-ups, each with a lock and a
-//! reference count, waits for one entry after another: see `cargo bench --bench hot_path`.
+//! reference count, waits for one entry after another: see `benches/micro/hot_path.rs`.
 //!
-//! Eviction is S3-FIFO (Yang et al., SOSP 2023): three queues, and a read moves nothing. A new entry starts in the probation
-//! queue, which has a tenth of the space. If it is read there, it moves on to the main queue, where each read (up to three)
-//! earns it another round; otherwise it is evicted. The ghost queue remembers the hashes of entries evicted on probation: one
-//! that returns while it is remembered goes straight into the main queue. So items that are asked for once, as in a flood of
-//! new items, never displace items that are asked for often, and yet no insertion is refused: an entry can be read right after
-//! it was inserted, even if the cache is full. Entries inserted ahead of their first reader, by a warm-up, start in the main
-//! queue because probation would end before the traffic comes. `cargo bench --bench hit_rate` compares this cache with LRU and
-//! TinyLFU.
+//! Eviction is S3-FIFO (Yang et al., SOSP 2023): three queues, and a read moves nothing. A new entry starts in the probation queue,
+//! which has a tenth of the space. An entry that is not read there is evicted; one that is read moves on to the main queue, where
+//! each read (up to three) earns it another round. The ghost queue remembers the hashes of entries evicted on probation: one that
+//! returns while it is remembered goes straight into the main queue. So items that are asked for once, as in a flood of new items,
+//! never displace items that are asked for often, and yet no insertion is refused: an entry can be read right after it was
+//! inserted, even if the cache is full. Entries inserted ahead of their first reader, by a warm-up, start in the main queue because
+//! probation would end before the traffic comes. `benches/micro/hit_rate.rs` compares this cache with LRU and TinyLFU.
 //!
-//! The caller's `weigh` decides how many bytes an entry counts: payload, key and bookkeeping.
+//! The caller's `weigh` decides how many bytes an entry counts as: payload, key and bookkeeping.
 //!
 //! Locks: `read_many` takes all shards' locks in order and holds them for some microseconds; a writer holds one lock and waits
 //! for no other. No lock is held across an await. `interleavings` checks this with loom (`--features loom`).

@@ -26,7 +26,7 @@ use std::{
 use thiserror::Error;
 
 /// The bytes of an entry besides its text: its slot in the cache and the six heap-allocated fields. Measured with
-/// `cargo bench --bench cache_memory`.
+/// `benches/micro/cache_memory.rs`.
 const ENTRY_OVERHEAD: usize = 330;
 
 /// Remembers the texts of items by id.
@@ -38,7 +38,8 @@ pub struct KnownItems {
     max_text_bytes: usize,
 }
 
-/// The key under which ids are hashed. Whoever knows it can construct colliding ids: it is saved with the items, never logged.
+/// The key under which ids are hashed. Whoever knows it can construct colliding ids, so it is saved with the items but never
+/// logged.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct HashKey(pub [u64; 2]);
 
@@ -83,7 +84,8 @@ impl KnownItems {
 
     /// Resolves each item to the digest of its text, which was sent now or is remembered, or else to the row's status.
     ///
-    /// New texts are remembered. With [`Priority::WarmUp`] they are kept longer until they are first read.
+    /// New texts are remembered. With [`Priority::WarmUp`] they skip probation, so that they are still there when they are first
+    /// asked for.
     pub fn resolve(&self, items: Vec<Item>, priority: Priority) -> Vec<Result<KnownItem, RowStatus>> {
         let mut lookups = Lookups::default();
         let hash_key = self.hash_key();

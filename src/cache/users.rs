@@ -17,7 +17,7 @@ const NAME: &str = CacheName::User.as_str();
 /// A session that was silent for this long is over.
 const TIME_TO_IDLE: Duration = Duration::from_secs(600);
 /// The bytes of an entry besides its payload and key: moka's nodes (with expiry on), the vector's counts and length, and the
-/// allocator's rounding. Measured with `cargo bench --bench cache_memory`.
+/// allocator's rounding. Measured with `benches/micro/cache_memory.rs`.
 const ENTRY_OVERHEAD: usize = 340;
 
 impl UserKey {

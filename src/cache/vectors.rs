@@ -7,7 +7,7 @@ use crate::domain::{Vector, all_finite};
 use std::{hash::Hash, mem::size_of, sync::Arc};
 
 /// The bytes of an entry besides its payload and key: the vector's counts and length, its slot in the cache's tables, the
-/// allocator's rounding, spare room in the tables (measured with `cargo bench --bench cache_memory`) and, once the cache is
+/// allocator's rounding, spare room in the tables (measured with `benches/micro/cache_memory.rs`) and, once the cache is
 /// full, the hash of one evicted entry.
 const ENTRY_OVERHEAD: usize = 90;
 
@@ -21,7 +21,7 @@ impl<K: Copy + Eq + Hash> VectorCache<K> {
         VectorCache(BoundedCache::new(name, max_bytes, |_key, vector| Self::entry_bytes(vector.len())))
     }
 
-    /// The bytes that a vector of `dim` numbers counts against the limit: payload, key and bookkeeping.
+    /// How many bytes of the limit a vector of `dim` numbers takes: payload, key and bookkeeping.
     pub fn entry_bytes(dim: usize) -> u64 {
         (dim * size_of::<f32>() + size_of::<K>() + ENTRY_OVERHEAD) as u64
     }

@@ -17,7 +17,7 @@ impl<T> Digest<T> {
     /// The size of every digest in bytes.
     pub const N_BYTES: usize = 16;
 
-    /// Wraps bytes that a hash function or a file gave.
+    /// Wraps bytes that come from a hash function or a file.
     pub const fn from_bytes(bytes: [u8; 16]) -> Self {
         Digest { bytes, identified: PhantomData }
     }

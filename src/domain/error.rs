@@ -67,7 +67,7 @@ pub enum ShedReason {
     /// `limits.max_in_flight` requests are being served.
     #[error("too many requests in flight")]
     InFlight,
-    /// The scoring queue is full, or its expected wait exceeds the request's deadline.
+    /// The scoring queue is full, or the expected wait in it is too large a part of the request's remaining time.
     #[error("the scoring queue is too long")]
     TowerQueue,
     /// The encoder's queue is full.

@@ -1,4 +1,4 @@
-//! The keys under which vectors and texts are cached.
+//! Known items and their priority, and the keys under which vectors and texts are cached.
 //!
 //! A vector's key is a digest of everything the vector depends on, so an entry is never stale.
 

@@ -73,7 +73,7 @@ pub struct TemplateError(#[from] minijinja::Error);
 const NAME: &str = "item_text";
 
 impl Template {
-    /// Compiles `source`. A variable that is no field of [`ItemText`] is an error in [`Template::render`], not here.
+    /// Compiles `source`. A variable that is not a field of [`ItemText`] is an error in [`Template::render`], not here.
     pub fn new(source: &str) -> Result<Self, TemplateError> {
         let mut environment = Environment::new();
         environment.set_undefined_behavior(UndefinedBehavior::Strict);

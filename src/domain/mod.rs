@@ -184,7 +184,7 @@ impl Matrix {
 /// Whether no value is infinite or NaN.
 ///
 /// Always reads the whole slice: without an early exit the compiler vectorises the loop, which is three times as fast on a
-/// whole response (`cargo bench --bench hot_path`).
+/// whole response (`benches/micro/hot_path.rs`).
 pub fn all_finite(values: &[f32]) -> bool {
     const EXPONENT: u32 = 0x7f80_0000;
     values.iter().fold(true, |finite, x| finite & (x.to_bits() & EXPONENT != EXPONENT))

@@ -116,7 +116,8 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// A file of vectors as other programs write it, here with the safetensors crate's own writer. `with` makes it invalid.
+/// A file of vectors as other programs write it, here with the safetensors crate's own writer.
+/// `with` changes it, mostly to make it invalid.
 struct ExternalFile {
     entries: HashMap<String, String>,
     tensors: Vec<(&'static str, Dtype, Vec<usize>, Vec<u8>)>,
