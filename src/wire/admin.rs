@@ -234,8 +234,8 @@ fn export(caches: &Caches, model: &Model, kind: VectorKind, out: &mut ChunkWrite
     }
 }
 
+/// The status of a failed export or import. Operators may see its cause, which `to_status` only logs.
 fn internal(method: &'static str, error: background::BackgroundError) -> Status {
-    // Operators may see the cause, which `to_status` only logs.
     let message = error.to_string();
     Status::new(to_status(method)(Error::internal("cache", error)).code(), message)
 }
@@ -290,5 +290,17 @@ impl io::Write for ChunkWriter {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_operator_sees_why_an_export_failed() {
+        let exported: Result<(), _> = background::run(Urgency::Normal, || panic!("no such cache")).await;
+        let status = internal("ExportCache", exported.unwrap_err());
+        assert_eq!((status.code(), status.message()), (tonic::Code::Internal, "the job panicked: no such cache"));
     }
 }
