@@ -13,6 +13,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         .build_client(false)
         // Tensors go to the wire as shared bytes, never as a copied Vec.
         .bytes(".")
+        // They carry items, and are decoded within bounds that prost does not know.
+        .extern_path(".midemb.v1.GetMidEmbRequest", "crate::wire::raw::RawMessage")
+        .extern_path(".midemb.v1.WarmItemsRequest", "crate::wire::raw::RawMessage")
         // Our codec answers bytes that are not a valid message with INVALID_ARGUMENT.
         .codec_path("crate::wire::codec::Codec")
         .compile_fds(descriptors)?;

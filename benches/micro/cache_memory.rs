@@ -20,11 +20,7 @@ fn resident_bytes() -> u64 {
 }
 
 fn text(i: u64) -> ItemText {
-    ItemText {
-        title: format!("a title of usual length, number {i:>9}"),
-        category: "Drama".to_owned(),
-        ..ItemText::default()
-    }
+    ItemText::new::<&str>([&format!("a title of usual length, number {i:>9}"), "Drama", "", ""], &[], &[])
 }
 
 fn vector(i: u64, dim: usize) -> Vector {
@@ -47,7 +43,7 @@ impl Filled {
 }
 
 fn fill(name: &str, n: u64) -> Filled {
-    let digests = (0..n).map(|i| TextDigest::of(&ItemText { title: i.to_string(), ..ItemText::default() }));
+    let digests = (0..n).map(|i| TextDigest::of(&ItemText::titled(&i.to_string())));
     match name {
         "item, 64 dims" => {
             let cache = VectorCache::new(CacheName::Item, UNBOUNDED);
@@ -73,7 +69,7 @@ fn fill(name: &str, n: u64) -> Filled {
         _ => {
             let known = KnownItems::new(UNBOUNDED, 8192);
             (0..n).for_each(|i| {
-                drop(known.resolve(vec![Item { id: format!("item-{i:>9}"), text: Some(text(i)) }], Priority::Request))
+                drop(known.resolve(vec![Item { id: format!("item-{i:>9}"), text: Some(Ok(text(i))) }], Priority::Request))
             });
             let counted = known.measure().n_bytes;
             Filled::new(known, 14 + 40 + 5, counted)

@@ -41,7 +41,7 @@ fn id(i: usize) -> String {
 }
 
 fn text(i: usize) -> ItemText {
-    ItemText { title: format!("a title of usual length, number {i}"), ..ItemText::default() }
+    ItemText::titled(&format!("a title of usual length, number {i}"))
 }
 
 /// `n` items of the catalogue, different ones each time.
@@ -90,7 +90,7 @@ fn look_ups(c: &mut Criterion) {
     let items = VectorCache::new(CacheName::Item, 1 << 40);
     let tower = TowerDigest::from_bytes([7; 16]);
     for i in 0..N_CATALOGUE {
-        let resolved = known.resolve(vec![Item { id: id(i), text: Some(text(i)) }], Priority::Request);
+        let resolved = known.resolve(vec![Item { id: id(i), text: Some(Ok(text(i))) }], Priority::Request);
         let text = resolved[0].as_ref().unwrap().digest;
         items.insert(ItemKey { part: tower, text }, Vector::from(vec![i as f32; DIM]));
     }

@@ -34,19 +34,13 @@ fn empty_caches() -> Caches {
 }
 
 fn text(i: u64) -> ItemText {
-    ItemText {
-        title: format!("a title of usual length, number {i:>9}"),
-        category: "Drama".to_owned(),
-        brand: "a brand".to_owned(),
-        price: "$12.99".to_owned(),
-        keywords: vec!["first".to_owned(), "second".to_owned()],
-        attributes: vec!["returns within 30 days".to_owned()],
-    }
+    let single = [&*format!("a title of usual length, number {i:>9}"), "Drama", "a brand", "$12.99"];
+    ItemText::new(single, &["first", "second"], &["returns within 30 days"])
 }
 
 fn fill(caches: &Caches, n: u64) {
     for i in 0..n {
-        let items = vec![Item { id: format!("item-{i:>9}"), text: Some(text(i)) }];
+        let items = vec![Item { id: format!("item-{i:>9}"), text: Some(Ok(text(i))) }];
         let text = caches.known_items.resolve(items, Priority::WarmUp).remove(0).unwrap().digest;
         let vector = |dim| (0..dim).map(|j| (i + j) as f32).collect();
         caches.contents.insert(ContentKey { part: SERVED.encoder, text }, vector(384));

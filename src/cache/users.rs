@@ -99,7 +99,7 @@ mod tests {
     use crate::domain::ItemText;
 
     fn text(title: &str) -> TextDigest {
-        TextDigest::of(&ItemText { title: title.to_owned(), ..ItemText::default() })
+        TextDigest::of(&ItemText::titled(title))
     }
 
     #[test]

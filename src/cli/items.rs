@@ -1,9 +1,19 @@
 //! Items from a JSONL file: one `{"id": ..., "text": {...}}` per line.
 
-use crate::domain::Item;
+use crate::domain::TextFields;
 use anyhow::{Context, bail};
 use midemb_client::proto;
+use serde::Deserialize;
 use std::{fs, path::Path};
+
+/// One line of the file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Item {
+    pub(super) id: String,
+    #[serde(default)]
+    pub(super) text: Option<TextFields>,
+}
 
 /// Reads all items of a file. An error names the line.
 pub(super) fn read(path: &Path) -> anyhow::Result<Vec<Item>> {

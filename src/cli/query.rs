@@ -1,7 +1,9 @@
 //! `midemb query`: one user and a page of candidates, and the answer as a table or as JSON.
 
-use super::{items, terminal::table};
-use crate::domain::Item;
+use super::{
+    items::{self, Item},
+    terminal::table,
+};
 use anyhow::{Context, ensure};
 use midemb_client::{
     Client, Matrix,

@@ -19,7 +19,7 @@ fn contents() -> Contents {
 }
 
 fn key(n: u8) -> ContentKey {
-    let text = TextDigest::of(&ItemText { title: format!("item {n}"), ..ItemText::default() });
+    let text = TextDigest::of(&ItemText::titled(&format!("item {n}")));
     ContentKey { part: EncoderDigest::from_bytes([7; 16]), text }
 }
 

@@ -12,46 +12,20 @@ pub use digest::Digest;
 pub use ids::{
     ContentKey, EmbeddingKey, EncoderDigest, IdKey, ItemKey, KnownItem, Priority, TextDigest, TowerDigest, UserKey,
 };
+pub use item_text::{ItemText, TextFault, TextFields};
 
-use serde::{Deserialize, Serialize};
 use std::{fmt, sync::Arc, time::Instant};
 
 /// One embedding, shared by the caches and the requests that read it.
 pub type Vector = Arc<[f32]>;
 
-/// The six text fields of an item, as the caller sent them.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-#[expect(missing_docs, reason = "the names say it all")]
-pub struct ItemText {
-    pub title: String,
-    pub category: String,
-    pub brand: String,
-    /// With its unit, as a reader would see it.
-    pub price: String,
-    pub keywords: Vec<String>,
-    /// What the item offers: guarantees, services, properties.
-    pub attributes: Vec<String>,
-}
-
-impl ItemText {
-    /// Bytes of all fields, plus one per list entry: even an empty entry costs a separator.
-    pub fn n_bytes(&self) -> usize {
-        let fields = [&self.title, &self.category, &self.brand, &self.price];
-        let entries = self.keywords.iter().chain(&self.attributes);
-        fields.into_iter().map(String::len).sum::<usize>() + entries.map(|entry| entry.len() + 1).sum::<usize>()
-    }
-}
-
 /// One history item or candidate: an id and, if the caller sent it, the text.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Item {
     /// The caller's stable id, never empty.
     pub id: String,
-    /// `None` if the caller expects the server to know the id.
-    #[serde(default)]
-    pub text: Option<ItemText>,
+    /// The text, or why it cannot be used; `None` if the caller expects the server to know the id.
+    pub text: Option<Result<ItemText, TextFault>>,
 }
 
 /// Which outputs the caller asked for.

@@ -227,7 +227,7 @@ mod tests {
     }
 
     fn item(id: &str, title: Option<&str>) -> Item {
-        Item { id: id.to_owned(), text: title.map(|t| ItemText { title: t.to_owned(), ..ItemText::default() }) }
+        Item { id: id.to_owned(), text: title.map(|title| Ok(ItemText::titled(title))) }
     }
 
     #[test]

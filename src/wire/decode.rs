@@ -1,13 +1,25 @@
 //! From messages to plain types. All violations of a message are found here and reported together.
+//!
+//! Requests are decoded field by field from their bytes. What is over its bound is counted or skipped but never stored: entries
+//! beyond the limits, and texts that are too long. So a message never needs more than a small multiple of its size in memory.
 
-use super::proto;
+use super::{
+    proto,
+    raw::{Fields, Malformed, RawMessage},
+};
 use crate::{
     config::settings::Limits,
     domain::error::{Error, FieldViolation},
-    domain::{DType, Item, ItemText, MidEmbRequest, Outputs},
+    domain::{
+        DType, Item, ItemText, MidEmbRequest, Outputs,
+        item_text::{self, TextFault},
+    },
 };
 use http::HeaderMap;
-use std::time::{Duration, Instant};
+use std::{
+    borrow::Cow,
+    time::{Duration, Instant},
+};
 
 /// A checked request and the element type of its answer.
 #[derive(Debug)]
@@ -29,9 +41,13 @@ struct Violations(Vec<FieldViolation>);
 
 impl Violations {
     fn add(&mut self, field: impl Into<String>, description: impl Into<String>) {
-        if self.0.len() < MAX_VIOLATIONS {
+        if !self.is_full() {
             self.0.push(FieldViolation { field: field.into(), description: description.into() });
         }
+    }
+
+    fn is_full(&self) -> bool {
+        self.0.len() == MAX_VIOLATIONS
     }
 
     fn finish(self) -> Result<(), Error> {
@@ -39,72 +55,208 @@ impl Violations {
     }
 }
 
-/// Checks `message` against the contract and `limits`.
-pub fn request(message: proto::GetMidEmbRequest, deadline: Instant, limits: &Limits) -> Result<Decoded, Error> {
+/// Checks a `GetMidEmbRequest` against the contract and `limits`.
+pub fn request(message: &RawMessage, deadline: Instant, limits: &Limits) -> Result<Decoded, Error> {
+    let parts = Parts::read(message, limits).map_err(malformed)?;
+    let outputs = parts.outputs.wanted();
     let mut violations = Violations::default();
-    if message.user_id.is_empty() {
+    if parts.user_id.is_empty() {
         violations.add("user_id", "is empty");
     }
-    if message.candidates.is_empty() {
+    if parts.candidates.n == 0 {
         violations.add("candidates", "is empty, at least one is required");
     }
-    check_count("candidates", message.candidates.len(), limits.max_candidates, &mut violations);
-    check_count("history", message.history.len(), limits.max_history, &mut violations);
-    check_ids("candidates", &message.candidates, &mut violations);
-    check_ids("history", &message.history, &mut violations);
-    let outputs = outputs(&message.outputs, &mut violations);
-    let dtype = dtype(message.dtype, &mut violations);
+    parts.candidates.check_count(limits.max_candidates, &mut violations);
+    parts.history.check_count(limits.max_history, &mut violations);
+    parts.candidates.check_ids(&mut violations);
+    parts.history.check_ids(&mut violations);
+    for violation in parts.outputs.violations.0 {
+        violations.add(violation.field, violation.description);
+    }
+    let dtype = dtype(parts.dtype, &mut violations);
     violations.finish()?;
     let request = MidEmbRequest {
-        user_id: message.user_id,
-        history: items(message.history),
-        candidates: items(message.candidates),
-        model: Some(message.model).filter(|name| !name.is_empty()),
+        user_id: parts.user_id.to_owned(),
+        history: parts.history.items,
+        candidates: parts.candidates.items,
+        model: Some(parts.model).filter(|name| !name.is_empty()).map(str::to_owned),
         outputs,
         deadline,
     };
     Ok(Decoded { request, dtype })
 }
 
-/// Converts the items of any message. Their ids are not checked here.
-pub fn items(messages: Vec<proto::Item>) -> Vec<Item> {
-    messages.into_iter().map(|item| Item { id: item.id, text: item.text.map(text) }).collect()
-}
-
-fn text(message: proto::ItemText) -> ItemText {
-    let proto::ItemText { title, category, brand, price, keywords, attributes } = message;
-    ItemText { title, category, brand, price, keywords, attributes }
-}
-
-fn check_count(field: &str, n: usize, max: usize, violations: &mut Violations) {
-    if n > max {
-        violations.add(field, format!("has {n} items, at most {max} are allowed"));
-    }
-}
-
-fn check_ids(field: &str, items: &[proto::Item], violations: &mut Violations) {
-    for (i, _) in items.iter().enumerate().filter(|(_, item)| item.id.is_empty()) {
-        violations.add(format!("{field}[{i}].id"), "is empty");
-    }
-}
-
-fn outputs(values: &[i32], violations: &mut Violations) -> Outputs {
-    if values.is_empty() {
-        return Outputs { mid_emb: true, ..Outputs::default() };
-    }
-    let mut outputs = Outputs::default();
-    for (i, value) in values.iter().enumerate() {
-        match proto::Output::try_from(*value) {
-            Ok(proto::Output::MidEmb) => outputs.mid_emb = true,
-            Ok(proto::Output::Cvr) => outputs.cvr = true,
-            Ok(proto::Output::UserEmb) => outputs.user_emb = true,
-            Ok(proto::Output::ItemEmb) => outputs.item_emb = true,
-            Ok(proto::Output::Unspecified) | Err(_) => {
-                violations.add(format!("outputs[{i}]"), format!("{value} is not an output, use 1 to 4"));
-            }
+/// The items of a `WarmItemsRequest`. Their ids are not checked here.
+pub fn warm_items(message: &RawMessage, limits: &Limits) -> Result<Vec<Item>, Error> {
+    let mut items = Vec::new();
+    for field in Fields::of(&message.0) {
+        let field = field.map_err(malformed)?;
+        if field.number() == 1 {
+            let item = field.bytes().and_then(|bytes| item(bytes, limits.max_text_bytes));
+            items.push(item.map_err(malformed)?);
+        }
+        if items.len() > MAX_WARM_ITEMS {
+            let description = format!("more than {MAX_WARM_ITEMS} items in one message");
+            return Err(Error::InvalidArgument(vec![FieldViolation { field: "items".to_owned(), description }]));
         }
     }
-    outputs
+    Ok(items)
+}
+
+/// The most items of one message of a warm-up stream, so that items without text cannot take many times the message's size.
+const MAX_WARM_ITEMS: usize = 100_000;
+
+fn malformed(fault: Malformed) -> Error {
+    let description = format!("is not a valid message: {fault}");
+    Error::InvalidArgument(vec![FieldViolation { field: "request".to_owned(), description }])
+}
+
+/// The fields of a `GetMidEmbRequest`.
+struct Parts<'a> {
+    user_id: &'a str,
+    history: Items,
+    candidates: Items,
+    model: &'a str,
+    outputs: WantedOutputs,
+    dtype: i32,
+}
+
+impl<'a> Parts<'a> {
+    fn read(message: &'a RawMessage, limits: &Limits) -> Result<Self, Malformed> {
+        let mut parts = Parts {
+            user_id: "",
+            history: Items::new("history", limits.max_history),
+            candidates: Items::new("candidates", limits.max_candidates),
+            model: "",
+            outputs: WantedOutputs::default(),
+            dtype: 0,
+        };
+        for field in Fields::of(&message.0) {
+            let field = field?;
+            match field.number() {
+                1 => parts.user_id = field.text()?,
+                2 => parts.history.push(field.bytes()?, limits.max_text_bytes)?,
+                3 => parts.candidates.push(field.bytes()?, limits.max_text_bytes)?,
+                4 => parts.model = field.text()?,
+                5 => field.each_number(|value| parts.outputs.add(value))?,
+                6 => parts.dtype = field.number_value()?,
+                // A field of a newer contract.
+                _ => {}
+            }
+        }
+        Ok(parts)
+    }
+}
+
+/// One list of items. What is beyond its bound is counted and not stored.
+struct Items {
+    name: &'static str,
+    max: usize,
+    n: usize,
+    items: Vec<Item>,
+}
+
+impl Items {
+    fn new(name: &'static str, max: usize) -> Self {
+        Items { name, max, n: 0, items: Vec::new() }
+    }
+
+    fn push(&mut self, message: &[u8], max_text_bytes: usize) -> Result<(), Malformed> {
+        self.n += 1;
+        if self.n <= self.max {
+            self.items.push(item(message, max_text_bytes)?);
+        }
+        Ok(())
+    }
+
+    fn check_count(&self, max: usize, violations: &mut Violations) {
+        if self.n > max {
+            violations.add(self.name, format!("has {} items, at most {max} are allowed", self.n));
+        }
+    }
+
+    fn check_ids(&self, violations: &mut Violations) {
+        for (i, _) in self.items.iter().enumerate().filter(|(_, item)| item.id.is_empty()) {
+            violations.add(format!("{}[{i}].id", self.name), "is empty");
+        }
+    }
+}
+
+fn item(message: &[u8], max_text_bytes: usize) -> Result<Item, Malformed> {
+    let mut id = "";
+    let mut text: Option<Cow<'_, [u8]>> = None;
+    for field in Fields::of(message) {
+        let field = field?;
+        match field.number() {
+            1 => id = field.text()?,
+            // A message that comes twice is merged, which is the same as one of both their fields.
+            2 => match &mut text {
+                Some(first) => first.to_mut().extend_from_slice(field.bytes()?),
+                None => text = Some(Cow::Borrowed(field.bytes()?)),
+            },
+            _ => {}
+        }
+    }
+    let text = text.map(|message| item_text(&message, max_text_bytes)).transpose()?;
+    Ok(Item { id: id.to_owned(), text })
+}
+
+fn item_text(message: &[u8], max_bytes: usize) -> Result<Result<ItemText, TextFault>, Malformed> {
+    let mut single = [""; 4];
+    let (mut keywords, mut attributes) = (Vec::new(), Vec::new());
+    let mut n_bytes = 0;
+    for field in Fields::of(message) {
+        let field = field?;
+        let value = match field.number() {
+            1..=6 => field.text()?,
+            _ => "",
+        };
+        match field.number() {
+            n @ 1..=4 => single[n as usize - 1] = value,
+            5 => keywords.push(value),
+            6 => attributes.push(value),
+            _ => {}
+        }
+        // A bound on the work, somewhat above the bound on the text: each field counts, even if it is empty or unknown.
+        n_bytes += value.len() + 1;
+        if n_bytes > max_bytes + single.len() {
+            return Ok(Err(TextFault::TooLong { max: max_bytes }));
+        }
+    }
+    let text = ItemText::new(single, &keywords, &attributes);
+    Ok(item_text::check(&text, max_bytes).map(|()| text))
+}
+
+/// The outputs that a request names.
+#[derive(Default)]
+struct WantedOutputs {
+    n: usize,
+    outputs: Outputs,
+    violations: Violations,
+}
+
+impl WantedOutputs {
+    /// Adds one value. False if no more need to be read.
+    fn add(&mut self, value: i32) -> bool {
+        match proto::Output::try_from(value) {
+            Ok(proto::Output::MidEmb) => self.outputs.mid_emb = true,
+            Ok(proto::Output::Cvr) => self.outputs.cvr = true,
+            Ok(proto::Output::UserEmb) => self.outputs.user_emb = true,
+            Ok(proto::Output::ItemEmb) => self.outputs.item_emb = true,
+            // There may be millions, and formatting one costs more than reading it.
+            _ if self.violations.is_full() => return false,
+            Ok(proto::Output::Unspecified) | Err(_) => {
+                let field = format!("outputs[{}]", self.n);
+                self.violations.add(field, format!("{value} is not an output, use 1 to 4"));
+            }
+        }
+        self.n += 1;
+        true
+    }
+
+    fn wanted(&self) -> Outputs {
+        if self.n == 0 { Outputs { mid_emb: true, ..Outputs::default() } } else { self.outputs }
+    }
 }
 
 fn dtype(value: i32, violations: &mut Violations) -> DType {

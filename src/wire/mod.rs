@@ -2,7 +2,7 @@
 //!
 //! [`decode`] checks messages and converts them to plain types, [`encode`] converts answers to messages, [`status`] maps
 //! errors to gRPC statuses, [`services`] and [`admin`] are the handlers, [`operator`] authenticates operators, [`codec`]
-//! answers invalid messages, [`layer`] counts every call, and [`admit`] admits or sheds a call before its message is read.
+//! answers invalid messages, [`raw`] reads the fields of those that carry items, [`layer`] counts every call, and [`admit`] admits or sheds a call before its message is read.
 
 pub mod admin;
 pub mod admit;
@@ -11,6 +11,7 @@ pub mod decode;
 pub mod encode;
 pub mod layer;
 pub mod operator;
+pub mod raw;
 pub mod services;
 pub mod status;
 

@@ -1,21 +1,28 @@
 //! `MidEmbService`: decodes requests, runs the pipeline, encodes answers.
 
-use super::{decode, encode, layer::CallContext, proto, status};
+use super::{decode, encode, layer::CallContext, proto, raw::RawMessage, status};
 use crate::{
     bundle::{Model, ServedModel, Shadow},
     config::settings::Limits,
     domain::WarmSummary,
     domain::error::Error,
+    inference::background::{self, Urgency},
     pipeline::Pipeline,
     telemetry::events,
 };
 use proto::mid_emb_service_server::MidEmbService;
 use std::sync::Arc;
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{
+    sync::{Semaphore, watch},
+    task::JoinSet,
+};
 use tonic::{Request, Response, Status, Streaming};
 
 /// Messages of one warm-up stream that are processed at once, so that the encoder never waits for the next message.
 const CHUNKS_AT_ONCE: usize = 8;
+
+/// A message of more bytes is not decoded on an I/O thread. Below, even the most expensive one takes a few milliseconds.
+const MAX_INLINE_BYTES: usize = 1 << 20;
 
 /// The handlers of `MidEmbService`.
 #[derive(Debug, Clone)]
@@ -23,12 +30,30 @@ pub struct MidEmb {
     pipeline: Arc<Pipeline>,
     limits: Limits,
     draining: watch::Receiver<bool>,
+    /// The permit to decode a large message.
+    large_decodes: Arc<Semaphore>,
 }
 
 impl MidEmb {
     /// Creates the handlers. Streams end when `draining` becomes true.
     pub fn new(pipeline: Arc<Pipeline>, limits: Limits, draining: watch::Receiver<bool>) -> Self {
-        MidEmb { pipeline, limits, draining }
+        MidEmb { pipeline, limits, draining, large_decodes: Arc::new(Semaphore::new(1)) }
+    }
+
+    /// Decodes `message`. A large one is decoded on a thread that gives way, and only one at a time: I/O threads answer everybody
+    /// else meanwhile.
+    async fn decode<T: Send + 'static>(
+        &self,
+        message: RawMessage,
+        decode: impl FnOnce(&RawMessage, &Limits) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        if message.0.len() <= MAX_INLINE_BYTES {
+            return decode(&message, &self.limits);
+        }
+        let _turn = self.large_decodes.acquire().await;
+        let limits = self.limits;
+        let decoded = background::run(Urgency::GivesWay, move || decode(&message, &limits)).await;
+        decoded.unwrap_or_else(|error| Err(Error::internal("decoding", error)))
     }
 }
 
@@ -42,14 +67,14 @@ pub(super) fn to_status(method: &'static str) -> impl Fn(Error) -> Status {
 
 #[tonic::async_trait]
 impl MidEmbService for MidEmb {
-    async fn get_mid_emb(
-        &self,
-        request: Request<proto::GetMidEmbRequest>,
-    ) -> Result<Response<proto::GetMidEmbResponse>, Status> {
+    async fn get_mid_emb(&self, request: Request<RawMessage>) -> Result<Response<proto::GetMidEmbResponse>, Status> {
         let to_status = to_status("GetMidEmb");
         let context = CallContext::of(request.extensions());
         let deadline = decode::deadline(request.metadata().as_ref(), context.arrival, self.limits.default_deadline);
-        let decoded = decode::request(request.into_inner(), deadline, &self.limits).map_err(&to_status)?;
+        let decoded = self
+            .decode(request.into_inner(), move |message, limits| decode::request(message, deadline, limits))
+            .await
+            .map_err(&to_status)?;
         let on_routed = |model: &Model| context.set_model(&model.reference);
         let answer = self.pipeline.get_mid_emb(decoded.request, on_routed).await.map_err(&to_status)?;
         events::rows_answered(&answer.statuses);
@@ -58,7 +83,7 @@ impl MidEmbService for MidEmb {
 
     async fn warm_items(
         &self,
-        request: Request<Streaming<proto::WarmItemsRequest>>,
+        request: Request<Streaming<RawMessage>>,
     ) -> Result<Response<proto::WarmItemsResponse>, Status> {
         let mut chunks = request.into_inner();
         let to_status = to_status("WarmItems");
@@ -75,7 +100,8 @@ impl MidEmbService for MidEmb {
                 chunk = chunks.message(), if is_open && warming.len() < CHUNKS_AT_ONCE => match chunk? {
                     Some(chunk) => {
                         // Here rather than in the task, to keep the stream's order: the newest text of an id wins.
-                        let warm_up = self.pipeline.remember(decode::items(chunk.items));
+                        let items = self.decode(chunk, decode::warm_items).await.map_err(&to_status)?;
+                        let warm_up = self.pipeline.remember(items);
                         let pipeline = Arc::clone(&self.pipeline);
                         warming.spawn(async move { pipeline.warm(warm_up).await });
                     }
@@ -86,7 +112,7 @@ impl MidEmbService for MidEmb {
                     summary += warmed.map_err(&to_status)?;
                 }
                 // A stream may be endless, so a drain ends it. Items that are already queued are still encoded and cached.
-                _ = draining.wait_for(|is_draining| *is_draining) => return Err(to_status(Error::Unavailable("draining"))),
+                () = drain_began(&mut draining) => return Err(to_status(Error::Unavailable("draining"))),
             }
         }
         Ok(Response::new(encode::warm_summary(summary)))
@@ -103,6 +129,12 @@ impl MidEmbService for MidEmb {
             server_version: env!("CARGO_PKG_VERSION").to_owned(),
         }))
     }
+}
+
+/// Cancel-safe.
+async fn drain_began(draining: &mut watch::Receiver<bool>) {
+    // An error says that the server itself was dropped.
+    let _ = draining.wait_for(|is_draining| *is_draining).await;
 }
 
 /// The public description of a live model.

@@ -41,7 +41,7 @@ impl Caches {
             let (content, item) = (content_key(i), item_key(i));
             caches.contents.insert_ahead(content, vector(i, 6));
             caches.items.insert_ahead(item, vector(i, 3));
-            let known = Item { id: format!("id-{i}"), text: Some(text(i)) };
+            let known = Item { id: format!("id-{i}"), text: Some(Ok(text(i))) };
             assert!(caches.known_items.resolve(vec![known], Priority::WarmUp)[0].is_ok());
             for _ in 0..i % 3 {
                 assert!(caches.contents.get(&content).is_some() && caches.items.get(&item).is_some());
@@ -74,9 +74,7 @@ impl Caches {
 }
 
 fn text(i: usize) -> ItemText {
-    ItemText {
-        title: format!("title \"{i}\" – ü"), keywords: vec!["a".into(), String::new()], ..ItemText::default()
-    }
+    ItemText::new([&format!("title \"{i}\" – ü"), "", "", ""], &["a", ""], &[])
 }
 
 fn digest(i: usize) -> TextDigest {

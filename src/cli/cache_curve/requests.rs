@@ -70,7 +70,7 @@ struct Texts {
 
 impl Texts {
     fn digest(&mut self, name: &str) -> TextDigest {
-        let text = || TextDigest::of(&ItemText { title: name.to_owned(), ..ItemText::default() });
+        let text = || TextDigest::of(&ItemText::titled(name));
         *self.by_name.entry(name.to_owned()).or_insert_with(text)
     }
 }

@@ -36,28 +36,28 @@ fn a_template_that_does_not_compile_or_names_an_unknown_field_is_refused() {
 
 #[test]
 fn moving_a_letter_between_fields_changes_the_digest() {
-    let left = ItemText { title: "ab".into(), category: "c".into(), ..ItemText::default() };
-    let right = ItemText { title: "a".into(), category: "bc".into(), ..ItemText::default() };
-    assert_ne!(TextDigest::of(&left), TextDigest::of(&right));
-    let keyword = ItemText { keywords: vec!["a".into()], ..ItemText::default() };
-    let attribute = ItemText { attributes: vec!["a".into()], ..ItemText::default() };
-    assert_ne!(TextDigest::of(&keyword), TextDigest::of(&attribute));
+    let digest =
+        |single, keywords: &[&str], attributes: &[&str]| TextDigest::of(&ItemText::new(single, keywords, attributes));
+    assert_ne!(digest(["ab", "c", "", ""], &[], &[]), digest(["a", "bc", "", ""], &[], &[]));
+    assert_ne!(digest([""; 4], &["a"], &[]), digest([""; 4], &[], &["a"]));
+    assert_ne!(digest([""; 4], &["ab"], &[]), digest([""; 4], &["a", "b"], &[]));
 }
 
 #[test]
 fn the_length_limit_applies_to_all_fields_together() {
-    let text = ItemText { title: "a".repeat(6), keywords: vec!["b".repeat(5)], ..ItemText::default() };
+    let text = ItemText::new(["aaaaaa", "", "", ""], &["bbbbb"], &[]);
     assert_eq!(check(&text, 12), Ok(()));
-    assert_eq!(check(&text, 11), Err(TextFault::TooLong { n_bytes: 12, max: 11 }));
-    let empty_keywords = ItemText { title: "a".into(), keywords: vec![String::new(); 100], ..ItemText::default() };
-    assert_eq!(check(&empty_keywords, 100), Err(TextFault::TooLong { n_bytes: 101, max: 100 }));
-    assert_eq!(check(&ItemText { keywords: vec![String::new()], ..ItemText::default() }, 10), Err(TextFault::Empty));
+    assert_eq!(check(&text, 11), Err(TextFault::TooLong { max: 11 }));
+    let empty_keywords = ItemText::new(["a", "", "", ""], &[""; 100], &[]);
+    assert_eq!(check(&empty_keywords, 100), Err(TextFault::TooLong { max: 100 }));
+    assert_eq!(check(&ItemText::new([""; 4], &[""], &[]), 10), Err(TextFault::Empty));
+    assert_eq!(check(&ItemText::default(), 10), Err(TextFault::Empty));
 }
 
-fn any_text() -> impl Strategy<Value = ItemText> {
+fn any_fields() -> impl Strategy<Value = TextFields> {
     let words = || prop::collection::vec("\\PC{0,8}", 0..3);
     ("\\PC{0,12}", "\\PC{0,12}", "\\PC{0,6}", "\\PC{0,6}", words(), words()).prop_map(
-        |(title, category, brand, price, keywords, attributes)| ItemText {
+        |(title, category, brand, price, keywords, attributes)| TextFields {
             title,
             category,
             brand,
@@ -70,8 +70,18 @@ fn any_text() -> impl Strategy<Value = ItemText> {
 
 proptest! {
     #[test]
-    fn digests_are_equal_if_and_only_if_texts_are(a in any_text(), b in any_text()) {
-        prop_assert_eq!(TextDigest::of(&a) == TextDigest::of(&b), a == b);
-        prop_assert_eq!(TextDigest::of(&a), TextDigest::of(&a.clone()));
+    fn digests_are_equal_if_and_only_if_texts_are(a in any_fields(), b in any_fields()) {
+        let digest = |fields: &TextFields| TextDigest::of(&ItemText::from(fields));
+        prop_assert_eq!(digest(&a) == digest(&b), a == b);
+        prop_assert_eq!(digest(&a), digest(&a.clone()));
+    }
+
+    #[test]
+    fn a_text_keeps_every_field(fields in any_fields()) {
+        let text = ItemText::from(&fields);
+        prop_assert_eq!(&TextFields::from(&text), &fields);
+        let json = serde_json::to_string(&text).unwrap();
+        prop_assert_eq!(&json, &serde_json::to_string(&fields).unwrap());
+        prop_assert_eq!(serde_json::from_str::<ItemText>(&json).unwrap(), text);
     }
 }

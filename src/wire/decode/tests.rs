@@ -1,6 +1,7 @@
 //! What decoding accepts, what it refuses, and how it names the violations.
 
 use super::*;
+use midemb_client::proto;
 use proptest::prelude::*;
 use prost::Message;
 use std::{collections::BTreeSet, ops::RangeInclusive};
@@ -22,8 +23,12 @@ fn valid() -> proto::GetMidEmbRequest {
     proto::GetMidEmbRequest { user_id: "u".to_owned(), candidates: vec![item("a")], ..Default::default() }
 }
 
+fn raw(message: &impl Message) -> RawMessage {
+    RawMessage(message.encode_to_vec().into())
+}
+
 fn violations(message: proto::GetMidEmbRequest) -> Vec<String> {
-    match request(message, Instant::now(), &LIMITS) {
+    match request(&raw(&message), Instant::now(), &LIMITS) {
         Err(Error::InvalidArgument(violations)) => {
             violations.into_iter().map(|v| format!("{}: {}", v.field, v.description)).collect()
         }
@@ -33,7 +38,7 @@ fn violations(message: proto::GetMidEmbRequest) -> Vec<String> {
 
 #[test]
 fn the_defaults_are_mid_emb_in_f32_from_the_routed_model() {
-    let decoded = request(valid(), Instant::now(), &LIMITS).unwrap();
+    let decoded = request(&raw(&valid()), Instant::now(), &LIMITS).unwrap();
     assert_eq!(decoded.dtype, DType::F32);
     assert_eq!(decoded.request.model, None);
     assert_eq!(decoded.request.outputs, Outputs { mid_emb: true, ..Outputs::default() });
@@ -67,8 +72,7 @@ fn every_violation_names_its_field_and_its_limit() {
 
 #[test]
 fn an_answer_lists_a_bounded_number_of_violations() {
-    let history = vec![item(""); 1000];
-    assert_eq!(violations(proto::GetMidEmbRequest { history, ..valid() }).len(), MAX_VIOLATIONS);
+    assert_eq!(violations(proto::GetMidEmbRequest { outputs: vec![9; 1000], ..valid() }).len(), MAX_VIOLATIONS);
 }
 
 #[test]
@@ -83,6 +87,41 @@ fn timeouts_are_parsed_as_grpc_defines_them() {
     assert_eq!(deadline(&metadata, now, Duration::from_secs(1)), now + Duration::from_secs(1));
     metadata.insert("grpc-timeout", "99999999H".parse().unwrap());
     assert_eq!(deadline(&metadata, now, Duration::from_secs(1)), now + MAX_BUDGET);
+}
+
+/// The bytes that a decoded list of items occupies.
+fn item_bytes(items: &[Item]) -> usize {
+    let text_bytes =
+        |item: &Item| item.text.as_ref().and_then(|text| text.as_ref().ok()).map_or(0, ItemText::heap_bytes);
+    items.iter().map(|item| size_of::<Item>() + item.id.capacity() + text_bytes(item)).sum()
+}
+
+#[test]
+fn no_message_needs_more_than_four_times_its_size() {
+    let limits = Limits { max_candidates: 10_000, max_history: 1000, max_text_bytes: 8192, ..LIMITS };
+    let page =
+        |candidate: proto::Item, n: usize| raw(&proto::GetMidEmbRequest { candidates: vec![candidate; n], ..valid() });
+    let with_keywords = |keyword: &str, n: usize| proto::Item {
+        id: "a".to_owned(),
+        text: Some(proto::ItemText { keywords: vec![keyword.to_owned(); n], ..Default::default() }),
+    };
+    let hostile = [
+        ("one item of empty keywords", page(with_keywords("", 1 << 20), 1)),
+        ("items of one-letter keywords, as many as are allowed", page(with_keywords("k", 4000), 200)),
+        ("items of empty keywords", page(with_keywords("", 8000), 100)),
+        ("empty items", page(proto::Item::default(), 1 << 20)),
+        ("zeros in place of outputs", raw(&proto::GetMidEmbRequest { outputs: vec![0; 1 << 20], ..valid() })),
+    ];
+    for (what, message) in hostile {
+        assert!(message.0.len() >= 1 << 20, "{what}: only {} bytes", message.0.len());
+        let parts = Parts::read(&message, &limits).unwrap();
+        let n_bytes = item_bytes(&parts.candidates.items) + item_bytes(&parts.history.items);
+        assert!(n_bytes <= 4 * message.0.len(), "{what}: {n_bytes} bytes for {} on the wire", message.0.len());
+        assert!(parts.outputs.violations.0.len() <= MAX_VIOLATIONS, "{what}");
+    }
+    let too_many = raw(&proto::WarmItemsRequest { items: vec![proto::Item::default(); MAX_WARM_ITEMS + 1] });
+    let refused = warm_items(&too_many, &limits).unwrap_err().to_string();
+    assert_eq!(refused, "items: more than 100000 items in one message");
 }
 
 fn text(max_len: usize) -> impl Strategy<Value = String> {
@@ -152,7 +191,9 @@ fn violated_fields(message: &proto::GetMidEmbRequest) -> BTreeSet<String> {
         fields.insert("history".to_owned());
     }
     for (name, items) in [("candidates", &message.candidates), ("history", &message.history)] {
-        for (i, item) in items.iter().enumerate() {
+        // Items beyond the bound are counted, but not looked at.
+        let max = if name == "candidates" { LIMITS.max_candidates } else { LIMITS.max_history };
+        for (i, item) in items.iter().enumerate().take(max) {
             if item.id.is_empty() {
                 fields.insert(format!("{name}[{i}].id"));
             }
@@ -175,9 +216,13 @@ fn assert_same_items(found: &[Item], sent: &[proto::Item]) {
         assert_eq!(found.id, sent.id);
         assert_eq!(found.text.is_some(), sent.text.is_some());
         if let (Some(found), Some(sent)) = (&found.text, &sent.text) {
-            let fields = [&found.title, &found.category, &found.brand, &found.price];
-            assert_eq!(fields, [&sent.title, &sent.category, &sent.brand, &sent.price]);
-            assert_eq!((&found.keywords, &found.attributes), (&sent.keywords, &sent.attributes));
+            let text = ItemText::new(
+                [&sent.title, &sent.category, &sent.brand, &sent.price],
+                &sent.keywords,
+                &sent.attributes,
+            );
+            let expected = item_text::check(&text, LIMITS.max_text_bytes).map(|()| text);
+            assert_eq!(*found, expected);
         }
     }
 }
@@ -196,12 +241,56 @@ fn assert_same_request(decoded: &Decoded, sent: &proto::GetMidEmbRequest) {
     assert_eq!(decoded.dtype, dtypes[sent.dtype as usize]);
 }
 
+/// What prost decodes is decoded to the same request. What it refuses is refused, unless the fault is in a part that is not
+/// looked at.
+fn assert_decodes_as_prost_does(bytes: &[u8]) {
+    let decoded = request(&RawMessage(bytes.to_vec().into()), Instant::now(), &LIMITS);
+    if let Ok(sent) = proto::GetMidEmbRequest::decode(bytes) {
+        match decoded {
+            Ok(decoded) => assert_same_request(&decoded, &sent),
+            Err(Error::InvalidArgument(violations)) => {
+                assert!(violations.iter().all(|violation| violation.field != "request"), "{violations:?}");
+            }
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_message_in_an_unusual_form_is_read_as_protobuf_says() {
+    let text = |title: &str| proto::ItemText { title: title.to_owned(), ..Default::default() };
+    let keyword = proto::ItemText { keywords: vec!["k".to_owned()], ..Default::default() };
+    // An item whose text comes twice, and an unpacked list of outputs with an unknown field between its entries.
+    let mut twice = proto::Item { id: "a".to_owned(), text: Some(text("first")) }.encode_to_vec();
+    for more in [keyword, text("last")] {
+        twice.extend(proto::Item { id: String::new(), text: Some(more) }.encode_to_vec());
+    }
+    let mut bytes = vec![0x0a, 1, b'u', 0x1a, twice.len() as u8];
+    bytes.extend(twice);
+    bytes.extend([0x28, 1, 0xf8, 0x07, 5, 0x28, 2]);
+    assert!(proto::GetMidEmbRequest::decode(bytes.as_slice()).is_ok());
+    let decoded = request(&RawMessage(bytes.into()), Instant::now(), &LIMITS).unwrap().request;
+    let text = decoded.candidates[0].text.as_ref().unwrap().as_ref().unwrap();
+    assert_eq!((text.title(), text.keywords().collect::<Vec<_>>()), ("last", vec!["k"]));
+    assert_eq!(decoded.outputs, Outputs { mid_emb: true, cvr: true, ..Outputs::default() });
+}
+
+#[test]
+fn bytes_that_are_no_message_are_refused_with_the_reason() {
+    let refused =
+        |bytes: &[u8]| request(&RawMessage(bytes.to_vec().into()), Instant::now(), &LIMITS).unwrap_err().to_string();
+    for cut in [&[0x0a][..], &[0x0a, 5, b'u'], &[0xff; 11], &[0x1a, 2, 0x0a, 9]] {
+        assert_eq!(refused(cut), "request: is not a valid message: it is cut off or damaged", "{cut:?}");
+    }
+    assert_eq!(refused(&[0x0a, 1, 0xff]), "request: is not a valid message: field 1 is not UTF-8");
+    assert_eq!(refused(&[0x08, 1]), "request: is not a valid message: field 1 has the wrong type");
+}
+
 proptest! {
     #[test]
     fn a_message_is_accepted_if_it_keeps_the_contract_and_every_violated_field_is_named_if_not(sent in message()) {
-        let received = proto::GetMidEmbRequest::decode(sent.encode_to_vec().as_slice()).unwrap();
         let expected = violated_fields(&sent);
-        match request(received, Instant::now(), &LIMITS) {
+        match request(&raw(&sent), Instant::now(), &LIMITS) {
             Ok(decoded) => {
                 prop_assert!(expected.is_empty(), "accepted in spite of {expected:?}");
                 assert_same_request(&decoded, &sent);
@@ -222,23 +311,18 @@ proptest! {
     fn a_message_that_is_cut_off_never_panics(sent in message(), part in 0.0..1.0) {
         let bytes = sent.encode_to_vec();
         let n_bytes = (bytes.len() as f64 * part) as usize;
-        if let Ok(received) = proto::GetMidEmbRequest::decode(&bytes[..n_bytes]) {
-            let _ = request(received, Instant::now(), &LIMITS);
-        }
+        assert_decodes_as_prost_does(&bytes[..n_bytes]);
     }
 
     #[test]
     fn items_to_warm_arrive_as_they_were_sent(sent in prop::collection::vec(an_item(), 0..20)) {
-        let bytes = proto::WarmItemsRequest { items: sent.clone() }.encode_to_vec();
-        let received = proto::WarmItemsRequest::decode(bytes.as_slice()).unwrap();
-        assert_same_items(&items(received.items), &sent);
+        let received = raw(&proto::WarmItemsRequest { items: sent.clone() });
+        assert_same_items(&warm_items(&received, &LIMITS).unwrap(), &sent);
     }
 
     #[test]
     fn decoding_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-        if let Ok(message) = proto::GetMidEmbRequest::decode(bytes.as_slice()) {
-            let _ = request(message, Instant::now(), &LIMITS);
-        }
+        assert_decodes_as_prost_does(&bytes);
     }
 
     #[test]
