@@ -205,7 +205,7 @@ mod tests {
     use super::*;
 
     fn item(id: &str, title: Option<&str>) -> Item {
-        let text = title.map(|title| ItemText::titled(title));
+        let text = title.map(ItemText::titled);
         let check = |text: ItemText| item_text::check(&text, 5).map(|()| text);
         Item { id: id.to_owned(), text: text.map(check) }
     }

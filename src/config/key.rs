@@ -20,6 +20,9 @@ pub struct Description {
     pub help: &'static str,
     /// Whether a new value takes effect without a restart.
     pub is_live: bool,
+    /// Whether the digest of a config covers the key even where it has its default. Digests are stored, so a key that came later
+    /// must not change those of configs that do not have it.
+    pub(super) is_in_every_digest: bool,
 }
 
 /// The values that a key accepts. Its `Display` completes the sentence "the value must be ...".
@@ -49,12 +52,18 @@ pub(super) struct Key<T> {
 
 impl<T> Key<T> {
     const fn new(name: &'static str, default: &'static str, bound: Bound, parse: Parse<T>, help: &'static str) -> Self {
-        Key { description: Description { name, default, bound, help, is_live: false }, parse }
+        Key { description: Description { name, default, bound, help, is_live: false, is_in_every_digest: true }, parse }
     }
 
     /// The same key, with values that take effect without a restart.
     pub(super) const fn live(mut self) -> Self {
         self.description.is_live = true;
+        self
+    }
+
+    /// The same key, which configs with a stored digest may not have known. Every new key is one.
+    pub(super) const fn later(mut self) -> Self {
+        self.description.is_in_every_digest = false;
         self
     }
 

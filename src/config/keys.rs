@@ -37,6 +37,19 @@ keys! {
         "How long accepted requests may take to finish after SIGTERM. Keep it below the orchestrator's grace period.",
     );
 
+    SERVER_MAX_CONNECTIONS: Key<usize> = count(
+        "server.max_connections",
+        "4096",
+        1..=1_000_000,
+        "The most open connections of the gRPC listeners together. Further ones are closed at once. The process raises its own limit of open files as far as it may.",
+    ).later();
+    SERVER_MAX_STREAMS: Key<usize> = count(
+        "server.max_streams",
+        "256",
+        1..=100_000,
+        "The most calls that one connection may have open. A client holds further ones back until others have ended.",
+    ).later();
+
     ADMIN_LISTEN: Key<SocketAddr> = address(
         "admin.listen",
         "127.0.0.1:50052",
@@ -185,6 +198,42 @@ keys! {
         1..=100_000,
         "The most requests in progress at once, over all connections. Further ones are shed with RESOURCE_EXHAUSTED.",
     );
+    LIMITS_MAX_ENCODING: Key<usize> = count(
+        "limits.max_encoding",
+        "1024",
+        1..=100_000,
+        "The most requests that wait for the encoder at once. They do not count as in flight, so cold requests do not crowd out hot ones. Of a further one, only the rows that need no encoder are answered.",
+    ).later();
+    LIMITS_READ_MS: Key<Duration> = milliseconds(
+        "limits.read_ms",
+        "5000",
+        1..=3_600_000,
+        "How long the message of a call may take to arrive, whatever the call's deadline. Lower it to give up sooner on callers that stall.",
+    ).later();
+    LIMITS_WRITE_MS: Key<Duration> = milliseconds(
+        "limits.write_ms",
+        "5000",
+        1..=3_600_000,
+        "How long a caller may take to read its answer, which stays in memory until then. After that it is dropped, and the call is reset.",
+    ).later();
+    LIMITS_MAX_RECEIVING_MB: Key<u64> = megabytes(
+        "limits.max_receiving_mb",
+        "256",
+        1..=1 << 20,
+        "Memory for messages that are arriving, over all connections; one connection gets at most a quarter. At least `limits.max_message_mb`.",
+    ).later();
+    LIMITS_MAX_UNSENT_MB: Key<u64> = megabytes(
+        "limits.max_unsent_mb",
+        "256",
+        1..=1 << 20,
+        "Memory for answers that their callers have not read yet, over all connections; one connection gets at most a quarter, or 64 MB if that is more.",
+    ).later();
+    LIMITS_MAX_WARM_UP_MB: Key<u64> = megabytes(
+        "limits.max_warm_up_mb",
+        "256",
+        1..=1 << 20,
+        "Memory for the messages of all `WarmItems` streams that are being encoded. A stream is not read while there is no room. At least `limits.max_message_mb`.",
+    ).later();
     LIMITS_DEFAULT_DEADLINE_MS: Key<Duration> = milliseconds(
         "limits.default_deadline_ms",
         "1000",

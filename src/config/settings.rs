@@ -25,6 +25,10 @@ pub struct Settings {
     pub server_listen: SocketAddr,
     /// `server.drain_seconds`
     pub drain: Duration,
+    /// `server.max_connections`
+    pub max_connections: usize,
+    /// `server.max_streams`
+    pub max_streams: u32,
     /// `admin.listen`
     pub admin_listen: SocketAddr,
     /// `admin.token_file` and `admin.tls_*`
@@ -67,7 +71,7 @@ pub struct Settings {
     pub models: Vec<ModelSettings>,
     /// The value of every key outside `[[models]]`, as it was written or by default.
     texts: BTreeMap<&'static str, String>,
-    /// The SHA-256 of [`Settings::to_toml`]: it depends on the settings alone, whatever file or variable each came from.
+    /// The SHA-256 of the settings as TOML: it depends on the settings alone, whatever file or variable each came from.
     pub digest: String,
 }
 
@@ -95,6 +99,18 @@ pub struct Limits {
     pub max_message_bytes: usize,
     /// `limits.max_in_flight`
     pub max_in_flight: usize,
+    /// `limits.max_encoding`
+    pub max_encoding: usize,
+    /// `limits.read_ms`
+    pub read: Duration,
+    /// `limits.write_ms`
+    pub write: Duration,
+    /// `limits.max_receiving_mb`, in bytes.
+    pub max_receiving_bytes: u64,
+    /// `limits.max_unsent_mb`, in bytes.
+    pub max_unsent_bytes: u64,
+    /// `limits.max_warm_up_mb`, in bytes.
+    pub max_warm_up_bytes: u64,
     /// `limits.default_deadline_ms`
     pub default_deadline: Duration,
 }
@@ -118,6 +134,8 @@ impl Settings {
         let mut settings = Settings {
             server_listen: reader.get(&keys::SERVER_LISTEN),
             drain: reader.get(&keys::SERVER_DRAIN_SECONDS),
+            max_connections: reader.get(&keys::SERVER_MAX_CONNECTIONS),
+            max_streams: reader.get(&keys::SERVER_MAX_STREAMS) as u32,
             admin_listen: reader.get(&keys::ADMIN_LISTEN),
             admin_guard: AdminGuard::read(&mut reader, folder),
             metrics_listen: reader.get(&keys::TELEMETRY_METRICS_LISTEN),
@@ -147,7 +165,7 @@ impl Settings {
             return Err(ConfigError::Invalid(reader.faults));
         }
         settings.texts = reader.texts;
-        settings.digest = sha256_hex(settings.to_toml().as_bytes());
+        settings.digest = sha256_hex(settings.digested_form().as_bytes());
         Ok(settings)
     }
 
@@ -165,9 +183,18 @@ impl Settings {
 
     /// The settings as a TOML file, every key included, that gives the same settings again.
     pub fn to_toml(&self) -> String {
+        self.print(|_| true)
+    }
+
+    /// What the digest is computed over.
+    fn digested_form(&self) -> String {
+        self.print(|key| key.is_in_every_digest || self.text(key) != key.default)
+    }
+
+    fn print(&self, is_printed: impl Fn(&Description) -> bool) -> String {
         let mut text = String::new();
         let mut current_table = "";
-        for key in KEYS {
+        for key in KEYS.iter().filter(|key| is_printed(key)) {
             let table = key.table();
             if table != current_table {
                 if !text.is_empty() {
@@ -210,14 +237,30 @@ impl AdminGuard {
 
 impl Limits {
     fn read(reader: &mut Reader<'_>) -> Self {
-        Limits {
+        let limits = Limits {
             max_candidates: reader.get(&keys::LIMITS_MAX_CANDIDATES),
             max_history: reader.get(&keys::LIMITS_MAX_HISTORY),
             max_text_bytes: reader.get(&keys::LIMITS_MAX_TEXT_BYTES),
             max_message_bytes: reader.get(&keys::LIMITS_MAX_MESSAGE_MB) as usize,
             max_in_flight: reader.get(&keys::LIMITS_MAX_IN_FLIGHT),
+            max_encoding: reader.get(&keys::LIMITS_MAX_ENCODING),
+            read: reader.get(&keys::LIMITS_READ_MS),
+            write: reader.get(&keys::LIMITS_WRITE_MS),
+            max_receiving_bytes: reader.get(&keys::LIMITS_MAX_RECEIVING_MB),
+            max_unsent_bytes: reader.get(&keys::LIMITS_MAX_UNSENT_MB),
+            max_warm_up_bytes: reader.get(&keys::LIMITS_MAX_WARM_UP_MB),
             default_deadline: reader.get(&keys::LIMITS_DEFAULT_DEADLINE_MS),
+        };
+        for (key, n_bytes) in [
+            (&keys::LIMITS_MAX_RECEIVING_MB, limits.max_receiving_bytes),
+            (&keys::LIMITS_MAX_WARM_UP_MB, limits.max_warm_up_bytes),
+        ] {
+            if n_bytes < limits.max_message_bytes as u64 {
+                let reason = "is less than limits.max_message_mb, so the largest message would never be read";
+                reader.faults.push(Fault::new(key.description.name, reason));
+            }
         }
+        limits
     }
 }
 

@@ -59,6 +59,22 @@ impl Content {
     }
 }
 
+/// Asked before a call waits for the encoder.
+pub trait EncoderGate: std::fmt::Debug + Sync {
+    /// Whether the call may. It is asked again for other items of the same call.
+    fn enter(&self) -> bool;
+}
+
+/// The gate of work whose amount is bounded elsewhere.
+#[derive(Debug, Clone, Copy)]
+pub struct Open;
+
+impl EncoderGate for Open {
+    fn enter(&self) -> bool {
+        true
+    }
+}
+
 /// A request for the content embeddings of some items.
 #[derive(Debug, Clone, Copy)]
 pub struct EmbedRequest<'a> {
@@ -68,6 +84,8 @@ pub struct EmbedRequest<'a> {
     pub priority: Priority,
     /// When the caller stops waiting. Jobs that are not done by then go on, and their results are cached.
     pub until: Instant,
+    /// Decides whether those that are not cached may be waited for. If not, they are [`Content::Shed`].
+    pub gate: &'a dyn EncoderGate,
 }
 
 /// How far one item of a call has got.
@@ -137,6 +155,10 @@ impl Contents {
         for (item, cached) in request.items.iter().zip(cached) {
             let state = match cached {
                 Some(vector) => ItemState::Cached(vector),
+                None if !request.gate.enter() => {
+                    events::shed(ShedReason::Encoding, 1);
+                    ItemState::Shed
+                }
                 None => self.begin(encoder, item, &request, &mut jobs).await,
             };
             state.count(&mut lookups);

@@ -73,6 +73,18 @@ pub enum ShedReason {
     /// The encoder's queue is full.
     #[error("the encoder's queue is full")]
     EncoderQueue,
+    /// `limits.max_encoding` requests wait for the encoder.
+    #[error("too many requests wait for the encoder")]
+    Encoding,
+    /// The messages that are arriving take all of `limits.max_receiving_mb`, or all that one connection may have of it.
+    #[error("too many bytes of messages are arriving")]
+    Receiving,
+    /// The answers that callers have not read take all of `limits.max_unsent_mb`, or all that one connection may have of it.
+    #[error("too many bytes of answers are waiting to be read")]
+    UnsentAnswers,
+    /// As many streams or operators' jobs of this kind are open as may be.
+    #[error("too many calls of this kind are open")]
+    Streams,
 }
 
 impl ShedReason {
@@ -82,6 +94,10 @@ impl ShedReason {
             ShedReason::InFlight => "in_flight",
             ShedReason::TowerQueue => "tower_queue",
             ShedReason::EncoderQueue => "encoder_queue",
+            ShedReason::Encoding => "encoding",
+            ShedReason::Receiving => "receiving",
+            ShedReason::UnsentAnswers => "unsent_answers",
+            ShedReason::Streams => "streams",
         }
     }
 }

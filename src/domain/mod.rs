@@ -75,17 +75,20 @@ pub enum RowStatus {
     Failed,
     /// A history item older than the model's window.
     NotUsed,
+    /// The encoder had no room for it. The wire has no status of its own for it and says FAILED.
+    Shed,
 }
 
 impl RowStatus {
     /// Every status, in the order of the wire's enum.
-    pub const ALL: [RowStatus; 6] = [
+    pub const ALL: [RowStatus; 7] = [
         RowStatus::Ok,
         RowStatus::UnknownItem,
         RowStatus::NotInTime,
         RowStatus::InvalidItem,
         RowStatus::Failed,
         RowStatus::NotUsed,
+        RowStatus::Shed,
     ];
 
     /// The name that metrics and tables use.
@@ -97,6 +100,7 @@ impl RowStatus {
             RowStatus::InvalidItem => "invalid_item",
             RowStatus::Failed => "failed",
             RowStatus::NotUsed => "not_used",
+            RowStatus::Shed => "shed",
         }
     }
 }

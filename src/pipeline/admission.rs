@@ -4,26 +4,50 @@
 //! future. So the limit over all connections is here, and so is the deadline: the server answers shortly before it.
 
 use crate::{
+    content::EncoderGate,
     domain::error::{Error, ShedReason},
-    telemetry::events::{self, InFlight},
+    telemetry::events::{self, Encoding, InFlight},
 };
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// The global limit on requests in flight.
+/// The global limits on requests that are worked on, and on requests that wait for the encoder.
 #[derive(Debug)]
 pub struct Admission {
-    permits: Arc<Semaphore>,
+    in_flight: Arc<Semaphore>,
+    encoding: Arc<Semaphore>,
 }
 
-/// Held while a request is in flight.
+/// Held while a request is in flight or waits for the encoder.
+///
+/// A request that has to wait for the encoder gives its place in flight to others: it does nothing but wait, for a thousand times
+/// as long as a hot request takes. Its work after that is bounded by the number of requests that may wait.
 #[derive(Debug)]
 pub struct Permit {
-    _permit: OwnedSemaphorePermit,
-    _in_flight: InFlight,
+    encoding_places: Arc<Semaphore>,
+    /// Never held across an await.
+    place: Mutex<Place>,
+}
+
+#[derive(Debug)]
+#[expect(dead_code, reason = "held for their drops, never read")]
+enum Place {
+    InFlight(OwnedSemaphorePermit, InFlight),
+    Encoding(OwnedSemaphorePermit, Encoding),
+}
+
+impl EncoderGate for Permit {
+    fn enter(&self) -> bool {
+        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Place::InFlight(..) = *place {
+            let Ok(permit) = Arc::clone(&self.encoding_places).try_acquire_owned() else { return false };
+            *place = Place::Encoding(permit, Encoding::start());
+        }
+        true
+    }
 }
 
 /// The shortest time that a rejected caller should wait before it retries: a few times the duration of a hot request.
@@ -34,21 +58,28 @@ const RETRY_AFTER: Duration = Duration::from_millis(50);
 const MAX_WAIT_DIVISOR: u32 = 2;
 
 impl Admission {
-    /// Allows at most `max_in_flight` requests at once.
-    pub fn new(max_in_flight: usize) -> Self {
-        Admission { permits: Arc::new(Semaphore::new(max_in_flight)) }
+    /// Allows at most `max_in_flight` requests to be worked on at once, and `max_encoding` to wait for the encoder.
+    pub fn new(max_in_flight: usize, max_encoding: usize) -> Self {
+        let places = |n| Arc::new(Semaphore::new(n));
+        Admission { in_flight: places(max_in_flight), encoding: places(max_encoding) }
+    }
+
+    /// Sheds a request if one that was admitted now would be shed.
+    pub fn check(&self) -> Result<(), Error> {
+        if self.in_flight.available_permits() > 0 { Ok(()) } else { Err(counted_shed()) }
     }
 
     /// Admits a request, or sheds it at once if too many are in flight.
     pub fn admit(&self) -> Result<Permit, Error> {
-        match Arc::clone(&self.permits).try_acquire_owned() {
-            Ok(permit) => Ok(Permit { _permit: permit, _in_flight: InFlight::start() }),
-            Err(_) => {
-                events::shed(ShedReason::InFlight, 1);
-                Err(shed(ShedReason::InFlight))
-            }
-        }
+        let permit = Arc::clone(&self.in_flight).try_acquire_owned().map_err(|_none_left| counted_shed())?;
+        let place = Mutex::new(Place::InFlight(permit, InFlight::start()));
+        Ok(Permit { encoding_places: Arc::clone(&self.encoding), place })
     }
+}
+
+fn counted_shed() -> Error {
+    events::shed(ShedReason::InFlight, 1);
+    shed(ShedReason::InFlight)
 }
 
 /// The error for work that was shed for `reason`.
@@ -112,10 +143,26 @@ mod tests {
 
     #[test]
     fn a_request_over_the_limit_is_shed_and_a_dropped_permit_is_free_again() {
-        let admission = Admission::new(1);
+        let admission = Admission::new(1, 1);
         let permit = admission.admit().unwrap();
-        assert!(matches!(admission.admit(), Err(Error::Shed { reason: ShedReason::InFlight, .. })));
+        let is_shed =
+            |result: Result<(), Error>| matches!(result, Err(Error::Shed { reason: ShedReason::InFlight, .. }));
+        assert!(is_shed(admission.check()) && is_shed(admission.admit().map(drop)));
         drop(permit);
+        admission.check().unwrap();
+        admission.admit().unwrap();
+    }
+
+    #[test]
+    fn a_request_that_waits_for_the_encoder_leaves_its_place_to_a_hot_one() {
+        let admission = Admission::new(1, 1);
+        let cold = admission.admit().unwrap();
+        assert!(cold.enter() && cold.enter());
+        let second = admission.admit().unwrap();
+        assert!(!second.enter(), "two requests wait for the encoder, and one may");
+        assert!(admission.admit().is_err(), "a request that may not wait keeps its place");
+        drop(cold);
+        assert!(second.enter());
         admission.admit().unwrap();
     }
 

@@ -1,10 +1,6 @@
 //! From candidates to item embeddings: the item cache, then content embeddings and the item tower for those that are missing.
 
-use super::{
-    Pipeline, Resolved, Rows,
-    admission::{Deadlines, shed},
-    no_row_ready, vector_or_status,
-};
+use super::{Pipeline, Resolved, Rows, Waits, admission::shed, no_row_ready, vector_or_status};
 use crate::{
     bundle::Model,
     cache::vectors::VectorCache,
@@ -65,19 +61,22 @@ impl Pipeline {
         &self,
         model: &Model,
         resolved: Resolved,
-        deadlines: Deadlines,
+        waits: Waits<'_>,
     ) -> Result<Candidates, Error> {
         let start = Instant::now();
         let (mut candidates, missing) = self.look_up(model, &resolved);
-        let mut n_shed = 0;
         if !missing.is_empty() {
             let Distinct { items, positions } =
                 Distinct::of(missing.iter().filter_map(|row| resolved[*row].as_ref().ok()));
-            let request = EmbedRequest { items: &items, priority: Priority::Request, until: deadlines.encode_by };
+            let request = EmbedRequest {
+                items: &items,
+                priority: Priority::Request,
+                until: waits.deadlines.encode_by,
+                gate: waits.gate,
+            };
             let contents = self.contents.embed(&model.encoder, request).await;
             events::stage_finished("content", start);
-            n_shed = contents.iter().filter(|content| matches!(content, Content::Shed)).count();
-            let request = EmbedRequest { until: deadlines.embed_by, ..request };
+            let request = EmbedRequest { until: waits.deadlines.embed_by, ..request };
             let embedded = self.run_item_tower(model, request, &contents).await?;
             for (row, position) in missing.into_iter().zip(positions) {
                 match &embedded[position] {
@@ -86,11 +85,7 @@ impl Pipeline {
                 }
             }
         }
-        let has_row = |status: RowStatus| candidates.statuses.contains(&status);
-        if !has_row(RowStatus::Ok) && (n_shed > 0 || has_row(RowStatus::NotInTime)) {
-            return Err(no_row_ready(n_shed));
-        }
-        Ok(candidates)
+        no_row_ready(&candidates.statuses).map_or(Ok(candidates), Err)
     }
 
     /// Copies cached item embeddings straight into the matrix that the CVR graph reads, and returns the rows that are not
@@ -131,7 +126,7 @@ impl Pipeline {
         request: EmbedRequest<'_>,
         contents: &[Content],
     ) -> Result<Rows, Error> {
-        let EmbedRequest { items, priority, until } = request;
+        let EmbedRequest { items, priority, until, .. } = request;
         let with_content = items.iter().zip(contents).filter_map(|(known, content)| {
             Some((ItemKey { part: model.tower_digest, text: known.digest }, content.vector()?.clone()))
         });

@@ -24,6 +24,7 @@ mod shadow;
 mod user;
 pub mod warm_up;
 
+use crate::content::EncoderGate;
 use crate::{
     bundle::{Model, Registry},
     cache::Caches,
@@ -52,6 +53,13 @@ pub struct Pipeline {
     trace: Option<Arc<Recorder>>,
 }
 
+/// How long a request waits, and whether it may wait for the encoder.
+#[derive(Debug, Clone, Copy)]
+struct Waits<'a> {
+    deadlines: Deadlines,
+    gate: &'a dyn EncoderGate,
+}
+
 /// One entry per item: the item where its text was sent or is known, otherwise its row's status.
 type Resolved = Vec<Result<KnownItem, RowStatus>>;
 
@@ -68,12 +76,14 @@ struct Page {
 
 impl Pipeline {
     /// Creates a pipeline without a model: requests are answered UNAVAILABLE until the registry has one.
-    pub fn new(caches: Arc<Caches>, max_in_flight: usize) -> Self {
+    ///
+    /// `max_in_flight` requests are worked on at once, and as many as `max_encoding` wait for the encoder besides.
+    pub fn new(caches: Arc<Caches>, max_in_flight: usize, max_encoding: usize) -> Self {
         Pipeline {
             registry: Registry::default(),
             contents: Contents::new(Arc::clone(&caches)),
             caches,
-            admission: Admission::new(max_in_flight),
+            admission: Admission::new(max_in_flight, max_encoding),
             trace: None,
         }
     }
@@ -83,17 +93,21 @@ impl Pipeline {
         Pipeline { trace, ..self }
     }
 
-    /// Admits a request with this deadline, or turns it away. The caller holds the permit until the request is answered.
+    /// Turns a request with this deadline away if it would not be admitted or not be served in time.
     ///
     /// Only the request's headers have arrived at this point, so the check is whether the least busy of the models with a
     /// share of the traffic could serve it in time.
-    pub fn admit(&self, deadline: Instant) -> Result<Permit, Error> {
-        let permit = self.admission.admit()?;
+    pub fn check_admission(&self, deadline: Instant) -> Result<(), Error> {
+        self.admission.check()?;
         let models = self.registry.current()?;
         let with_share = models.live.iter().filter(|served| served.share > 0);
         let wait = with_share.map(|served| served.model.towers.expected_wait()).min().unwrap_or_default();
-        check_wait(wait, deadline.saturating_duration_since(Instant::now()))?;
-        Ok(permit)
+        check_wait(wait, deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Admits a request whose message has arrived, or sheds it. [`Pipeline::get_mid_emb`] takes the permit.
+    pub fn admit(&self) -> Result<Permit, Error> {
+        self.admission.admit()
     }
 
     /// Answers one admitted request. Calls `on_routed` with the model that answers as soon as it is chosen.
@@ -101,6 +115,7 @@ impl Pipeline {
     /// Cancel-safe: queued encoding continues and its result is cached; scoring is skipped.
     pub async fn get_mid_emb(
         self: &Arc<Self>,
+        permit: Permit,
         request: MidEmbRequest,
         on_routed: impl FnOnce(&Model),
     ) -> Result<MidEmbResponse, Error> {
@@ -110,7 +125,7 @@ impl Pipeline {
         on_routed(model);
         let page = self.resolve(request.history, request.candidates);
         let shadows = Shadows::reserve(models.shadows_of(model, &request.user_id), &page, request.outputs);
-        let answer = self.answer(model, page, request.outputs, deadlines).await?;
+        let answer = self.answer(model, page, request.outputs, Waits { deadlines, gate: &permit }).await?;
         shadows.compare(self, &answer);
         Ok(answer)
     }
@@ -121,16 +136,16 @@ impl Pipeline {
         model: &Model,
         page: Page,
         outputs: Outputs,
-        deadlines: Deadlines,
+        waits: Waits<'_>,
     ) -> Result<MidEmbResponse, Error> {
         let Page { history, candidates } = page.limit_history(model.manifest.user_tower.max_history);
         let (user, mut candidates) = tokio::try_join!(
-            async { Ok(self.embed_history(model, history, deadlines).await) },
-            self.embed_candidates(model, candidates, deadlines),
+            async { Ok(self.embed_history(model, history, waits).await) },
+            self.embed_candidates(model, candidates, waits),
         )?;
         let User { history, source } = user;
         let job = ScoreJob::new(source, &mut candidates, outputs);
-        let scores = job.run(model, deadlines.answer_by, &self.caches.users).await?;
+        let scores = job.run(model, waits.deadlines.answer_by, &self.caches.users).await?;
         Ok(scores.into_response(model, history, candidates))
     }
 
@@ -163,20 +178,29 @@ fn vector_or_status(content: &Content) -> Result<Vector, RowStatus> {
     content.vector().cloned().ok_or(match content {
         Content::NotInTime => RowStatus::NotInTime,
         Content::NoText => RowStatus::UnknownItem,
+        Content::Shed => RowStatus::Shed,
         _ => RowStatus::Failed,
     })
 }
 
-/// The error for a request without a single ready row. Overload takes precedence over lateness, because the caller should
-/// back off.
-fn no_row_ready(n_shed: usize) -> Error {
-    if n_shed > 0 { shed(ShedReason::EncoderQueue) } else { Error::DeadlineExceeded }
+/// The error for a request without a single ready row, if one of its rows was shed or late. Overload takes precedence over
+/// lateness, because the caller should back off.
+fn no_row_ready(statuses: &[RowStatus]) -> Option<Error> {
+    if statuses.contains(&RowStatus::Ok) {
+        None
+    } else if statuses.contains(&RowStatus::Shed) {
+        Some(shed(ShedReason::EncoderQueue))
+    } else if statuses.contains(&RowStatus::NotInTime) {
+        Some(Error::DeadlineExceeded)
+    } else {
+        None
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache::CacheLimits;
+    use crate::{cache::CacheLimits, domain::ItemText};
     use std::time::Duration;
 
     fn pipeline() -> Arc<Pipeline> {
@@ -187,7 +211,7 @@ mod tests {
             known_items_bytes: 1 << 20,
             max_text_bytes: 100,
         });
-        Arc::new(Pipeline::new(Arc::new(caches), 1))
+        Arc::new(Pipeline::new(Arc::new(caches), 1, 1))
     }
 
     #[tokio::test]
@@ -202,17 +226,19 @@ mod tests {
                 outputs: Outputs::default(),
                 deadline: Instant::now() + Duration::from_secs(1),
             };
-            let answer = pipeline.get_mid_emb(request, |_| ()).await;
+            let answer = pipeline.get_mid_emb(pipeline.admit().unwrap(), request, |_| ()).await;
             assert!(matches!(answer, Err(Error::Unavailable(_))), "{answer:?}");
         }
-        assert!(matches!(pipeline.warm(pipeline.remember(Vec::new())).await, Err(Error::Unavailable(_))));
-        assert!(matches!(pipeline.admit(Instant::now()), Err(Error::Unavailable(_))), "the only permit was lost");
-        assert!(matches!(pipeline.admit(Instant::now()), Err(Error::Unavailable(_))), "the only permit was lost");
+        let warm_up = pipeline.remember(vec![Item { id: "a".to_owned(), text: Some(Ok(ItemText::titled("a"))) }]);
+        assert!(matches!(pipeline.warm(warm_up).await, Err(Error::Unavailable(_))));
+        assert!(matches!(pipeline.check_admission(Instant::now()), Err(Error::Unavailable(_))));
     }
 
     #[test]
     fn overload_takes_precedence_over_lateness() {
-        assert!(matches!(no_row_ready(1), Error::Shed { reason: ShedReason::EncoderQueue, .. }));
-        assert!(matches!(no_row_ready(0), Error::DeadlineExceeded));
+        use RowStatus::{Failed, NotInTime, Ok, Shed};
+        assert!(matches!(no_row_ready(&[NotInTime, Shed]), Some(Error::Shed { reason: ShedReason::EncoderQueue, .. })));
+        assert!(matches!(no_row_ready(&[Failed, NotInTime]), Some(Error::DeadlineExceeded)));
+        assert!(no_row_ready(&[Failed]).is_none() && no_row_ready(&[Ok, Shed, NotInTime]).is_none());
     }
 }

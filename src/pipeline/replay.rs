@@ -13,7 +13,7 @@ use crate::{
         golden::{Golden, check_tokens},
     },
     cache::vectors::VectorCache,
-    content::{Content, EmbedRequest, Encoder},
+    content::{Content, EmbedRequest, Encoder, Open},
     domain::{ContentKey, EncoderDigest, IdKey, ItemKey, KnownItem, Priority, TextDigest, Vector},
 };
 use std::{
@@ -102,7 +102,9 @@ impl Pipeline {
         };
         let items: Vec<KnownItem> = golden.texts().map(item).collect();
         let until = Instant::now() + GOLDEN_PATIENCE;
-        let embed = self.contents.embed(encoder, EmbedRequest { items: &items, priority: Priority::WarmUp, until });
+        let embed = self
+            .contents
+            .embed(encoder, EmbedRequest { items: &items, priority: Priority::WarmUp, until, gate: &Open });
         // `embed` itself may wait for room in the encoder's queue longer than that.
         let contents = tokio::time::timeout_at(until.into(), embed).await.unwrap_or_default();
         let vectors: Vec<&Vector> = contents.iter().filter_map(Content::vector).collect();

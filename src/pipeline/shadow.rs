@@ -4,9 +4,10 @@
 //! computed, so it delays no answer. It scores only a few requests at once; requests that arrive while it is busy are left
 //! out and counted, so its cost is bounded whatever the traffic. Its results go into two histograms and nowhere else.
 
-use super::{Page, Pipeline, admission::Deadlines};
+use super::{Page, Pipeline, Waits, admission::Deadlines};
 use crate::{
     bundle::{Model, Shadow},
+    content::Open,
     domain::{Matrix, MidEmbResponse, Outputs, RowStatus, cosine},
     telemetry::events,
 };
@@ -56,8 +57,9 @@ impl Shadows {
             tokio::spawn(async move {
                 let _permit = permit;
                 let now = Instant::now();
+                let waits = Waits { deadlines: Deadlines::split(now, now + PATIENCE), gate: &Open };
                 let name = &model.reference.name;
-                match pipeline.answer(&model, page, outputs, Deadlines::split(now, now + PATIENCE)).await {
+                match pipeline.answer(&model, page, outputs, waits).await {
                     Ok(shadow_answer) => {
                         answered.compare(name, &ComparedOutputs::of(&shadow_answer));
                         events::shadow_request_finished(name, "compared");

@@ -1,6 +1,6 @@
 //! The user's side of a request: a cached user embedding, or the content embeddings that the user tower reads.
 
-use super::{Pipeline, Resolved, admission::Deadlines, candidates::Distinct, vector_or_status};
+use super::{Pipeline, Resolved, Waits, candidates::Distinct, vector_or_status};
 use crate::{
     bundle::Model,
     content::EmbedRequest,
@@ -41,7 +41,7 @@ pub(super) enum UserSource {
 impl Pipeline {
     /// Prepares the user's side of a request. History items without a vector in time are left out, and their statuses say
     /// so.
-    pub(super) async fn embed_history(&self, model: &Model, history: Resolved, deadlines: Deadlines) -> User {
+    pub(super) async fn embed_history(&self, model: &Model, history: Resolved, waits: Waits<'_>) -> User {
         let start = Instant::now();
         let key = UserKey::of(model.user_tower_digest, history.iter().flatten().map(|known| &known.digest));
         let user = match self.caches.users.get(&key) {
@@ -49,15 +49,20 @@ impl Pipeline {
                 let statuses = history.iter().map(|row| row.as_ref().err().copied().unwrap_or(RowStatus::Ok)).collect();
                 User { history: HistoryUse::new(statuses), source: UserSource::Cached(user) }
             }
-            None => self.gather_history(model, history, key, deadlines).await,
+            None => self.gather_history(model, history, key, waits).await,
         };
         events::stage_finished("history", start);
         user
     }
 
-    async fn gather_history(&self, model: &Model, history: Resolved, key: UserKey, deadlines: Deadlines) -> User {
+    async fn gather_history(&self, model: &Model, history: Resolved, key: UserKey, waits: Waits<'_>) -> User {
         let distinct = Distinct::of(history.iter().flatten());
-        let request = EmbedRequest { items: &distinct.items, priority: Priority::Request, until: deadlines.encode_by };
+        let request = EmbedRequest {
+            items: &distinct.items,
+            priority: Priority::Request,
+            until: waits.deadlines.encode_by,
+            gate: waits.gate,
+        };
         let embedded = self.contents.embed(&model.encoder, request).await;
         let mut positions = distinct.positions.into_iter();
         let mut contents = Vec::with_capacity(history.len() * model.manifest.encoder.dim);

@@ -3,13 +3,14 @@
 use super::{Pipeline, candidates::Distinct};
 use crate::{
     bundle::Model,
-    content::{Content, EmbedRequest},
+    content::{Content, EmbedRequest, Open},
     domain::{Item, ItemKey, KnownItem, Priority, WarmSummary, error::Error},
 };
 use std::time::{Duration, Instant};
 
-/// The number of items that one warm-up call processes at a time.
-const CHUNK: usize = 256;
+/// The number of items that one warm-up call processes at a time. It keeps the models that serve until they are done, and a swap
+/// waits for whoever keeps models.
+const CHUNK: usize = 64;
 /// Warm-up has no deadline of its own; this only keeps a stuck encoder from blocking a stream forever.
 const PATIENCE: Duration = Duration::from_secs(3600);
 
@@ -46,11 +47,11 @@ impl Pipeline {
     ///
     /// Cancel-safe: queued encoding continues and its result is cached.
     pub async fn warm(&self, warm_up: WarmUp) -> Result<WarmSummary, Error> {
-        let models = self.registry.current()?;
         let WarmUp { n_items, known } = warm_up;
         let n_invalid = (n_items - known.len()) as u64;
         let mut summary = WarmSummary { n_items: n_items as u64, n_invalid, ..WarmSummary::default() };
         for chunk in known.chunks(CHUNK) {
+            let models = self.registry.current()?;
             let mut outcomes = vec![WarmOutcome::Cached; chunk.len()];
             for model in models.all() {
                 let model_outcomes = self.warm_model(model, chunk).await;
@@ -73,7 +74,7 @@ impl Pipeline {
     pub(super) async fn warm_model(&self, model: &Model, known: &[KnownItem]) -> Vec<WarmOutcome> {
         let Distinct { items, positions } = Distinct::of(known.iter());
         let until = Instant::now() + PATIENCE;
-        let request = EmbedRequest { items: &items, priority: Priority::WarmUp, until };
+        let request = EmbedRequest { items: &items, priority: Priority::WarmUp, until, gate: &Open };
         let contents = self.contents.embed(&model.encoder, request).await;
         let mut is_embedded = Vec::with_capacity(items.len());
         let mut missing = Vec::new();
@@ -87,7 +88,7 @@ impl Pipeline {
                 missing_contents.push(contents[i].clone());
             }
         }
-        let request = EmbedRequest { items: &missing_items, priority: Priority::WarmUp, until };
+        let request = EmbedRequest { items: &missing_items, priority: Priority::WarmUp, until, gate: &Open };
         if let Ok(rows) = self.run_item_tower(model, request, &missing_contents).await {
             for (i, row) in missing.into_iter().zip(rows) {
                 is_embedded[i] = row.is_ok();

@@ -1,6 +1,7 @@
 //! `/metrics` for Prometheus, `/livez` and `/readyz` for an orchestrator.
 
-use crate::{cache::Caches, pipeline::Pipeline, telemetry::recorder::Recorder};
+use super::listener::{Accepting, accept};
+use crate::{cache::Caches, pipeline::Pipeline, telemetry::recorder::Recorder, wire::receive::Budgets};
 use axum::{
     Router,
     extract::State as Extract,
@@ -8,8 +9,21 @@ use axum::{
     response::IntoResponse,
     routing::get,
 };
-use std::sync::Arc;
-use tokio::{net::TcpListener, sync::watch};
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use std::{sync::Arc, time::Duration};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+};
+
+/// Prometheus and an orchestrator need a handful.
+const MAX_CONNECTIONS: usize = 256;
+/// A connection that sends no request for this long is closed. Longer than the usual intervals of scrapes and probes.
+const IDLE: Duration = Duration::from_secs(90);
 
 /// The state that the handlers read.
 #[derive(Debug, Clone)]
@@ -17,6 +31,7 @@ pub(super) struct State {
     pub(super) recorder: Recorder,
     pub(super) caches: Arc<Caches>,
     pub(super) pipeline: Arc<Pipeline>,
+    pub(super) budgets: Budgets,
     pub(super) draining: watch::Receiver<bool>,
 }
 
@@ -27,13 +42,26 @@ pub(super) async fn serve(listener: TcpListener, state: State) {
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
         .with_state(state);
-    if let Err(error) = axum::serve(listener, router).await {
-        tracing::error!(%error, "the metrics listener failed");
-    }
+    // It never drains, so the sender lives as long as the process.
+    let (_never, draining) = watch::channel(false);
+    let accepting = Accepting { listener: "metrics", slots: Arc::new(Semaphore::new(MAX_CONNECTIONS)), draining };
+    accept(listener, accepting, |stream, _address, slot| {
+        let router = TowerToHyperService::new(router.clone());
+        async move {
+            let _slot = slot;
+            let mut server = http1::Builder::new();
+            server.timer(TokioTimer::new()).header_read_timeout(IDLE);
+            if let Err(error) = server.serve_connection(TokioIo::new(stream), router).await {
+                tracing::debug!(listener = "metrics", %error, "connection failed");
+            }
+        }
+    })
+    .await;
 }
 
 async fn metrics(Extract(state): Extract<State>) -> impl IntoResponse {
     state.caches.measure();
+    state.budgets.measure();
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], state.recorder.render())
 }
 

@@ -4,11 +4,14 @@
 //! config in force ([`crate::lifecycle`]); then it serves and watches for new configs. On shutdown it reports NOT_SERVING,
 //! accepts no new connections, lets accepted requests finish within `server.drain_seconds`, and writes the caches to disk.
 
+mod connection;
 mod http;
+mod listener;
+mod tls;
 
 use crate::{
     cache::{CacheLimits, Caches, snapshot::keeper::SnapshotKeeper},
-    config::{Settings, settings::AdminGuard},
+    config::Settings,
     lifecycle::{
         Desired, Lifecycle, PushError,
         watch::{ConfigSource, run as watch_config},
@@ -17,27 +20,24 @@ use crate::{
     telemetry::recorder::Recorder,
     wire::{
         admin::Admin,
-        admit::AdmitLayer,
         layer::CountLayer,
         operator::Guard,
         proto::{self, admin_service_server::AdminServiceServer, mid_emb_service_server::MidEmbServiceServer},
+        receive::{Budgets, ReceiveLayer},
         services::MidEmb,
     },
 };
-use std::{
-    fs,
-    future::Future,
-    io,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use listener::{Accepting, accept};
+use std::{future::Future, io, net::SocketAddr, path::PathBuf, sync::Arc};
 use thiserror::Error;
-use tokio::{net::TcpListener, sync::watch};
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tls::Tls;
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+};
+use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
+use tower::Layer;
 
 /// Why a server cannot start or fails while it runs.
 #[derive(Debug, Error)]
@@ -56,9 +56,6 @@ pub enum ServerError {
     #[error("{key}: {source}")]
     #[expect(missing_docs, reason = "the fields are explained above or by their names")]
     Tls { key: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
-    /// A listener failed while serving.
-    #[error("serving: {0}")]
-    Serve(#[from] tonic::transport::Error),
     /// A background task failed.
     #[error("server task: {0}")]
     Task(#[from] tokio::task::JoinError),
@@ -86,10 +83,6 @@ impl Listeners {
     }
 }
 
-/// A peer that vanished is detected within the sum of the two, so that it holds up neither requests nor a drain.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-
 async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, ServerError> {
     TcpListener::bind(address).await.map_err(|source| ServerError::Bind { key, address, source })
 }
@@ -115,8 +108,10 @@ pub async fn run(
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServerError> {
     let Start { file, desired, settings, trace } = start;
+    listener::raise_open_files(settings.max_connections);
+    let slots = Arc::new(Semaphore::new(settings.max_connections));
     let caches = Arc::new(Caches::new(cache_limits(&settings)));
-    let pipeline = Arc::new(Pipeline::new(Arc::clone(&caches), settings.limits.max_in_flight).with_trace(trace));
+    let pipeline = Arc::new(new_pipeline(&settings, &caches).with_trace(trace));
     let snapshot_keeper = |folder: &PathBuf| Arc::new(SnapshotKeeper::new(Arc::clone(&caches), folder.clone()));
     let snapshots = settings.snapshot_folder.as_ref().map(snapshot_keeper);
     let file_text = desired.file_text.clone();
@@ -124,32 +119,41 @@ pub async fn run(
     let (set_draining, draining) = watch::channel(false);
     let lifecycle =
         Arc::new(Lifecycle::new(Arc::clone(&pipeline), snapshots.clone(), file, settings.clone(), draining.clone()));
-    let addresses = addresses(&listeners);
+    let addresses = [&listeners.grpc, &listeners.admin, &listeners.metrics].map(listener::address);
+    let budgets = Budgets::new(&settings.limits);
     tokio::spawn(recorder.clone().keep_up());
     let state = http::State {
         recorder,
         caches: Arc::clone(&caches),
         pipeline: Arc::clone(&pipeline),
+        budgets: budgets.clone(),
         draining: draining.clone(),
     };
     tokio::spawn(http::serve(listeners.metrics, state));
+    let options = |listener, tls| connection::Options {
+        listener,
+        tls,
+        max_streams: settings.max_streams,
+        write: settings.limits.write,
+        draining: draining.clone(),
+    };
     let (health, health_service) = tonic_health::server::health_reporter();
     set_health(&health, ServingStatus::NotServing).await;
-    let grpc = keep_alive(Server::builder())
-        .layer(CountLayer)
-        .layer(AdmitLayer::new(Arc::clone(&pipeline), settings.limits.default_deadline))
-        .add_service(health_service)
-        .add_service(mid_emb_service(&settings, &pipeline, draining.clone()))
+    let mid_emb = MidEmb::new(Arc::clone(&pipeline), settings.limits, budgets.clone(), draining.clone());
+    let receive = ReceiveLayer::new(pipeline.clone(), settings.limits, budgets.clone(), draining.clone());
+    let grpc = Routes::new(health_service)
+        .add_service(MidEmbServiceServer::new(mid_emb).max_decoding_message_size(settings.limits.max_message_bytes))
         .add_service(reflection_v1())
-        .add_service(reflection_v1alpha())
-        .serve_with_incoming_shutdown(incoming(listeners.grpc), drain_begins(draining.clone()));
-    let admin = Admin::new(caches, Arc::clone(&pipeline), Arc::clone(&lifecycle));
-    let admin = admin_builder(&settings.admin_guard)?
-        .layer(CountLayer)
-        .add_service(AdminServiceServer::with_interceptor(admin, Guard::new(settings.admin_guard.token_file.clone())))
-        .add_service(reflection_v1())
-        .serve_with_incoming_shutdown(incoming(listeners.admin), drain_begins(draining));
-    let mut serving = tokio::spawn(async { tokio::try_join!(grpc, admin) });
+        .add_service(reflection_v1alpha());
+    let admin = Admin::new(caches, Arc::clone(&pipeline), Arc::clone(&lifecycle), draining.clone());
+    let guard = Guard::new(settings.admin_guard.token_file.clone());
+    let admin = Routes::new(AdminServiceServer::with_interceptor(admin, guard)).add_service(reflection_v1());
+    let admin_receive = ReceiveLayer::for_admin(settings.limits, budgets, draining.clone());
+    let grpc = CountLayer.layer(receive.layer(grpc.prepare()));
+    let admin = CountLayer.layer(admin_receive.layer(admin.prepare()));
+    let grpc = serve_grpc(listeners.grpc, grpc, &slots, options("main", None));
+    let admin = serve_grpc(listeners.admin, admin, &slots, options("admin", Tls::watch(&settings.admin_guard)?));
+    let serving = tokio::spawn(async { tokio::join!(grpc, admin) });
 
     tokio::pin!(shutdown);
     tokio::select! {
@@ -166,11 +170,7 @@ pub async fn run(
         tokio::spawn(async move { snapshots.write_regularly(every, || lifecycle.cached_parts()).await });
     }
 
-    tokio::select! {
-        () = &mut shutdown => {}
-        // A listener failed.
-        served = &mut serving => return served?.map(|_| ()).map_err(ServerError::from),
-    }
+    shutdown.await;
     set_health(&health, ServingStatus::NotServing).await;
     set_draining.send_replace(true);
     end_health_watches(health).await;
@@ -181,7 +181,7 @@ pub async fn run(
     }
     match drained {
         Ok(served) => {
-            served??;
+            served?;
             tracing::info!("stopped");
         }
         Err(_elapsed) => tracing::warn!("stopped while requests were still in flight after server.drain_seconds"),
@@ -189,35 +189,21 @@ pub async fn run(
     Ok(())
 }
 
-/// Detects peers that vanished and closes their connections.
-fn keep_alive(server: Server) -> Server {
-    server
-        .tcp_nodelay(true)
-        .tcp_keepalive(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+/// Serves gRPC until a drain has begun and all connections are closed.
+fn serve_grpc(
+    listener: TcpListener,
+    handler: impl connection::Handler,
+    slots: &Arc<Semaphore>,
+    options: connection::Options,
+) -> impl Future<Output = ()> + Send + 'static {
+    let accepting =
+        Accepting { listener: options.listener, slots: Arc::clone(slots), draining: options.draining.clone() };
+    let serve = move |stream, address, slot| connection::serve(stream, address, slot, handler.clone(), options.clone());
+    accept(listener, accepting, serve)
 }
 
-/// The builder of the admin server, with TLS if the config names a certificate.
-fn admin_builder(guard: &AdminGuard) -> Result<Server, ServerError> {
-    let builder = keep_alive(Server::builder());
-    let Some((certificate, key)) = &guard.certificate else { return Ok(builder) };
-    let certificate = read_tls_file("admin.tls_cert", certificate)?;
-    let key = read_tls_file("admin.tls_key", key)?;
-    let mut tls = ServerTlsConfig::new().identity(Identity::from_pem(certificate, key));
-    if let Some(authority) = &guard.client_ca {
-        tls = tls.client_ca_root(Certificate::from_pem(read_tls_file("admin.tls_client_ca", authority)?));
-    }
-    Server::builder()
-        .tls_config(tls)
-        .map_err(|source| ServerError::Tls { key: "admin.tls_cert", source: source.into() })
-}
-
-fn read_tls_file(key: &'static str, path: &Path) -> Result<Vec<u8>, ServerError> {
-    fs::read(path).map_err(|error| {
-        let source = format!("{} cannot be read: {error}", path.display()).into();
-        ServerError::Tls { key, source }
-    })
+fn new_pipeline(settings: &Settings, caches: &Arc<Caches>) -> Pipeline {
+    Pipeline::new(Arc::clone(caches), settings.limits.max_in_flight, settings.limits.max_encoding)
 }
 
 fn cache_limits(settings: &Settings) -> CacheLimits {
@@ -228,35 +214,6 @@ fn cache_limits(settings: &Settings) -> CacheLimits {
         known_items_bytes: settings.known_items_bytes,
         max_text_bytes: settings.limits.max_text_bytes,
     }
-}
-
-fn addresses(listeners: &Listeners) -> [String; 3] {
-    [&listeners.grpc, &listeners.admin, &listeners.metrics]
-        .map(|listener| listener.local_addr().map_or_else(|_| String::new(), |address| address.to_string()))
-}
-
-/// Connections with Nagle's delay off.
-fn incoming(listener: TcpListener) -> impl tokio_stream::Stream<Item = io::Result<tokio::net::TcpStream>> {
-    use tokio_stream::StreamExt;
-    TcpListenerStream::new(listener).map(|stream| {
-        let stream = stream?;
-        stream.set_nodelay(true)?;
-        Ok(stream)
-    })
-}
-
-async fn drain_begins(mut draining: watch::Receiver<bool>) {
-    // An error means that the sender was dropped with the server, which is a reason to stop, too.
-    let _ = draining.wait_for(|is_draining| *is_draining).await;
-}
-
-fn mid_emb_service(
-    settings: &Settings,
-    pipeline: &Arc<Pipeline>,
-    draining: watch::Receiver<bool>,
-) -> MidEmbServiceServer<MidEmb> {
-    MidEmbServiceServer::new(MidEmb::new(Arc::clone(pipeline), settings.limits, draining))
-        .max_decoding_message_size(settings.limits.max_message_bytes)
 }
 
 /// Ends the streams of health watchers, which would hold up the drain. They have received NOT_SERVING.

@@ -145,6 +145,65 @@ impl Drop for InFlight {
     }
 }
 
+/// Counts one request as waiting for the encoder until it is dropped.
+#[derive(Debug)]
+pub struct Encoding(());
+
+impl Encoding {
+    /// Counts one more request.
+    pub fn start() -> Self {
+        gauge!(names::ENCODING_REQUESTS).increment(1.0);
+        Encoding(())
+    }
+}
+
+impl Drop for Encoding {
+    fn drop(&mut self) {
+        gauge!(names::ENCODING_REQUESTS).decrement(1.0);
+    }
+}
+
+/// Counts one connection as open until it is dropped.
+#[derive(Debug)]
+pub struct OpenConnection(&'static str);
+
+impl OpenConnection {
+    /// `listener` has one more.
+    pub fn start(listener: &'static str) -> Self {
+        gauge!(names::CONNECTIONS, "listener" => listener).increment(1.0);
+        OpenConnection(listener)
+    }
+}
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        gauge!(names::CONNECTIONS, "listener" => self.0).decrement(1.0);
+    }
+}
+
+/// A listener begins. Makes its counters visible, so that a query sees their first increase.
+pub fn listener_started(listener: &'static str) {
+    counter!(names::CONNECTIONS_REFUSED, "listener" => listener, "reason" => "too_many").increment(0);
+    gauge!(names::CONNECTIONS, "listener" => listener).increment(0.0);
+    counter!(names::ANSWERS_DROPPED).increment(0);
+}
+
+/// A connection was closed before its first request, or could not be accepted.
+pub fn connection_refused(listener: &'static str, reason: &'static str) {
+    counter!(names::CONNECTIONS_REFUSED, "listener" => listener, "reason" => reason).increment(1);
+}
+
+/// A budget was measured, which happens before every scrape: what is held of it, and by how many calls.
+pub fn budget_measured(budget: &'static str, n_bytes: u64, n_calls: u64) {
+    gauge!(names::BUDGET_BYTES, "budget" => budget).set(n_bytes as f64);
+    gauge!(names::BUDGET_CALLS, "budget" => budget).set(n_calls as f64);
+}
+
+/// An answer was dropped because its caller did not read it in time.
+pub fn answer_dropped() {
+    counter!(names::ANSWERS_DROPPED).increment(1);
+}
+
 /// A request was handed to the trace's writer.
 pub fn trace_recorded() {
     counter!(names::TRACE_REQUESTS, "result" => "recorded").increment(1);

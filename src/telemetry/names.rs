@@ -87,8 +87,20 @@ metrics! {
     QUEUE_WAIT = "midemb_queue_wait_seconds", Kind::Histogram(SECONDS), "queue";
     /// Requests or rows refused because a limit was reached.
     SHED = "midemb_shed_total", Kind::Counter, "reason";
-    /// GetMidEmb requests being served.
+    /// GetMidEmb requests being worked on. Those whose message is still arriving and those that wait for the encoder are not among them.
     IN_FLIGHT = "midemb_in_flight_requests", Kind::Gauge, "";
+    /// GetMidEmb requests that wait for the encoder, or did until they were scored.
+    ENCODING_REQUESTS = "midemb_encoding_requests", Kind::Gauge, "";
+    /// Bytes that calls hold of a budget: receiving (messages that are arriving), unsent (answers that callers have not read).
+    BUDGET_BYTES = "midemb_budget_bytes", Kind::Gauge, "budget";
+    /// Calls that hold bytes of a budget.
+    BUDGET_CALLS = "midemb_budget_calls", Kind::Gauge, "budget";
+    /// Answers dropped because their callers did not read them within `limits.write_ms`.
+    ANSWERS_DROPPED = "midemb_answers_dropped_total", Kind::Counter, "";
+    /// Open connections of a gRPC listener (main, admin).
+    CONNECTIONS = "midemb_connections", Kind::Gauge, "listener";
+    /// Connections closed before their first request, by reason: too_many (`server.max_connections`), silent, left, not_http2, tls; and accept_failed, attempts to accept one.
+    CONNECTIONS_REFUSED = "midemb_connections_refused_total", Kind::Counter, "listener,reason";
     /// Requests handed to the writer of the trace (`midemb serve --record-trace`), or left out because the writer was behind.
     TRACE_REQUESTS = "midemb_trace_requests_total", Kind::Counter, "result";
     /// 1 for every model that answers or shadows requests, 0 for one that no longer does.

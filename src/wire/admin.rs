@@ -2,11 +2,13 @@
 //! authenticates its callers.
 
 use super::{
-    encode,
+    body::HeldRoom,
+    drain_began, encode,
     operator::Operator,
     proto::{self, admin_service_server::AdminService},
-    services::{model_info, shadow_info, to_status},
-    status,
+    receive::shed,
+    services::{model_info, shadow_info},
+    status::{self, to_status},
 };
 use crate::{
     bundle::Model,
@@ -14,7 +16,7 @@ use crate::{
         CacheName, Caches,
         snapshot::{self, Exported},
     },
-    domain::error::{Error, FieldViolation},
+    domain::error::{Error, FieldViolation, ShedReason},
     inference::background::{self, Urgency},
     lifecycle::{InForce, Lifecycle, Push, PushError, PushResult, Report, Trigger, journal::StepReport},
     pipeline::Pipeline,
@@ -24,7 +26,15 @@ use std::{
     sync::Arc,
     time::{Duration, Instant, UNIX_EPOCH},
 };
-use tokio::{sync::mpsc, task::JoinError};
+use tokio::{
+    runtime::Handle,
+    sync::{
+        OwnedSemaphorePermit, Semaphore,
+        mpsc::{self, error::SendTimeoutError},
+        watch,
+    },
+    task::JoinError,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -35,15 +45,32 @@ pub struct Admin {
     pipeline: Arc<Pipeline>,
     lifecycle: Arc<Lifecycle>,
     started: Instant,
+    /// The permit to export or import a cache. Each may hold as much memory as the caches do, so one runs at a time.
+    transfers: Arc<Semaphore>,
+    draining: watch::Receiver<bool>,
 }
 
+/// How long the receiver of an export may leave a chunk unread.
+const EXPORT_PATIENCE: Duration = Duration::from_secs(30);
 /// Chunks of an exported file that may wait to be sent.
 const CHUNKS_AHEAD: usize = 4;
 
 impl Admin {
-    #[expect(missing_docs, reason = "the arguments say it all")]
-    pub fn new(caches: Arc<Caches>, pipeline: Arc<Pipeline>, lifecycle: Arc<Lifecycle>) -> Self {
-        Admin { caches, pipeline, lifecycle, started: Instant::now() }
+    /// Creates the handlers. An export ends when `draining` becomes true.
+    pub fn new(
+        caches: Arc<Caches>,
+        pipeline: Arc<Pipeline>,
+        lifecycle: Arc<Lifecycle>,
+        draining: watch::Receiver<bool>,
+    ) -> Self {
+        let transfers = Arc::new(Semaphore::new(1));
+        Admin { caches, pipeline, lifecycle, started: Instant::now(), transfers, draining }
+    }
+
+    /// The turn of an export or import; it is refused while another one runs.
+    fn transfer(&self, method: &'static str) -> Result<OwnedSemaphorePermit, Status> {
+        let turn = Arc::clone(&self.transfers).try_acquire_owned();
+        turn.map_err(|_taken| to_status(method)(shed(ShedReason::Streams)))
     }
 
     fn config_info(&self, config: &InForce) -> proto::ConfigInfo {
@@ -172,19 +199,32 @@ impl AdminService for Admin {
             }
         };
         let model = self.model(&model).map_err(to_status("ExportCache"))?;
+        let turn = self.transfer("ExportCache")?;
         let (chunks, stream) = mpsc::channel(CHUNKS_AHEAD);
-        let caches = Arc::clone(&self.caches);
+        let (caches, runtime) = (Arc::clone(&self.caches), Handle::current());
+        let mut draining = self.draining.clone();
         tokio::spawn(async move {
-            let mut out = ChunkWriter(chunks.clone());
+            let mut out = ChunkWriter { chunks: chunks.clone(), runtime };
             let export = move || export(&caches, &model, kind, &mut out);
-            match background::run(Urgency::GivesWay, export).await {
+            let exported = tokio::select! {
+                exported = background::run(Urgency::GivesWay, export) => exported,
+                // The writer stops at its next chunk that nobody reads, at the latest.
+                () = drain_began(&mut draining) => return end_export(&chunks, Status::unavailable("not serving: draining")).await,
+            };
+            drop(turn);
+            let status = match exported {
                 Ok(Ok(Exported { n_entries, n_bytes })) => {
                     tracing::info!(who, cache, n_entries, n_bytes, "cache exported");
+                    // The receiver knows by the end of the stream that it has everything.
+                    return;
                 }
-                Ok(Err(error)) => tracing::warn!(who, cache, %error, "cache export was interrupted"),
-                // The stream must not look complete. Sending fails if the receiver has disconnected.
-                Err(error) => drop(chunks.send(Err(internal("ExportCache", error))).await),
-            }
+                Ok(Err(error)) => {
+                    tracing::warn!(who, cache, %error, "cache export was interrupted");
+                    Status::deadline_exceeded(format!("the export was interrupted: {error}"))
+                }
+                Err(error) => internal("ExportCache", error),
+            };
+            end_export(&chunks, status).await;
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
@@ -194,12 +234,16 @@ impl AdminService for Admin {
         request: Request<Streaming<proto::CacheChunk>>,
     ) -> Result<Response<proto::ImportCacheResponse>, Status> {
         let who = Operator::of(&request);
+        let _turn = self.transfer("ImportCache")?;
+        let room = request.extensions().get::<HeldRoom>().cloned().unwrap_or_default();
         let mut chunks = request.into_inner();
         // A file with more entries than a cache holds would evict its own entries.
         let usages = self.caches.measure();
         let max_bytes = usages.iter().map(|usage| usage.max_bytes).max().unwrap_or_default().saturating_mul(2);
         let mut file = Vec::new();
         while let Some(chunk) = chunks.message().await? {
+            // The file has a bound of its own.
+            drop(room.take());
             if (file.len() + chunk.data.len()) as u64 > max_bytes {
                 let description =
                     format!("the file has more than {max_bytes} bytes, twice the capacity of the largest cache");
@@ -277,15 +321,32 @@ fn push_report(report: Report) -> proto::PushReport {
     }
 }
 
-/// Sends a file in chunks as it is written. Blocks while the receiver is slower than the writer.
-struct ChunkWriter(mpsc::Sender<Result<proto::CacheChunk, Status>>);
+/// Ends an export that is not complete with an error, as soon as the receiver reads that far: the file must not look whole.
+async fn end_export(chunks: &mpsc::Sender<Result<proto::CacheChunk, Status>>, status: Status) {
+    // Fails if the receiver has disconnected.
+    let _ = chunks.send(Err(status)).await;
+}
+
+/// Sends a file in chunks as it is written. Blocks while the receiver is slower than the writer, up to [`EXPORT_PATIENCE`] for a
+/// chunk: the vectors to write stay in memory until then, whatever the caches evict.
+struct ChunkWriter {
+    chunks: mpsc::Sender<Result<proto::CacheChunk, Status>>,
+    runtime: Handle,
+}
 
 impl io::Write for ChunkWriter {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         const MAX_CHUNK: usize = 1 << 20;
         let data = &data[..data.len().min(MAX_CHUNK)];
-        let sent = self.0.blocking_send(Ok(proto::CacheChunk { data: data.to_vec().into() }));
-        sent.map(|()| data.len()).map_err(|_disconnected| io::ErrorKind::BrokenPipe.into())
+        let chunk = proto::CacheChunk { data: data.to_vec().into() };
+        let sent = self.runtime.block_on(self.chunks.send_timeout(Ok(chunk), EXPORT_PATIENCE));
+        match sent {
+            Ok(()) => Ok(data.len()),
+            Err(SendTimeoutError::Timeout(_)) => {
+                Err(io::Error::new(io::ErrorKind::TimedOut, "its receiver does not read"))
+            }
+            Err(SendTimeoutError::Closed(_)) => Err(io::ErrorKind::BrokenPipe.into()),
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -271,14 +271,13 @@ fn dtype(value: i32, violations: &mut Violations) -> DType {
     }
 }
 
-/// When the caller stops waiting: after its `grpc-timeout`, or after `default`.
-pub fn deadline(headers: &HeaderMap, arrival: Instant, default: Duration) -> Instant {
-    let sent = headers.get("grpc-timeout").and_then(|value| timeout(value.to_str().ok()?));
-    arrival + sent.unwrap_or(default).min(MAX_BUDGET)
+/// The caller's budget, its `grpc-timeout`: up to eight digits and a unit. Any other value is treated as absent.
+pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
+    let budget = parse_timeout(headers.get("grpc-timeout")?.to_str().ok()?)?;
+    Some(budget.min(MAX_BUDGET))
 }
 
-/// Parses `grpc-timeout`: up to eight digits and a unit. Any other value is treated as absent.
-fn timeout(value: &str) -> Option<Duration> {
+fn parse_timeout(value: &str) -> Option<Duration> {
     let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
     if digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;

@@ -51,7 +51,7 @@ fn row_status(status: RowStatus) -> proto::RowStatus {
         RowStatus::UnknownItem => proto::RowStatus::UnknownItem,
         RowStatus::NotInTime => proto::RowStatus::NotInTime,
         RowStatus::InvalidItem => proto::RowStatus::InvalidItem,
-        RowStatus::Failed => proto::RowStatus::Failed,
+        RowStatus::Failed | RowStatus::Shed => proto::RowStatus::Failed,
         RowStatus::NotUsed => proto::RowStatus::NotUsed,
     }
 }

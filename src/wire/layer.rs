@@ -1,7 +1,7 @@
 //! Counts every call to our services, including calls that never reach a handler: invalid messages, messages over the size
 //! limit, and callers that disconnect.
 
-use super::status::code_name;
+use super::{decode, peer::Peer, status::code_name};
 use crate::{domain::ModelRef, telemetry::events};
 use http::{Request, Response};
 use std::{
@@ -9,9 +9,9 @@ use std::{
     pin::Pin,
     sync::{Arc, OnceLock},
     task::{Context, Poll},
-    time::Instant,
+    time::{Duration, Instant},
 };
-use tonic::Code;
+use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service};
 
 /// State that a handler shares with the layer around it.
@@ -19,17 +19,43 @@ use tower::{Layer, Service};
 pub struct CallContext {
     /// When the call's headers arrived, before its body was read and decoded.
     pub arrival: Instant,
+    /// The caller's budget, if it sent one.
+    timeout: Option<Duration>,
+    /// Who calls.
+    pub peer: Peer,
     model: Arc<OnceLock<Arc<ModelRef>>>,
 }
 
+impl Default for CallContext {
+    /// A call that arrives now, from nobody.
+    fn default() -> Self {
+        CallContext { arrival: Instant::now(), timeout: None, peer: Peer::default(), model: Arc::default() }
+    }
+}
+
 impl CallContext {
-    fn new() -> Self {
-        CallContext { arrival: Instant::now(), model: Arc::default() }
+    fn new<B>(request: &Request<B>) -> Self {
+        CallContext {
+            arrival: Instant::now(),
+            timeout: decode::timeout(request.headers()),
+            peer: Peer::of(request.extensions()),
+            model: Arc::default(),
+        }
     }
 
-    /// The context in a request's extensions, or a new one if the layer did not add any.
-    pub fn of(extensions: &http::Extensions) -> Self {
-        extensions.get::<Self>().cloned().unwrap_or_else(Self::new)
+    /// The context that the layer added to a request, or a new one.
+    pub fn of<B>(request: &Request<B>) -> Self {
+        request.extensions().get::<Self>().cloned().unwrap_or_else(|| Self::new(request))
+    }
+
+    /// When the caller stops waiting; none if it did not say.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.timeout.map(|timeout| self.arrival + timeout)
+    }
+
+    /// When the caller stops waiting, or `default` after the call's arrival if it did not say.
+    pub fn deadline_or(&self, default: Duration) -> Instant {
+        self.deadline().unwrap_or(self.arrival + default)
     }
 
     /// Sets the model that answers, for the metric's label.
@@ -41,26 +67,60 @@ impl CallContext {
 
 /// A method that is counted.
 pub(super) struct Method {
-    pub(super) path: &'static str,
+    path: &'static str,
     /// The metric's label.
     pub(super) name: &'static str,
+    pub(super) kind: Kind,
 }
 
-/// The method that needs admission.
-pub(super) const GET_MID_EMB: Method = Method { path: "/midemb.v1.MidEmbService/GetMidEmb", name: "GetMidEmb" };
+/// What the layers do with a method's calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// One message, which is admitted before it is read.
+    Scored,
+    /// One message.
+    Unary,
+    /// A stream of messages.
+    Upload,
+}
 
 /// The closed set of counted methods. Other calls (health, reflection, unknown paths) are not counted.
 const METHODS: &[Method] = &[
-    GET_MID_EMB,
-    Method { path: "/midemb.v1.MidEmbService/WarmItems", name: "WarmItems" },
-    Method { path: "/midemb.v1.MidEmbService/GetModelInfo", name: "GetModelInfo" },
-    Method { path: "/midemb.v1.AdminService/GetStatus", name: "GetStatus" },
-    Method { path: "/midemb.v1.AdminService/FlushCache", name: "FlushCache" },
-    Method { path: "/midemb.v1.AdminService/PushConfig", name: "PushConfig" },
-    Method { path: "/midemb.v1.AdminService/Rollback", name: "Rollback" },
-    Method { path: "/midemb.v1.AdminService/ExportCache", name: "ExportCache" },
-    Method { path: "/midemb.v1.AdminService/ImportCache", name: "ImportCache" },
+    method("/midemb.v1.MidEmbService/GetMidEmb", "GetMidEmb", Kind::Scored),
+    method("/midemb.v1.MidEmbService/WarmItems", "WarmItems", Kind::Upload),
+    method("/midemb.v1.MidEmbService/GetModelInfo", "GetModelInfo", Kind::Unary),
+    method("/midemb.v1.AdminService/GetStatus", "GetStatus", Kind::Unary),
+    method("/midemb.v1.AdminService/FlushCache", "FlushCache", Kind::Unary),
+    method("/midemb.v1.AdminService/PushConfig", "PushConfig", Kind::Unary),
+    method("/midemb.v1.AdminService/Rollback", "Rollback", Kind::Unary),
+    method("/midemb.v1.AdminService/ExportCache", "ExportCache", Kind::Unary),
+    method("/midemb.v1.AdminService/ImportCache", "ImportCache", Kind::Upload),
 ];
+
+const fn method(path: &'static str, name: &'static str, kind: Kind) -> Method {
+    Method { path, name, kind }
+}
+
+impl Method {
+    /// The method at `path`; none if it is not counted.
+    pub(super) fn of(path: &str) -> Option<&'static Method> {
+        METHODS.iter().find(|method| method.path == path)
+    }
+}
+
+/// The most bytes of a call's metadata, counted as HTTP/2 does: names, values, and 32 for each entry.
+const MAX_METADATA_BYTES: usize = 16 << 10;
+
+/// Refuses a call with too much metadata. HTTP/2 itself would answer 431, which clients report as UNKNOWN.
+fn check_metadata<B>(request: &Request<B>) -> Result<(), Status> {
+    let entries = request.headers().iter();
+    let n_bytes: usize = entries.map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
+    if n_bytes > MAX_METADATA_BYTES {
+        let text = format!("metadata: has {n_bytes} bytes, at most {MAX_METADATA_BYTES} are allowed");
+        return Err(Status::invalid_argument(text));
+    }
+    Ok(())
+}
 
 /// Wraps a service with [`Counted`].
 #[derive(Debug, Clone, Copy, Default)]
@@ -80,10 +140,11 @@ pub struct Counted<S> {
     inner: S,
 }
 
-impl<S, B, R> Service<Request<B>> for Counted<S>
+impl<S, B> Service<Request<B>> for Counted<S>
 where
-    S: Service<Request<B>, Response = Response<R>>,
+    S: Service<Request<B>, Response = Response<Body>>,
     S::Future: Send + 'static,
+    S::Error: Send + 'static,
 {
     type Response = S::Response;
     type Error = S::Error;
@@ -94,12 +155,16 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let Some(method) = METHODS.iter().find(|method| method.path == request.uri().path()) else {
+        let Some(method) = Method::of(request.uri().path()) else {
             return Box::pin(self.inner.call(request));
         };
-        let context = CallContext::new();
-        request.extensions_mut().insert(context.clone());
-        let call = Call { method: method.name, context, code: Code::Cancelled };
+        let context = CallContext::new(&request);
+        let mut call = Call { method: method.name, context: context.clone(), code: Code::Cancelled };
+        if let Err(status) = check_metadata(&request) {
+            call.code = status.code();
+            return Box::pin(async { Ok(status.into_http()) });
+        }
+        request.extensions_mut().insert(context);
         let answer = self.inner.call(request);
         Box::pin(async move {
             let mut call = call;

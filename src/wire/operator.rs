@@ -4,7 +4,7 @@
 //! removed without a restart. Client certificates are checked by the listener's TLS before any call. An operator's changes
 //! are logged under the token's name, the certificate's fingerprint, or the caller's address.
 
-use crate::domain::digest::sha256_hex;
+use super::peer::Peer;
 use std::{
     fs, io,
     path::{Path, PathBuf},
@@ -60,9 +60,8 @@ fn unreadable(file: &Path, error: &io::Error) -> Status {
 
 impl Interceptor for Guard {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        let address =
-            request.remote_addr().map_or_else(|| "unknown address".to_owned(), |address| address.ip().to_string());
-        let certificate = request.peer_certs().and_then(|certificates| certificates.first().map(fingerprint));
+        let Peer { address, certificate, .. } = request.extensions().get().cloned().unwrap_or_default();
+        let address = address.map_or_else(|| "unknown address".to_owned(), |address| address.to_string());
         let name = self.token_name(&request).inspect_err(|status| {
             tracing::warn!(address, reason = status.message(), "admin call refused");
         })?;
@@ -74,11 +73,6 @@ impl Interceptor for Guard {
         request.extensions_mut().insert(Operator(who));
         Ok(request)
     }
-}
-
-/// The first 16 hex digits of a certificate's SHA-256, short enough for people to compare.
-fn fingerprint(certificate: impl AsRef<[u8]>) -> String {
-    sha256_hex(certificate.as_ref())[..16].to_owned()
 }
 
 #[cfg(test)]

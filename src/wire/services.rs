@@ -1,15 +1,25 @@
 //! `MidEmbService`: decodes requests, runs the pipeline, encodes answers.
 
-use super::{decode, encode, layer::CallContext, proto, raw::RawMessage, status};
+use super::{
+    answer,
+    body::HeldRoom,
+    decode, drain_began, encode,
+    layer::CallContext,
+    proto,
+    raw::RawMessage,
+    receive::{Budgets, shed},
+    status::to_status,
+};
 use crate::{
     bundle::{Model, ServedModel, Shadow},
     config::settings::Limits,
     domain::WarmSummary,
-    domain::error::Error,
+    domain::error::{Error, ShedReason},
     inference::background::{self, Urgency},
     pipeline::Pipeline,
     telemetry::events,
 };
+use prost::Message;
 use proto::mid_emb_service_server::MidEmbService;
 use std::sync::Arc;
 use tokio::{
@@ -21,6 +31,8 @@ use tonic::{Request, Response, Status, Streaming};
 /// Messages of one warm-up stream that are processed at once, so that the encoder never waits for the next message.
 const CHUNKS_AT_ONCE: usize = 8;
 
+/// The most warm-up streams that may be open. A few keep the encoder busy.
+const MAX_WARM_UP_STREAMS: usize = 64;
 /// A message of more bytes is not decoded on an I/O thread. Below, even the most expensive one takes a few milliseconds.
 const MAX_INLINE_BYTES: usize = 1 << 20;
 
@@ -30,14 +42,25 @@ pub struct MidEmb {
     pipeline: Arc<Pipeline>,
     limits: Limits,
     draining: watch::Receiver<bool>,
+    budgets: Budgets,
     /// The permit to decode a large message.
     large_decodes: Arc<Semaphore>,
+    /// One permit per warm-up stream that may be open.
+    warm_up_streams: Arc<Semaphore>,
 }
 
 impl MidEmb {
     /// Creates the handlers. Streams end when `draining` becomes true.
-    pub fn new(pipeline: Arc<Pipeline>, limits: Limits, draining: watch::Receiver<bool>) -> Self {
-        MidEmb { pipeline, limits, draining, large_decodes: Arc::new(Semaphore::new(1)) }
+    pub fn new(pipeline: Arc<Pipeline>, limits: Limits, budgets: Budgets, draining: watch::Receiver<bool>) -> Self {
+        let (large_decodes, warm_up_streams) = (Semaphore::new(1), Semaphore::new(MAX_WARM_UP_STREAMS));
+        MidEmb {
+            pipeline,
+            limits,
+            draining,
+            budgets,
+            large_decodes: Arc::new(large_decodes),
+            warm_up_streams: Arc::new(warm_up_streams),
+        }
     }
 
     /// Decodes `message`. A large one is decoded on a thread that gives way, and only one at a time: I/O threads answer everybody
@@ -57,36 +80,37 @@ impl MidEmb {
     }
 }
 
-/// Converts an error to a status and logs it; errors are logged nowhere else.
-pub(super) fn to_status(method: &'static str) -> impl Fn(Error) -> Status {
-    move |error| {
-        events::request_failed(method, &error);
-        status::from_error(&error)
-    }
-}
-
 #[tonic::async_trait]
 impl MidEmbService for MidEmb {
     async fn get_mid_emb(&self, request: Request<RawMessage>) -> Result<Response<proto::GetMidEmbResponse>, Status> {
         let to_status = to_status("GetMidEmb");
-        let context = CallContext::of(request.extensions());
-        let deadline = decode::deadline(request.metadata().as_ref(), context.arrival, self.limits.default_deadline);
+        let context = request.extensions().get::<CallContext>().cloned().unwrap_or_default();
+        let deadline = context.deadline_or(self.limits.default_deadline);
+        let permit = self.pipeline.admit().map_err(&to_status)?;
         let decoded = self
             .decode(request.into_inner(), move |message, limits| decode::request(message, deadline, limits))
             .await
             .map_err(&to_status)?;
         let on_routed = |model: &Model| context.set_model(&model.reference);
-        let answer = self.pipeline.get_mid_emb(decoded.request, on_routed).await.map_err(&to_status)?;
-        events::rows_answered(&answer.statuses);
-        Ok(Response::new(encode::response(answer, decoded.dtype)))
+        let answer = self.pipeline.get_mid_emb(permit, decoded.request, on_routed).await.map_err(&to_status)?;
+        let statuses = answer.statuses.clone();
+        let mut response = Response::new(encode::response(answer, decoded.dtype));
+        let n_bytes = response.get_ref().encoded_len() as u64;
+        let held = self.budgets.unsent.take(&context.peer.shares.unsent, n_bytes);
+        answer::hold(&mut response, held.ok_or_else(|| to_status(shed(ShedReason::UnsentAnswers)))?);
+        events::rows_answered(&statuses);
+        Ok(response)
     }
 
     async fn warm_items(
         &self,
         request: Request<Streaming<RawMessage>>,
     ) -> Result<Response<proto::WarmItemsResponse>, Status> {
-        let mut chunks = request.into_inner();
         let to_status = to_status("WarmItems");
+        let one_stream = self.warm_up_streams.try_acquire();
+        let _stream = one_stream.map_err(|_none_left| to_status(shed(ShedReason::Streams)))?;
+        let room = request.extensions().get::<HeldRoom>().cloned().unwrap_or_default();
+        let mut chunks = request.into_inner();
         let mut draining = self.draining.clone();
         // Until a model serves, the caches may still be restored from a snapshot, and warm-up must not fill them first.
         self.pipeline.registry.current().map_err(&to_status)?;
@@ -100,10 +124,15 @@ impl MidEmbService for MidEmb {
                 chunk = chunks.message(), if is_open && warming.len() < CHUNKS_AT_ONCE => match chunk? {
                     Some(chunk) => {
                         // Here rather than in the task, to keep the stream's order: the newest text of an id wins.
+                        let room = room.take();
                         let items = self.decode(chunk, decode::warm_items).await.map_err(&to_status)?;
                         let warm_up = self.pipeline.remember(items);
                         let pipeline = Arc::clone(&self.pipeline);
-                        warming.spawn(async move { pipeline.warm(warm_up).await });
+                        warming.spawn(async move {
+                            let warmed = pipeline.warm(warm_up).await;
+                            drop(room);
+                            warmed
+                        });
                     }
                     None => is_open = false,
                 },
@@ -129,12 +158,6 @@ impl MidEmbService for MidEmb {
             server_version: env!("CARGO_PKG_VERSION").to_owned(),
         }))
     }
-}
-
-/// Cancel-safe.
-async fn drain_began(draining: &mut watch::Receiver<bool>) {
-    // An error says that the server itself was dropped.
-    let _ = draining.wait_for(|is_draining| *is_draining).await;
 }
 
 /// The public description of a live model.

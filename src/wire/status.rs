@@ -1,8 +1,16 @@
 //! Maps the closed set of errors to gRPC statuses with `google.rpc` details.
 
-use crate::{config::ConfigError, domain::error::Error, lifecycle::PushError};
+use crate::{config::ConfigError, domain::error::Error, lifecycle::PushError, telemetry::events};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
+
+/// Converts an error to a status and logs it; errors are logged nowhere else.
+pub(super) fn to_status(method: &'static str) -> impl Fn(Error) -> Status {
+    move |error| {
+        events::request_failed(method, &error);
+        from_error(&error)
+    }
+}
 
 /// The status for a request's error. Its message is fit for clients; causes stay in the log.
 pub fn from_error(error: &Error) -> Status {

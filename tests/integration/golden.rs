@@ -4,7 +4,7 @@ use crate::harness::{PATIENCE, Server, eventually, films, fixture, floats, page,
 use midemb::{
     bundle,
     bundle::LoadOptions,
-    domain::ItemText,
+    domain::TextFields,
     inference::{ProviderChoice, Runtime},
     towers::scoring::{Score, ScoreDims, ScoreInput, UserInput, score_all},
 };
@@ -21,7 +21,7 @@ struct Golden {
 
 #[derive(Deserialize)]
 struct GoldenItem {
-    text: ItemText,
+    text: TextFields,
     content: Vec<f32>,
     item: Vec<f32>,
 }
@@ -50,7 +50,7 @@ fn assert_near(what: &str, found: &[f32], golden: &[f32]) {
 }
 
 fn golden_item(i: usize, item: &GoldenItem) -> Item {
-    let ItemText { title, category, brand, price, keywords, attributes } = item.text.clone();
+    let TextFields { title, category, brand, price, keywords, attributes } = item.text.clone();
     let text = proto::ItemText { title, category, brand, price, keywords, attributes };
     Item { id: format!("golden-{i}"), text: Some(text) }
 }

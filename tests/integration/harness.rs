@@ -103,6 +103,10 @@ pub(crate) fn config(bundle: &Path, more: &str) -> (TempDir, PathBuf) {
     if more.contains("default_deadline_ms") {
         deadline.clear();
     }
+    // A message may be held back for as long as a test needs.
+    if !more.contains("read_ms") {
+        deadline += &format!("\nlimits.read_ms = {}", PATIENCE.as_millis());
+    }
     let text = format!(
         "server.listen = \"127.0.0.1:0\"\nadmin.listen = \"127.0.0.1:0\"\n\
          telemetry.metrics_listen = \"127.0.0.1:0\"\ntelemetry.log_format = \"json\"\n{deadline}\n{more}\n\
@@ -281,6 +285,11 @@ impl Scrape {
         let series = lines.filter(|rest| rest.starts_with('{') || rest.starts_with(' '));
         let matching = series.filter(|rest| labels.iter().all(|label| rest.contains(label)));
         matching.map(|rest| rest.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+    }
+
+    /// How many calls wait for their messages.
+    pub(crate) fn n_receiving(&self) -> f64 {
+        self.sum("midemb_budget_calls", &["budget=\"receiving\""])
     }
 
     /// How many items the encoder has encoded.

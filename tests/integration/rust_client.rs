@@ -72,7 +72,7 @@ async fn calls_are_spread_over_two_replicas_and_succeed_while_one_of_them_drains
     // A call whose message is held back keeps the replica draining while the client makes further calls.
     let (sender, message) = mpsc::channel(1);
     let held_back = tokio::spawn(call_slowly(drained.channel().await, message, Some(PATIENCE)));
-    eventually("a call is in flight", async || drained.scrape().sum("midemb_in_flight_requests", &[]) == 1.0).await;
+    eventually("a call waits for its message", async || drained.scrape().n_receiving() == 1.0).await;
     drained.signal("TERM");
     drained.wait_for_log("draining");
     for _ in 0..20 {
