@@ -150,6 +150,16 @@ impl Server {
         Self::spawn(serve, folder, path)
     }
 
+    /// Serves the fixture bundle in a process that may have so many files open.
+    pub(crate) fn start_with_open_files(n_files: u32) -> Self {
+        let (folder, path) = config(&fixture(), "");
+        let mut serve = Command::new("sh");
+        let binary = midemb();
+        serve.args(["-c", &format!("ulimit -n {n_files}; exec \"$@\""), "sh"]).arg(binary.get_program());
+        serve.arg("serve").arg("--config").arg(&path).current_dir(root());
+        Self::spawn(serve, folder, path)
+    }
+
     /// Starts from an existing config. The folder is removed with the server.
     pub(crate) fn start_from(folder: TempDir, file: PathBuf) -> Self {
         let mut serve = midemb();

@@ -12,6 +12,7 @@ mod documentation;
 mod draining;
 mod golden;
 mod harness;
+mod hostile_peers;
 mod lifecycle;
 mod prometheus;
 mod python_client;
