@@ -4,8 +4,10 @@
 //! does not wait for a push. Swaps are counted, and a push that finds that the count changed while it was loading is refused.
 
 use super::{
-    InForce, Lifecycle, Outcome, PreparedConfig, Push, PushBasis, PushError, PushResult, Step, Trigger,
-    check_expected_digest, desired, on_blocking,
+    InForce, Lifecycle, Outcome, PreparedConfig, PushError, PushResult, Step, Trigger, check_expected_digest,
+    desired::{self, PersistError},
+    on_blocking,
+    turn::Wish,
 };
 use crate::{
     bundle::{ModelSet, load::read_manifest, store::Source},
@@ -33,32 +35,35 @@ impl Lifecycle {
     /// Saves the config for a restart and puts it in force. Returns the configs that it replaced; none if nothing changed.
     pub(super) fn commit(
         &self,
-        push: &Push,
-        basis: &PushBasis,
+        wish: Wish,
         prepared: PreparedConfig,
         outcome: Outcome,
     ) -> Result<Option<Replaced>, PushError> {
         let _commit_lock = self.commit_lock.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.state().n_swaps != basis.n_swaps {
+        if self.state().n_swaps != wish.n_swaps {
             return Err(PushError::Overtaken(self.current_digest()));
         }
         if *self.draining.borrow() {
             return Err(PushError::Draining);
         }
         self.journal.begin_step(Step::Persist, "");
-        let pushed_file = match push.trigger {
-            Trigger::Start => push.pushed_file.clone(),
-            _ => desired::persist(&self.file, &basis.file_text, &push.text, &push.who)?,
+        let saved = match wish.saved {
+            Some(saved) => saved,
+            None => desired::persist(&self.file, &wish.file_text, &wish.text, &wish.who)?,
         };
         let PreparedConfig { settings, loaded } = prepared;
         self.remember_bundles(&settings, &loaded.models);
-        let config = InForce { digest: settings.digest, pushed_file, models: loaded.models, text: push.text.clone() };
+        let (digest, models, text) = (settings.digest, loaded.models, wish.text);
+        let config = InForce { digest, pushed_file: saved.pushed_file.clone(), models, text };
+        let mut state = self.state();
+        (state.saved, state.considered) = (Some(saved), Some(wish.file_text));
         if outcome == Outcome::Unchanged {
-            if let Some(current) = &mut self.state().current {
+            if let Some(current) = &mut state.current {
                 (current.pushed_file, current.text) = (config.pushed_file, config.text);
             }
             return Ok(None);
         }
+        drop(state);
         self.journal.begin_step(Step::Swap, "");
         Ok(Some(self.install(config)))
     }
@@ -121,13 +126,8 @@ impl Lifecycle {
         let previous = self.previous().ok_or(PushError::NoPreviousConfig).inspect_err(record)?;
         let InForce { digest, text, models, .. } = previous.clone();
         self.install(previous);
-        let warning = match desired::persist(&self.file, &self.file_text(), &text, who) {
-            Ok(pushed_file) => {
-                if let Some(current) = &mut self.state().current {
-                    current.pushed_file = pushed_file;
-                }
-                self.find_replaced_bundle(&text, &models)
-            }
+        let warning = match self.save_rollback(&text, who) {
+            Ok(()) => self.find_replaced_bundle(&text, &models),
             Err(error) => Some(PushError::Persist(error)),
         };
         if let Some(warning) = &warning {
@@ -135,6 +135,23 @@ impl Lifecycle {
         }
         let report = self.journal.rolled_back(who, &digest_before, &digest, began.elapsed());
         self.push_result(Outcome::RolledBack, report, warning)
+    }
+
+    /// Saves the config in force, whose text is `text`, for a restart.
+    fn save_rollback(&self, text: &str, who: &str) -> Result<(), PersistError> {
+        let file_text = self.file_text();
+        let persisted = desired::persist(&self.file, &file_text, text, who);
+        let saved = match &persisted {
+            Ok(saved) => Some(saved.clone()),
+            // What is on disk is older than this rollback, so it must not undo it.
+            Err(_) => desired::read(&self.file).ok().filter(|found| found.file_text == file_text),
+        };
+        let mut state = self.state();
+        if let (Some(current), Ok(saved)) = (&mut state.current, &persisted) {
+            current.pushed_file.clone_from(&saved.pushed_file);
+        }
+        (state.saved, state.considered) = (saved, Some(file_text));
+        persisted.map(drop)
     }
 
     /// Returns an error about the first model of `models` whose folder now contains another bundle.

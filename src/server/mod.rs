@@ -119,7 +119,6 @@ pub async fn run(
     let pipeline = Arc::new(Pipeline::new(Arc::clone(&caches), settings.limits.max_in_flight).with_trace(trace));
     let snapshot_keeper = |folder: &PathBuf| Arc::new(SnapshotKeeper::new(Arc::clone(&caches), folder.clone()));
     let snapshots = settings.snapshot_folder.as_ref().map(snapshot_keeper);
-    let file_text = desired.file_text.clone();
     let config_source = ConfigSource::open(&file).map_err(ServerError::Signal)?;
     let (set_draining, draining) = watch::channel(false);
     let lifecycle =
@@ -160,7 +159,7 @@ pub async fn run(
     set_health(&health, ServingStatus::Serving).await;
     let [grpc, admin, metrics] = addresses;
     tracing::info!(grpc, admin, metrics, "serving");
-    tokio::spawn(watch_config(Arc::clone(&lifecycle), config_source, file_text));
+    tokio::spawn(watch_config(Arc::clone(&lifecycle), config_source));
     if let (Some(snapshots), Some(every)) = (snapshots.clone(), settings.snapshot_every) {
         let lifecycle = Arc::clone(&lifecycle);
         tokio::spawn(async move { snapshots.write_regularly(every, || lifecycle.cached_parts()).await });

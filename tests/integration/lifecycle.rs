@@ -160,7 +160,7 @@ async fn a_rollback_loads_nothing_and_a_second_one_undoes_it() {
 }
 
 /// Replaces a file as editors do: by writing another one and renaming it.
-fn replace(file: &Path, text: &str) {
+pub(crate) fn replace(file: &Path, text: &str) {
     let new = file.with_extension("new");
     std::fs::write(&new, text).unwrap();
     std::fs::rename(new, file).unwrap();
