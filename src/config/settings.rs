@@ -2,7 +2,7 @@
 
 use super::{
     environment::library_from_environment,
-    fault::{ConfigError, Fault},
+    fault::{ConfigError, Fault, Faults, short},
     key::{Description, Key},
     keys::{self, KEYS},
     models::{self, ModelSettings},
@@ -144,7 +144,7 @@ impl Settings {
         };
         check_admin_access(settings.admin_listen, &settings.admin_guard, &mut reader.faults);
         if !reader.faults.is_empty() {
-            return Err(ConfigError::Invalid(reader.faults));
+            return Err(ConfigError::Invalid(reader.faults.into_vec()));
         }
         settings.texts = reader.texts;
         settings.digest = sha256_hex(settings.to_toml().as_bytes());
@@ -157,6 +157,7 @@ impl Settings {
         for key in KEYS.iter().filter(|key| !key.is_live) {
             let (old, new) = (self.text(key), new.text(key));
             if old != new {
+                let (old, new) = (short(old), short(new));
                 faults.push(Fault::new(key.name, format!("cannot change from {old:?} to {new:?} without a restart")));
             }
         }
@@ -238,7 +239,7 @@ fn threads_or_cores(n_threads: usize) -> usize {
 }
 
 /// Every caller of the admin listener may change which models are served, so strangers must not reach it.
-fn check_admin_access(listen: SocketAddr, guard: &AdminGuard, faults: &mut Vec<Fault>) {
+fn check_admin_access(listen: SocketAddr, guard: &AdminGuard, faults: &mut Faults) {
     if !listen.ip().is_loopback() && guard.token_file.is_none() && guard.client_ca.is_none() {
         let reason = format!(
             "{listen} can be reached from other machines: set admin.token_file or admin.tls_client_ca, or listen on loopback"

@@ -40,6 +40,7 @@ use crate::{
     },
     cache::snapshot::{Served, keeper::SnapshotKeeper},
     config::{Settings, store_options},
+    domain::bounded_text::cut,
     inference::Runtime,
     pipeline::{Pipeline, replay::ReplaySummary},
 };
@@ -222,7 +223,9 @@ impl Lifecycle {
     /// Runs all steps that can fail, without touching the config and the models in force.
     async fn prepare(self: &Arc<Self>, wish: &Wish) -> Result<PreparedConfig, PushError> {
         self.journal.begin_step(Step::Parse, "");
-        let settings = Settings::from_text(&wish.text, &self.file)?;
+        // Reading megabytes takes seconds, which belong to no I/O thread.
+        let (text, file) = (wish.text.clone(), self.file.clone());
+        let settings = self.on_loader(move || Settings::from_text(&text, &file)).await??;
         self.journal.set_digest(&settings.digest);
         self.journal.begin_step(Step::Validate, "");
         let frozen = self.start_settings.frozen_differences(&settings);
@@ -276,10 +279,14 @@ struct PreparedConfig {
     loaded: LoadedModels,
 }
 
+/// A digest has 64 characters; what a caller sends in place of one may have any length.
+const MAX_DIGEST_BYTES: usize = 80;
+
 fn check_expected_digest(expected: Option<&str>, found: &str) -> Result<(), PushError> {
     match expected {
         Some(expected) if expected != found => {
-            Err(PushError::Conflict { expected: expected.to_owned(), found: found.to_owned() })
+            let expected = cut(expected, MAX_DIGEST_BYTES).into_owned();
+            Err(PushError::Conflict { expected, found: found.to_owned() })
         }
         _ => Ok(()),
     }

@@ -125,7 +125,7 @@ impl AdminService for Admin {
         Ok(Response::new(proto::RollbackResponse {
             config: Some(self.config_info(&in_force)),
             report: Some(push_report(report)),
-            warning: warning.map(|warning| warning.to_string()).unwrap_or_default(),
+            warning: warning.map(|warning| warning.message()).unwrap_or_default(),
         }))
     }
 
