@@ -33,7 +33,8 @@ pub enum Bound {
     Path,
     Filter,
     Text,
-    NonEmptyText,
+    /// The most bytes.
+    Line(usize),
     Sha256,
 }
 
@@ -101,7 +102,7 @@ impl fmt::Display for Bound {
             Bound::Path => f.write_str("a path"),
             Bound::Filter => f.write_str("a tracing filter, for example info or midemb=debug,info"),
             Bound::Text => f.write_str("a string"),
-            Bound::NonEmptyText => f.write_str("a non-empty string"),
+            Bound::Line(max_bytes) => write!(f, "a string of 1 to {max_bytes} bytes without control characters"),
             Bound::Sha256 => f.write_str("a SHA-256 of 64 hex digits"),
         }
     }
@@ -174,9 +175,14 @@ pub(super) const fn milliseconds(
     Key::new(name, default, Bound::Integer(range), |text, bound| integer(text, bound).map(Duration::from_millis), help)
 }
 
-pub(super) const fn non_empty_text(name: &'static str, help: &'static str) -> Key<String> {
-    let parse: Parse<String> = |text, _| (!text.is_empty()).then(|| text.to_owned());
-    Key::new(name, "", Bound::NonEmptyText, parse, help)
+/// A text of one line that is not empty, of at most `max_bytes`.
+pub(super) const fn line(name: &'static str, max_bytes: usize, help: &'static str) -> Key<String> {
+    let parse: Parse<String> = |text, bound| {
+        let Bound::Line(max_bytes) = bound else { return None };
+        let is_line = (1..=*max_bytes).contains(&text.len()) && !text.contains(char::is_control);
+        is_line.then(|| text.to_owned())
+    };
+    Key::new(name, "", Bound::Line(max_bytes), parse, help)
 }
 
 /// A SHA-256 in hex, read in lower case.

@@ -5,8 +5,8 @@
 //! config changes no key that needs a restart.
 
 use super::key::{
-    Bound, Description, Key, address, choice, count, filter, megabytes, milliseconds, non_empty_text, path, percent,
-    seconds, sha256, text,
+    Bound, Description, Key, address, choice, count, filter, line, megabytes, milliseconds, path, percent, seconds,
+    sha256, text,
 };
 use crate::{inference::ProviderChoice, telemetry::logs::LogFormat};
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -193,16 +193,22 @@ keys! {
     );
 }
 
+/// A name is a label of metrics and is part of log lines.
+const MAX_NAME_BYTES: usize = 128;
+const MAX_LOCATION_BYTES: usize = 4096;
+
 keys! {
     /// The keys of one `[[models]]` entry. A push may change all of them.
     MODEL_KEYS:
 
-    MODEL_NAME: Key<String> = non_empty_text(
+    MODEL_NAME: Key<String> = line(
         "models.name",
-        "The name that the model is served under, in requests, answers and metrics. It must be unique.",
+        MAX_NAME_BYTES,
+        "The name that the model is served under, in requests, answers and metrics. It must be unique. At most 64 models can be configured.",
     ).live();
-    MODEL_BUNDLE: Key<String> = non_empty_text(
+    MODEL_BUNDLE: Key<String> = line(
         "models.bundle",
+        MAX_LOCATION_BYTES,
         "The folder of the bundle (a relative path starts at the config file's folder), or its URL: `s3://bucket/path`, `gs://`, `az://` or `https://`.",
     ).live();
     MODEL_DIGEST: Key<String> = sha256(
@@ -214,8 +220,9 @@ keys! {
         0..=100,
         "The percentage that this model answers of the requests that name no model. All shares must add up to 100. A single model has 100 by default; a shadow has no share.",
     ).live();
-    MODEL_SHADOW_OF: Key<String> = non_empty_text(
+    MODEL_SHADOW_OF: Key<String> = line(
         "models.shadow_of",
+        MAX_NAME_BYTES,
         "Makes this model the shadow of the one named here: it scores that model's requests, too, and the results are compared but never sent to a caller. Use it to see drift before a model serves.",
     ).live();
     MODEL_SHADOW_PERCENT: Key<u8> = percent(

@@ -208,10 +208,13 @@ impl EntryReader<'_> {
     /// None if the key is absent or its value is outside the bound; both are recorded as faults. The fault does not repeat
     /// the value, because the URL of a bundle may contain a password.
     fn required(&mut self, key: &Key<String>) -> Option<String> {
-        let written = self.entry.get(key.description.last_part());
-        let value = written.and_then(scalar).and_then(|text| key.parse(&text));
-        if value.is_none() {
+        let Some(written) = self.entry.get(key.description.last_part()) else {
             self.missing(&key.description);
+            return None;
+        };
+        let value = scalar(written).and_then(|text| key.parse(&text));
+        if value.is_none() {
+            self.fault(&key.description, format!("must be {}", key.description.bound));
         }
         value
     }

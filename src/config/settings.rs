@@ -142,6 +142,7 @@ impl Settings {
             texts: BTreeMap::new(),
             digest: String::new(),
         };
+        check_listeners(&settings, &mut reader.faults);
         check_admin_access(settings.admin_listen, &settings.admin_guard, &mut reader.faults);
         if !reader.faults.is_empty() {
             return Err(ConfigError::Invalid(reader.faults.into_vec()));
@@ -236,6 +237,27 @@ fn threads_or_cores(n_threads: usize) -> usize {
         0 => thread::available_parallelism().map_or(1, usize::from),
         n => n,
     }
+}
+
+/// Two listeners on one port of one address cannot both be bound. Port 0 is a free port for each.
+fn check_listeners(settings: &Settings, faults: &mut Faults) {
+    let listeners = [
+        (&keys::SERVER_LISTEN, settings.server_listen),
+        (&keys::ADMIN_LISTEN, settings.admin_listen),
+        (&keys::TELEMETRY_METRICS_LISTEN, settings.metrics_listen),
+    ];
+    for (i, (key, address)) in listeners.iter().enumerate() {
+        if let Some((other, _)) = listeners[..i].iter().find(|(_, taken)| overlap(*taken, *address)) {
+            let reason = format!("{address} is taken by {}, use another port", other.description.name);
+            faults.push(Fault::new(key.description.name, reason));
+        }
+    }
+}
+
+fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
+    // Unspecified is every address of the machine; in IPv6, those of IPv4 as well.
+    let covers = |a: SocketAddr, b: SocketAddr| a.ip().is_unspecified() && (a.is_ipv6() || b.is_ipv4());
+    a.port() != 0 && a.port() == b.port() && (a.ip() == b.ip() || covers(a, b) || covers(b, a))
 }
 
 /// Every caller of the admin listener may change which models are served, so strangers must not reach it.

@@ -93,7 +93,7 @@ fn all_errors_are_reported_at_once_with_key_value_and_bound() {
         "limits.max_candidates: \"many\" is not a whole number from 1 to 100000",
         "limits.max_history: \"0\" is not a whole number from 1 to 100000",
         "models[0].weight: unknown key",
-        "models[0].name: is missing, it must be a non-empty string",
+        "models[0].name: must be a string of 1 to 128 bytes without control characters",
         "models[0].share: \"101\" is not a whole percentage from 0 to 100",
     ];
     assert_eq!(found, expected);
@@ -119,11 +119,48 @@ fn models_need_different_names_and_shares_that_add_up_to_100() {
         faults(&format!("{MODEL}[[models]]\nname = \"b\"\n"), &[]),
         [
             "models[0].share: is missing, it must be a whole percentage from 0 to 100",
-            "models[1].bundle: is missing, it must be a non-empty string",
+            "models[1].bundle: is missing, it must be a string of 1 to 4096 bytes without control characters",
             "models[1].share: is missing, it must be a whole percentage from 0 to 100",
         ]
     );
     assert_eq!(faults("", &[]), ["models: no model is configured, add at least one [[models]] with name and bundle"]);
+}
+
+/// A name goes into every answer, log line and metric of its model.
+#[test]
+fn a_name_has_a_bound_and_no_control_characters() {
+    let named = |name: &str| format!("[[models]]\nname = {}\nbundle = \"x\"\n", toml::Value::from(name));
+    assert!(check(&named(&"n".repeat(128)), &[]).is_ok() && check(&named("neuer Größe"), &[]).is_ok());
+    for name in ["a\0b", "a\nb", "a\u{7f}", &"n".repeat(20 << 10)] {
+        let expected = "models[0].name: must be a string of 1 to 128 bytes without control characters";
+        assert_eq!(faults(&named(name), &[]), [expected]);
+    }
+    let models = MODEL.repeat(65);
+    assert_eq!(faults(&models, &[]), ["models: 65 models are configured, at most 64 can be"]);
+}
+
+#[test]
+fn two_listeners_cannot_share_a_port() {
+    let listen = |server: &str, admin: &str| {
+        format!(
+            "server.listen = {server:?}\nadmin.listen = {admin:?}\nadmin.tls_client_ca = \"ca\"\n\
+                 admin.tls_cert = \"c\"\nadmin.tls_key = \"k\"\n{MODEL}"
+        )
+    };
+    for (server, admin) in
+        [("127.0.0.1:7", "127.0.0.1:7"), ("0.0.0.0:7", "127.0.0.1:7"), ("127.0.0.1:7", "[::]:7"), ("[::1]:7", "[::]:7")]
+    {
+        let expected = format!("admin.listen: {admin} is taken by server.listen, use another port");
+        assert_eq!(faults(&listen(server, admin), &[]), [expected]);
+    }
+    for (server, admin) in
+        [("127.0.0.1:7", "127.0.0.1:8"), ("127.0.0.1:0", "127.0.0.1:0"), ("127.0.0.1:7", "127.0.0.2:7")]
+    {
+        assert!(check(&listen(server, admin), &[]).is_ok(), "{server} and {admin}");
+    }
+    let metrics = format!("telemetry.metrics_listen = \"127.0.0.1:50052\"\n{MODEL}");
+    let expected = "telemetry.metrics_listen: 127.0.0.1:50052 is taken by admin.listen, use another port";
+    assert_eq!(faults(&metrics, &[]), [expected]);
 }
 
 #[test]
