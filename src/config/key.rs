@@ -35,6 +35,7 @@ pub enum Bound {
     Text,
     /// The most bytes.
     Line(usize),
+    Flag,
     Sha256,
 }
 
@@ -84,7 +85,7 @@ impl Description {
     pub(super) fn toml_line(&self, value: &str) -> String {
         let name = self.last_part();
         match self.bound {
-            Bound::Integer(_) | Bound::Percent(_) => format!("{name} = {value}\n"),
+            Bound::Integer(_) | Bound::Percent(_) | Bound::Flag => format!("{name} = {value}\n"),
             _ => format!("{name} = {}\n", toml::Value::from(value)),
         }
     }
@@ -103,6 +104,7 @@ impl fmt::Display for Bound {
             Bound::Filter => f.write_str("a tracing filter, for example info or midemb=debug,info"),
             Bound::Text => f.write_str("a string"),
             Bound::Line(max_bytes) => write!(f, "a string of 1 to {max_bytes} bytes without control characters"),
+            Bound::Flag => f.write_str("true or false"),
             Bound::Sha256 => f.write_str("a SHA-256 of 64 hex digits"),
         }
     }
@@ -183,6 +185,10 @@ pub(super) const fn line(name: &'static str, max_bytes: usize, help: &'static st
         is_line.then(|| text.to_owned())
     };
     Key::new(name, "", Bound::Line(max_bytes), parse, help)
+}
+
+pub(super) const fn flag(name: &'static str, default: &'static str, help: &'static str) -> Key<bool> {
+    Key::new(name, default, Bound::Flag, |text, _| text.parse().ok(), help)
 }
 
 /// A SHA-256 in hex, read in lower case.

@@ -5,8 +5,8 @@
 //! config changes no key that needs a restart.
 
 use super::key::{
-    Bound, Description, Key, address, choice, count, filter, line, megabytes, milliseconds, path, percent, seconds,
-    sha256, text,
+    Bound, Description, Key, address, choice, count, filter, flag, line, megabytes, milliseconds, path, percent,
+    seconds, sha256, text,
 };
 use crate::{inference::ProviderChoice, telemetry::logs::LogFormat};
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -40,11 +40,16 @@ keys! {
     ADMIN_LISTEN: Key<SocketAddr> = address(
         "admin.listen",
         "127.0.0.1:50052",
-        "The address that `AdminService` listens on. Any address but a loopback one needs `admin.token_file` or `admin.tls_client_ca`.",
+        "The address that `AdminService` listens on. Any address but a loopback one needs `admin.tls_client_ca`, or `admin.token_file` with `admin.tls_cert`.",
     );
     ADMIN_TOKEN_FILE: Key<Option<PathBuf>> = path(
         "admin.token_file",
         "A file of bearer tokens, one per line: a name (for the log), a space, the token. If set, every admin call must carry one of them. The file is read at every call, so tokens change without a restart.",
+    );
+    ADMIN_ALLOW_PLAINTEXT_TOKENS: Key<bool> = flag(
+        "admin.allow_plaintext_tokens",
+        "false",
+        "Whether tokens may be used without `admin.tls_cert` on an address that is not loopback. Set it to `true` only if something else encrypts the traffic, for example a service mesh: whoever reads a token can operate the server.",
     );
     ADMIN_TLS_CERT: Key<Option<PathBuf>> = path(
         "admin.tls_cert",

@@ -71,11 +71,13 @@ pub struct Settings {
     pub digest: String,
 }
 
-/// What a caller of the admin listener must present.
+/// What a caller of the admin listener must present, and over what.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AdminGuard {
     /// `admin.token_file`
     pub token_file: Option<PathBuf>,
+    /// `admin.allow_plaintext_tokens`
+    pub allows_plaintext_tokens: bool,
     /// `admin.tls_cert` and `admin.tls_key`
     pub certificate: Option<(PathBuf, PathBuf)>,
     /// `admin.tls_client_ca`
@@ -206,7 +208,8 @@ impl AdminGuard {
             reader.faults.push(needs(&keys::ADMIN_TLS_CLIENT_CA, &keys::ADMIN_TLS_CERT));
         }
         let token_file = path_in(folder, &keys::ADMIN_TOKEN_FILE, reader);
-        AdminGuard { token_file, certificate: certificate.zip(key), client_ca }
+        let allows_plaintext_tokens = reader.get(&keys::ADMIN_ALLOW_PLAINTEXT_TOKENS);
+        AdminGuard { token_file, allows_plaintext_tokens, certificate: certificate.zip(key), client_ca }
     }
 }
 
@@ -260,13 +263,23 @@ fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
     a.port() != 0 && a.port() == b.port() && (a.ip() == b.ip() || covers(a, b) || covers(b, a))
 }
 
-/// Every caller of the admin listener may change which models are served, so strangers must not reach it.
+/// Every caller of the admin listener may change which models are served, so strangers must neither reach it nor read a token.
 fn check_admin_access(listen: SocketAddr, guard: &AdminGuard, faults: &mut Faults) {
-    if !listen.ip().is_loopback() && guard.token_file.is_none() && guard.client_ca.is_none() {
+    if listen.ip().is_loopback() {
+        return;
+    }
+    if guard.token_file.is_none() && guard.client_ca.is_none() {
         let reason = format!(
             "{listen} can be reached from other machines: set admin.token_file or admin.tls_client_ca, or listen on loopback"
         );
         faults.push(Fault::new(keys::ADMIN_LISTEN.description.name, reason));
+    }
+    if guard.token_file.is_some() && guard.certificate.is_none() && !guard.allows_plaintext_tokens {
+        let reason = format!(
+            "tokens for {listen} would cross the network in the clear: set admin.tls_cert and admin.tls_key, or \
+             admin.allow_plaintext_tokens if something else encrypts the traffic"
+        );
+        faults.push(Fault::new(keys::ADMIN_TOKEN_FILE.description.name, reason));
     }
 }
 

@@ -187,14 +187,23 @@ fn a_shadow_needs_a_model_that_answers_and_has_no_share() {
 }
 
 #[test]
-fn an_admin_listener_beyond_loopback_needs_a_token_or_a_client_certificate() {
+fn an_admin_listener_beyond_loopback_needs_encrypted_tokens_or_client_certificates() {
     let listen = "admin.listen = \"0.0.0.0:1\"\n";
     let found = faults(&format!("{listen}{MODEL}"), &[]);
     assert!(
         found[0].starts_with("admin.listen: 0.0.0.0:1 can be reached from other machines: set admin.token_file"),
         "{found:?}"
     );
-    assert!(check(&format!("{listen}admin.token_file = \"t\"\n{MODEL}"), &[]).is_ok());
+    let tokens = format!("{listen}admin.token_file = \"t\"\n");
+    assert_eq!(
+        faults(&format!("{tokens}{MODEL}"), &[]),
+        ["admin.token_file: tokens for 0.0.0.0:1 would cross the network in the clear: set admin.tls_cert and \
+             admin.tls_key, or admin.allow_plaintext_tokens if something else encrypts the traffic"]
+    );
+    for encrypted in ["admin.allow_plaintext_tokens = true", "admin.tls_cert = \"c\"\nadmin.tls_key = \"k\""] {
+        assert!(check(&format!("{tokens}{encrypted}\n{MODEL}"), &[]).is_ok(), "{encrypted}");
+    }
+    assert!(check(&format!("admin.token_file = \"t\"\n{MODEL}"), &[]).is_ok(), "nothing leaves the machine");
     assert_eq!(
         faults(&format!("{listen}admin.tls_client_ca = \"ca\"\nadmin.tls_key = \"k\"\n{MODEL}"), &[]),
         ["admin.tls_key: needs admin.tls_cert, too", "admin.tls_client_ca: needs admin.tls_cert, too"]
@@ -217,9 +226,9 @@ fn changes_that_need_a_restart_are_named() {
     );
 }
 
-/// Digests of configs are stored and compared across versions: they must not change.
+/// Digests of configs are stored and compared across versions: they must not change, unless there is a new key.
 #[test]
-fn the_printed_form_and_the_digest_of_a_config_never_change() {
+fn the_printed_form_and_the_digest_of_a_config_change_only_with_a_new_key() {
     let text = r#"
 server.listen = "0.0.0.0:9"
 admin.token_file = "tokens"
@@ -242,6 +251,7 @@ drain_seconds = 30
 [admin]
 listen = "127.0.0.1:50052"
 token_file = "tokens"
+allow_plaintext_tokens = false
 tls_cert = ""
 tls_key = ""
 tls_client_ca = ""
@@ -298,7 +308,7 @@ shadow_percent = 100
 "#;
     let settings = check(text, &[("MIDEMB__CACHE__ITEM_MB", "12")]).unwrap();
     assert_eq!(settings.to_toml(), printed);
-    assert_eq!(settings.digest, "66b50ba311ad0b449e02a1b8cbd02766f83581f8a74dd1b84413c9a2a6ecc9ea");
+    assert_eq!(settings.digest, "b489d452ee5d895236460cc88e915582abad1aa0088fffaa4039824ca286d1a2");
 }
 
 #[test]
