@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     bundle::{ModelSet, load::read_manifest, store::Source},
-    config::{ModelSettings, Settings},
+    config::{ModelSettings, Settings, pin_bundles},
     telemetry::events,
 };
 use std::{
@@ -123,18 +123,36 @@ impl Lifecycle {
         let digest_before = self.current_digest();
         let record = |error: &PushError| self.journal.refused(Trigger::Rollback, who, &digest_before, error);
         check_expected_digest(expected, &digest_before).inspect_err(record)?;
-        let previous = self.previous().ok_or(PushError::NoPreviousConfig).inspect_err(record)?;
+        let mut previous = self.previous().ok_or(PushError::NoPreviousConfig).inspect_err(record)?;
+        let pinned = self.pin(&mut previous);
         let InForce { digest, text, models, .. } = previous.clone();
         self.install(previous);
-        let warning = match self.save_rollback(&text, who) {
-            Ok(()) => self.find_replaced_bundle(&text, &models),
-            Err(error) => Some(PushError::Persist(error)),
+        let saved = self.save_rollback(&text, who).map_err(PushError::from);
+        let warning = match saved.and(pinned) {
+            Ok(settings) => {
+                self.remember_bundles(&settings, &models);
+                find_replaced_bundle(settings, &models)
+            }
+            Err(error) => Some(error),
         };
         if let Some(warning) = &warning {
             tracing::error!(cause = %warning, "a restart would not restore the config that was rolled back to");
         }
         let report = self.journal.rolled_back(who, &digest_before, &digest, began.elapsed());
         self.push_result(Outcome::RolledBack, report, warning)
+    }
+
+    /// Pins the bundles of a config that come from stores to the digests of its models: a store may have another bundle by now,
+    /// and a restart must find the one that is rolled back to. Returns the settings of the config.
+    fn pin(&self, config: &mut InForce) -> Result<Settings, PushError> {
+        let digest_of = |name: &str| {
+            let mut models = config.models.all();
+            models.find(|model| model.reference.name == name).map(|model| model.reference.digest.clone())
+        };
+        let text = pin_bundles(&config.text, &self.file, digest_of)?;
+        let settings = Settings::from_text(&text, &self.file)?;
+        (config.text, config.digest) = (text, settings.digest.clone());
+        Ok(settings)
     }
 
     /// Saves the config in force, whose text is `text`, for a restart.
@@ -153,18 +171,17 @@ impl Lifecycle {
         (state.saved, state.considered) = (saved, Some(file_text));
         persisted.map(drop)
     }
+}
 
-    /// Returns an error about the first model of `models` whose folder now contains another bundle.
-    fn find_replaced_bundle(&self, text: &str, models: &ModelSet) -> Option<PushError> {
-        let settings = Settings::from_text(text, &self.file).ok()?;
-        for ModelSettings { name, bundle, .. } in settings.models {
-            let model = models.all().find(|model| model.reference.name == name);
-            let (Source::Folder(folder), Some(model)) = (bundle, model) else { continue };
-            let is_unchanged = read_manifest(&folder).is_ok_and(|files| files.digest == model.reference.digest);
-            if !is_unchanged {
-                return Some(PushError::BundleReplaced { name, folder });
-            }
+/// Returns an error about the first model of `models` whose folder now contains another bundle.
+fn find_replaced_bundle(settings: Settings, models: &ModelSet) -> Option<PushError> {
+    for ModelSettings { name, bundle, .. } in settings.models {
+        let model = models.all().find(|model| model.reference.name == name);
+        let (Source::Folder(folder), Some(model)) = (bundle, model) else { continue };
+        let is_unchanged = read_manifest(&folder).is_ok_and(|files| files.digest == model.reference.digest);
+        if !is_unchanged {
+            return Some(PushError::BundleReplaced { name, folder });
         }
-        None
     }
+    None
 }
