@@ -30,7 +30,7 @@ pub enum ConfigError {
 const MAX_KEY_BYTES: usize = 128;
 const MAX_VALUE_BYTES: usize = 128;
 const MAX_REASON_BYTES: usize = 384;
-pub(super) const MAX_FAULTS: usize = 50;
+const MAX_FAULTS: usize = 50;
 
 /// What is wrong with one key.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -34,7 +34,7 @@ keys! {
         "server.drain_seconds",
         "30",
         0..=3600,
-        "How long accepted requests may take to finish after SIGTERM. Keep it below the orchestrator's grace period.",
+        "How long accepted requests may take to finish after SIGTERM. Keep it at least 10 seconds below the orchestrator's grace period: the caches may be written for 5 more.",
     );
 
     ADMIN_LISTEN: Key<SocketAddr> = address(
@@ -133,7 +133,7 @@ keys! {
 
     SNAPSHOT_FOLDER: Key<Option<PathBuf>> = path(
         "snapshot.folder",
-        "The folder that the caches are written to, on drain and every `snapshot.interval_seconds`, and read from at start-up. If empty, they are not saved. Choose a disk that outlives the process.",
+        "The folder that the caches are written to, on drain and every `snapshot.interval_seconds`, and read from at start-up. If empty, they are not saved. Choose a disk that outlives the process, and a folder for each replica: only one process writes into a folder.",
     );
     SNAPSHOT_INTERVAL_SECONDS: Key<Duration> = seconds(
         "snapshot.interval_seconds",

@@ -2,7 +2,8 @@
 //!
 //! On start it binds its listeners, answers health checks with NOT_SERVING and requests with UNAVAILABLE, and puts the first
 //! config in force ([`crate::lifecycle`]); then it serves and watches for new configs. On shutdown it reports NOT_SERVING,
-//! accepts no new connections, lets accepted requests finish within `server.drain_seconds`, and writes the caches to disk.
+//! accepts no new connections, lets accepted requests finish within `server.drain_seconds`, and writes the caches to disk in
+//! what is left of that time and a few seconds more.
 
 mod http;
 
@@ -31,7 +32,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use thiserror::Error;
 use tokio::{net::TcpListener, sync::watch};
@@ -89,6 +90,9 @@ impl Listeners {
 /// A peer that vanished is detected within the sum of the two, so that it holds up neither requests nor a drain.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the last snapshot may take beyond `server.drain_seconds`: docs/operating.md says which grace period follows.
+const LAST_SNAPSHOT_RESERVE: Duration = Duration::from_secs(5);
 
 async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, ServerError> {
     TcpListener::bind(address).await.map_err(|source| ServerError::Bind { key, address, source })
@@ -170,13 +174,14 @@ pub async fn run(
         // A listener failed.
         served = &mut serving => return served?.map(|_| ()).map_err(ServerError::from),
     }
+    let end_by = Instant::now() + settings.drain + LAST_SNAPSHOT_RESERVE;
     set_health(&health, ServingStatus::NotServing).await;
     set_draining.send_replace(true);
     end_health_watches(health).await;
     tracing::info!(drain_seconds = settings.drain.as_secs(), "draining");
     let drained = tokio::time::timeout(settings.drain, serving).await;
     if let Some(snapshots) = snapshots {
-        snapshots.write(lifecycle.cached_parts()).await;
+        snapshots.write_last(lifecycle.cached_parts(), end_by.saturating_duration_since(Instant::now())).await;
     }
     match drained {
         Ok(served) => {

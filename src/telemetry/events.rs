@@ -205,7 +205,7 @@ pub fn snapshot_written() {
     snapshot_finished("written");
 }
 
-/// A snapshot of the caches, or a part of one, was `written`, `restored` or `refused`, or it `failed`.
+/// A snapshot of the caches, or a part of one, was `written`, `restored`, `refused` or `skipped`, or it `failed`.
 pub fn snapshot_finished(result: &'static str) {
     counter!(names::SNAPSHOTS, "result" => result).increment(1);
 }

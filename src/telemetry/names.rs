@@ -107,7 +107,7 @@ metrics! {
     SHADOW_COSINE = "midemb_shadow_cosine", Kind::Histogram(COSINES), "model";
     /// Absolute difference between a shadow's cvr and the one answered, per candidate.
     SHADOW_CVR_DIFFERENCE = "midemb_shadow_cvr_difference", Kind::Histogram(DIFFERENCES), "model";
-    /// Snapshots of the caches by result: written, restored, failed, or refused (a part of a snapshot).
+    /// Snapshots of the caches by result: written, restored, failed, refused (a part of a snapshot), or skipped because another process writes into the folder.
     SNAPSHOTS = "midemb_snapshots_total", Kind::Counter, "result";
     /// Unix time in seconds at which the last snapshot was written.
     SNAPSHOT_TIME = "midemb_snapshot_timestamp_seconds", Kind::Gauge, "";
