@@ -43,6 +43,7 @@ use crate::{
     domain::bounded_text::cut,
     inference::Runtime,
     pipeline::{Pipeline, replay::ReplaySummary},
+    telemetry::events::ConfigLabels,
 };
 use load::LoadedModels;
 use std::{
@@ -63,6 +64,13 @@ pub struct InForce {
     #[expect(missing_docs, reason = "its type says it all")]
     pub models: Arc<ModelSet>,
     text: String,
+}
+
+impl InForce {
+    fn labels(&self) -> ConfigLabels<'_> {
+        let models = self.models.all().map(|model| (&*model.reference, model.provider.as_str()));
+        ConfigLabels { digest: &self.digest, models: models.collect() }
+    }
 }
 
 /// An operator's request to put a config in force.

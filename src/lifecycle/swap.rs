@@ -76,16 +76,7 @@ impl Lifecycle {
         let previous = state.current.replace(config);
         let retired = std::mem::replace(&mut state.previous, previous.clone());
         drop(state);
-        if let Some(previous) = &previous {
-            for model in previous.models.all() {
-                events::model_retired(&model.reference, model.provider.as_str());
-            }
-            events::config_replaced(&previous.digest);
-        }
-        for model in new.models.all() {
-            events::model_served(&model.reference, model.provider.as_str());
-        }
-        events::config_applied(&new.digest);
+        events::config_applied(&new.labels(), previous.as_ref().map(InForce::labels).as_ref());
         Replaced { previous, retired }
     }
 

@@ -1,7 +1,8 @@
 //! Every metric of the server: name, kind, labels and help text.
 //!
 //! The recorder describes the metrics from this table and takes the histograms' buckets from it; a test compares the documented
-//! table with it. Names are `midemb_<noun>_<unit>[_total]`. Label values come from closed sets.
+//! table with it. Names are `midemb_<noun>_<unit>[_total]`. Label values come from closed sets, or name a
+//! model or a config (`series` bounds those).
 
 /// The type of a metric.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -91,9 +92,9 @@ metrics! {
     IN_FLIGHT = "midemb_in_flight_requests", Kind::Gauge, "";
     /// Requests handed to the writer of the trace (`midemb serve --record-trace`), or left out because the writer was behind.
     TRACE_REQUESTS = "midemb_trace_requests_total", Kind::Counter, "result";
-    /// 1 for every model that answers or shadows requests, 0 for one that no longer does.
+    /// 1 for every model that answers or shadows requests, 0 for one of the config before that no longer does.
     MODEL_INFO = "midemb_model_info", Kind::Gauge, "name,version,digest,provider";
-    /// 1 for the config in force, 0 for a former one.
+    /// 1 for the config in force, 0 for the one before.
     CONFIG_INFO = "midemb_config_info", Kind::Gauge, "digest";
     /// Pushes by result: applied, unchanged, checked (a dry run), refused, rolled_back.
     RELOADS = "midemb_reloads_total", Kind::Counter, "result";
