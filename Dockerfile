@@ -37,7 +37,7 @@ ENV PATH=/opt/midemb/bin:$PATH \
     MIDEMB__TELEMETRY__METRICS_LISTEN=0.0.0.0:9464
 USER midemb
 EXPOSE 50051 9464
-# SIGTERM drains: give it server.drain_seconds (`docker stop --time 35`).
+# SIGTERM drains: give it server.drain_seconds + 10 (`docker stop --time 40`).
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["midemb"]
 CMD ["serve", "--config", "/opt/midemb/deploy/midemb.toml"]

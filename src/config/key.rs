@@ -36,7 +36,9 @@ pub enum Bound {
     Path,
     Filter,
     Text,
-    NonEmptyText,
+    /// The most bytes.
+    Line(usize),
+    Flag,
     Sha256,
 }
 
@@ -92,7 +94,7 @@ impl Description {
     pub(super) fn toml_line(&self, value: &str) -> String {
         let name = self.last_part();
         match self.bound {
-            Bound::Integer(_) | Bound::Percent(_) => format!("{name} = {value}\n"),
+            Bound::Integer(_) | Bound::Percent(_) | Bound::Flag => format!("{name} = {value}\n"),
             _ => format!("{name} = {}\n", toml::Value::from(value)),
         }
     }
@@ -110,7 +112,8 @@ impl fmt::Display for Bound {
             Bound::Path => f.write_str("a path"),
             Bound::Filter => f.write_str("a tracing filter, for example info or midemb=debug,info"),
             Bound::Text => f.write_str("a string"),
-            Bound::NonEmptyText => f.write_str("a non-empty string"),
+            Bound::Line(max_bytes) => write!(f, "a string of 1 to {max_bytes} bytes without control characters"),
+            Bound::Flag => f.write_str("true or false"),
             Bound::Sha256 => f.write_str("a SHA-256 of 64 hex digits"),
         }
     }
@@ -183,9 +186,18 @@ pub(super) const fn milliseconds(
     Key::new(name, default, Bound::Integer(range), |text, bound| integer(text, bound).map(Duration::from_millis), help)
 }
 
-pub(super) const fn non_empty_text(name: &'static str, help: &'static str) -> Key<String> {
-    let parse: Parse<String> = |text, _| (!text.is_empty()).then(|| text.to_owned());
-    Key::new(name, "", Bound::NonEmptyText, parse, help)
+/// A text of one line that is not empty, of at most `max_bytes`.
+pub(super) const fn line(name: &'static str, max_bytes: usize, help: &'static str) -> Key<String> {
+    let parse: Parse<String> = |text, bound| {
+        let Bound::Line(max_bytes) = bound else { return None };
+        let is_line = (1..=*max_bytes).contains(&text.len()) && !text.contains(char::is_control);
+        is_line.then(|| text.to_owned())
+    };
+    Key::new(name, "", Bound::Line(max_bytes), parse, help)
+}
+
+pub(super) const fn flag(name: &'static str, default: &'static str, help: &'static str) -> Key<bool> {
+    Key::new(name, default, Bound::Flag, |text, _| text.parse().ok(), help)
 }
 
 /// A SHA-256 in hex, read in lower case.

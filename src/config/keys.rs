@@ -5,7 +5,7 @@
 //! config changes no key that needs a restart.
 
 use super::key::{
-    Bound, Description, Key, address, choice, count, filter, megabytes, milliseconds, non_empty_text, path, percent,
+    Bound, Description, Key, address, choice, count, filter, flag, line, megabytes, milliseconds, path, percent,
     seconds, sha256, text,
 };
 use crate::{inference::ProviderChoice, telemetry::logs::LogFormat};
@@ -34,7 +34,7 @@ keys! {
         "server.drain_seconds",
         "30",
         0..=3600,
-        "How long accepted requests may take to finish after SIGTERM. Keep it below the orchestrator's grace period.",
+        "How long accepted requests may take to finish after SIGTERM. Keep it at least 10 seconds below the orchestrator's grace period: the caches may be written for 5 more.",
     );
 
     SERVER_MAX_CONNECTIONS: Key<usize> = count(
@@ -53,12 +53,17 @@ keys! {
     ADMIN_LISTEN: Key<SocketAddr> = address(
         "admin.listen",
         "127.0.0.1:50052",
-        "The address that `AdminService` listens on. Any address but a loopback one needs `admin.token_file` or `admin.tls_client_ca`.",
+        "The address that `AdminService` listens on. Any address but a loopback one needs `admin.tls_client_ca`, or `admin.token_file` with `admin.tls_cert`.",
     );
     ADMIN_TOKEN_FILE: Key<Option<PathBuf>> = path(
         "admin.token_file",
         "A file of bearer tokens, one per line: a name (for the log), a space, the token. If set, every admin call must carry one of them. The file is read at every call, so tokens change without a restart.",
     );
+    ADMIN_ALLOW_PLAINTEXT_TOKENS: Key<bool> = flag(
+        "admin.allow_plaintext_tokens",
+        "false",
+        "Whether tokens may be used without `admin.tls_cert` on an address that is not loopback. Set it to `true` only if something else encrypts the traffic, for example a service mesh: whoever reads a token can operate the server.",
+    ).later();
     ADMIN_TLS_CERT: Key<Option<PathBuf>> = path(
         "admin.tls_cert",
         "The certificate chain of the admin listener (PEM). If set, the listener accepts only TLS; needs `admin.tls_key`.",
@@ -141,7 +146,7 @@ keys! {
 
     SNAPSHOT_FOLDER: Key<Option<PathBuf>> = path(
         "snapshot.folder",
-        "The folder that the caches are written to, on drain and every `snapshot.interval_seconds`, and read from at start-up. If empty, they are not saved. Choose a disk that outlives the process.",
+        "The folder that the caches are written to, on drain and every `snapshot.interval_seconds`, and read from at start-up. If empty, they are not saved. Choose a disk that outlives the process, and a folder for each replica: only one process writes into a folder.",
     );
     SNAPSHOT_INTERVAL_SECONDS: Key<Duration> = seconds(
         "snapshot.interval_seconds",
@@ -242,16 +247,22 @@ keys! {
     );
 }
 
+/// A name is a label of metrics and is part of log lines.
+const MAX_NAME_BYTES: usize = 128;
+const MAX_LOCATION_BYTES: usize = 4096;
+
 keys! {
     /// The keys of one `[[models]]` entry. A push may change all of them.
     MODEL_KEYS:
 
-    MODEL_NAME: Key<String> = non_empty_text(
+    MODEL_NAME: Key<String> = line(
         "models.name",
-        "The name that the model is served under, in requests, answers and metrics. It must be unique.",
+        MAX_NAME_BYTES,
+        "The name that the model is served under, in requests, answers and metrics. It must be unique. At most 64 models can be configured.",
     ).live();
-    MODEL_BUNDLE: Key<String> = non_empty_text(
+    MODEL_BUNDLE: Key<String> = line(
         "models.bundle",
+        MAX_LOCATION_BYTES,
         "The folder of the bundle (a relative path starts at the config file's folder), or its URL: `s3://bucket/path`, `gs://`, `az://` or `https://`.",
     ).live();
     MODEL_DIGEST: Key<String> = sha256(
@@ -263,8 +274,9 @@ keys! {
         0..=100,
         "The percentage that this model answers of the requests that name no model. All shares must add up to 100. A single model has 100 by default; a shadow has no share.",
     ).live();
-    MODEL_SHADOW_OF: Key<String> = non_empty_text(
+    MODEL_SHADOW_OF: Key<String> = line(
         "models.shadow_of",
+        MAX_NAME_BYTES,
         "Makes this model the shadow of the one named here: it scores that model's requests, too, and the results are compared but never sent to a caller. Use it to see drift before a model serves.",
     ).live();
     MODEL_SHADOW_PERCENT: Key<u8> = percent(

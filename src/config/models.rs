@@ -1,13 +1,16 @@
 //! The list `[[models]]`: which models are loaded, from where, and which requests each one gets.
 
 use super::{
-    fault::Fault,
+    fault::{Fault, Faults, short},
     key::{Description, Key},
     keys::{MODEL_BUNDLE, MODEL_DIGEST, MODEL_KEYS, MODEL_NAME, MODEL_SHADOW_OF, MODEL_SHADOW_PERCENT, MODEL_SHARE},
     raw::{ModelEntry, scalar},
 };
 use crate::bundle::store::Source;
 use std::{collections::HashSet, path::Path};
+
+/// Each model has threads of its own, and steps in the report of a push.
+const MAX_MODELS: usize = 64;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the name says what it is")]
@@ -66,9 +69,16 @@ impl ModelSettings {
 }
 
 /// Reads and checks all entries. Relative bundle folders start from `folder`.
-pub(super) fn read(entries: &[ModelEntry], folder: &Path, faults: &mut Vec<Fault>) -> Vec<ModelSettings> {
+pub(super) fn read(entries: &[ModelEntry], folder: &Path, faults: &mut Faults) -> Vec<ModelSettings> {
     if entries.is_empty() {
         faults.push(Fault::new("models", "no model is configured, add at least one [[models]] with name and bundle"));
+    }
+    if entries.len() > MAX_MODELS {
+        faults.push(Fault::new(
+            "models",
+            format!("{} models are configured, at most {MAX_MODELS} can be", entries.len()),
+        ));
+        return Vec::new();
     }
     let is_live = |entry: &&ModelEntry| !entry.contains_key(MODEL_SHADOW_OF.description.last_part());
     let n_live = entries.iter().filter(is_live).count();
@@ -86,31 +96,31 @@ pub(super) fn read(entries: &[ModelEntry], folder: &Path, faults: &mut Vec<Fault
     models
 }
 
-fn check_names(models: &[ModelSettings], faults: &mut Vec<Fault>) {
+fn check_names(models: &[ModelSettings], faults: &mut Faults) {
     let mut names = HashSet::new();
     for (i, model) in models.iter().enumerate() {
         // A missing name was reported already.
         if !model.name.is_empty() && !names.insert(&model.name) {
-            let reason = format!("{:?} is taken by another model", model.name);
+            let reason = format!("{:?} is taken by another model", short(&model.name));
             faults.push(Fault::new(format!("models[{i}].name"), reason));
         }
     }
 }
 
-fn check_shadows(models: &[ModelSettings], faults: &mut Vec<Fault>) {
+fn check_shadows(models: &[ModelSettings], faults: &mut Faults) {
     let is_live = |name: &str| models.iter().any(|model| model.name == name && model.share().is_some());
     for (i, model) in models.iter().enumerate() {
         if let Role::Shadow { of, .. } = &model.role
             && !of.is_empty()
             && !is_live(of)
         {
-            let reason = format!("{of:?} is not the name of a model that answers");
+            let reason = format!("{:?} is not the name of a model that answers", short(of));
             faults.push(Fault::new(format!("models[{i}].shadow_of"), reason));
         }
     }
 }
 
-fn check_shares(models: &[ModelSettings], faults: &mut Vec<Fault>) {
+fn check_shares(models: &[ModelSettings], faults: &mut Faults) {
     let total: u32 = models.iter().filter_map(ModelSettings::share).map(u32::from).sum();
     if total != 100 {
         faults.push(Fault::new(MODEL_SHARE.description.name, format!("the shares add up to {total}, not to 100")));
@@ -122,7 +132,7 @@ struct EntryReader<'a> {
     /// What stands before the key in a fault: `models[0]`.
     path: String,
     entry: &'a ModelEntry,
-    faults: &'a mut Vec<Fault>,
+    faults: &'a mut Faults,
 }
 
 impl EntryReader<'_> {
@@ -198,10 +208,13 @@ impl EntryReader<'_> {
     /// None if the key is absent or its value is outside the bound; both are recorded as faults. The fault does not repeat
     /// the value, because the URL of a bundle may contain a password.
     fn required(&mut self, key: &Key<String>) -> Option<String> {
-        let written = self.entry.get(key.description.last_part());
-        let value = written.and_then(scalar).and_then(|text| key.parse(&text));
-        if value.is_none() {
+        let Some(written) = self.entry.get(key.description.last_part()) else {
             self.missing(&key.description);
+            return None;
+        };
+        let value = scalar(written).and_then(|text| key.parse(&text));
+        if value.is_none() {
+            self.fault(&key.description, format!("must be {}", key.description.bound));
         }
         value
     }

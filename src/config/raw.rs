@@ -1,6 +1,7 @@
 //! A config as it was written, before any check: the file, and the environment over it.
 
 use super::fault::ConfigError;
+use crate::domain::bounded_text::cut;
 use config::{Config, Environment, File, FileFormat, Value, ValueKind};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -10,6 +11,9 @@ use std::{
 /// `MIDEMB__SERVER__LISTEN` is `server.listen`.
 const PREFIX: &str = "MIDEMB";
 const SEPARATOR: &str = "__";
+
+/// A syntax error repeats its line, which may have any length.
+const MAX_REASON_BYTES: usize = 768;
 
 /// One `[[models]]` entry: its values by their key, without `models.`.
 pub(super) type ModelEntry = BTreeMap<String, Value>;
@@ -55,7 +59,7 @@ impl Raw {
             Environment::with_prefix(PREFIX).prefix_separator(SEPARATOR).separator(SEPARATOR).source(variables);
         let syntax = |error: config::ConfigError| ConfigError::Syntax {
             path: file.map(Path::to_path_buf).unwrap_or_default(),
-            reason: error.to_string().trim().replace('\n', " "),
+            reason: cut(error.to_string().trim(), MAX_REASON_BYTES).replace('\n', " "),
         };
         let root: BTreeMap<String, Value> =
             builder.add_source(environment).build().and_then(Config::try_deserialize).map_err(syntax)?;

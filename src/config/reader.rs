@@ -1,7 +1,7 @@
 //! Reads keys from what was written, and collects what is wrong with them.
 
 use super::{
-    fault::Fault,
+    fault::{Fault, Faults},
     key::{Description, Key},
     keys::KEYS,
     raw::{Raw, scalar},
@@ -11,10 +11,12 @@ use std::collections::BTreeMap;
 /// Above this Jaro similarity, an unknown key is assumed to be a misspelling.
 const MIN_SIMILARITY: f64 = 0.85;
 
+const MAX_TYPO_BYTES: usize = 64;
+
 pub(super) struct Reader<'a> {
     raw: &'a Raw,
     /// All faults so far, those of unknown keys first.
-    pub(super) faults: Vec<Fault>,
+    pub(super) faults: Faults,
     /// The texts of the keys that were read without a fault, by the keys' names.
     pub(super) texts: BTreeMap<&'static str, String>,
 }
@@ -41,13 +43,18 @@ impl<'a> Reader<'a> {
     }
 }
 
-fn unknown_keys(raw: &Raw) -> Vec<Fault> {
-    let mut faults = Vec::new();
+fn unknown_keys(raw: &Raw) -> Faults {
+    let mut faults = Faults::default();
     for name in raw.values.keys() {
         if KEYS.iter().any(|key| key.name == name) {
             continue;
         }
-        let hint = most_similar(name).map_or_else(String::new, |key| format!(", did you mean {}?", key.name));
+        // Comparing takes long for many keys or a long one, and nobody misspells a key so.
+        let is_typo = !faults.is_full() && name.len() <= MAX_TYPO_BYTES;
+        let hint = is_typo
+            .then(|| most_similar(name))
+            .flatten()
+            .map_or_else(String::new, |key| format!(", did you mean {}?", key.name));
         faults.push(Fault::new(name, format!("unknown key{hint}")));
     }
     faults

@@ -2,7 +2,7 @@
 
 use super::{
     environment::library_from_environment,
-    fault::{ConfigError, Fault},
+    fault::{ConfigError, Fault, Faults, short},
     key::{Description, Key},
     keys::{self, KEYS},
     models::{self, ModelSettings},
@@ -75,11 +75,13 @@ pub struct Settings {
     pub digest: String,
 }
 
-/// What a caller of the admin listener must present.
+/// What a caller of the admin listener must present, and over what.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AdminGuard {
     /// `admin.token_file`
     pub token_file: Option<PathBuf>,
+    /// `admin.allow_plaintext_tokens`
+    pub allows_plaintext_tokens: bool,
     /// `admin.tls_cert` and `admin.tls_key`
     pub certificate: Option<(PathBuf, PathBuf)>,
     /// `admin.tls_client_ca`
@@ -160,9 +162,10 @@ impl Settings {
             texts: BTreeMap::new(),
             digest: String::new(),
         };
+        check_listeners(&settings, &mut reader.faults);
         check_admin_access(settings.admin_listen, &settings.admin_guard, &mut reader.faults);
         if !reader.faults.is_empty() {
-            return Err(ConfigError::Invalid(reader.faults));
+            return Err(ConfigError::Invalid(reader.faults.into_vec()));
         }
         settings.texts = reader.texts;
         settings.digest = sha256_hex(settings.digested_form().as_bytes());
@@ -175,6 +178,7 @@ impl Settings {
         for key in KEYS.iter().filter(|key| !key.is_live) {
             let (old, new) = (self.text(key), new.text(key));
             if old != new {
+                let (old, new) = (short(old), short(new));
                 faults.push(Fault::new(key.name, format!("cannot change from {old:?} to {new:?} without a restart")));
             }
         }
@@ -231,7 +235,8 @@ impl AdminGuard {
             reader.faults.push(needs(&keys::ADMIN_TLS_CLIENT_CA, &keys::ADMIN_TLS_CERT));
         }
         let token_file = path_in(folder, &keys::ADMIN_TOKEN_FILE, reader);
-        AdminGuard { token_file, certificate: certificate.zip(key), client_ca }
+        let allows_plaintext_tokens = reader.get(&keys::ADMIN_ALLOW_PLAINTEXT_TOKENS);
+        AdminGuard { token_file, allows_plaintext_tokens, certificate: certificate.zip(key), client_ca }
     }
 }
 
@@ -280,13 +285,44 @@ fn threads_or_cores(n_threads: usize) -> usize {
     }
 }
 
-/// Every caller of the admin listener may change which models are served, so strangers must not reach it.
-fn check_admin_access(listen: SocketAddr, guard: &AdminGuard, faults: &mut Vec<Fault>) {
-    if !listen.ip().is_loopback() && guard.token_file.is_none() && guard.client_ca.is_none() {
+/// Two listeners on one port of one address cannot both be bound. Port 0 is a free port for each.
+fn check_listeners(settings: &Settings, faults: &mut Faults) {
+    let listeners = [
+        (&keys::SERVER_LISTEN, settings.server_listen),
+        (&keys::ADMIN_LISTEN, settings.admin_listen),
+        (&keys::TELEMETRY_METRICS_LISTEN, settings.metrics_listen),
+    ];
+    for (i, (key, address)) in listeners.iter().enumerate() {
+        if let Some((other, _)) = listeners[..i].iter().find(|(_, taken)| overlap(*taken, *address)) {
+            let reason = format!("{address} is taken by {}, use another port", other.description.name);
+            faults.push(Fault::new(key.description.name, reason));
+        }
+    }
+}
+
+fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
+    // Unspecified is every address of the machine; in IPv6, those of IPv4 as well.
+    let covers = |a: SocketAddr, b: SocketAddr| a.ip().is_unspecified() && (a.is_ipv6() || b.is_ipv4());
+    a.port() != 0 && a.port() == b.port() && (a.ip() == b.ip() || covers(a, b) || covers(b, a))
+}
+
+/// Every caller of the admin listener may change which models are served, so strangers must neither reach it nor read a token.
+fn check_admin_access(listen: SocketAddr, guard: &AdminGuard, faults: &mut Faults) {
+    if listen.ip().is_loopback() {
+        return;
+    }
+    if guard.token_file.is_none() && guard.client_ca.is_none() {
         let reason = format!(
             "{listen} can be reached from other machines: set admin.token_file or admin.tls_client_ca, or listen on loopback"
         );
         faults.push(Fault::new(keys::ADMIN_LISTEN.description.name, reason));
+    }
+    if guard.token_file.is_some() && guard.certificate.is_none() && !guard.allows_plaintext_tokens {
+        let reason = format!(
+            "tokens for {listen} would cross the network in the clear: set admin.tls_cert and admin.tls_key, or \
+             admin.allow_plaintext_tokens if something else encrypts the traffic"
+        );
+        faults.push(Fault::new(keys::ADMIN_TOKEN_FILE.description.name, reason));
     }
 }
 

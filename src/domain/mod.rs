@@ -3,6 +3,7 @@
 //! Nothing here depends on protobuf, ONNX or a cache. Invariant: a [`MidEmbRequest`] was validated by `wire::decode`, so its
 //! ids are not empty and its sizes are within the configured limits.
 
+pub mod bounded_text;
 pub mod digest;
 pub mod error;
 pub mod ids;

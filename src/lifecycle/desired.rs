@@ -80,16 +80,19 @@ impl Desired {
     }
 }
 
-/// Saves `text` as the config that a restart uses as long as the contents of `file` are `base`. Returns the path that it was
-/// written to, or none if `text` is the same as the config file.
-pub fn persist(file: &Path, base: &str, text: &str, who: &str) -> Result<Option<PathBuf>, PersistError> {
+/// Saves `text` as the config that a restart uses as long as the contents of `file` are `base`. Returns what [`read`] finds
+/// from now on.
+pub fn persist(file: &Path, base: &str, text: &str, who: &str) -> Result<Desired, PersistError> {
     let path = pushed_path(file);
-    let result = if base == text { remove(&path) } else { write(&path, base, file, text, who) };
-    match result {
-        Ok(()) if base == text => Ok(None),
-        Ok(()) => Ok(Some(path)),
-        Err(source) => Err(PersistError { path, source }),
-    }
+    let is_file = base == text;
+    let result = if is_file { remove(&path) } else { write(&path, base, file, text, who) };
+    result.map_err(|source| PersistError { path: path.clone(), source })?;
+    Ok(Desired {
+        text: body(text).to_owned(),
+        pushed_file: (!is_file).then_some(path),
+        overridden: None,
+        file_text: base.to_owned(),
+    })
 }
 
 /// Removes a pushed config if there is one.
@@ -145,20 +148,21 @@ mod tests {
         assert_eq!(found(&file), ("a = 1\n".to_owned(), None));
 
         let saved = persist(&file, "a = 1\n", "a = 2\n", "ann\nfrom 127.0.0.1").unwrap();
-        assert_eq!(saved, Some(folder.path().join("midemb.pushed.toml")));
-        assert_eq!(found(&file), ("a = 2\n".to_owned(), saved.clone()));
-        assert_eq!(read(&file).unwrap().file_text, "a = 1\n");
+        assert_eq!(saved.pushed_file, Some(folder.path().join("midemb.pushed.toml")));
+        assert_eq!((saved.text.as_str(), saved.file_text.as_str()), ("a = 2\n", "a = 1\n"));
+        assert_eq!(read(&file).unwrap(), saved, "what is read is not what was saved");
 
         fs::write(&file, "a = 3\n").unwrap();
         let edited = read(&file).unwrap();
         assert_eq!((edited.text.as_str(), edited.pushed_file), ("a = 3\n", None), "the file was edited after the push");
-        assert_eq!(edited.overridden, saved);
+        assert_eq!(edited.overridden, saved.pushed_file);
 
-        let pushed = fs::read_to_string(saved.unwrap()).unwrap();
-        persist(&file, "a = 3\n", &pushed, "bob").unwrap();
-        assert_eq!(read(&file).unwrap().text, "a = 2\n", "pushing a pushed file again added a second header");
+        let pushed = fs::read_to_string(saved.pushed_file.unwrap()).unwrap();
+        let saved = persist(&file, "a = 3\n", &pushed, "bob").unwrap();
+        assert_eq!(read(&file).unwrap(), saved);
+        assert_eq!(saved.text, "a = 2\n", "pushing a pushed file again added a second header");
 
-        assert_eq!(persist(&file, "a = 3\n", "a = 3\n", "bob").unwrap(), None);
+        assert_eq!(persist(&file, "a = 3\n", "a = 3\n", "bob").unwrap(), read(&file).unwrap());
         assert!(!pushed_path(&file).exists(), "a pushed file was kept although it is the same as the config file");
     }
 

@@ -4,6 +4,7 @@ use super::desired::PersistError;
 use crate::{
     bundle::{BundleError, store::StoreError},
     config::{ConfigError, fault::Fault},
+    domain::bounded_text::cut,
     inference::LibraryError,
 };
 use std::path::PathBuf;
@@ -57,6 +58,16 @@ pub enum PushError {
     /// A background task could not be started, panicked or was cancelled.
     #[error("a load failed: {0}")]
     Failed(String),
+}
+
+/// The most bytes of a message to a client. A message travels in a header, and some clients take 8 KB of those in all.
+const MAX_MESSAGE_BYTES: usize = 1024;
+
+impl PushError {
+    /// The reason in one line for a client, cut to 1 KB. The log has all of it.
+    pub fn message(&self) -> String {
+        cut(&self.to_string(), MAX_MESSAGE_BYTES).into_owned()
+    }
 }
 
 fn join(faults: &[Fault]) -> String {

@@ -1,7 +1,7 @@
 //! Reports of pushes, step by step, for `GetStatus`, the log and the metrics: of the running push and of the last ones.
 
 use super::PushError;
-use crate::telemetry::events;
+use crate::{domain::bounded_text::cut, telemetry::events};
 use std::{
     collections::VecDeque,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -180,6 +180,11 @@ pub struct Report {
 
 /// The number of reports that are kept.
 const MAX_REPORTS: usize = 32;
+/// The most bytes of an operator's name, and of a reason in the log and in a report. All reports together have to fit a gRPC
+/// message.
+const MAX_WHO_BYTES: usize = 256;
+const MAX_LOGGED_BYTES: usize = 8 << 10;
+const MAX_REASON_BYTES: usize = 4 << 10;
 
 /// The pushes of this process.
 #[derive(Debug, Default)]
@@ -293,7 +298,8 @@ impl Journal {
 
 impl Entries {
     /// Logs, counts and keeps the report of a push that has ended.
-    fn add(&mut self, report: Report) -> Report {
+    fn add(&mut self, mut report: Report) -> Report {
+        report.reason = cut(&report.reason, MAX_LOGGED_BYTES).into_owned();
         let Report { trigger, who, digest_before, digest, result, reason, took, .. } = &report;
         let (trigger, took_ms) = (trigger.as_str(), took.as_millis() as u64);
         events::reload_finished(result);
@@ -303,6 +309,7 @@ impl Entries {
         } else {
             tracing::info!(trigger, who, digest_before, digest, result, took_ms, "push ended");
         }
+        report.reason = cut(&report.reason, MAX_REASON_BYTES).into_owned();
         self.past.push_front(report.clone());
         self.past.truncate(MAX_REPORTS);
         report
@@ -312,7 +319,7 @@ impl Entries {
 fn new_report(trigger: Trigger, who: &str, digest_before: &str) -> Report {
     Report {
         trigger,
-        who: who.to_owned(),
+        who: cut(who, MAX_WHO_BYTES).into_owned(),
         began: SystemTime::now(),
         took: Duration::ZERO,
         digest_before: digest_before.to_owned(),
@@ -327,6 +334,17 @@ fn new_report(trigger: Trigger, who: &str, digest_before: &str) -> Report {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn texts_of_any_length_are_kept_cut() {
+        let (journal, long) = (Journal::default(), "x".repeat(1 << 20));
+        journal.refused(Trigger::Push, &long, "", &PushError::Failed(long.clone()));
+        journal.begin(Trigger::Push, &long, "");
+        assert_eq!(journal.running().unwrap().who.len(), MAX_WHO_BYTES);
+        let ended = journal.end(&Err(PushError::Failed(long.clone())));
+        assert_eq!((ended.who.len(), ended.reason.len()), (MAX_WHO_BYTES, MAX_REASON_BYTES));
+        assert_eq!(journal.past()[1].reason, ended.reason);
+    }
 
     #[test]
     fn pushes_are_reported_step_by_step_and_the_last_ones_are_kept() {

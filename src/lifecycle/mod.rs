@@ -8,22 +8,25 @@
 //!
 //! Invariants:
 //! - A failure at any step changes nothing that serves, and the [`journal`] says which step failed and why.
-//! - One push runs at a time. A push that is based on another config than the one in force is refused, even if the config
-//!   changed while the push was loading.
+//! - One push runs at a time, in a turn of its own. What is desired is read, and compared with what is in force, inside the
+//!   turn in which it is applied, so that whoever comes later never puts back an older config (`turn`).
+//! - A push that is based on another config than the one in force is refused, even if the config changed while the push was
+//!   loading.
 //! - A config is put in force atomically, for all its models together, and only after it is saved for a restart
 //!   ([`desired`]).
 //! - The previous config and its models stay loaded for a [`Lifecycle::rollback`], which neither waits for a push nor loads
 //!   anything.
 //! - A start runs the same steps, so a pushed config is also in force after a restart.
 //!
-//! `load` has the steps that work on bundles, `swap` the steps that put a config in force; the pipeline's `replay` fills the
-//! caches; [`watch`] detects changes of the config file.
+//! `turn` gives each wish its turn; `load` has the steps that work on bundles, `swap` the steps that put a config in force; the
+//! pipeline's `replay` fills the caches; [`watch`] detects changes of the config file.
 
 pub mod desired;
 pub mod error;
 pub mod journal;
 mod load;
 mod swap;
+mod turn;
 pub mod watch;
 
 pub use desired::Desired;
@@ -37,8 +40,10 @@ use crate::{
     },
     cache::snapshot::{Served, keeper::SnapshotKeeper},
     config::{Settings, store_options},
+    domain::bounded_text::cut,
     inference::Runtime,
     pipeline::{Pipeline, replay::ReplaySummary},
+    telemetry::events::ConfigLabels,
 };
 use load::LoadedModels;
 use std::{
@@ -47,6 +52,7 @@ use std::{
     time::Instant,
 };
 use tokio::sync::{OnceCell, watch as watch_channel};
+use turn::Wish;
 
 /// A config that is or was in force.
 #[derive(Debug, Clone)]
@@ -60,21 +66,24 @@ pub struct InForce {
     text: String,
 }
 
-/// A request to put a config in force.
+impl InForce {
+    fn labels(&self) -> ConfigLabels<'_> {
+        let models = self.models.all().map(|model| (&*model.reference, model.provider.as_str()));
+        ConfigLabels { digest: &self.digest, models: models.collect() }
+    }
+}
+
+/// An operator's request to put a config in force.
 #[derive(Debug, Clone)]
 pub struct Push {
     /// The config, TOML.
     pub text: String,
-    #[expect(missing_docs, reason = "its type says it all")]
-    pub trigger: Trigger,
-    /// The operator, or the part of the server that pushes, for the journal.
+    /// The operator, for the journal.
     pub who: String,
     /// The push is refused unless the config in force has this digest.
-    pub expected_digest: Option<String>,
+    pub expected_digest: String,
     /// Runs all steps except those that put the config in force.
     pub is_dry_run: bool,
-    /// The file that the config was read from if it was pushed before a restart.
-    pub pushed_file: Option<PathBuf>,
 }
 
 /// The result of a successful push or rollback.
@@ -102,7 +111,7 @@ pub struct Lifecycle {
     /// The settings that the process started with; those that cannot change without a restart are still in force.
     start_settings: Settings,
     runtime: OnceCell<Runtime>,
-    /// Held during a push, so that one push runs at a time.
+    /// Held during a turn, so that one push runs at a time.
     push_lock: tokio::sync::Mutex<()>,
     /// Held while the config in force and the saved config change, so that the two agree.
     commit_lock: Mutex<()>,
@@ -117,6 +126,11 @@ struct State {
     current: Option<InForce>,
     previous: Option<InForce>,
     n_swaps: u64,
+    /// What was on disk when the config in force was saved. As long as this is on disk, the desired config is the one in force,
+    /// even if that could not be saved.
+    saved: Option<Desired>,
+    /// The text of the config file that was last considered, put in force or not. Only another text is a new wish.
+    considered: Option<String>,
 }
 
 impl Lifecycle {
@@ -169,53 +183,9 @@ impl Lifecycle {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The current contents of the config file; empty if it cannot be read.
-    fn file_text(&self) -> String {
-        std::fs::read_to_string(&self.file).unwrap_or_default()
-    }
-
     /// The digest of the config in force; empty while the server starts.
     fn current_digest(&self) -> String {
         self.state().current.as_ref().map_or_else(String::new, |current| current.digest.clone())
-    }
-
-    /// Puts the first config in force.
-    pub async fn start(self: &Arc<Self>, desired: Desired) -> Result<(), PushError> {
-        let Desired { text, pushed_file, .. } = desired;
-        let who = "midemb serve".to_owned();
-        let push = Push { text, pushed_file, trigger: Trigger::Start, who, expected_digest: None, is_dry_run: false };
-        self.apply(push).await.map(drop)
-    }
-
-    /// Puts a config in force. While another push is running, a push from an operator is refused; others wait for it to end.
-    ///
-    /// Not cancel-safe: run it in a task of its own.
-    pub async fn apply(self: &Arc<Self>, push: Push) -> Result<PushResult, PushError> {
-        let _push_lock = match (push.trigger, self.push_lock.try_lock()) {
-            (_, Ok(lock)) => lock,
-            (Trigger::Push, Err(_)) => return Err(self.refuse_busy(&push.who)),
-            (_, Err(_)) => self.push_lock.lock().await,
-        };
-        let digest_before = self.current_digest();
-        self.journal.begin(push.trigger, &push.who, &digest_before);
-        let result = self.run_push(&push, &digest_before).await;
-        let report = self.journal.end(&result);
-        self.push_result(result?, report, None)
-    }
-
-    /// Records a push whose config could not be read.
-    fn record_unreadable(&self, trigger: Trigger, who: &str, error: &PushError) {
-        self.journal.refused(trigger, who, &self.current_digest(), error);
-    }
-
-    fn refuse_busy(&self, who: &str) -> PushError {
-        let started_by = match self.journal.running() {
-            Some(running) => format!(", started by {} {:.1} s ago", running.who, running.took.as_secs_f64()),
-            None => String::new(),
-        };
-        let error = PushError::Busy(started_by);
-        self.journal.refused(Trigger::Push, who, &self.current_digest(), &error);
-        error
     }
 
     fn push_result(
@@ -228,12 +198,10 @@ impl Lifecycle {
         Ok(PushResult { outcome, in_force, report, warning })
     }
 
-    async fn run_push(self: &Arc<Self>, push: &Push, digest_before: &str) -> Result<Outcome, PushError> {
-        check_expected_digest(push.expected_digest.as_deref(), digest_before)?;
-        let basis = PushBasis { n_swaps: self.state().n_swaps, file_text: self.file_text() };
+    async fn run_push(self: &Arc<Self>, wish: Wish) -> Result<Outcome, PushError> {
         let mut draining = self.draining.clone();
         let prepared = tokio::select! {
-            prepared = self.prepare(push) => prepared?,
+            prepared = self.prepare(&wish) => prepared?,
             // An error means that the server itself was dropped.
             _ = draining.wait_for(|is_draining| *is_draining) => return Err(PushError::Draining),
         };
@@ -242,16 +210,16 @@ impl Lifecycle {
             let new = prepared.loaded.models.all().map(Arc::as_ptr);
             config.digest == prepared.settings.digest && current.eq(new)
         });
-        let outcome = match (push.is_dry_run, is_unchanged) {
+        let outcome = match (wish.is_dry_run, is_unchanged) {
             (true, _) => Outcome::Checked,
             (false, true) => Outcome::Unchanged,
             (false, false) => Outcome::Applied,
         };
-        let (lifecycle, push) = (Arc::clone(self), push.clone());
+        let lifecycle = Arc::clone(self);
         // A dry run drops its models here, too: joining threads and freeing gigabytes must not block an I/O thread.
         let committed = on_blocking(move || match outcome {
             Outcome::Checked => Ok(None),
-            _ => lifecycle.commit(&push, &basis, prepared, outcome),
+            _ => lifecycle.commit(wish, prepared, outcome),
         });
         if let Some(replaced) = committed.await?? {
             self.journal.begin_step(Step::Drain, "");
@@ -261,16 +229,18 @@ impl Lifecycle {
     }
 
     /// Runs all steps that can fail, without touching the config and the models in force.
-    async fn prepare(self: &Arc<Self>, push: &Push) -> Result<PreparedConfig, PushError> {
+    async fn prepare(self: &Arc<Self>, wish: &Wish) -> Result<PreparedConfig, PushError> {
         self.journal.begin_step(Step::Parse, "");
-        let settings = Settings::from_text(&push.text, &self.file)?;
+        // Reading megabytes takes seconds, which belong to no I/O thread.
+        let (text, file) = (wish.text.clone(), self.file.clone());
+        let settings = self.on_loader(move || Settings::from_text(&text, &file)).await??;
         self.journal.set_digest(&settings.digest);
         self.journal.begin_step(Step::Validate, "");
         let frozen = self.start_settings.frozen_differences(&settings);
         if !frozen.is_empty() {
             return Err(PushError::Frozen(frozen));
         }
-        let is_start = push.trigger == Trigger::Start;
+        let is_start = wish.trigger == Trigger::Start;
         let fallback = if is_start { Fallback::LastServed } else { Fallback::Refuse };
         let loaded = self.load_models(&settings, &self.running_models(), fallback).await?;
         if is_start {
@@ -311,24 +281,20 @@ impl Lifecycle {
     }
 }
 
-/// The state that a push is based on, recorded when it starts.
-struct PushBasis {
-    /// The number of swaps so far. If it changes during the push, another config was put in force.
-    n_swaps: u64,
-    /// The contents of the config file.
-    file_text: String,
-}
-
 /// A config that is ready to be put in force.
 struct PreparedConfig {
     settings: Settings,
     loaded: LoadedModels,
 }
 
+/// A digest has 64 characters; what a caller sends in place of one may have any length.
+const MAX_DIGEST_BYTES: usize = 80;
+
 fn check_expected_digest(expected: Option<&str>, found: &str) -> Result<(), PushError> {
     match expected {
         Some(expected) if expected != found => {
-            Err(PushError::Conflict { expected: expected.to_owned(), found: found.to_owned() })
+            let expected = cut(expected, MAX_DIGEST_BYTES).into_owned();
+            Err(PushError::Conflict { expected, found: found.to_owned() })
         }
         _ => Ok(()),
     }

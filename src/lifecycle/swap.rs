@@ -4,12 +4,14 @@
 //! does not wait for a push. Swaps are counted, and a push that finds that the count changed while it was loading is refused.
 
 use super::{
-    InForce, Lifecycle, Outcome, PreparedConfig, Push, PushBasis, PushError, PushResult, Step, Trigger,
-    check_expected_digest, desired, on_blocking,
+    InForce, Lifecycle, Outcome, PreparedConfig, PushError, PushResult, Step, Trigger, check_expected_digest,
+    desired::{self, PersistError},
+    on_blocking,
+    turn::Wish,
 };
 use crate::{
     bundle::{ModelSet, load::read_manifest, store::Source},
-    config::{ModelSettings, Settings},
+    config::{ModelSettings, Settings, pin_bundles},
     telemetry::events,
 };
 use std::{
@@ -33,32 +35,35 @@ impl Lifecycle {
     /// Saves the config for a restart and puts it in force. Returns the configs that it replaced; none if nothing changed.
     pub(super) fn commit(
         &self,
-        push: &Push,
-        basis: &PushBasis,
+        wish: Wish,
         prepared: PreparedConfig,
         outcome: Outcome,
     ) -> Result<Option<Replaced>, PushError> {
         let _commit_lock = self.commit_lock.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.state().n_swaps != basis.n_swaps {
+        if self.state().n_swaps != wish.n_swaps {
             return Err(PushError::Overtaken(self.current_digest()));
         }
         if *self.draining.borrow() {
             return Err(PushError::Draining);
         }
         self.journal.begin_step(Step::Persist, "");
-        let pushed_file = match push.trigger {
-            Trigger::Start => push.pushed_file.clone(),
-            _ => desired::persist(&self.file, &basis.file_text, &push.text, &push.who)?,
+        let saved = match wish.saved {
+            Some(saved) => saved,
+            None => desired::persist(&self.file, &wish.file_text, &wish.text, &wish.who)?,
         };
         let PreparedConfig { settings, loaded } = prepared;
         self.remember_bundles(&settings, &loaded.models);
-        let config = InForce { digest: settings.digest, pushed_file, models: loaded.models, text: push.text.clone() };
+        let (digest, models, text) = (settings.digest, loaded.models, wish.text);
+        let config = InForce { digest, pushed_file: saved.pushed_file.clone(), models, text };
+        let mut state = self.state();
+        (state.saved, state.considered) = (Some(saved), Some(wish.file_text));
         if outcome == Outcome::Unchanged {
-            if let Some(current) = &mut self.state().current {
+            if let Some(current) = &mut state.current {
                 (current.pushed_file, current.text) = (config.pushed_file, config.text);
             }
             return Ok(None);
         }
+        drop(state);
         self.journal.begin_step(Step::Swap, "");
         Ok(Some(self.install(config)))
     }
@@ -71,16 +76,7 @@ impl Lifecycle {
         let previous = state.current.replace(config);
         let retired = std::mem::replace(&mut state.previous, previous.clone());
         drop(state);
-        if let Some(previous) = &previous {
-            for model in previous.models.all() {
-                events::model_retired(&model.reference, model.provider.as_str());
-            }
-            events::config_replaced(&previous.digest);
-        }
-        for model in new.models.all() {
-            events::model_served(&model.reference, model.provider.as_str());
-        }
-        events::config_applied(&new.digest);
+        events::config_applied(&new.labels(), previous.as_ref().map(InForce::labels).as_ref());
         Replaced { previous, retired }
     }
 
@@ -118,17 +114,17 @@ impl Lifecycle {
         let digest_before = self.current_digest();
         let record = |error: &PushError| self.journal.refused(Trigger::Rollback, who, &digest_before, error);
         check_expected_digest(expected, &digest_before).inspect_err(record)?;
-        let previous = self.previous().ok_or(PushError::NoPreviousConfig).inspect_err(record)?;
+        let mut previous = self.previous().ok_or(PushError::NoPreviousConfig).inspect_err(record)?;
+        let pinned = self.pin(&mut previous);
         let InForce { digest, text, models, .. } = previous.clone();
         self.install(previous);
-        let warning = match desired::persist(&self.file, &self.file_text(), &text, who) {
-            Ok(pushed_file) => {
-                if let Some(current) = &mut self.state().current {
-                    current.pushed_file = pushed_file;
-                }
-                self.find_replaced_bundle(&text, &models)
+        let saved = self.save_rollback(&text, who).map_err(PushError::from);
+        let warning = match saved.and(pinned) {
+            Ok(settings) => {
+                self.remember_bundles(&settings, &models);
+                find_replaced_bundle(settings, &models)
             }
-            Err(error) => Some(PushError::Persist(error)),
+            Err(error) => Some(error),
         };
         if let Some(warning) = &warning {
             tracing::error!(cause = %warning, "a restart would not restore the config that was rolled back to");
@@ -137,17 +133,46 @@ impl Lifecycle {
         self.push_result(Outcome::RolledBack, report, warning)
     }
 
-    /// Returns an error about the first model of `models` whose folder now contains another bundle.
-    fn find_replaced_bundle(&self, text: &str, models: &ModelSet) -> Option<PushError> {
-        let settings = Settings::from_text(text, &self.file).ok()?;
-        for ModelSettings { name, bundle, .. } in settings.models {
-            let model = models.all().find(|model| model.reference.name == name);
-            let (Source::Folder(folder), Some(model)) = (bundle, model) else { continue };
-            let is_unchanged = read_manifest(&folder).is_ok_and(|files| files.digest == model.reference.digest);
-            if !is_unchanged {
-                return Some(PushError::BundleReplaced { name, folder });
-            }
-        }
-        None
+    /// Pins the bundles of a config that come from stores to the digests of its models: a store may have another bundle by now,
+    /// and a restart must find the one that is rolled back to. Returns the settings of the config.
+    fn pin(&self, config: &mut InForce) -> Result<Settings, PushError> {
+        let digest_of = |name: &str| {
+            let mut models = config.models.all();
+            models.find(|model| model.reference.name == name).map(|model| model.reference.digest.clone())
+        };
+        let text = pin_bundles(&config.text, &self.file, digest_of)?;
+        let settings = Settings::from_text(&text, &self.file)?;
+        (config.text, config.digest) = (text, settings.digest.clone());
+        Ok(settings)
     }
+
+    /// Saves the config in force, whose text is `text`, for a restart.
+    fn save_rollback(&self, text: &str, who: &str) -> Result<(), PersistError> {
+        let file_text = self.file_text();
+        let persisted = desired::persist(&self.file, &file_text, text, who);
+        let saved = match &persisted {
+            Ok(saved) => Some(saved.clone()),
+            // What is on disk is older than this rollback, so it must not undo it.
+            Err(_) => desired::read(&self.file).ok().filter(|found| found.file_text == file_text),
+        };
+        let mut state = self.state();
+        if let (Some(current), Ok(saved)) = (&mut state.current, &persisted) {
+            current.pushed_file.clone_from(&saved.pushed_file);
+        }
+        (state.saved, state.considered) = (saved, Some(file_text));
+        persisted.map(drop)
+    }
+}
+
+/// Returns an error about the first model of `models` whose folder now contains another bundle.
+fn find_replaced_bundle(settings: Settings, models: &ModelSet) -> Option<PushError> {
+    for ModelSettings { name, bundle, .. } in settings.models {
+        let model = models.all().find(|model| model.reference.name == name);
+        let (Source::Folder(folder), Some(model)) = (bundle, model) else { continue };
+        let is_unchanged = read_manifest(&folder).is_ok_and(|files| files.digest == model.reference.digest);
+        if !is_unchanged {
+            return Some(PushError::BundleReplaced { name, folder });
+        }
+    }
+    None
 }

@@ -1,23 +1,29 @@
-//! Pushes the config when the config file changes and on SIGHUP.
+//! Notices that the config file has changed, and SIGHUP.
 //!
 //! The watch is on the file's folder, because editors replace the file, and Kubernetes replaces the folder that a symlink
-//! points to and never touches the file itself. Any event in the folder causes the file to be read, and only a changed text
-//! causes a push. SIGHUP causes a push even if the text is unchanged or another config was pushed over it, because the
-//! bundles of the config in force may have changed.
+//! points to and never touches the file itself. Some changes cause no event there: a symlink whose target is edited in another
+//! folder, a single file that is mounted into a container, a folder on a network. So the file is also read every few
+//! seconds. Only a text that was not considered yet causes a reload, whichever way it was noticed.
+//!
+//! SIGHUP causes a reload even if the text is unchanged or another config was pushed over it, because the bundles of the config
+//! in force may have changed. The text that is put in force is read by the reload, in its turn: see `turn.rs`.
 
-use super::{Lifecycle, Push, Trigger, desired};
+use super::{Lifecycle, PushError, Trigger, on_blocking};
 use crate::config::raw::read_file;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use std::{io, path::Path, sync::Arc, time::Duration};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
+    time::MissedTickBehavior,
 };
 
 /// Files are written in pieces and folders replaced in steps, so the file is read only after no event for this long.
 const QUIET: Duration = Duration::from_millis(200);
 /// The file is read after this time even if events continue, because other files in the folder may change all the time.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How often the file is read without an event. A new text counts once it was read twice, in case it is still being written.
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// The watched config file and the handler of SIGHUP. Events are kept until [`run`] handles them.
 #[derive(Debug)]
@@ -31,56 +37,81 @@ pub struct ConfigSource {
 
 impl ConfigSource {
     /// Watches the folder of `file` and handles SIGHUP, which would otherwise end the process. If the folder cannot be
-    /// watched, only SIGHUP is handled.
+    /// watched, changes of the file are noticed a few seconds later.
     pub fn open(file: &Path) -> io::Result<Self> {
         let (folder_changed, folder_changes) = mpsc::channel(1);
         let watcher = watch(file, folder_changed.clone()).inspect_err(|error| {
-            tracing::warn!(%error, "the config file is not watched: use SIGHUP or `midemb admin push`");
+            tracing::warn!(%error, "the folder of the config file cannot be watched, so the file is read every 2 s instead");
         });
         let hang_up = signal(SignalKind::hangup())?;
         Ok(ConfigSource { folder_changed, folder_changes, hang_up, _watcher: watcher.ok() })
     }
 }
 
-/// Pushes the config file whenever its text changes, and the desired config at every SIGHUP. `last_text` is the file's text
-/// at the start of the server. Never returns.
-pub async fn run(lifecycle: Arc<Lifecycle>, source: ConfigSource, last_text: String) {
+/// Reloads the config whenever the text of the config file changes, and at every SIGHUP. Never returns.
+pub async fn run(lifecycle: Arc<Lifecycle>, source: ConfigSource) {
     let ConfigSource { folder_changed, mut folder_changes, mut hang_up, _watcher } = source;
-    let mut last_text = Ok(last_text);
+    let mut file = ConfigFile { lifecycle: Arc::clone(&lifecycle), polled: None, reported: None };
+    let mut polls = tokio::time::interval(POLL_INTERVAL);
+    polls.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // The file may have changed after it was read and before it was watched.
     let _ = folder_changed.try_send(());
     loop {
-        let trigger = tokio::select! {
+        tokio::select! {
             // Never `None`, because `folder_changed` is alive.
-            _ = folder_changes.recv() => Trigger::File,
-            _ = hang_up.recv() => Trigger::Signal,
-        };
-        if trigger == Trigger::File {
-            let quiet = async { while tokio::time::timeout(QUIET, folder_changes.recv()).await.is_ok() {} };
-            let _ = tokio::time::timeout(PATIENCE, quiet).await;
-        }
-        let read = read_file(lifecycle.file());
-        let text = read.as_ref().map(String::clone).map_err(ToString::to_string);
-        if trigger == Trigger::File && text == last_text {
-            continue;
-        }
-        last_text = text;
-        let who = format!("{} of {}", trigger.as_str(), lifecycle.file().display());
-        let config = match trigger {
-            // SIGHUP reloads the bundles of the desired config; it must not undo a push.
-            Trigger::Signal => desired::read(lifecycle.file()).map(|desired| desired.text),
-            _ => read,
-        };
-        match config {
-            // The journal records the result.
-            Ok(text) => drop(lifecycle.apply(new_push(text, trigger, who)).await),
-            Err(error) => lifecycle.record_unreadable(trigger, &who, &error.into()),
+            _ = folder_changes.recv() => {
+                let quiet = async { while tokio::time::timeout(QUIET, folder_changes.recv()).await.is_ok() {} };
+                let _ = tokio::time::timeout(PATIENCE, quiet).await;
+                file.look().await;
+            }
+            _ = polls.tick() => file.poll().await,
+            _ = hang_up.recv() => lifecycle.reload(Trigger::Signal).await,
         }
     }
 }
 
-fn new_push(text: String, trigger: Trigger, who: String) -> Push {
-    Push { text, trigger, who, expected_digest: None, is_dry_run: false, pushed_file: None }
+/// The config file as the watch sees it.
+struct ConfigFile {
+    lifecycle: Arc<Lifecycle>,
+    /// What the last poll read, or why it could not.
+    polled: Option<Result<String, String>>,
+    /// Why the file cannot be read, as it was reported last.
+    reported: Option<String>,
+}
+
+impl ConfigFile {
+    /// Reloads the config if the file's text is new.
+    async fn look(&mut self) {
+        match self.read().await {
+            Ok(text) => {
+                self.reported = None;
+                if !self.lifecycle.has_considered(&text) {
+                    self.lifecycle.reload(Trigger::File).await;
+                }
+            }
+            Err(error) => {
+                let message = error.to_string();
+                if self.reported.as_ref() != Some(&message) {
+                    self.lifecycle.record_unreadable(Trigger::File, &error);
+                    self.reported = Some(message);
+                }
+            }
+        }
+    }
+
+    /// Does the same if two polls in a row have read the same.
+    async fn poll(&mut self) {
+        let read = Some(self.read().await.map_err(|error| error.to_string()));
+        if self.polled == read {
+            self.look().await;
+        }
+        self.polled = read;
+    }
+
+    async fn read(&self) -> Result<String, PushError> {
+        let path = self.lifecycle.file().to_path_buf();
+        Ok(on_blocking(move || read_file(&path)).await??)
+    }
 }
 
 fn watch(file: &Path, folder_changed: mpsc::Sender<()>) -> notify::Result<RecommendedWatcher> {

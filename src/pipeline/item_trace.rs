@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use std::{
     fs::{File, OpenOptions},
     io::{self, BufRead, BufReader, BufWriter, Write},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
@@ -83,7 +84,8 @@ impl Recorder {
     /// Starts a new trace of at most `max_bytes`. Fails if the file exists: a trace is never overwritten.
     pub fn start(path: &Path, max_bytes: u64) -> Result<Self, TraceError> {
         let failed = |source| TraceError::File { path: path.to_path_buf(), source };
-        let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(failed)?;
+        // A trace is a record of what people did, so only its owner may read it.
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
         let (queue, waiting) = sync_channel(MAX_WAITING);
         let path = path.to_path_buf();
         let has_ended = Arc::new(AtomicBool::new(false));
@@ -220,6 +222,7 @@ mod tests {
         cache::known_items::KnownItems,
         domain::{ItemText, Priority},
     };
+    use std::os::unix::fs::PermissionsExt;
 
     fn resolve(known: &KnownItems, items: Vec<Item>) -> ItemsToTrace {
         let to_trace = ItemsToTrace::from_ids(&items);
@@ -239,6 +242,8 @@ mod tests {
         recorder.record(resolve(&known, vec![item("a", Some("Secret"))]), resolve(&known, vec![item("b", None)]));
         recorder.record(resolve(&known, vec![]), resolve(&known, vec![item("a", None)]));
         recorder.finish();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "others can read what people did");
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(!text.contains("Secret"), "{text}");
         let requests = read(&path, usize::MAX).unwrap();

@@ -2,7 +2,8 @@
 //!
 //! On start it binds its listeners, answers health checks with NOT_SERVING and requests with UNAVAILABLE, and puts the first
 //! config in force ([`crate::lifecycle`]); then it serves and watches for new configs. On shutdown it reports NOT_SERVING,
-//! accepts no new connections, lets accepted requests finish within `server.drain_seconds`, and writes the caches to disk.
+//! accepts no new connections, lets accepted requests finish within `server.drain_seconds`, and writes the caches to disk in
+//! what is left of that time and a few seconds more.
 
 mod connection;
 mod http;
@@ -28,7 +29,14 @@ use crate::{
     },
 };
 use listener::{Accepting, accept};
-use std::{future::Future, io, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{
+    future::Future,
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use thiserror::Error;
 use tls::Tls;
 use tokio::{
@@ -83,6 +91,9 @@ impl Listeners {
     }
 }
 
+/// How long the last snapshot may take beyond `server.drain_seconds`: docs/operating.md says which grace period follows.
+const LAST_SNAPSHOT_RESERVE: Duration = Duration::from_secs(5);
+
 async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, ServerError> {
     TcpListener::bind(address).await.map_err(|source| ServerError::Bind { key, address, source })
 }
@@ -114,7 +125,6 @@ pub async fn run(
     let pipeline = Arc::new(new_pipeline(&settings, &caches).with_trace(trace));
     let snapshot_keeper = |folder: &PathBuf| Arc::new(SnapshotKeeper::new(Arc::clone(&caches), folder.clone()));
     let snapshots = settings.snapshot_folder.as_ref().map(snapshot_keeper);
-    let file_text = desired.file_text.clone();
     let config_source = ConfigSource::open(&file).map_err(ServerError::Signal)?;
     let (set_draining, draining) = watch::channel(false);
     let lifecycle =
@@ -164,20 +174,21 @@ pub async fn run(
     set_health(&health, ServingStatus::Serving).await;
     let [grpc, admin, metrics] = addresses;
     tracing::info!(grpc, admin, metrics, "serving");
-    tokio::spawn(watch_config(Arc::clone(&lifecycle), config_source, file_text));
+    tokio::spawn(watch_config(Arc::clone(&lifecycle), config_source));
     if let (Some(snapshots), Some(every)) = (snapshots.clone(), settings.snapshot_every) {
         let lifecycle = Arc::clone(&lifecycle);
         tokio::spawn(async move { snapshots.write_regularly(every, || lifecycle.cached_parts()).await });
     }
 
     shutdown.await;
+    let end_by = Instant::now() + settings.drain + LAST_SNAPSHOT_RESERVE;
     set_health(&health, ServingStatus::NotServing).await;
     set_draining.send_replace(true);
     end_health_watches(health).await;
     tracing::info!(drain_seconds = settings.drain.as_secs(), "draining");
     let drained = tokio::time::timeout(settings.drain, serving).await;
     if let Some(snapshots) = snapshots {
-        snapshots.write(lifecycle.cached_parts()).await;
+        snapshots.write_last(lifecycle.cached_parts(), end_by.saturating_duration_since(Instant::now())).await;
     }
     match drained {
         Ok(served) => {

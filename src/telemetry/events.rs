@@ -1,6 +1,6 @@
 //! One function per event. It updates the metrics and, where an operator should know, writes a log line.
 
-use super::names;
+use super::{names, recorder, series::Owner};
 use crate::{
     domain::error::{Error, ShedReason},
     domain::{ModelRef, RowStatus},
@@ -220,30 +220,46 @@ pub fn model_loaded(model: &ModelRef, provider: &'static str, load_time: Duratio
     tracing::info!(name, version, digest, provider, load_ms = load_time.as_millis() as u64, "model loaded");
 }
 
-/// A model is served from now on.
-pub fn model_served(model: &ModelRef, provider: &'static str) {
-    set_model_info(model, provider, 1.0);
+/// A config and its models, as the metrics name them.
+#[derive(Debug)]
+pub struct ConfigLabels<'a> {
+    /// The digest of the config.
+    pub digest: &'a str,
+    /// The models, and the provider that runs each.
+    pub models: Vec<(&'a ModelRef, &'static str)>,
 }
 
-/// A model is no longer served.
-pub fn model_retired(model: &ModelRef, provider: &'static str) {
-    set_model_info(model, provider, 0.0);
+/// `in_force` is in force from now on, in place of `former`. The series of all other configs and models are forgotten.
+pub fn config_applied(in_force: &ConfigLabels<'_>, former: Option<&ConfigLabels<'_>>) {
+    // What is in both is set last by the config in force.
+    for (config, value) in former.map(|former| (former, 0.0)).into_iter().chain([(in_force, 1.0)]) {
+        gauge!(names::CONFIG_INFO, "digest" => config.digest.to_owned()).set(value);
+        for (model, provider) in &config.models {
+            set_model_info(model, provider, value);
+        }
+    }
+    let kept = former.into_iter().chain([in_force]);
+    recorder::forget_all_but(&kept.flat_map(owners).collect());
+}
+
+/// The owners of the series that have labels of this config or its models.
+fn owners(config: &ConfigLabels<'_>) -> Vec<Owner> {
+    let mut owners = vec![Owner::new([config.digest])];
+    for (model, _) in &config.models {
+        let ModelRef { name, digest, .. } = model;
+        owners.extend([
+            Owner::new([name, digest].map(String::as_str)),
+            Owner::new([name, model.short_digest()]),
+            Owner::new([name.as_str()]),
+        ]);
+    }
+    owners.into_iter().flatten().collect()
 }
 
 fn set_model_info(model: &ModelRef, provider: &'static str, value: f64) {
     let ModelRef { name, version, digest } = model.clone();
     gauge!(names::MODEL_INFO, "name" => name, "version" => version, "digest" => digest, "provider" => provider)
         .set(value);
-}
-
-/// A config is in force from now on.
-pub fn config_applied(digest: &str) {
-    gauge!(names::CONFIG_INFO, "digest" => digest.to_owned()).set(1.0);
-}
-
-/// A config is no longer in force.
-pub fn config_replaced(digest: &str) {
-    gauge!(names::CONFIG_INFO, "digest" => digest.to_owned()).set(0.0);
 }
 
 /// A step of a push ended. `result` is `ok` or `failed`.
@@ -264,7 +280,7 @@ pub fn snapshot_written() {
     snapshot_finished("written");
 }
 
-/// A snapshot of the caches, or a part of one, was `written`, `restored` or `refused`, or it `failed`.
+/// A snapshot of the caches, or a part of one, was `written`, `restored`, `refused` or `skipped`, or it `failed`.
 pub fn snapshot_finished(result: &'static str) {
     counter!(names::SNAPSHOTS, "result" => result).increment(1);
 }

@@ -1,10 +1,12 @@
 //! Telemetry: the only module that uses the metrics macros.
 //!
 //! [`names`] lists every metric with its meaning. [`events`] has one function per event, which updates the metrics and, where an
-//! operator should know, writes the log line. [`recorder`] installs the Prometheus recorder, runs its upkeep and renders it.
+//! operator should know, writes the log line. [`recorder`] installs the Prometheus recorder, runs its upkeep and renders it;
+//! `series` forgets the series of former models and configs.
 //! [`logs`] sets up the log format.
 
 pub mod events;
 pub mod logs;
 pub mod names;
 pub mod recorder;
+mod series;

@@ -1,7 +1,8 @@
 //! Every metric of the server: name, kind, labels and help text.
 //!
 //! The recorder describes the metrics from this table and takes the histograms' buckets from it; a test compares the documented
-//! table with it. Names are `midemb_<noun>_<unit>[_total]`. Label values come from closed sets.
+//! table with it. Names are `midemb_<noun>_<unit>[_total]`. Label values come from closed sets, or name a
+//! model or a config (`series` bounds those).
 
 /// The type of a metric.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -103,9 +104,9 @@ metrics! {
     CONNECTIONS_REFUSED = "midemb_connections_refused_total", Kind::Counter, "listener,reason";
     /// Requests handed to the writer of the trace (`midemb serve --record-trace`), or left out because the writer was behind.
     TRACE_REQUESTS = "midemb_trace_requests_total", Kind::Counter, "result";
-    /// 1 for every model that answers or shadows requests, 0 for one that no longer does.
+    /// 1 for every model that answers or shadows requests, 0 for one of the config before that no longer does.
     MODEL_INFO = "midemb_model_info", Kind::Gauge, "name,version,digest,provider";
-    /// 1 for the config in force, 0 for a former one.
+    /// 1 for the config in force, 0 for the one before.
     CONFIG_INFO = "midemb_config_info", Kind::Gauge, "digest";
     /// Pushes by result: applied, unchanged, checked (a dry run), refused, rolled_back.
     RELOADS = "midemb_reloads_total", Kind::Counter, "result";
@@ -119,7 +120,7 @@ metrics! {
     SHADOW_COSINE = "midemb_shadow_cosine", Kind::Histogram(COSINES), "model";
     /// Absolute difference between a shadow's cvr and the one answered, per candidate.
     SHADOW_CVR_DIFFERENCE = "midemb_shadow_cvr_difference", Kind::Histogram(DIFFERENCES), "model";
-    /// Snapshots of the caches by result: written, restored, failed, or refused (a part of a snapshot).
+    /// Snapshots of the caches by result: written, restored, failed, refused (a part of a snapshot), or skipped because another process writes into the folder.
     SNAPSHOTS = "midemb_snapshots_total", Kind::Counter, "result";
     /// Unix time in seconds at which the last snapshot was written.
     SNAPSHOT_TIME = "midemb_snapshot_timestamp_seconds", Kind::Gauge, "";

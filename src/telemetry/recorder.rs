@@ -1,53 +1,54 @@
 //! The Prometheus recorder: installed once per process, kept tidy in the background, rendered at every scrape.
 
-use super::names::{Kind, METRICS};
-use metrics::{describe_counter, describe_gauge, describe_histogram};
-use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use super::series::{Owner, Series};
+use metrics_exporter_prometheus::BuildError;
 use metrics_process::Collector;
-use std::time::Duration;
+use std::{
+    collections::HashSet,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 use thiserror::Error;
 
 /// Why the recorder could not be set up.
 #[derive(Debug, Error)]
-#[error("the metrics recorder cannot be set up: {0}")]
-pub struct RecorderError(#[from] BuildError);
+#[expect(missing_docs, reason = "the messages say it all")]
+pub enum RecorderError {
+    #[error("the metrics recorder cannot be set up: {0}")]
+    Build(#[from] BuildError),
+    #[error("the metrics recorder cannot be set up: another one is installed")]
+    Installed,
+}
 
 /// Renders the recorded metrics, and those of the process.
 #[derive(Debug, Clone)]
 pub struct Recorder {
-    handle: PrometheusHandle,
+    series: Arc<Series>,
     process: Collector,
 }
+
+/// What the process-wide recorder keeps.
+static INSTALLED: OnceLock<Arc<Series>> = OnceLock::new();
 
 /// Histograms keep their samples until they are drained. A server that nobody scrapes must not grow.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
 impl Recorder {
-    /// Installs the process-wide recorder and describes every metric.
+    /// Installs the process-wide recorder, which describes every metric.
     pub fn install() -> Result<Self, RecorderError> {
-        let mut builder = PrometheusBuilder::new();
-        for metric in METRICS {
-            if let Kind::Histogram(buckets) = metric.kind {
-                builder = builder.set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), buckets)?;
-            }
-        }
-        let handle = builder.install_recorder()?;
-        for metric in METRICS {
-            match metric.kind {
-                Kind::Counter => describe_counter!(metric.name, metric.help),
-                Kind::Gauge => describe_gauge!(metric.name, metric.help),
-                Kind::Histogram(_) => describe_histogram!(metric.name, metric.help),
-            }
-        }
+        let series = Arc::new(Series::new()?);
+        metrics::set_global_recorder(Arc::clone(&series)).map_err(|_taken| RecorderError::Installed)?;
+        // Only the first recorder can be installed, so this is never set twice.
+        let _ = INSTALLED.set(Arc::clone(&series));
         let process = Collector::default();
         process.describe();
-        Ok(Recorder { handle, process })
+        Ok(Recorder { series, process })
     }
 
     /// Renders all metrics in the text format that Prometheus scrapes.
     pub fn render(&self) -> String {
         self.process.collect();
-        self.handle.render()
+        self.series.render()
     }
 
     /// Drains histograms at regular intervals. Never returns; drop the future to stop it.
@@ -55,7 +56,14 @@ impl Recorder {
         let mut ticks = tokio::time::interval(UPKEEP_EVERY);
         loop {
             ticks.tick().await;
-            self.handle.run_upkeep();
+            self.series.run_upkeep();
         }
+    }
+}
+
+/// Forgets the series of all models and configs but these. Does nothing if no recorder is installed, as in unit tests.
+pub(super) fn forget_all_but(owners: &HashSet<Owner>) {
+    if let Some(series) = INSTALLED.get() {
+        series.forget_all_but(owners);
     }
 }

@@ -18,7 +18,7 @@ use crate::{
     },
     domain::error::{Error, FieldViolation, ShedReason},
     inference::background::{self, Urgency},
-    lifecycle::{InForce, Lifecycle, Push, PushError, PushResult, Report, Trigger, journal::StepReport},
+    lifecycle::{InForce, Lifecycle, Push, PushError, PushResult, Report, journal::StepReport},
     pipeline::Pipeline,
 };
 use std::{
@@ -128,17 +128,10 @@ impl AdminService for Admin {
                 "is empty; it must be the digest of the config in force, which GetStatus returns".to_owned();
             return Err(invalid_argument("PushConfig", "expected_digest", description));
         }
-        let push = Push {
-            text: config,
-            trigger: Trigger::Push,
-            who,
-            expected_digest: Some(expected_digest),
-            is_dry_run: dry_run,
-            pushed_file: None,
-        };
+        let push = Push { text: config, who, expected_digest, is_dry_run: dry_run };
         let lifecycle = Arc::clone(&self.lifecycle);
         // A separate task, so that a push continues if its caller disconnects.
-        let joined = tokio::spawn(async move { lifecycle.apply(push).await }).await;
+        let joined = tokio::spawn(async move { lifecycle.push(push).await }).await;
         let PushResult { outcome, in_force, report, .. } = flatten_push_result(joined)?;
         Ok(Response::new(proto::PushConfigResponse {
             result: outcome.as_str().to_owned(),
@@ -159,7 +152,7 @@ impl AdminService for Admin {
         Ok(Response::new(proto::RollbackResponse {
             config: Some(self.config_info(&in_force)),
             report: Some(push_report(report)),
-            warning: warning.map(|warning| warning.to_string()).unwrap_or_default(),
+            warning: warning.map(|warning| warning.message()).unwrap_or_default(),
         }))
     }
 

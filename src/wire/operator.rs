@@ -5,11 +5,15 @@
 //! are logged under the token's name, the certificate's fingerprint, or the caller's address.
 
 use super::peer::Peer;
+use crate::domain::bounded_text::cut;
 use std::{
     fs, io,
     path::{Path, PathBuf},
 };
 use tonic::{Request, Status, service::Interceptor};
+
+/// The most bytes of a token's name, which goes into the log and the status.
+const MAX_NAME_BYTES: usize = 128;
 
 /// The name that a caller's changes are logged under.
 #[derive(Debug, Clone)]
@@ -45,7 +49,7 @@ impl Guard {
         // Comparing hashes takes constant time, so the answer's timing does not tell how much of a guess was right.
         let is_sent = |token: &str| blake3::hash(token.as_bytes()) == blake3::hash(sent.as_bytes());
         match named_tokens.find(|(_, token)| is_sent(token)) {
-            Some((name, _)) => Ok(Some(name.trim().to_owned())),
+            Some((name, _)) => Ok(Some(cut(name.trim(), MAX_NAME_BYTES).into_owned())),
             None => Err(Status::unauthenticated(
                 "the admin listener needs a bearer token of its admin.token_file (--token-file)",
             )),

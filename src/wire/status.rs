@@ -1,6 +1,11 @@
 //! Maps the closed set of errors to gRPC statuses with `google.rpc` details.
 
-use crate::{config::ConfigError, domain::error::Error, lifecycle::PushError, telemetry::events};
+use crate::{
+    config::{ConfigError, fault::that_fit},
+    domain::error::Error,
+    lifecycle::PushError,
+    telemetry::events,
+};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
@@ -32,12 +37,17 @@ pub fn from_error(error: &Error) -> Status {
     }
 }
 
+/// The most bytes of the faults in a status's details. With the message they travel in a header, in base64, and some clients
+/// take 8 KB of headers in all.
+const MAX_DETAILS_BYTES: usize = 2 << 10;
+
 /// The status for a refused push. Operators may see the causes, too: paths, values, and by how much they differ.
 pub fn from_push_error(error: &PushError) -> Status {
-    let message = error.to_string();
+    let message = error.message();
     match error {
         PushError::Config(ConfigError::Invalid(faults)) => {
-            let faults = faults.iter().map(|fault| FieldViolation::new(&fault.key, &fault.reason));
+            let faults =
+                that_fit(faults, MAX_DETAILS_BYTES).map(|fault| FieldViolation::new(&fault.key, &fault.reason));
             let details = ErrorDetails::with_bad_request(faults.collect::<Vec<_>>());
             Status::with_error_details(Code::InvalidArgument, message, details)
         }

@@ -177,6 +177,7 @@ fn an_admin_listener_open_to_other_machines_needs_a_guard() {
     let run = |command: &[&str], path: &Path| midemb().args(command).arg("--config").arg(path).output().unwrap();
     // The server's own certificate does not restrict who may call.
     let tls_only = guard.lines().filter(|line| !line.contains("client_ca")).collect::<Vec<_>>().join("\n");
+    let token_file = format!("admin.token_file = {:?}", files.write("tokens", "ann ann-s-t0ken\n"));
     for (more, command) in [("", &["serve"][..]), (&tls_only, &["serve"]), ("", &["config", "check"])] {
         let (_folder, path) = exposed(more);
         let refused = run(command, &path);
@@ -185,8 +186,14 @@ fn an_admin_listener_open_to_other_machines_needs_a_guard() {
         assert!(text.contains("admin.listen") && text.contains("0.0.0.0:0"), "{text}");
         assert!(text.contains("admin.token_file") && text.contains("admin.tls_client_ca"), "{text}");
     }
-    let token_file = format!("admin.token_file = {:?}", files.write("tokens", "ann ann-s-t0ken\n"));
-    for more in [token_file, guard] {
+    // Whoever reads a token on the network can operate the server.
+    let (_folder, path) = exposed(&token_file);
+    let plaintext = run(&["serve"], &path);
+    let text = String::from_utf8(plaintext.stderr).unwrap();
+    assert_eq!(plaintext.status.code(), Some(2), "{text}");
+    assert!(text.contains("in the clear") && text.contains("admin.allow_plaintext_tokens"), "{text}");
+    let allowed = format!("{token_file}\nadmin.allow_plaintext_tokens = true");
+    for more in [allowed, format!("{token_file}\n{tls_only}"), guard] {
         let (_folder, path) = exposed(&more);
         accepted(&run(&["config", "check"], &path));
     }

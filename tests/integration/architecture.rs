@@ -199,6 +199,7 @@ fn each_library_lives_in_one_room() {
         ("object_store::", &["bundle"]),
         ("notify::", &["lifecycle"]),
         ("env::var", &["config"]),
+        ("toml_edit::", &["config"]),
         ("anyhow::", &["cli"]),
         ("midemb_client::", &["cli"]),
     ];

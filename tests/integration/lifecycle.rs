@@ -160,7 +160,7 @@ async fn a_rollback_loads_nothing_and_a_second_one_undoes_it() {
 }
 
 /// Replaces a file as editors do: by writing another one and renaming it.
-fn replace(file: &Path, text: &str) {
+pub(crate) fn replace(file: &Path, text: &str) {
     let new = file.with_extension("new");
     std::fs::write(&new, text).unwrap();
     std::fs::rename(new, file).unwrap();
@@ -311,6 +311,29 @@ async fn a_shadow_is_compared_and_never_answers() {
     eventually("the second answer is compared", async || compared(&server) == 2.0).await;
     let sum = server.scrape().sum("midemb_shadow_cosine_sum", &[]) - before.sum("midemb_shadow_cosine_sum", &[]);
     assert!((sum - 7.0).abs() < 1e-4, "{sum}");
+}
+
+/// A series of every model name and every digest that was ever pushed used to stay for ever.
+#[tokio::test]
+async fn many_pushes_do_not_add_series() {
+    let server = Server::start();
+    let mut counts = Vec::new();
+    for i in 0..8 {
+        let name = format!("learn-{i}");
+        push(&server, with_models(&server, &[model(&name, &fixture(), "")])).await.unwrap();
+        assert_eq!(ask(&server, page(films("h", 2), films("c", 3))).await.model.unwrap().name, name);
+        let text = server.scrape().0;
+        counts.push(text.lines().filter(|line| line.starts_with("midemb_")).count());
+        assert!(text.contains(&format!("model=\"{name}\"")), "{text}");
+    }
+    assert_eq!(counts[7], counts[3], "{counts:?}");
+    let former = server.scrape();
+    assert_eq!(
+        former.sum("midemb_requests_total", &["model=\"learn-6\""]),
+        1.0,
+        "the one that a rollback would restore"
+    );
+    assert_eq!(former.sum("midemb_requests_total", &["model=\"learn-5\""]), 0.0);
 }
 
 const N_CALLERS: usize = 4;

@@ -14,6 +14,7 @@ mod golden;
 mod harness;
 mod hostile_peers;
 mod lifecycle;
+mod order;
 mod prometheus;
 mod python_client;
 mod refused_pushes;

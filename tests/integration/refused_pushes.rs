@@ -295,3 +295,54 @@ async fn sigterm_during_a_push_ends_both() {
     assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "the server is draining"));
     assert!(server.wait().success());
 }
+
+/// What `GetStatus` may return however pushes fail: far below the 4 MiB that a gRPC client takes.
+const MAX_STATUS_BYTES: usize = 256 << 10;
+const MAX_MESSAGE_BYTES: usize = 1024;
+
+/// Forty pushes with a key of megabytes used to make the status and the log grow by megabytes each, until no client could
+/// read the status.
+#[tokio::test]
+async fn no_text_of_an_operator_makes_the_status_the_log_or_a_refusal_large() {
+    let server = Server::start();
+    let good = with_bundle(&server, &retrained());
+    let long = "k".repeat(3 << 20);
+    let many: String = (0..100_000).map(|i| format!("key{i} = 1\n")).collect();
+    let with_value = |key: &str, value: &str| format!("{key} = {value:?}\n{good}");
+    let named = with_models(&server, &[model(&long, &fixture(), "")]);
+    let models: Vec<String> =
+        (0..10_000).map(|i| model(&format!("m{i}"), Path::new("/nowhere"), "share = 1")).collect();
+    let nowhere = with_bundle(&server, &Path::new("/nowhere").join(&long));
+    let pushes = [
+        ("a long unknown key", with_value(&long, "")),
+        ("a long value", with_value("cache.item_mb", &long)),
+        ("a long value of a frozen key", with_value("snapshot.folder", &long)),
+        ("many unknown keys", format!("{many}{good}")),
+        ("many models", with_models(&server, &models)),
+        ("a long name", named),
+        ("a long folder", nowhere),
+        ("no TOML", format!("{long} 1")),
+    ];
+    let n_pushes = pushes.len();
+    for (what, config) in pushes {
+        let refused = push(&server, config).await.expect_err(what);
+        assert!(refused.message().len() <= MAX_MESSAGE_BYTES, "{what}: {} bytes", refused.message().len());
+        // A status with too much in its trailers reaches the client as another error.
+        assert!(
+            matches!(refused.code(), Code::InvalidArgument | Code::FailedPrecondition),
+            "{what}: {:?}: {}",
+            refused.code(),
+            refused.message()
+        );
+        let line = server.wait_for_log("push refused").to_string();
+        assert!(line.len() < 16 << 10, "{what}: a log line of {} bytes", line.len());
+    }
+    let stale = PushConfigRequest { config: good.clone(), expected_digest: long, dry_run: false };
+    let refused = server.admin().await.push_config(stale).await.unwrap_err();
+    assert!(refused.code() == Code::Aborted && refused.message().len() <= MAX_MESSAGE_BYTES, "{:?}", refused.code());
+    let status = status(&server).await;
+    assert_eq!(status.pushes.len(), n_pushes + 2, "the start, and every refusal");
+    let n_bytes = prost::Message::encoded_len(&status);
+    assert!(n_bytes <= MAX_STATUS_BYTES, "a status of {n_bytes} bytes");
+    assert_eq!(push(&server, good).await.unwrap().result, "applied");
+}

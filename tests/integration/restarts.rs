@@ -55,7 +55,8 @@ async fn the_first_request_after_a_restart_finds_everything() {
 /// The files of the snapshot beside this config file.
 fn parts(file: &Path) -> Vec<std::path::PathBuf> {
     let folder = file.parent().unwrap().join("snapshot");
-    let snapshot = std::fs::read_dir(folder).unwrap().next().unwrap().unwrap().path();
+    let mut entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let snapshot = entries.find(|path| path.is_dir()).unwrap();
     std::fs::read_dir(snapshot).unwrap().map(|entry| entry.unwrap().path()).collect()
 }
 

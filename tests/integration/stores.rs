@@ -5,6 +5,7 @@ use crate::{
     lifecycle::{model, push, status, with_bundle, with_models},
 };
 use midemb::domain::digest::sha256_hex;
+use midemb_client::proto::RollbackRequest;
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
@@ -309,6 +310,33 @@ async fn without_its_store_a_server_starts_with_the_last_bundle_of_its_url_and_r
         let reason = refused(&server, with_url(&server, url)).await;
         assert!(reason.contains(&format!("{url}/manifest.toml cannot be fetched: ")), "{reason}");
     }
+    assert_eq!(version(&server).await, "2");
+}
+
+/// The bundle behind a URL may be another one by now, so a restart used to fetch again what was rolled back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn after_a_rollback_a_restart_serves_the_bundle_that_was_rolled_back_to() {
+    let current = "s3://bundles/prod/current";
+    let moto = Moto::start();
+    moto.upload(&fixture(), current);
+    let server = serve(config(Path::new(current), ""), moto.address);
+    moto.upload(&retrained(), current);
+    server.signal("HUP");
+    assert_eq!(server.wait_for_log("push ended")["result"], "applied");
+    assert_eq!(version(&server).await, "2");
+    let rolled_back = server.admin().await.rollback(RollbackRequest::default()).await.unwrap().into_inner();
+    let in_force = rolled_back.config.unwrap();
+    assert_eq!((rolled_back.warning.as_str(), in_force.models[0].version.as_str()), ("", "1"));
+    let pushed_file = std::fs::read_to_string(server.file.with_extension("pushed.toml")).unwrap();
+    assert!(pushed_file.contains(&format!("digest = {:?}", digest_of(&fixture()))), "{pushed_file}");
+    assert_eq!(server.wait_for_log("push ended")["trigger"], "rollback");
+    server.signal("HUP");
+    assert_eq!(server.wait_for_log("push ended")["result"], "unchanged", "SIGHUP undid a rollback");
+
+    let server = serve(server.stop(), moto.address);
+    assert_eq!(version(&server).await, "1");
+    assert_eq!(status(&server).await.config.unwrap().digest, in_force.digest);
+    assert_eq!(push(&server, with_url(&server, current)).await.unwrap().result, "applied", "the URL's own bundle");
     assert_eq!(version(&server).await, "2");
 }
 

@@ -8,8 +8,9 @@
 //! ```
 //!
 //! Several processes may share the folder: names of work in progress have random suffixes, and if two processes finish the
-//! same bundle or file, the second one finds it done. Entries with other names are never touched. This module does not use
-//! the network.
+//! same bundle or file, the second one finds it done. The folder of a bundle in progress is locked (flock) by its process, because
+//! one large file may take hours, during which nothing changes in the folder. Entries with other names are never touched. This
+//! module does not use the network.
 
 use super::StoreError;
 use crate::{
@@ -22,7 +23,7 @@ use crate::{
 use sha2::{Digest, Sha256};
 use std::{
     collections::{BTreeSet, HashSet},
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     io::{self, Write},
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
@@ -34,8 +35,10 @@ const LATEST: &str = "latest";
 const PART: &str = ".part-";
 /// Bundles that [`Cache::prune`] keeps besides those in use, for rollbacks.
 const N_NEWEST: usize = 5;
-/// An entry that was not written for this long belongs to no running process.
+/// An entry that was not written for this long, and that is not locked, belongs to no running process.
 const LEFT_OVER_AGE: Duration = Duration::from_hours(1);
+/// The same where the file system has no locks.
+const UNLOCKED_AGE: Duration = Duration::from_hours(24);
 
 /// The numbers of bundles and files that [`super::Store::prune`] removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -130,14 +133,18 @@ impl Cache {
         self.remove_left_overs();
         let folder = self.folder.join(format!(".new-{digest}-{}", random_suffix()));
         fs::create_dir(&folder).map_err(disk_error(&folder))?;
-        Ok(NewBundle { cache: self.clone(), digest: digest.to_owned(), folder: RemoveOnDrop(folder) })
+        let folder = RemoveOnDrop(folder);
+        let lock = File::open(&folder.0).map_err(disk_error(&folder.0))?;
+        // Without locks, others go by the folder's age.
+        let _ = lock.try_lock();
+        Ok(NewBundle { cache: self.clone(), digest: digest.to_owned(), folder, _lock: lock })
     }
 
     /// Removes the left-overs of processes that died. One that cannot be removed does not fail a fetch.
     fn remove_left_overs(&self) {
         for folder in [&self.folder, &self.folder.join(FILES), &self.folder.join(LATEST)] {
             for (name, path) in entries(folder).unwrap_or_default() {
-                if is_left_over(&name) && is_older_than(&path, LEFT_OVER_AGE) {
+                if is_left_over(&name) && is_abandoned(&path) {
                     drop(RemoveOnDrop(path));
                 }
             }
@@ -239,6 +246,8 @@ pub(super) struct NewBundle {
     cache: Cache,
     digest: String,
     folder: RemoveOnDrop,
+    /// Tells other processes that the folder is in use, as long as it is open.
+    _lock: File,
 }
 
 impl NewBundle {
@@ -329,6 +338,18 @@ fn modified(path: &Path) -> Option<SystemTime> {
 
 fn is_older_than(path: &Path, age: Duration) -> bool {
     modified(path).and_then(|time| time.elapsed().ok()).is_some_and(|since| since > age)
+}
+
+/// Whether no running process works on this entry.
+fn is_abandoned(path: &Path) -> bool {
+    if !is_older_than(path, LEFT_OVER_AGE) {
+        return false;
+    }
+    match File::open(path).map(|entry| entry.try_lock()) {
+        Ok(Ok(())) => true,
+        Ok(Err(TryLockError::WouldBlock)) => false,
+        Ok(Err(TryLockError::Error(_))) | Err(_) => is_older_than(path, UNLOCKED_AGE),
+    }
 }
 
 /// The names and paths of a folder's entries; none if the folder does not exist.

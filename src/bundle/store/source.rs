@@ -3,6 +3,7 @@
 //! A parsed URL contains no secrets and is safe to show in errors and logs. A query or a fragment is refused, because it would
 //! be lost when a file name is appended. Nothing is opened or resolved here.
 
+use crate::domain::bounded_text::cut;
 use object_store::{ObjectStoreScheme, path::Path as Key};
 use std::{
     fmt,
@@ -13,6 +14,9 @@ use thiserror::Error;
 /// Schemes whose user part names a container, not a user.
 const AZURE: &[&str] = &["az", "azure", "adl", "abfs", "abfss"];
 const OTHERS: &[&str] = &["s3", "s3a", "gs", "http", "https"];
+
+/// A scheme is whatever was written before `://`.
+const MAX_SCHEME_BYTES: usize = 32;
 
 /// The location of a bundle.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,7 +88,7 @@ impl BundleUrl {
         let scheme = text.split("://").next().unwrap_or_default().to_ascii_lowercase();
         let is_azure = AZURE.contains(&scheme.as_str());
         if !is_azure && !OTHERS.contains(&scheme.as_str()) {
-            return Err(SourceError::Scheme(scheme));
+            return Err(SourceError::Scheme(cut(&scheme, MAX_SCHEME_BYTES).into_owned()));
         }
         let Ok(url) = text.trim_end_matches('/').parse() else { return Err(SourceError::NotUrl) };
         let recognised = ObjectStoreScheme::parse(&url);

@@ -507,6 +507,19 @@ async fn only_old_left_overs_are_removed() {
     assert!(!folder.join(part).exists() && folder.join(recent).exists());
 }
 
+/// One large file may take hours, and nothing changes in the bundle's folder meanwhile.
+#[tokio::test]
+async fn what_another_process_has_fetched_for_hours_is_not_removed() {
+    let (_folder, store) = store();
+    let theirs = store.cache.start_bundle(&"a".repeat(64)).unwrap();
+    let in_progress = names(&store.folder()).into_iter().find(|name| name.starts_with(".new-")).unwrap();
+    age(&store.folder().join(&in_progress));
+    let ours = store.cache.start_bundle(&"b".repeat(64)).unwrap();
+    assert!(store.folder().join(&in_progress).exists(), "the folder that another process fills was removed");
+    drop((theirs, ours));
+    assert!(!names(&store.folder()).iter().any(|name| name.starts_with(".new-")));
+}
+
 #[tokio::test]
 async fn pruning_keeps_the_bundles_in_use_and_the_newest_five() {
     let (server, (_folder, store)) = (Server::start().await, store());

@@ -2,13 +2,14 @@
 //!
 //! A snapshot is written in a folder whose name begins with `.new-` and is renamed once all of it is on the disk. Its number is
 //! Unix time in milliseconds, or one more than the previous number if the clock went back, so the highest number is the newest.
+//! The process that writes holds a lock on `.lock`, so that two processes do not remove each other's snapshots.
 //! Only folders with these names are ever removed; everything else in the folder belongs to somebody else and stays.
 
 use super::SnapshotError;
 use std::{
-    fs::{self, DirBuilder, File},
+    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
     io,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     process,
     time::{SystemTime, UNIX_EPOCH},
@@ -16,7 +17,29 @@ use std::{
 
 const SNAPSHOT: &str = "snapshot-";
 const NEW: &str = ".new-";
+const LOCK: &str = ".lock";
 const N_DIGITS: usize = 15;
+
+/// Holds a folder for the snapshots of this process until it is dropped or the process ends.
+#[derive(Debug)]
+pub(super) struct FolderLock {
+    _file: File,
+}
+
+/// Locks a folder, which is created if it does not exist. An error of the kind `WouldBlock` means that another process holds it.
+pub(super) fn lock(folder: &Path) -> io::Result<FolderLock> {
+    fs::create_dir_all(folder)?;
+    let path = folder.join(LOCK);
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    match file.try_lock() {
+        Ok(()) => Ok(FolderLock { _file: file }),
+        Err(TryLockError::WouldBlock) => Err(io::ErrorKind::WouldBlock.into()),
+        Err(TryLockError::Error(error)) => {
+            tracing::warn!(%error, folder = %folder.display(), "the folder of snapshots cannot be locked: no other process may use it");
+            Ok(FolderLock { _file: file })
+        }
+    }
+}
 
 /// Creates a snapshot: calls `fill` with an empty folder, then renames the folder. If anything fails, the folder is removed.
 ///

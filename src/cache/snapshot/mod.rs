@@ -27,7 +27,7 @@
 //!   the files' owner can read them.
 //!
 //! All functions here block, for seconds if the caches are large: call them on a thread of their own. Only one process may
-//! write into a folder at a time, and the disk must have room for two snapshots. Not here: when a snapshot is taken, logs and
+//! write into a folder, which [`keeper`] holds it to, and the disk must have room for two snapshots. Not here: when a snapshot is taken, logs and
 //! metrics ([`keeper`]), and the user embeddings, which expire.
 
 mod error;

@@ -107,13 +107,19 @@ pub(super) fn pushed(answer: &PushConfigResponse) -> String {
     }
     text += &match (answer.result.as_str(), &answer.config) {
         ("checked", _) => "a dry run: nothing was put in force\n".to_owned(),
-        (_, Some(ConfigInfo { file, pushed_file, .. })) if !pushed_file.is_empty() => {
-            format!("kept in {pushed_file}, which wins over {file} at a restart\n")
-        }
-        (_, Some(ConfigInfo { file, .. })) => format!("a restart takes {file}\n"),
+        (_, Some(config)) => at_a_restart(config),
         (_, None) => String::new(),
     };
     text
+}
+
+/// Which config a restart would take.
+fn at_a_restart(config: &ConfigInfo) -> String {
+    let ConfigInfo { file, pushed_file, .. } = config;
+    match pushed_file.as_str() {
+        "" => format!("a restart takes {file}\n"),
+        _ => format!("kept in {pushed_file}, which wins over {file} at a restart\n"),
+    }
 }
 
 fn steps(steps: &[PushStep]) -> String {
@@ -130,7 +136,9 @@ pub(super) fn rolled_back(answer: &RollbackResponse) -> String {
     let config = answer.config.clone().unwrap_or_default();
     let took = answer.report.as_ref().map_or(String::new(), |report| format!(" in {} ms", report.took_ms));
     let mut text = format!("rolled back{took}: config {} (models {})\n", short(&config.digest), names(&config.models));
-    if !answer.warning.is_empty() {
+    if answer.warning.is_empty() {
+        text += &at_a_restart(&config);
+    } else {
         let _ = writeln!(text, "warning: {}", answer.warning);
     }
     text

@@ -93,7 +93,7 @@ fn all_errors_are_reported_at_once_with_key_value_and_bound() {
         "limits.max_candidates: \"many\" is not a whole number from 1 to 100000",
         "limits.max_history: \"0\" is not a whole number from 1 to 100000",
         "models[0].weight: unknown key",
-        "models[0].name: is missing, it must be a non-empty string",
+        "models[0].name: must be a string of 1 to 128 bytes without control characters",
         "models[0].share: \"101\" is not a whole percentage from 0 to 100",
     ];
     assert_eq!(found, expected);
@@ -119,11 +119,48 @@ fn models_need_different_names_and_shares_that_add_up_to_100() {
         faults(&format!("{MODEL}[[models]]\nname = \"b\"\n"), &[]),
         [
             "models[0].share: is missing, it must be a whole percentage from 0 to 100",
-            "models[1].bundle: is missing, it must be a non-empty string",
+            "models[1].bundle: is missing, it must be a string of 1 to 4096 bytes without control characters",
             "models[1].share: is missing, it must be a whole percentage from 0 to 100",
         ]
     );
     assert_eq!(faults("", &[]), ["models: no model is configured, add at least one [[models]] with name and bundle"]);
+}
+
+/// A name goes into every answer, log line and metric of its model.
+#[test]
+fn a_name_has_a_bound_and_no_control_characters() {
+    let named = |name: &str| format!("[[models]]\nname = {}\nbundle = \"x\"\n", toml::Value::from(name));
+    assert!(check(&named(&"n".repeat(128)), &[]).is_ok() && check(&named("neuer Größe"), &[]).is_ok());
+    for name in ["a\0b", "a\nb", "a\u{7f}", &"n".repeat(20 << 10)] {
+        let expected = "models[0].name: must be a string of 1 to 128 bytes without control characters";
+        assert_eq!(faults(&named(name), &[]), [expected]);
+    }
+    let models = MODEL.repeat(65);
+    assert_eq!(faults(&models, &[]), ["models: 65 models are configured, at most 64 can be"]);
+}
+
+#[test]
+fn two_listeners_cannot_share_a_port() {
+    let listen = |server: &str, admin: &str| {
+        format!(
+            "server.listen = {server:?}\nadmin.listen = {admin:?}\nadmin.tls_client_ca = \"ca\"\n\
+                 admin.tls_cert = \"c\"\nadmin.tls_key = \"k\"\n{MODEL}"
+        )
+    };
+    for (server, admin) in
+        [("127.0.0.1:7", "127.0.0.1:7"), ("0.0.0.0:7", "127.0.0.1:7"), ("127.0.0.1:7", "[::]:7"), ("[::1]:7", "[::]:7")]
+    {
+        let expected = format!("admin.listen: {admin} is taken by server.listen, use another port");
+        assert_eq!(faults(&listen(server, admin), &[]), [expected]);
+    }
+    for (server, admin) in
+        [("127.0.0.1:7", "127.0.0.1:8"), ("127.0.0.1:0", "127.0.0.1:0"), ("127.0.0.1:7", "127.0.0.2:7")]
+    {
+        assert!(check(&listen(server, admin), &[]).is_ok(), "{server} and {admin}");
+    }
+    let metrics = format!("telemetry.metrics_listen = \"127.0.0.1:50052\"\n{MODEL}");
+    let expected = "telemetry.metrics_listen: 127.0.0.1:50052 is taken by admin.listen, use another port";
+    assert_eq!(faults(&metrics, &[]), [expected]);
 }
 
 #[test]
@@ -150,14 +187,23 @@ fn a_shadow_needs_a_model_that_answers_and_has_no_share() {
 }
 
 #[test]
-fn an_admin_listener_beyond_loopback_needs_a_token_or_a_client_certificate() {
+fn an_admin_listener_beyond_loopback_needs_encrypted_tokens_or_client_certificates() {
     let listen = "admin.listen = \"0.0.0.0:1\"\n";
     let found = faults(&format!("{listen}{MODEL}"), &[]);
     assert!(
         found[0].starts_with("admin.listen: 0.0.0.0:1 can be reached from other machines: set admin.token_file"),
         "{found:?}"
     );
-    assert!(check(&format!("{listen}admin.token_file = \"t\"\n{MODEL}"), &[]).is_ok());
+    let tokens = format!("{listen}admin.token_file = \"t\"\n");
+    assert_eq!(
+        faults(&format!("{tokens}{MODEL}"), &[]),
+        ["admin.token_file: tokens for 0.0.0.0:1 would cross the network in the clear: set admin.tls_cert and \
+             admin.tls_key, or admin.allow_plaintext_tokens if something else encrypts the traffic"]
+    );
+    for encrypted in ["admin.allow_plaintext_tokens = true", "admin.tls_cert = \"c\"\nadmin.tls_key = \"k\""] {
+        assert!(check(&format!("{tokens}{encrypted}\n{MODEL}"), &[]).is_ok(), "{encrypted}");
+    }
+    assert!(check(&format!("admin.token_file = \"t\"\n{MODEL}"), &[]).is_ok(), "nothing leaves the machine");
     assert_eq!(
         faults(&format!("{listen}admin.tls_client_ca = \"ca\"\nadmin.tls_key = \"k\"\n{MODEL}"), &[]),
         ["admin.tls_key: needs admin.tls_cert, too", "admin.tls_client_ca: needs admin.tls_cert, too"]

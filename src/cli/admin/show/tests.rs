@@ -69,6 +69,8 @@ fn a_rollback_says_what_serves_and_warns() {
         rolled_back(&answer),
         "rolled back in 83400 ms: config bbbbbbbbbbbb (models learn 3)\nwarning: the disk\n"
     );
+    let kept = rolled_back(&RollbackResponse { warning: String::new(), ..answer });
+    assert!(kept.ends_with("\na restart takes midemb.toml\n"), "{kept}");
 }
 
 #[test]
