@@ -60,7 +60,7 @@ impl ModelSet {
                 index_of_share(shares, self.user_buckets.share_bucket(user_id)).map(|i| &self.live[i])
             }
         };
-        served.map(|served| &served.model).ok_or_else(|| Error::ModelNotFound(name.unwrap_or_default().to_owned()))
+        served.map(|served| &served.model).ok_or_else(|| Error::model_not_found(name.unwrap_or_default()))
     }
 
     /// The shadows that score a request of this user that `model` answers.

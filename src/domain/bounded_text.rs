@@ -2,6 +2,9 @@
 
 use std::borrow::Cow;
 
+/// The most bytes of a message to a client. A message travels in a header, and some clients take 8 KB of those in all.
+pub const MAX_MESSAGE_BYTES: usize = 1024;
+
 const ELLIPSIS: &str = "…";
 
 /// `text` if it has at most `max_bytes` bytes, else as much of its start as fits there together with an ellipsis. Never splits

@@ -3,6 +3,7 @@
 //! Each variant maps to one gRPC status code (`wire::status` holds the mapping). The message is safe to send to a client; a
 //! cause that is not stays in `source` and is logged once, at the edge.
 
+use super::bounded_text::cut;
 use std::{error::Error as StdError, time::Duration};
 use thiserror::Error;
 
@@ -40,7 +41,15 @@ pub enum Error {
     },
 }
 
+/// The most bytes of a caller's text that a message repeats.
+const MAX_ECHO_BYTES: usize = 128;
+
 impl Error {
+    /// No model of this name is served. A long name is cut.
+    pub fn model_not_found(name: &str) -> Self {
+        Error::ModelNotFound(cut(name, MAX_ECHO_BYTES).into_owned())
+    }
+
     /// An internal error in `stage`.
     pub fn internal(stage: &'static str, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         Error::Internal { stage, source: source.into() }

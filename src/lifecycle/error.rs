@@ -4,7 +4,7 @@ use super::desired::PersistError;
 use crate::{
     bundle::{BundleError, store::StoreError},
     config::{ConfigError, fault::Fault},
-    domain::bounded_text::cut,
+    domain::bounded_text::{MAX_MESSAGE_BYTES, cut},
     inference::LibraryError,
 };
 use std::path::PathBuf;
@@ -59,9 +59,6 @@ pub enum PushError {
     #[error("a load failed: {0}")]
     Failed(String),
 }
-
-/// The most bytes of a message to a client. A message travels in a header, and some clients take 8 KB of those in all.
-const MAX_MESSAGE_BYTES: usize = 1024;
 
 impl PushError {
     /// The reason in one line for a client, cut to 1 KB. The log has all of it.

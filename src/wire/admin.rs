@@ -16,7 +16,10 @@ use crate::{
         CacheName, Caches,
         snapshot::{self, Exported},
     },
-    domain::error::{Error, FieldViolation, ShedReason},
+    domain::{
+        bounded_text::cut,
+        error::{Error, FieldViolation, ShedReason},
+    },
     inference::background::{self, Urgency},
     lifecycle::{InForce, Lifecycle, Push, PushError, PushResult, Report, journal::StepReport},
     pipeline::Pipeline,
@@ -50,6 +53,8 @@ pub struct Admin {
     draining: watch::Receiver<bool>,
 }
 
+/// The most bytes of a name that a message repeats.
+const MAX_NAME_BYTES: usize = 128;
 /// How long the receiver of an export may leave a chunk unread.
 const EXPORT_PATIENCE: Duration = Duration::from_secs(30);
 /// Chunks of an exported file that may wait to be sent.
@@ -86,7 +91,7 @@ impl Admin {
     fn model(&self, name: &str) -> Result<Arc<Model>, Error> {
         let models = self.pipeline.registry.current()?;
         let matches = |model: &&Arc<Model>| name.is_empty() || model.reference.name == name;
-        models.all().find(matches).cloned().ok_or_else(|| Error::ModelNotFound(name.to_owned()))
+        models.all().find(matches).cloned().ok_or_else(|| Error::model_not_found(name))
     }
 }
 
@@ -167,7 +172,8 @@ impl AdminService for Admin {
             (_, Some(cache)) => self.caches.flush(cache),
             (_, None) => {
                 let names = CacheName::ALL.map(CacheName::as_str).join(", ");
-                let description = format!("{name:?} is not the name of a cache, use one of: {names}");
+                let description =
+                    format!("{:?} is not the name of a cache, use one of: {names}", cut(&name, MAX_NAME_BYTES));
                 return Err(invalid_argument("FlushCache", "cache", description));
             }
         };
@@ -187,7 +193,8 @@ impl AdminService for Admin {
             Some(CacheName::Content) => VectorKind::Content,
             Some(CacheName::Item) => VectorKind::Item,
             _ => {
-                let description = format!("{cache:?} cannot be exported, use \"content\" or \"item\"");
+                let description =
+                    format!("{:?} cannot be exported, use \"content\" or \"item\"", cut(&cache, MAX_NAME_BYTES));
                 return Err(invalid_argument("ExportCache", "cache", description));
             }
         };

@@ -56,16 +56,19 @@ fn row_status(status: RowStatus) -> proto::RowStatus {
     }
 }
 
-/// A tensor of `shape` in `dtype`; single precision is sent without a copy.
-fn tensor(shape: &[usize], data: Vec<f32>, dtype: DType) -> proto::Tensor {
+/// A tensor of `shape` in `dtype`; single precision is sent without a copy. A value beyond what `dtype` can hold becomes the
+/// greatest or least that it can, never infinite.
+fn tensor(shape: &[usize], mut data: Vec<f32>, dtype: DType) -> proto::Tensor {
     let (dtype, data) = match dtype {
         DType::F32 => (proto::DType::DtypeF32, Bytes::from_owner(Floats(data))),
         DType::F16 => {
+            saturate(&mut data, f16::MAX.to_f32());
             let mut halves = vec![f16::ZERO; data.len()];
             halves.convert_from_f32_slice(&data);
             (proto::DType::DtypeF16, Bytes::from_owner(Floats(halves)))
         }
         DType::Bf16 => {
+            saturate(&mut data, bf16::MAX.to_f32());
             let mut halves = vec![bf16::ZERO; data.len()];
             halves.convert_from_f32_slice(&data);
             (proto::DType::DtypeBf16, Bytes::from_owner(Floats(halves)))
@@ -73,6 +76,12 @@ fn tensor(shape: &[usize], data: Vec<f32>, dtype: DType) -> proto::Tensor {
     };
     let shape = shape.iter().map(|d| *d as u32).collect();
     proto::Tensor { dtype: dtype as i32, shape, data }
+}
+
+fn saturate(data: &mut [f32], max: f32) {
+    for value in data {
+        *value = value.clamp(-max, max);
+    }
 }
 
 /// Numbers whose memory is sent as bytes.
@@ -98,6 +107,14 @@ mod tests {
         assert_eq!(f16s.data[..], [0x00, 0x3c, 0x00, 0xc1, 0, 0, 0xff, 0x7b]);
         let bf16s = tensor(&[4], data, DType::Bf16);
         assert_eq!(bf16s.data[..6], [0x80, 0x3f, 0x20, 0xc0, 0, 0]);
+        let beyond = vec![65520.0, -1e6, f32::MAX, f32::MIN];
+        let f16s_beyond = tensor(&[4], beyond.clone(), DType::F16);
+        assert_eq!(
+            f16s_beyond.data[..],
+            [0xff, 0x7b, 0xff, 0xfb, 0xff, 0x7b, 0xff, 0xfb],
+            "not the largest finite numbers"
+        );
+        assert_eq!(tensor(&[4], beyond, DType::Bf16).data[4..], [0x7f, 0x7f, 0x7f, 0xff]);
         assert_eq!((f16s.dtype, bf16s.dtype), (2, 3));
     }
 }

@@ -2,7 +2,10 @@
 
 use crate::{
     config::{ConfigError, fault::that_fit},
-    domain::error::Error,
+    domain::{
+        bounded_text::{MAX_MESSAGE_BYTES, cut},
+        error::Error,
+    },
     lifecycle::PushError,
     telemetry::events,
 };
@@ -19,7 +22,7 @@ pub(super) fn to_status(method: &'static str) -> impl Fn(Error) -> Status {
 
 /// The status for a request's error. Its message is fit for clients; causes stay in the log.
 pub fn from_error(error: &Error) -> Status {
-    let message = error.to_string();
+    let message = cut(&error.to_string(), MAX_MESSAGE_BYTES).into_owned();
     match error {
         Error::InvalidArgument(violations) => {
             let violations: Vec<FieldViolation> =
@@ -108,7 +111,11 @@ mod tests {
 
         let status = from_error(&Error::internal("scoring", "a secret path"));
         assert_eq!((status.code(), status.message()), (Code::Internal, "internal error in scoring"));
-        assert_eq!(from_error(&Error::ModelNotFound("x".into())).code(), Code::NotFound);
+        assert_eq!(from_error(&Error::model_not_found("x")).code(), Code::NotFound);
+        let long = from_error(&Error::model_not_found(&"é".repeat(10_000)));
+        assert!(long.message().len() < 200 && long.message().ends_with("…\" is served"), "{}", long.message());
+        let many = vec![Violation { field: "f".repeat(100), description: "d".repeat(100) }; 16];
+        assert_eq!(from_error(&Error::InvalidArgument(many)).message().len(), MAX_MESSAGE_BYTES);
         assert_eq!(from_error(&Error::DeadlineExceeded).code(), Code::DeadlineExceeded);
         assert_eq!(from_error(&Error::Unavailable("draining")).code(), Code::Unavailable);
     }

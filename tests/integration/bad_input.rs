@@ -1,7 +1,9 @@
 //! Bad input gets a typed error or a row status, and the next request is served.
 
 use crate::harness::{ALL_OUTPUTS, Server, film, films, page, rows, statuses};
-use midemb_client::proto::{GetMidEmbRequest, GetMidEmbResponse, GetModelInfoRequest, Item, ItemText};
+use midemb_client::proto::{
+    ExportCacheRequest, FlushCacheRequest, GetMidEmbRequest, GetMidEmbResponse, GetModelInfoRequest, Item, ItemText,
+};
 use prost::Message;
 use tonic::{
     Code, Request, Status,
@@ -108,6 +110,16 @@ async fn a_model_that_is_not_served_is_not_found() {
     let request = GetMidEmbRequest { model: "lerna".to_owned(), ..page(vec![], films("c", 1)) };
     let status = server.client().await.get_mid_emb(request).await.unwrap_err();
     assert_eq!((status.code(), status.message()), (Code::NotFound, "no model named \"lerna\" is served"));
+    // The name came back whole, in a header that was too long for the client: RESOURCE_EXHAUSTED in place of NOT_FOUND.
+    let request = GetMidEmbRequest { model: "é".repeat(12_000), ..page(vec![], films("c", 1)) };
+    let status = server.client().await.get_mid_emb(request).await.unwrap_err();
+    assert_eq!(status.code(), Code::NotFound, "{status:?}");
+    let cache = "c".repeat(12_000);
+    let mut admin = server.admin().await;
+    let status = admin.flush_cache(FlushCacheRequest { cache: cache.clone() }).await.unwrap_err();
+    assert!(status.code() == Code::InvalidArgument && status.message().len() < 1024, "{status:?}");
+    let status = admin.export_cache(ExportCacheRequest { cache, model: String::new() }).await.unwrap_err();
+    assert!(status.code() == Code::InvalidArgument && status.message().len() < 1024, "{status:?}");
     let named = GetMidEmbRequest { model: "learn".to_owned(), ..page(vec![], films("c", 1)) };
     assert_eq!(server.client().await.get_mid_emb(named).await.unwrap().into_inner().model.unwrap().name, "learn");
 }
