@@ -11,7 +11,7 @@ use midemb_fuzz::{
     with_peak,
 };
 use serde_json::Value;
-use std::{collections::BTreeMap, fs, sync::LazyLock};
+use std::{collections::BTreeMap, fs, mem::discriminant, sync::LazyLock};
 
 static CACHES: LazyLock<Caches> = LazyLock::new(empty_caches);
 static FOLDER: LazyLock<Scratch> = LazyLock::new(|| {
@@ -36,7 +36,8 @@ fuzz_target!(|data: &[u8]| {
             assert_eq!(taken, n_entries(&CACHES));
             check_read(&CACHES, imported);
         }
-        ([refused], Err(reason)) => assert_eq!(refused.reason.to_string(), reason.to_string()),
+        // Of two tensors at one place, the parser names either.
+        ([refused], Err(reason)) => assert_eq!(discriminant(&refused.reason), discriminant(&reason), "{reason}"),
         ([refused], Ok(_)) if signed.is_none() => {
             assert_eq!(refused.reason.to_string(), "its metadata has no \"checksum\"")
         }
