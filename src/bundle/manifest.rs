@@ -190,7 +190,7 @@ impl Manifest {
     /// Parses and validates a manifest.
     pub fn parse(text: &str) -> Result<Self, ManifestError> {
         let manifest: Manifest = toml::from_str(text).map_err(|error| {
-            let line = error.span().map_or(0, |span| text[..span.start].lines().count().max(1));
+            let line = error.span().map_or(0, |span| line_number(text, span.start));
             ManifestError::Syntax { line, message: error.message().replace('\n', " ") }
         })?;
         manifest.validate()?;
@@ -260,8 +260,33 @@ impl Manifest {
     }
 }
 
+/// The number of the line, counted from 1, that has the byte at `offset`.
+fn line_number(text: &str, offset: usize) -> usize {
+    text.bytes().take(offset).filter(|byte| *byte == b'\n').count() + 1
+}
+
 /// Whether the path is relative and stays inside its folder.
 fn is_plain(path: &str) -> bool {
     let mut components = Path::new(path).components().peekable();
     components.peek().is_some() && components.all(|c| matches!(c, Component::Normal(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A key at the start of a line was reported with the number of the line before it.
+    #[test]
+    fn an_error_names_its_own_line() {
+        for (text, expected) in [
+            ("format = 1\nname = \"a\"\nnmae = \"b\"\n", "line 3: unknown field `nmae`"),
+            ("format = 1\n\n[encoder]\ndims = 3\n", "line 4: unknown field `dims`"),
+            ("format = 1\nversion = 1\n", "line 2: invalid type"),
+            ("nmae = 1\n", "line 1: unknown field"),
+            ("format = 1\nname = \"a\n", "line 2: "),
+        ] {
+            let message = Manifest::parse(text).unwrap_err().to_string();
+            assert!(message.starts_with(expected), "{text:?}: {message}");
+        }
+    }
 }

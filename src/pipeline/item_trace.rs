@@ -198,11 +198,12 @@ fn write_all(waiting: &Receiver<Message>, file: &File, max_bytes: u64) -> io::Re
 pub fn read(path: &Path, max_requests: usize) -> Result<Vec<TracedRequest>, TraceError> {
     let failed = |source| TraceError::File { path: path.to_path_buf(), source };
     let mut lines = BufReader::new(File::open(path).map_err(failed)?);
-    let (mut requests, mut line) = (Vec::new(), String::new());
-    while requests.len() < max_requests && lines.read_line(&mut line).map_err(failed)? > 0 {
-        match serde_json::from_str(&line) {
+    // Bytes, because a line may be cut off in the middle of a character.
+    let (mut requests, mut line) = (Vec::new(), Vec::new());
+    while requests.len() < max_requests && lines.read_until(b'\n', &mut line).map_err(failed)? > 0 {
+        match serde_json::from_slice(&line) {
             Ok(request) => requests.push(request),
-            Err(_) if !line.ends_with('\n') => break,
+            Err(_) if !line.ends_with(b"\n") => break,
             Err(source) => {
                 return Err(TraceError::Line { path: path.to_path_buf(), line: requests.len() + 1, source });
             }
@@ -285,5 +286,21 @@ mod tests {
         assert!(error.contains("line 2"), "{error}");
         std::fs::write(&path, "{\"at_ms\":1,\"history\":[],\"candidates\":[]}\n{\"at_ms\":2,\"hist").unwrap();
         assert_eq!(read(&path, 9).unwrap().len(), 1, "a cut-off line made the rest unreadable");
+    }
+
+    /// A trace that ended in the middle of a character was refused as a whole. Found by the fuzz target `trace`.
+    #[test]
+    fn a_trace_may_be_cut_off_at_any_byte() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("trace.jsonl");
+        let id = TracedItem("\u{e9}\u{1f3ac}".to_owned(), None);
+        let whole = TracedRequest { at_ms: 1, history: vec![id.clone()], candidates: vec![id] };
+        let line = format!("{}\n", serde_json::to_string(&whole).unwrap());
+        for n_bytes in 0..line.len() - 1 {
+            std::fs::write(&path, [line.as_bytes(), &line.as_bytes()[..n_bytes]].concat()).unwrap();
+            assert_eq!(read(&path, 9).unwrap(), std::slice::from_ref(&whole), "{n_bytes} bytes of the second line");
+        }
+        std::fs::write(&path, [line.as_bytes(), b"\xff\n"].concat()).unwrap();
+        assert!(read(&path, 9).unwrap_err().to_string().contains("line 2"), "bytes that are not UTF-8 have no line");
     }
 }

@@ -29,13 +29,14 @@ pub(crate) struct TracedItem(pub(crate) String, pub(crate) Option<String>);
 pub(crate) fn read(path: &Path, max_requests: usize) -> anyhow::Result<Vec<TracedRequest>> {
     let name = || format!("trace {}", path.display());
     let mut lines = BufReader::new(File::open(path).with_context(name)?);
-    let (mut requests, mut line) = (Vec::new(), String::new());
-    while requests.len() < max_requests && lines.read_line(&mut line).with_context(name)? > 0 {
+    // Bytes, because a line may be cut off in the middle of a character.
+    let (mut requests, mut line) = (Vec::new(), Vec::new());
+    while requests.len() < max_requests && lines.read_until(b'\n', &mut line).with_context(name)? > 0 {
         let n_line = requests.len() + 1;
-        match serde_json::from_str::<TracedRequest>(&line) {
+        match serde_json::from_slice::<TracedRequest>(&line) {
             Ok(request) if request.candidates.is_empty() => bail!("{} line {n_line} has no candidates", name()),
             Ok(request) => requests.push(request),
-            Err(_) if !line.ends_with('\n') => break,
+            Err(_) if !line.ends_with(b"\n") => break,
             Err(error) => return Err(error).with_context(|| format!("{} line {n_line}", name())),
         }
         line.clear();
@@ -52,7 +53,7 @@ mod tests {
 
     const LINE: &str = "{\"at_ms\":1,\"history\":[[\"a\",\"6b8b\"]],\"candidates\":[[\"b\",null]]}\n";
 
-    fn read_text(text: &str, max_requests: usize) -> anyhow::Result<Vec<TracedRequest>> {
+    fn read_text(text: impl AsRef<[u8]>, max_requests: usize) -> anyhow::Result<Vec<TracedRequest>> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), text).unwrap();
         read(file.path(), max_requests)
@@ -64,7 +65,14 @@ mod tests {
         let item = |id: &str, digest: Option<&str>| TracedItem(id.to_owned(), digest.map(str::to_owned));
         let expected = TracedRequest { history: vec![item("a", Some("6b8b"))], candidates: vec![item("b", None)] };
         assert_eq!(requests, [expected.clone(), expected]);
-        assert_eq!(read_text(&LINE.repeat(3), 2).unwrap().len(), 2);
+        assert_eq!(read_text(LINE.repeat(3), 2).unwrap().len(), 2);
+    }
+
+    /// The server's own reader had the same fault: a trace that ended in the middle of a character was refused as a whole.
+    #[test]
+    fn a_trace_may_be_cut_off_in_the_middle_of_a_character() {
+        let cut = "{\"at_ms\":2,\"history\":[[\"\u{e9}".as_bytes();
+        assert_eq!(read_text([LINE.as_bytes(), &cut[..cut.len() - 1]].concat(), 9).unwrap().len(), 1);
     }
 
     #[test]
