@@ -1,7 +1,6 @@
 //! The commands, one file each. Results go to standard output, everything else to standard error.
 //!
 //! Commands that talk to a server use `midemb-client`; `terminal` draws tables and progress bars, `output` writes results.
-#![expect(clippy::print_stderr, reason = "errors are printed there")]
 
 /// Replaces the standard library's macro of that name, which panics where standard output is closed.
 macro_rules! print {
@@ -11,6 +10,11 @@ macro_rules! print {
 /// `print!` with a line end.
 macro_rules! println {
     ($($arg:tt)*) => { $crate::cli::output::write(format_args!("{}\n", format_args!($($arg)*))) };
+}
+
+/// Replaces the standard library's macro of that name, which panics where standard error is closed and waits where it is full.
+macro_rules! eprintln {
+    ($($arg:tt)*) => { $crate::cli::output::write_error(format_args!("{}\n", format_args!($($arg)*))) };
 }
 
 mod admin;

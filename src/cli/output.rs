@@ -1,9 +1,12 @@
-//! Writing to a standard output that may be closed or full.
+//! Writing to a standard output and a standard error that may be closed or full.
 
 use std::{
     fmt::Arguments,
     io::{self, ErrorKind, Write},
     process,
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
 
 /// Writes to standard output. Where its reader has closed it, as `| head` does, the process ends with exit code 0. Any other
@@ -17,4 +20,20 @@ pub(super) fn write(text: Arguments<'_>) {
     }
     eprintln!("midemb: error: cannot write to standard output: {error}");
     process::exit(1);
+}
+
+/// How long an error line waits for room in a full pipe before the process ends without it.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Writes to standard error. If that is closed or full, the text is lost, and the process goes on after [`PATIENCE`] at most.
+pub(super) fn write_error(text: Arguments<'_>) {
+    let text = text.to_string();
+    let (done, is_done) = mpsc::channel();
+    let write = move || {
+        let _ = io::stderr().write_all(text.as_bytes());
+        let _ = done.send(());
+    };
+    if thread::Builder::new().spawn(write).is_ok() {
+        let _ = is_done.recv_timeout(PATIENCE);
+    }
 }

@@ -91,6 +91,8 @@ metrics! {
     IN_FLIGHT = "midemb_in_flight_requests", Kind::Gauge, "";
     /// Requests handed to the writer of the trace (`midemb serve --record-trace`), or left out because the writer was behind.
     TRACE_REQUESTS = "midemb_trace_requests_total", Kind::Counter, "result";
+    /// Log lines that were lost: no_room, because standard error is not read, or not_written, because it is closed or its disk full.
+    LOG_LINES_LOST = "midemb_log_lines_lost_total", Kind::Counter, "reason";
     /// 1 for every model that answers or shadows requests, 0 for one that no longer does.
     MODEL_INFO = "midemb_model_info", Kind::Gauge, "name,version,digest,provider";
     /// 1 for the config in force, 0 for a former one.

@@ -13,6 +13,7 @@ mod draining;
 mod golden;
 mod harness;
 mod lifecycle;
+mod log_readers;
 mod prometheus;
 mod python_client;
 mod refused_pushes;
