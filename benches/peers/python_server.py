@@ -11,12 +11,15 @@ statuses except OK and UNKNOWN_ITEM, no metrics of its own and no eviction.
 """
 
 import argparse
+import os
 import signal
 import sys
 import threading
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime reads it while it is imported.
 
 import grpc
 import jinja2

@@ -29,8 +29,13 @@ mod serve;
 mod terminal;
 
 use crate::{
-    bundle::BundleError, config::ConfigError, inference::LibraryError, lifecycle::PushError, server::ServerError,
+    bundle::BundleError,
+    config::{ConfigError, forbid_telemetry},
+    inference::LibraryError,
+    lifecycle::PushError,
+    server::ServerError,
 };
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use std::{future::Future, process::ExitCode};
 
@@ -64,8 +69,18 @@ enum Command {
     CacheCurve(cache_curve::Args),
 }
 
+impl Command {
+    /// Whether the command loads ONNX Runtime.
+    fn loads_library(&self) -> bool {
+        matches!(self, Command::Serve(_) | Command::Bundle(bundle::Command::Verify { .. }))
+    }
+}
+
 /// Runs one command.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
+    if cli.command.loads_library() {
+        forbid_telemetry().context("the environment cannot be set: set ORT_DISABLE_TELEMETRY=1 yourself")?;
+    }
     match cli.command {
         Command::Serve(args) => serve::run(&args),
         Command::Query(args) => block_on(query::run(args)),

@@ -7,8 +7,11 @@ code of the server or the exporter, and compared with the answer.
 """
 
 import argparse
+import os
 import tomllib
 from pathlib import Path
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime reads it while it is imported.
 
 import grpc
 import jinja2

@@ -14,6 +14,7 @@ mod golden;
 mod harness;
 mod lifecycle;
 mod log_readers;
+mod no_telemetry;
 mod prometheus;
 mod python_client;
 mod refused_pushes;
