@@ -37,7 +37,8 @@ use crate::{
 };
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use std::{future::Future, process::ExitCode};
+use output::end_process;
+use std::future::Future;
 
 /// LEARN's mid-emb vectors for ranking models, over gRPC.
 ///
@@ -76,8 +77,14 @@ impl Command {
     }
 }
 
-/// Runs one command.
-pub fn run(cli: Cli) -> anyhow::Result<()> {
+/// Runs one command and ends the process with its exit code.
+pub fn main(cli: Cli) -> ! {
+    let Err(error) = run(cli) else { end_process(0) };
+    eprintln!("midemb: error: {}", one_line(&error));
+    end_process(exit_code(&error))
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
     if cli.command.loads_library() {
         forbid_telemetry().context("the environment cannot be set: set ORT_DISABLE_TELEMETRY=1 yourself")?;
     }
@@ -95,12 +102,6 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
 /// Runs a command that talks to a server, on one thread.
 fn block_on(command: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(command)
-}
-
-/// Prints an error as one line and gives its exit code.
-pub fn report(error: &anyhow::Error) -> ExitCode {
-    eprintln!("midemb: error: {}", one_line(error));
-    ExitCode::from(exit_code(error))
 }
 
 /// The error and its causes; a cause that an outer message repeats is left out.

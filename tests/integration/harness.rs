@@ -89,7 +89,7 @@ pub(crate) fn run_to_end(command: &mut Command) -> ProcessOutput {
     })
 }
 
-fn send_signal(process: u32, name: &str) {
+pub(crate) fn send_signal(process: u32, name: &str) {
     let sent = Command::new("kill").args([&format!("-{name}"), &process.to_string()]).status().unwrap();
     assert!(sent.success());
 }
