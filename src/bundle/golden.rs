@@ -161,17 +161,6 @@ impl Golden {
     }
 }
 
-/// Runs every golden text through the encoder. Returns the reports and the computed content embeddings.
-pub fn check_encoder(
-    golden: &Golden,
-    model: &EncoderModel,
-    graph: &mut Graph,
-) -> Result<(Vec<StageReport>, Vec<Vector>), BundleError> {
-    let tokens = check_tokens(golden, model)?;
-    let (content, computed) = check_content(golden, model, graph)?;
-    Ok((vec![tokens, content], computed))
-}
-
 /// Runs every golden vector through the towers and the CVR head.
 pub fn check_towers(
     golden: &Golden,
@@ -208,7 +197,8 @@ pub fn check_tokens(golden: &Golden, model: &EncoderModel) -> Result<StageReport
     Ok(stage.0)
 }
 
-fn check_content(
+/// Runs every golden text's token ids through the encoder. Returns the report and the computed content embeddings.
+pub(super) fn check_content(
     golden: &Golden,
     model: &EncoderModel,
     graph: &mut Graph,

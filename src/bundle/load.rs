@@ -5,7 +5,7 @@
 //! the priority of the calling thread.
 
 use super::{
-    digest,
+    batches as batch_check, digest,
     golden::{self, Mismatch, StageReport},
     manifest::{self, Manifest, ManifestError},
     warm,
@@ -80,6 +80,14 @@ pub enum BundleError {
     /// The graphs' results differ from PyTorch's.
     #[error("golden check failed: {0}")]
     Golden(Mismatch),
+    /// A graph gives another vector for the same input if it is in a batch with others.
+    #[error(
+        "the vectors of the {graph} depend on what else is in their batch: one differs by {absolute:.2e}, cosine \
+         {cosine:.6}, from the one that is computed alone, as dynamic quantisation makes them: export the graph in \
+         single precision, or quantise it statically"
+    )]
+    #[expect(missing_docs, reason = "the message names the fields")]
+    DependsOnBatch { graph: &'static str, absolute: f32, cosine: f64 },
     /// A graph computes non-finite values at the sizes of real traffic.
     #[error("{stage} computes values that are not finite")]
     #[expect(missing_docs, reason = "the message names the field")]
@@ -258,12 +266,16 @@ pub fn load(
     // All threads' sessions load the same files, so checking the sessions of one thread checks the bundle.
     let mut reports = match &mut parts.encoder {
         EncoderPart::New { model, graphs, contents } => {
-            let (reports, computed) = golden::check_encoder(&golden, model, &mut graphs[0])?;
+            let tokens = golden::check_tokens(&golden, model)?;
+            // Before the golden vectors, as those would only say that they differ.
+            let batches = batch_check::check_encoder(model, &mut graphs[0])?;
+            let (content, computed) = golden::check_content(&golden, model, &mut graphs[0])?;
             *contents = golden.texts().map(TextDigest::of).zip(computed).collect();
-            reports
+            vec![tokens, batches, content]
         }
         EncoderPart::Running(_) => Vec::new(),
     };
+    reports.extend(batch_check::check_towers(&golden, manifest, &mut parts.towers[0])?);
     reports.extend(golden::check_towers(&golden, manifest, &mut parts.towers[0])?);
     on_step(LoadStep::Warm);
     let encoders = match &mut parts.encoder {

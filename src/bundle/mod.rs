@@ -2,8 +2,10 @@
 //!
 //! [`store`] fetches a bundle from an object store, [`manifest`] reads `manifest.toml`, [`digest`] checks every file against
 //! it, [`mod@load`] turns the bundle into a running [`Model`], [`golden`] compares the graphs' results with PyTorch's
-//! results from training, `warm` runs the graphs at real sizes, and [`registry`] routes requests to the models that serve.
+//! results from training, `batches` checks that no vector depends on its batch, `warm` runs the graphs at real sizes, and
+//! [`registry`] routes requests to the models that serve.
 
+mod batches;
 pub mod digest;
 pub mod golden;
 pub mod load;

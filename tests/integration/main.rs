@@ -5,6 +5,7 @@
 mod admin_guard;
 mod architecture;
 mod bad_input;
+mod batch_dependence;
 mod caching;
 mod commands;
 mod deadlines;
