@@ -252,5 +252,5 @@ pub fn log_line_lost(reason: &'static str) {
 
 /// A job panicked. Only that job, or its batch, fails.
 pub fn job_panicked(pool: &str, message: &str) {
-    tracing::error!(pool, message, "job panicked");
+    tracing::error!(pool, panic = message, "job panicked");
 }

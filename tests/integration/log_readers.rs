@@ -1,6 +1,8 @@
 //! Whatever happens to the log, the service goes on: its reader may leave, stop reading, or have no room left on its disk.
 
-use crate::harness::{LogReader, Server, config, eventually, films, fixture, midemb, page, statuses};
+use crate::harness::{
+    BrokenBundle, LogReader, Server, config, eventually, films, fixture, midemb, page, run_to_end, statuses,
+};
 use std::{fs::File, process::Stdio};
 
 /// Writes several hundred bytes of log per call.
@@ -46,5 +48,20 @@ fn a_command_whose_error_line_cannot_be_written_keeps_its_exit_code() {
         let full_disk = File::options().write(true).open("/dev/full").unwrap();
         let status = command.stderr(full_disk).stdout(Stdio::null()).status().unwrap();
         assert_eq!(status.code(), Some(2), "{subcommand:?}");
+    }
+}
+
+/// A line with a message of ONNX Runtime had two fields of that name, of which readers of JSON keep either or none.
+#[test]
+fn a_log_line_has_one_message() {
+    let bundle = BrokenBundle::new();
+    bundle.replace("cvr.onnx", b"not a graph");
+    let (_folder, path) = config(bundle.folder(), "telemetry.log_filter = \"debug\"");
+    let output = run_to_end(midemb().arg("serve").arg("--config").arg(&path));
+    let text = String::from_utf8(output.stderr).unwrap();
+    let lines: Vec<&str> = text.lines().filter(|line| line.contains("\"category\":")).collect();
+    assert!(lines.len() > 100, "only {} lines of ONNX Runtime: {text}", lines.len());
+    for line in lines {
+        assert_eq!(line.matches("\"message\":").count(), 1, "{line}");
     }
 }
