@@ -2,7 +2,7 @@
 //!
 //! Each stage starts from the previous stage's golden result, so a mismatch is reported for the stage that causes it.
 
-use super::{BundleError, Manifest};
+use super::{BundleError, Manifest, files};
 use crate::{
     content::EncoderModel,
     domain::{ItemText, Vector, cosine},
@@ -119,9 +119,9 @@ impl StageCheck {
 /// Reads the golden file of a bundle and checks that its indices are in range.
 pub fn read(folder: &Path, manifest: &Manifest) -> Result<Golden, BundleError> {
     let path = folder.join(&manifest.golden.file);
-    let text = std::fs::read_to_string(&path).map_err(|source| BundleError::Read { path: path.clone(), source })?;
+    let json = files::read_used(folder, manifest, &manifest.golden.file)?;
     let invalid = |reason: String| BundleError::GoldenFile { path: path.clone(), reason };
-    let golden: Golden = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
+    let golden: Golden = serde_json::from_slice(&json).map_err(|error| invalid(error.to_string()))?;
     let (n_items, n_users) = (golden.items.len(), golden.users.len());
     let histories = golden.users.iter().flat_map(|user| &user.history);
     if histories.chain(golden.pairs.iter().map(|p| &p.item)).any(|i| *i >= n_items)

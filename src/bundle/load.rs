@@ -6,8 +6,9 @@
 
 use super::{
     batches as batch_check, digest,
+    files::{self, GraphFiles},
     golden::{self, Mismatch, StageReport},
-    manifest::{self, Manifest, ManifestError},
+    manifest::{self, Manifest, ManifestError, Part},
     warm,
 };
 use crate::{
@@ -17,7 +18,7 @@ use crate::{
         digest::sha256_hex,
         item_text::{Template, TemplateError},
     },
-    inference::{Batches, Graph, GraphError, Pool, Provider, Runtime, SharedWeights, batches},
+    inference::{Batches, Graph, GraphError, GraphSource, Pool, Provider, Runtime, SharedWeights, batches},
     telemetry::events,
     towers::{
         self, TowerGraphs, TowerPool,
@@ -99,10 +100,13 @@ pub enum BundleError {
     /// The running encoder did not encode all golden texts.
     #[error("golden check: the encoder that serves had no time for the golden texts, or failed on them: try again")]
     EncoderBusy,
-    /// A file of the bundle changed while the bundle was loaded.
-    #[error("{} changed while it was loaded", folder.display())]
-    #[expect(missing_docs, reason = "the message names the field")]
-    Changed { folder: PathBuf },
+    /// A graph names a file for its weights that is not the bundle's, or belongs to another part.
+    #[error(
+        "{} reads weights from {location:?}, which the manifest does not list under part {part}: put the file into the \
+         bundle's folder and list it under [[files]]", graph.display()
+    )]
+    #[expect(missing_docs, reason = "the message names the fields")]
+    ForeignWeights { graph: PathBuf, location: String, part: Part },
     /// The inference threads cannot be started.
     #[error("inference threads cannot be started: {0}")]
     Threads(io::Error),
@@ -167,7 +171,8 @@ pub struct Model {
     pub provider: Provider,
 }
 
-/// A bundle on disk whose manifest was read. [`check_files`] has also checked its files against the manifest.
+/// A bundle on disk whose manifest was read. [`check_files`] has also checked its files against the manifest; [`load()`] checks
+/// them again as it reads them.
 #[derive(Debug)]
 pub struct CheckedFiles {
     /// The bundle's folder.
@@ -206,7 +211,7 @@ pub fn check_files(folder: &Path, pinned: Option<&str>) -> Result<CheckedFiles, 
         return Err(BundleError::Pinned { folder, found, expected: expected.to_owned() });
     }
     for file in &files.manifest.files {
-        digest::check(folder, file)?;
+        files::check(folder, file)?;
     }
     Ok(files)
 }
@@ -283,10 +288,6 @@ pub fn load(
         EncoderPart::Running(_) => None,
     };
     warm::run(&golden, manifest, encoders, &mut parts.towers)?;
-    // The files may have been replaced after their digests were checked, so they are checked again after loading.
-    if check_files(folder, Some(&files.digest)).is_err() {
-        return Err(BundleError::Changed { folder: folder.clone() });
-    }
     let (options, provider) = (options.clone(), runtime.provider());
     Ok(Loaded { files, options, provider, parts, reports, took: start.elapsed() })
 }
@@ -297,37 +298,50 @@ fn read_graphs(
     runtime: &Runtime,
     running: Option<&Arc<Encoder>>,
 ) -> Result<Parts, BundleError> {
-    let CheckedFiles { folder, manifest, .. } = files;
-    let mut weights = SharedWeights::new(runtime, n_threads);
-    let mut read = |file: &str, inputs: &[String], outputs: &[String]| {
-        Graph::load(runtime, &mut weights, &folder.join(file), inputs, outputs)
-    };
-    let Manifest { encoder: encoder_spec, user_tower: user, item_tower: item, cvr, .. } = manifest;
+    let Manifest { encoder: encoder_spec, user_tower: user, item_tower: item, cvr, .. } = &files.manifest;
+    let shared = SharedWeights::new(runtime, n_threads);
     let encoder = match running {
         Some(encoder) => EncoderPart::Running(Arc::clone(encoder)),
-        None => EncoderPart::New {
-            model: Box::new(encoder_model(folder, manifest)?),
-            graphs: (0..n_threads)
-                .map(|_| read(&encoder_spec.file, &encoder_spec.inputs, &encoder_spec.outputs))
-                .collect::<Result<_, _>>()?,
-            contents: Vec::new(),
-        },
+        None => {
+            let source = read_graph(files, &encoder_spec.file, Part::Encoder, &shared)?;
+            let load = |_| Graph::load(runtime, &source, &encoder_spec.inputs, &encoder_spec.outputs);
+            let graphs = (0..n_threads).map(load).collect::<Result<_, _>>()?;
+            EncoderPart::New { model: Box::new(encoder_model(files)?), graphs, contents: Vec::new() }
+        }
     };
+    let user_source = read_graph(files, &user.file, Part::UserTower, &shared)?;
+    let item_source = read_graph(files, &item.file, Part::ItemTower, &shared)?;
+    let cvr_source = read_graph(files, &cvr.file, Part::Cvr, &shared)?;
     let mut towers = Vec::with_capacity(n_threads);
     for _ in 0..n_threads {
         towers.push(TowerGraphs {
-            user: read(&user.file, &user.inputs, &user.outputs)?,
-            item: read(&item.file, &item.inputs, &item.outputs)?,
-            cvr: read(&cvr.file, &cvr.inputs, &cvr.outputs)?,
+            user: Graph::load(runtime, &user_source, &user.inputs, &user.outputs)?,
+            item: Graph::load(runtime, &item_source, &item.inputs, &item.outputs)?,
+            cvr: Graph::load(runtime, &cvr_source, &cvr.inputs, &cvr.outputs)?,
         });
     }
     Ok(Parts { encoder, towers })
 }
 
-fn encoder_model(folder: &Path, manifest: &Manifest) -> Result<EncoderModel, BundleError> {
+/// Reads a graph and its weights from their files.
+fn read_graph(
+    files: &CheckedFiles,
+    graph: &str,
+    part: Part,
+    shared: &SharedWeights,
+) -> Result<GraphSource, BundleError> {
+    let CheckedFiles { folder, manifest, .. } = files;
+    let bytes = files::read_used(folder, manifest, graph)?;
+    GraphSource::new(shared, &folder.join(graph), bytes, &GraphFiles { folder, manifest, graph, part })
+}
+
+fn encoder_model(files: &CheckedFiles) -> Result<EncoderModel, BundleError> {
+    let CheckedFiles { folder, manifest, .. } = files;
+    let path = folder.join(&manifest.encoder.tokenizer);
+    let tokenizer = files::read_used(folder, manifest, &manifest.encoder.tokenizer)?;
     Ok(EncoderModel {
         template: Template::new(&manifest.item_text.template)?,
-        tokenizer: Tokenizer::load(&folder.join(&manifest.encoder.tokenizer), manifest.item_text.max_tokens)?,
+        tokenizer: Tokenizer::parse(&tokenizer, &path, manifest.item_text.max_tokens)?,
         pad_id: manifest.encoder.pad_id,
         dim: manifest.encoder.dim,
         digest: digest::encoder_digest(manifest),

@@ -31,10 +31,11 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Loads `tokenizer.json`. The file's own settings for truncation and padding are replaced.
-    pub fn load(path: &Path, max_tokens: usize) -> Result<Self, TokenizerError> {
+    /// Reads the contents of `tokenizer.json`, whose path is for messages. Its own settings for truncation and padding are
+    /// replaced.
+    pub fn parse(json: &[u8], path: &Path, max_tokens: usize) -> Result<Self, TokenizerError> {
         let failed = |source| TokenizerError::Load { path: path.to_path_buf(), source };
-        let mut inner = tokenizers::Tokenizer::from_file(path).map_err(failed)?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(failed)?;
         let truncation = TruncationParams {
             direction: TruncationDirection::Right,
             max_length: max_tokens,

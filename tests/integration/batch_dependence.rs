@@ -1,74 +1,25 @@
 //! Graphs whose vectors depend on what else is in their batch do not serve, however few golden vectors their bundle has.
 
-use crate::harness::{BrokenBundle, midemb, run_to_end};
-use prost::Message;
+use crate::{
+    harness::{BrokenBundle, midemb, run_to_end},
+    onnx::{Graph, INT64, Outlet, Tensor, append, node},
+};
 use serde_json::{Value, json};
-
-/// The parts of an ONNX file that these tests add to a graph; the tags are those of onnx.proto. The concatenation of two
-/// protobuf messages is their union, so a graph is extended by appending to its file.
-#[derive(Clone, PartialEq, Message)]
-struct Model {
-    #[prost(message, optional, tag = "7")]
-    graph: Option<Graph>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Graph {
-    #[prost(message, repeated, tag = "1")]
-    node: Vec<Node>,
-    #[prost(message, repeated, tag = "5")]
-    initializer: Vec<Tensor>,
-    #[prost(message, repeated, tag = "12")]
-    output: Vec<Outlet>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Node {
-    #[prost(string, repeated, tag = "1")]
-    input: Vec<String>,
-    #[prost(string, repeated, tag = "2")]
-    output: Vec<String>,
-    #[prost(string, tag = "4")]
-    op_type: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Tensor {
-    #[prost(int64, repeated, tag = "1")]
-    dims: Vec<i64>,
-    #[prost(int32, tag = "2")]
-    data_type: i32,
-    #[prost(int64, repeated, tag = "7")]
-    int64_data: Vec<i64>,
-    #[prost(string, tag = "8")]
-    name: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Outlet {
-    #[prost(string, tag = "1")]
-    name: String,
-}
-
-/// `TensorProto.DataType.INT64`
-const INT64: i32 = 7;
-
-fn node(op_type: &str, input: &[&str], output: &str) -> Node {
-    let input = input.iter().map(|name| (*name).to_owned()).collect();
-    Node { op_type: op_type.to_owned(), input, output: vec![output.to_owned()] }
-}
 
 /// Replaces the graph's only output by its mean with the average of the batch, under the name "mixed". For a batch of one, both
 /// are the same.
 fn mix_batch(bundle: &BrokenBundle, file: &str, output: &str) {
-    let axes = Tensor { dims: vec![1], data_type: INT64, int64_data: vec![0], name: "batch_axis".to_owned() };
+    let axes = Tensor {
+        dims: vec![1],
+        data_type: INT64,
+        int64_data: vec![0],
+        name: "batch_axis".to_owned(),
+        ..Tensor::default()
+    };
     let nodes =
         vec![node("ReduceMean", &[output, "batch_axis"], "batch_mean"), node("Mean", &[output, "batch_mean"], "mixed")];
     let outlet = Outlet { name: "mixed".to_owned() };
-    let addition = Model { graph: Some(Graph { node: nodes, initializer: vec![axes], output: vec![outlet] }) };
-    let mut bytes = std::fs::read(bundle.path(file)).unwrap();
-    bytes.extend(addition.encode_to_vec());
-    bundle.replace(file, &bytes);
+    append(bundle, file, Graph { node: nodes, initializer: vec![axes], output: vec![outlet] });
     bundle.edit("manifest.toml", |manifest| {
         manifest.replacen(&format!("outputs = [{output:?}]"), "outputs = [\"mixed\"]", 1)
     });
