@@ -43,6 +43,7 @@ def main() -> None:
     template = jinja2.Environment(autoescape=False).from_string(manifest["item_text"]["template"])
     tokenizer = tokenizers.Tokenizer.from_file(str(args.bundle / manifest["encoder"]["tokenizer"]))
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
     tokenizer.enable_truncation(manifest["item_text"]["max_tokens"])
     rows = sorted((tokenizer.encode(template.render(**text)).ids for text in texts(args.items)), key=len)
 

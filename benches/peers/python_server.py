@@ -45,6 +45,7 @@ class Model:
         self.manifest = tomllib.loads((folder / "manifest.toml").read_text())
         self.template = jinja2.Environment(autoescape=False).from_string(self.manifest["item_text"]["template"])
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / self.manifest["encoder"]["tokenizer"]))
+        self.tokenizer.encode_special_tokens = True
         self.tokenizer.enable_truncation(self.manifest["item_text"]["max_tokens"])
         self.tokenizer.enable_padding(pad_id=self.manifest["encoder"]["pad_id"])
         self.local = threading.local()
