@@ -18,6 +18,8 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: demo serve test lint fix deny fuzz fuzz-smoke fuzz-build bench bench-reload setup build bench-build test-setup lint-setup bench-setup train-setup train train-test
 
+# Whatever loads ONNX Runtime below reports nothing to its maker.
+export ORT_DISABLE_TELEMETRY := 1
 PYTHON ?= python3
 DATA ?= ../shared/data/ml-latest-small
 OUT ?= runs/bundle

@@ -27,6 +27,8 @@ import tomllib
 import zlib
 from pathlib import Path
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime reads it while it is imported.
+
 import numpy as np
 import onnx
 import onnxruntime

@@ -1,12 +1,8 @@
-//! `midemb`: parse, start, exit code.
+//! `midemb`: parse and run.
 
 use clap::Parser;
 use midemb::cli::{self, Cli};
-use std::process::ExitCode;
 
-fn main() -> ExitCode {
-    match cli::run(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => cli::report(&error),
-    }
+fn main() {
+    cli::main(Cli::parse())
 }

@@ -11,12 +11,15 @@ statuses except OK and UNKNOWN_ITEM, no metrics of its own and no eviction.
 """
 
 import argparse
+import os
 import signal
 import sys
 import threading
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime reads it while it is imported.
 
 import grpc
 import jinja2
@@ -42,6 +45,7 @@ class Model:
         self.manifest = tomllib.loads((folder / "manifest.toml").read_text())
         self.template = jinja2.Environment(autoescape=False).from_string(self.manifest["item_text"]["template"])
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / self.manifest["encoder"]["tokenizer"]))
+        self.tokenizer.encode_special_tokens = True
         self.tokenizer.enable_truncation(self.manifest["item_text"]["max_tokens"])
         self.tokenizer.enable_padding(pad_id=self.manifest["encoder"]["pad_id"])
         self.local = threading.local()

@@ -15,6 +15,8 @@ import os
 import tomllib
 from pathlib import Path
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime reads it while it is imported.
+
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as triton

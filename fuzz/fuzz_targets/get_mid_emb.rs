@@ -20,12 +20,19 @@ fuzz_target!(|data: &[u8]| {
     let mut caller = CALLER.lock().unwrap();
     caller.forget();
     let (answer, peak) = with_peak(|| caller.get_mid_emb(data));
-    // An empty item has two bytes on the wire and 168 in memory, in a list that grows by doubling.
-    assert!(peak <= (1 << 20) + 600 * data.len(), "{peak} bytes for a message of {}", data.len());
+    // The message, twice; what is decoded of it; and its answer.
+    assert!(peak <= (1 << 20) + 8 * data.len(), "{peak} bytes for a message of {}", data.len());
     let request = GetMidEmbRequest::decode(data);
     let expected = request.as_ref().map_or(Code::InvalidArgument, expected_code);
-    assert_eq!(answer.code, expected, "{}", answer.message);
+    // The rest of a text that is too long is not looked at, so it need not be what prost accepts.
+    let has_long_text = |response: &GetMidEmbResponse| {
+        let mut statuses = response.statuses().chain(response.history_statuses());
+        statuses.any(|status| status == RowStatus::InvalidItem)
+    };
+    let is_beyond_prost = request.is_err() && answer.response.as_ref().is_some_and(has_long_text);
+    assert!(answer.code == expected || is_beyond_prost, "{:?} {}", answer.code, answer.message);
     match (answer.response, request) {
+        (Some(_), Err(_)) => {}
         (Some(response), Ok(request)) => {
             check_response(&request, &response);
             check_again(&response, &caller.get_mid_emb(data).response.unwrap());

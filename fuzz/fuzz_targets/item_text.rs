@@ -7,7 +7,7 @@ use libfuzzer_sys::{Corpus, fuzz_target};
 use midemb::{
     bundle::load::read_manifest,
     content::Tokenizer,
-    domain::{ItemText, TextDigest, item_text::Template},
+    domain::{ItemText, TextDigest, TextFields, item_text::Template},
 };
 use midemb_fuzz::{bundle, with_peak};
 use std::sync::LazyLock;
@@ -23,7 +23,8 @@ const N_TOKENS: i64 = 512;
 
 fuzz_target!(|data: &[u8]| -> Corpus {
     let Ok(lines) = std::str::from_utf8(data) else { return Corpus::Reject };
-    let text = item_text(lines);
+    let fields = item_text(lines);
+    let text = ItemText::from(&fields);
     let (template, tokenizer) = &*READER;
     let ((prompt, ids), peak) = with_peak(|| {
         let prompt = template.render(&text).unwrap();
@@ -32,16 +33,16 @@ fuzz_target!(|data: &[u8]| -> Corpus {
     });
     // The tokenizer remembers up to 10,000 words, whatever text they come from.
     assert!(peak <= (1 << 22) + 1000 * data.len(), "{peak} bytes for a text of {}", data.len());
-    assert_eq!(prompt, learn_prompt(&text));
+    assert_eq!(prompt, learn_prompt(&fields));
     assert!((1..=tokenizer.max_tokens()).contains(&ids.len()), "{} tokens", ids.len());
     assert!(ids.iter().all(|id| (0..N_TOKENS).contains(id)), "{ids:?}");
-    check_digest(&text);
+    check_digest(&fields);
     Corpus::Keep
 });
 
 /// A line is a field, which its first character names; a title if that names none.
-fn item_text(lines: &str) -> ItemText {
-    let mut text = ItemText::default();
+fn item_text(lines: &str) -> TextFields {
+    let mut text = TextFields::default();
     for line in lines.split('\n') {
         let mut rest = line.chars();
         match rest.next() {
@@ -56,8 +57,8 @@ fn item_text(lines: &str) -> ItemText {
     text
 }
 
-fn learn_prompt(text: &ItemText) -> String {
-    let ItemText { title, category, brand, price, keywords, attributes } = text;
+fn learn_prompt(text: &TextFields) -> String {
+    let TextFields { title, category, brand, price, keywords, attributes } = text;
     let mut prompt = "The item information is given as follows.".to_owned();
     if !title.is_empty() {
         prompt += &format!(" Item title is \"{title}\".");
@@ -85,14 +86,18 @@ fn learn_prompt(text: &ItemText) -> String {
 }
 
 /// Equal texts have equal digests, also after a trip through JSON, as a snapshot makes it; texts that differ have different ones.
-fn check_digest(text: &ItemText) {
-    let digest = TextDigest::of(text);
+fn check_digest(text: &TextFields) {
+    let digest = digest_of(text);
     let again: ItemText = serde_json::from_slice(&serde_json::to_vec(text).unwrap()).unwrap();
-    assert_eq!((&again, TextDigest::of(&again)), (text, digest));
-    let swapped = ItemText { title: text.category.clone(), category: text.title.clone(), ..text.clone() };
-    assert_eq!(TextDigest::of(&swapped) == digest, &swapped == text);
-    let joined = ItemText { keywords: vec![text.keywords.concat()], ..text.clone() };
-    assert_eq!(TextDigest::of(&joined) == digest, &joined == text);
-    let moved = ItemText { keywords: text.attributes.clone(), attributes: text.keywords.clone(), ..text.clone() };
-    assert_eq!(TextDigest::of(&moved) == digest, &moved == text);
+    assert_eq!((&TextFields::from(&again), TextDigest::of(&again)), (text, digest));
+    let swapped = TextFields { title: text.category.clone(), category: text.title.clone(), ..text.clone() };
+    assert_eq!(digest_of(&swapped) == digest, &swapped == text);
+    let joined = TextFields { keywords: vec![text.keywords.concat()], ..text.clone() };
+    assert_eq!(digest_of(&joined) == digest, &joined == text);
+    let moved = TextFields { keywords: text.attributes.clone(), attributes: text.keywords.clone(), ..text.clone() };
+    assert_eq!(digest_of(&moved) == digest, &moved == text);
+}
+
+fn digest_of(fields: &TextFields) -> TextDigest {
+    TextDigest::of(&ItemText::from(fields))
 }

@@ -10,9 +10,9 @@ use midemb::{
     inference::{ProviderChoice, Runtime},
     pipeline::Pipeline,
     wire::{
-        admit::{AdmitLayer, Admitted},
         layer::{CountLayer, Counted},
         proto::mid_emb_service_server::MidEmbServiceServer,
+        receive::{Budgets, ReceiveLayer, Received},
         services::MidEmb,
     },
 };
@@ -30,6 +30,12 @@ pub const LIMITS: Limits = Limits {
     max_text_bytes: 256,
     max_message_bytes: 1 << 16,
     max_in_flight: 1,
+    max_encoding: 1,
+    read: Duration::from_secs(3600),
+    write: Duration::from_secs(3600),
+    max_receiving_bytes: 1 << 20,
+    max_unsent_bytes: 1 << 20,
+    max_warm_up_bytes: 1 << 20,
     // No machine is so slow that a row is late.
     default_deadline: Duration::from_secs(3600),
 };
@@ -37,7 +43,7 @@ pub const LIMITS: Limits = Limits {
 /// The name of the only model.
 pub const MODEL: &str = "learn";
 
-type Layered = Counted<Admitted<MidEmbServiceServer<MidEmb>>>;
+type Layered = Counted<Received<MidEmbServiceServer<MidEmb>>>;
 
 /// A service and the thread that runs its calls.
 #[derive(Debug)]
@@ -69,14 +75,17 @@ impl MidEmbCaller {
             max_text_bytes: LIMITS.max_text_bytes,
         };
         let caches = Arc::new(Caches::new(limits));
-        let pipeline = Arc::new(Pipeline::new(Arc::clone(&caches), LIMITS.max_in_flight));
+        let pipeline = Arc::new(Pipeline::new(Arc::clone(&caches), LIMITS.max_in_flight, LIMITS.max_encoding));
         pipeline.registry.install(Arc::new(models()));
         // The sender is dropped: nothing here drains.
         let (_, draining) = watch::channel(false);
-        let handlers = MidEmbServiceServer::new(MidEmb::new(Arc::clone(&pipeline), LIMITS, draining))
-            .max_decoding_message_size(LIMITS.max_message_bytes);
-        let service = CountLayer.layer(AdmitLayer::new(pipeline, LIMITS.default_deadline).layer(handlers));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let entered = runtime.enter();
+        let budgets = Budgets::new(&LIMITS);
+        let handlers = MidEmb::new(Arc::clone(&pipeline), LIMITS, budgets.clone(), draining.clone());
+        let handlers = MidEmbServiceServer::new(handlers).max_decoding_message_size(LIMITS.max_message_bytes);
+        let service = CountLayer.layer(ReceiveLayer::new(pipeline, LIMITS, budgets, draining).layer(handlers));
+        drop(entered);
         MidEmbCaller { runtime, service, caches }
     }
 

@@ -48,3 +48,9 @@ test_architecture.py). Code that only studies and the report need is in the pack
 
 Facts about the method are documented, with their sources, beside the code that uses them.
 """
+
+import os
+
+# ONNX Runtime reads it while its module is imported. Unless it is set, that writes a device id into the home folder and
+# looks up a host of its maker.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"

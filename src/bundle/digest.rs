@@ -1,29 +1,8 @@
-//! Digests: checks files against the manifest, and derives the digests that the caches key vectors by.
+//! Digests: derives the digests that the caches key vectors by from the manifest.
 
-use super::{
-    BundleError,
-    manifest::{FileSpec, Manifest, Part},
-};
-use crate::domain::{EncoderDigest, TowerDigest, digest::sha256_hex_of_reader};
+use super::manifest::{FileSpec, Manifest, Part};
+use crate::domain::{EncoderDigest, TowerDigest};
 use sha2::{Digest, Sha256};
-use std::{fs::File, io, path::Path};
-
-/// Checks the size and digest of one file. Reads the whole file.
-pub fn check(folder: &Path, file: &FileSpec) -> Result<(), BundleError> {
-    let path = folder.join(&file.path);
-    let (n_bytes, found) = match File::open(&path).and_then(sha256_hex_of_reader) {
-        Ok(read) => read,
-        Err(source) if source.kind() == io::ErrorKind::NotFound => {
-            return Err(BundleError::FileMissing { path, pypi_package: file.pypi.clone() });
-        }
-        Err(source) => return Err(BundleError::Read { path, source }),
-    };
-    if n_bytes != file.bytes || found != file.sha256 {
-        let expected = format!("{} bytes, sha256 {}", file.bytes, file.sha256);
-        return Err(BundleError::Digest { path, found: format!("{n_bytes} bytes, sha256 {found}"), expected });
-    }
-    Ok(())
-}
 
 /// The digest of everything that a content embedding depends on besides the text.
 pub fn encoder_digest(manifest: &Manifest) -> EncoderDigest {

@@ -2,7 +2,7 @@
 //!
 //! Each stage starts from the previous stage's golden result, so a mismatch is reported for the stage that causes it.
 
-use super::{BundleError, Manifest};
+use super::{BundleError, Manifest, files};
 use crate::{
     content::EncoderModel,
     domain::{ItemText, Vector, cosine},
@@ -119,9 +119,9 @@ impl StageCheck {
 /// Reads the golden file of a bundle and checks that its indices are in range.
 pub fn read(folder: &Path, manifest: &Manifest) -> Result<Golden, BundleError> {
     let path = folder.join(&manifest.golden.file);
-    let text = std::fs::read_to_string(&path).map_err(|source| BundleError::Read { path: path.clone(), source })?;
+    let json = files::read_used(folder, manifest, &manifest.golden.file)?;
     let invalid = |reason: String| BundleError::GoldenFile { path: path.clone(), reason };
-    let golden: Golden = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
+    let golden: Golden = serde_json::from_slice(&json).map_err(|error| invalid(error.to_string()))?;
     let (n_items, n_users) = (golden.items.len(), golden.users.len());
     let histories = golden.users.iter().flat_map(|user| &user.history);
     if histories.chain(golden.pairs.iter().map(|p| &p.item)).any(|i| *i >= n_items)
@@ -161,17 +161,6 @@ impl Golden {
     }
 }
 
-/// Runs every golden text through the encoder. Returns the reports and the computed content embeddings.
-pub fn check_encoder(
-    golden: &Golden,
-    model: &EncoderModel,
-    graph: &mut Graph,
-) -> Result<(Vec<StageReport>, Vec<Vector>), BundleError> {
-    let tokens = check_tokens(golden, model)?;
-    let (content, computed) = check_content(golden, model, graph)?;
-    Ok((vec![tokens, content], computed))
-}
-
 /// Runs every golden vector through the towers and the CVR head.
 pub fn check_towers(
     golden: &Golden,
@@ -208,7 +197,8 @@ pub fn check_tokens(golden: &Golden, model: &EncoderModel) -> Result<StageReport
     Ok(stage.0)
 }
 
-fn check_content(
+/// Runs every golden text's token ids through the encoder. Returns the report and the computed content embeddings.
+pub(super) fn check_content(
     golden: &Golden,
     model: &EncoderModel,
     graph: &mut Graph,

@@ -5,9 +5,10 @@
 //! the priority of the calling thread.
 
 use super::{
-    digest,
+    batches as batch_check, digest,
+    files::{self, GraphFiles},
     golden::{self, Mismatch, StageReport},
-    manifest::{self, Manifest, ManifestError},
+    manifest::{self, Manifest, ManifestError, Part},
     warm,
 };
 use crate::{
@@ -17,7 +18,7 @@ use crate::{
         digest::sha256_hex,
         item_text::{Template, TemplateError},
     },
-    inference::{Batches, Graph, GraphError, Pool, Provider, Runtime, SharedWeights, batches},
+    inference::{Batches, Graph, GraphError, GraphSource, Pool, Provider, Runtime, SharedWeights, batches},
     telemetry::events,
     towers::{
         self, TowerGraphs, TowerPool,
@@ -80,6 +81,14 @@ pub enum BundleError {
     /// The graphs' results differ from PyTorch's.
     #[error("golden check failed: {0}")]
     Golden(Mismatch),
+    /// A graph gives another vector for the same input if it is in a batch with others.
+    #[error(
+        "the vectors of the {graph} depend on what else is in their batch: one differs by {absolute:.2e}, cosine \
+         {cosine:.6}, from the one that is computed alone, as dynamic quantisation makes them: export the graph in \
+         single precision, or quantise it statically"
+    )]
+    #[expect(missing_docs, reason = "the message names the fields")]
+    DependsOnBatch { graph: &'static str, absolute: f32, cosine: f64 },
     /// A graph computes non-finite values at the sizes of real traffic.
     #[error("{stage} computes values that are not finite")]
     #[expect(missing_docs, reason = "the message names the field")]
@@ -91,10 +100,13 @@ pub enum BundleError {
     /// The running encoder did not encode all golden texts.
     #[error("golden check: the encoder that serves had no time for the golden texts, or failed on them: try again")]
     EncoderBusy,
-    /// A file of the bundle changed while the bundle was loaded.
-    #[error("{} changed while it was loaded", folder.display())]
-    #[expect(missing_docs, reason = "the message names the field")]
-    Changed { folder: PathBuf },
+    /// A graph names a file for its weights that is not the bundle's, or belongs to another part.
+    #[error(
+        "{} reads weights from {location:?}, which the manifest does not list under part {part}: put the file into the \
+         bundle's folder and list it under [[files]]", graph.display()
+    )]
+    #[expect(missing_docs, reason = "the message names the fields")]
+    ForeignWeights { graph: PathBuf, location: String, part: Part },
     /// The inference threads cannot be started.
     #[error("inference threads cannot be started: {0}")]
     Threads(io::Error),
@@ -159,7 +171,8 @@ pub struct Model {
     pub provider: Provider,
 }
 
-/// A bundle on disk whose manifest was read. [`check_files`] has also checked its files against the manifest.
+/// A bundle on disk whose manifest was read. [`check_files`] has also checked its files against the manifest; [`load()`] checks
+/// them again as it reads them.
 #[derive(Debug)]
 pub struct CheckedFiles {
     /// The bundle's folder.
@@ -198,7 +211,7 @@ pub fn check_files(folder: &Path, pinned: Option<&str>) -> Result<CheckedFiles, 
         return Err(BundleError::Pinned { folder, found, expected: expected.to_owned() });
     }
     for file in &files.manifest.files {
-        digest::check(folder, file)?;
+        files::check(folder, file)?;
     }
     Ok(files)
 }
@@ -258,12 +271,16 @@ pub fn load(
     // All threads' sessions load the same files, so checking the sessions of one thread checks the bundle.
     let mut reports = match &mut parts.encoder {
         EncoderPart::New { model, graphs, contents } => {
-            let (reports, computed) = golden::check_encoder(&golden, model, &mut graphs[0])?;
+            let tokens = golden::check_tokens(&golden, model)?;
+            // Before the golden vectors, as those would only say that they differ.
+            let batches = batch_check::check_encoder(model, &mut graphs[0])?;
+            let (content, computed) = golden::check_content(&golden, model, &mut graphs[0])?;
             *contents = golden.texts().map(TextDigest::of).zip(computed).collect();
-            reports
+            vec![tokens, batches, content]
         }
         EncoderPart::Running(_) => Vec::new(),
     };
+    reports.extend(batch_check::check_towers(&golden, manifest, &mut parts.towers[0])?);
     reports.extend(golden::check_towers(&golden, manifest, &mut parts.towers[0])?);
     on_step(LoadStep::Warm);
     let encoders = match &mut parts.encoder {
@@ -271,10 +288,6 @@ pub fn load(
         EncoderPart::Running(_) => None,
     };
     warm::run(&golden, manifest, encoders, &mut parts.towers)?;
-    // The files may have been replaced after their digests were checked, so they are checked again after loading.
-    if check_files(folder, Some(&files.digest)).is_err() {
-        return Err(BundleError::Changed { folder: folder.clone() });
-    }
     let (options, provider) = (options.clone(), runtime.provider());
     Ok(Loaded { files, options, provider, parts, reports, took: start.elapsed() })
 }
@@ -285,37 +298,50 @@ fn read_graphs(
     runtime: &Runtime,
     running: Option<&Arc<Encoder>>,
 ) -> Result<Parts, BundleError> {
-    let CheckedFiles { folder, manifest, .. } = files;
-    let mut weights = SharedWeights::new(runtime, n_threads);
-    let mut read = |file: &str, inputs: &[String], outputs: &[String]| {
-        Graph::load(runtime, &mut weights, &folder.join(file), inputs, outputs)
-    };
-    let Manifest { encoder: encoder_spec, user_tower: user, item_tower: item, cvr, .. } = manifest;
+    let Manifest { encoder: encoder_spec, user_tower: user, item_tower: item, cvr, .. } = &files.manifest;
+    let shared = SharedWeights::new(runtime, n_threads);
     let encoder = match running {
         Some(encoder) => EncoderPart::Running(Arc::clone(encoder)),
-        None => EncoderPart::New {
-            model: Box::new(encoder_model(folder, manifest)?),
-            graphs: (0..n_threads)
-                .map(|_| read(&encoder_spec.file, &encoder_spec.inputs, &encoder_spec.outputs))
-                .collect::<Result<_, _>>()?,
-            contents: Vec::new(),
-        },
+        None => {
+            let source = read_graph(files, &encoder_spec.file, Part::Encoder, &shared)?;
+            let load = |_| Graph::load(runtime, &source, &encoder_spec.inputs, &encoder_spec.outputs);
+            let graphs = (0..n_threads).map(load).collect::<Result<_, _>>()?;
+            EncoderPart::New { model: Box::new(encoder_model(files)?), graphs, contents: Vec::new() }
+        }
     };
+    let user_source = read_graph(files, &user.file, Part::UserTower, &shared)?;
+    let item_source = read_graph(files, &item.file, Part::ItemTower, &shared)?;
+    let cvr_source = read_graph(files, &cvr.file, Part::Cvr, &shared)?;
     let mut towers = Vec::with_capacity(n_threads);
     for _ in 0..n_threads {
         towers.push(TowerGraphs {
-            user: read(&user.file, &user.inputs, &user.outputs)?,
-            item: read(&item.file, &item.inputs, &item.outputs)?,
-            cvr: read(&cvr.file, &cvr.inputs, &cvr.outputs)?,
+            user: Graph::load(runtime, &user_source, &user.inputs, &user.outputs)?,
+            item: Graph::load(runtime, &item_source, &item.inputs, &item.outputs)?,
+            cvr: Graph::load(runtime, &cvr_source, &cvr.inputs, &cvr.outputs)?,
         });
     }
     Ok(Parts { encoder, towers })
 }
 
-fn encoder_model(folder: &Path, manifest: &Manifest) -> Result<EncoderModel, BundleError> {
+/// Reads a graph and its weights from their files.
+fn read_graph(
+    files: &CheckedFiles,
+    graph: &str,
+    part: Part,
+    shared: &SharedWeights,
+) -> Result<GraphSource, BundleError> {
+    let CheckedFiles { folder, manifest, .. } = files;
+    let bytes = files::read_used(folder, manifest, graph)?;
+    GraphSource::new(shared, &folder.join(graph), bytes, &GraphFiles { folder, manifest, graph, part })
+}
+
+fn encoder_model(files: &CheckedFiles) -> Result<EncoderModel, BundleError> {
+    let CheckedFiles { folder, manifest, .. } = files;
+    let path = folder.join(&manifest.encoder.tokenizer);
+    let tokenizer = files::read_used(folder, manifest, &manifest.encoder.tokenizer)?;
     Ok(EncoderModel {
         template: Template::new(&manifest.item_text.template)?,
-        tokenizer: Tokenizer::load(&folder.join(&manifest.encoder.tokenizer), manifest.item_text.max_tokens)?,
+        tokenizer: Tokenizer::parse(&tokenizer, &path, manifest.item_text.max_tokens)?,
         pad_id: manifest.encoder.pad_id,
         dim: manifest.encoder.dim,
         digest: digest::encoder_digest(manifest),

@@ -1,7 +1,6 @@
 //! The commands, one file each. Results go to standard output, everything else to standard error.
 //!
 //! Commands that talk to a server use `midemb-client`; `terminal` draws tables and progress bars, `output` writes results.
-#![expect(clippy::print_stderr, reason = "errors are printed there")]
 
 /// Replaces the standard library's macro of that name, which panics where standard output is closed.
 macro_rules! print {
@@ -11,6 +10,11 @@ macro_rules! print {
 /// `print!` with a line end.
 macro_rules! println {
     ($($arg:tt)*) => { $crate::cli::output::write(format_args!("{}\n", format_args!($($arg)*))) };
+}
+
+/// Replaces the standard library's macro of that name, which panics where standard error is closed and waits where it is full.
+macro_rules! eprintln {
+    ($($arg:tt)*) => { $crate::cli::output::write_error(format_args!("{}\n", format_args!($($arg)*))) };
 }
 
 mod admin;
@@ -25,10 +29,16 @@ mod serve;
 mod terminal;
 
 use crate::{
-    bundle::BundleError, config::ConfigError, inference::LibraryError, lifecycle::PushError, server::ServerError,
+    bundle::BundleError,
+    config::{ConfigError, forbid_telemetry},
+    inference::LibraryError,
+    lifecycle::PushError,
+    server::ServerError,
 };
+use anyhow::Context;
 use clap::{Parser, Subcommand};
-use std::{future::Future, process::ExitCode};
+use output::end_process;
+use std::future::Future;
 
 /// LEARN's mid-emb vectors for ranking models, over gRPC.
 ///
@@ -60,8 +70,24 @@ enum Command {
     CacheCurve(cache_curve::Args),
 }
 
-/// Runs one command.
-pub fn run(cli: Cli) -> anyhow::Result<()> {
+impl Command {
+    /// Whether the command loads ONNX Runtime.
+    fn loads_library(&self) -> bool {
+        matches!(self, Command::Serve(_) | Command::Bundle(bundle::Command::Verify { .. }))
+    }
+}
+
+/// Runs one command and ends the process with its exit code.
+pub fn main(cli: Cli) -> ! {
+    let Err(error) = run(cli) else { end_process(0) };
+    eprintln!("midemb: error: {}", one_line(&error));
+    end_process(exit_code(&error))
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    if cli.command.loads_library() {
+        forbid_telemetry().context("the environment cannot be set: set ORT_DISABLE_TELEMETRY=1 yourself")?;
+    }
     match cli.command {
         Command::Serve(args) => serve::run(&args),
         Command::Query(args) => block_on(query::run(args)),
@@ -76,12 +102,6 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
 /// Runs a command that talks to a server, on one thread.
 fn block_on(command: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(command)
-}
-
-/// Prints an error as one line and gives its exit code.
-pub fn report(error: &anyhow::Error) -> ExitCode {
-    eprintln!("midemb: error: {}", one_line(error));
-    ExitCode::from(exit_code(error))
 }
 
 /// The error and its causes; a cause that an outer message repeats is left out.

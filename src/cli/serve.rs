@@ -28,9 +28,10 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     // Read before the log is installed, as the config says how log lines look.
     let desired = desired::read(&args.config)?;
     let settings = Settings::from_text(&desired.text, &args.config)?;
-    logs::install(settings.log_format, &settings.log_filter)?;
-    desired.log_origin();
+    // First, as it counts log lines that are lost.
     let recorder = Recorder::install()?;
+    let _log_thread = logs::install(settings.log_format, &settings.log_filter)?;
+    desired.log_origin();
     logs::install_panic_hook();
     let trace = args.record_trace.as_deref().map(|path| item_trace::Recorder::start(path, args.record_trace_mb << 20));
     let trace = trace.transpose()?.map(Arc::new);

@@ -3,7 +3,7 @@
 //! Cache keys have 128 bits because a 64-bit hash could collide among millions of texts and return another item's vector.
 
 use sha2::{Digest as _, Sha256};
-use std::{fmt, io, marker::PhantomData};
+use std::{fmt, marker::PhantomData};
 
 /// 128 bits that identify a `T`: an item text, an encoder, a tower. Digests of different things are different types, so that
 /// one cannot be looked up in place of another. Displayed as 32 hex digits.
@@ -70,22 +70,6 @@ pub fn sha256_hex(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-/// Reads `reader` to its end and returns the number of bytes and their SHA-256 in hex. Holds at most 1 MiB at a time.
-pub fn sha256_hex_of_reader(mut reader: impl io::Read) -> io::Result<(u64, String)> {
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    let mut n_bytes = 0;
-    loop {
-        match reader.read(&mut buffer)? {
-            0 => return Ok((n_bytes, hex(&hasher.finalize()))),
-            n => {
-                hasher.update(&buffer[..n]);
-                n_bytes += n as u64;
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,8 +91,5 @@ mod tests {
     fn sha256_equals_what_sha256sum_prints() {
         let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         assert_eq!(sha256_hex(b"abc"), expected);
-        assert_eq!(sha256_hex_of_reader(b"abc".as_slice()).unwrap(), (3, expected.to_owned()));
-        let long = vec![7; (1 << 20) + 1];
-        assert_eq!(sha256_hex_of_reader(long.as_slice()).unwrap(), (long.len() as u64, sha256_hex(&long)));
     }
 }

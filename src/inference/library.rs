@@ -182,9 +182,9 @@ fn usual_places() -> Vec<PathBuf> {
 
 fn log(level: LogLevel, category: &str, _id: &str, _location: &str, message: &str) {
     match level {
-        LogLevel::Fatal | LogLevel::Error => tracing::error!(category, message, "onnxruntime"),
-        LogLevel::Warning => tracing::warn!(category, message, "onnxruntime"),
-        LogLevel::Info | LogLevel::Verbose => tracing::debug!(category, message, "onnxruntime"),
+        LogLevel::Fatal | LogLevel::Error => tracing::error!(category, text = message, "onnxruntime"),
+        LogLevel::Warning => tracing::warn!(category, text = message, "onnxruntime"),
+        LogLevel::Info | LogLevel::Verbose => tracing::debug!(category, text = message, "onnxruntime"),
     }
 }
 

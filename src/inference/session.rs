@@ -1,13 +1,12 @@
 //! One ONNX graph, loaded to run on one thread.
 
-use super::{Runtime, SharedWeights};
+use super::{GraphSource, Runtime};
 use ort::{
     session::{Session, SessionInputValue, builder::SessionBuilder},
     value::TensorRef,
 };
 use std::{
     borrow::Cow,
-    io,
     path::{Path, PathBuf},
 };
 use thiserror::Error;
@@ -23,13 +22,13 @@ pub enum GraphError {
         /// The cause.
         source: ort::Error,
     },
-    /// The weights cannot be read.
-    #[error("{} cannot be loaded: its weights cannot be read: {source}", path.display())]
+    /// The graph is no ONNX file, or its weights are not where it says.
+    #[error("{} cannot be loaded: {reason}", path.display())]
     Weights {
         /// The graph's file.
         path: PathBuf,
-        /// The cause.
-        source: io::Error,
+        /// What is wrong.
+        reason: String,
     },
     /// The graph lacks an input or output that the manifest names.
     #[error("{} has no {kind} named {name:?} (it has: {found})", path.display())]
@@ -94,18 +93,18 @@ pub struct Graph {
 }
 
 impl Graph {
-    /// Loads the graph at `path`. A run uses only the calling thread (one intra-op thread, no spinning): the pool provides the
+    /// Creates a session from a graph in memory. A run uses only the calling thread (one intra-op thread, no spinning): the pool provides the
     /// parallelism.
     pub fn load(
         runtime: &Runtime,
-        weights: &mut SharedWeights,
-        path: &Path,
+        source: &GraphSource,
         inputs: &[String],
         outputs: &[String],
     ) -> Result<Self, GraphError> {
-        let failed = |source| GraphError::Load { path: path.to_path_buf(), source };
-        let mut builder = weights.add_to(builder(runtime).map_err(failed)?, path)?;
-        let session = builder.commit_from_file(path).map_err(failed)?;
+        let path = &source.path;
+        let failed = |source| GraphError::Load { path: path.clone(), source };
+        let mut builder = builder(runtime).and_then(|builder| source.add_weights(builder)).map_err(failed)?;
+        let session = builder.commit_from_memory(&source.bytes).map_err(failed)?;
         let names = |outlets: &[ort::value::Outlet]| outlets.iter().map(|o| o.name().to_owned()).collect::<Vec<_>>();
         require(path, "input", inputs, &names(session.inputs()))?;
         require(path, "output", outputs, &names(session.outputs()))?;

@@ -1,34 +1,57 @@
-//! The weights of a bundle, shared by all threads.
+//! A graph in memory, and its weights, which all threads share.
 //!
-//! Every thread has its own session, and by default every session reads its file's weights and repacks them for its kernels.
+//! Nothing that serves reads a file: ONNX Runtime would map weights that are in files of their own into memory, and whoever
+//! writes to such a file would change the vectors of the running model, or end the process. So the graph is given to ONNX Runtime
+//! as bytes, and each weight that is in another file as a tensor that was read once.
+//!
+//! Every thread has its own session, and by default every session keeps its own weights and repacks them for its kernels.
 //! ONNX Runtime lets sessions share both, but only for weights that it is given. So the weights of matrix products, which are
-//! nearly all of them, are read from the file here. Tensors that a graph computes from its weights while it loads, such as
-//! transposed copies, are not shared.
+//! nearly all of them, are given to it, too, if they are in the graph itself. Tensors that a graph computes from its weights while
+//! it loads, such as transposed copies, are not shared.
 
-use super::{GraphError, Provider, Runtime};
+use super::{
+    GraphError, Provider, Runtime,
+    onnx::{self, ExternalData, GraphProto, TensorProto},
+};
+use bytemuck::{Pod, cast_slice_mut, zeroed_vec};
+use half::{bf16, f16};
 use ort::{
     session::builder::{PrepackedWeights, SessionBuilder},
-    value::{DynValue, Tensor},
+    value::{DynValue, PrimitiveTensorElementType, Tensor},
 };
-use prost::Message;
 use std::{
-    collections::{HashMap, HashSet},
-    fs::{self, File},
-    io,
-    os::unix::fs::FileExt,
+    collections::{BTreeMap, HashSet},
+    fmt,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-/// Weights and their names.
-type Weights = Vec<(String, Arc<DynValue>)>;
+/// A part of a weights file, and where its bytes go.
+#[derive(Debug)]
+pub struct Slice<'a> {
+    /// Where it begins in the file.
+    pub offset: u64,
+    /// To be filled with the bytes of the file.
+    pub bytes: &'a mut [u8],
+}
 
-/// The weights that the sessions of one bundle share.
+/// The files from which the weights of one graph may come.
+pub trait WeightFiles {
+    /// Why a file cannot be read, or the graph is faulty.
+    type Error: From<GraphError>;
+
+    /// The size in bytes of the file at `location`, as the graph names it; an error if the graph may not read it.
+    fn size(&self, location: &str) -> Result<u64, Self::Error>;
+
+    /// Fills `slices`, which are in the order of their offsets, lie within the file and do not overlap.
+    fn read(&self, location: &str, slices: &mut [Slice<'_>]) -> Result<(), Self::Error>;
+}
+
+/// The packed weights that the sessions of one bundle share.
 #[derive(Debug)]
 pub struct SharedWeights {
     prepacked: PrepackedWeights,
-    /// The weights by graph file; `None` if nothing is shared.
-    by_file: Option<HashMap<PathBuf, Weights>>,
+    is_shared: bool,
 }
 
 impl SharedWeights {
@@ -36,164 +59,166 @@ impl SharedWeights {
     /// main memory.
     pub fn new(runtime: &Runtime, n_sessions: usize) -> Self {
         let is_shared = n_sessions > 1 && runtime.provider() == Provider::Cpu;
-        SharedWeights { prepacked: PrepackedWeights::new(), by_file: is_shared.then(HashMap::new) }
+        SharedWeights { prepacked: PrepackedWeights::new(), is_shared }
+    }
+}
+
+/// A weight and its name.
+type Weight = (String, Arc<DynValue>);
+
+/// A graph with all its weights in memory, from which any number of sessions can be created.
+pub struct GraphSource {
+    pub(super) path: PathBuf,
+    pub(super) bytes: Vec<u8>,
+    prepacked: PrepackedWeights,
+    /// The weights that were in other files.
+    external: Vec<Weight>,
+    /// The weights of matrix products that are in the graph itself. They are given to the sessions, which share their packed form.
+    products: Vec<Weight>,
+}
+
+impl fmt::Debug for GraphSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GraphSource").field("path", &self.path).field("n_bytes", &self.bytes.len()).finish()
+    }
+}
+
+impl GraphSource {
+    /// Reads the graph in `bytes`, and the weights that are in other files. `path` is for messages.
+    pub fn new<F: WeightFiles>(
+        shared: &SharedWeights,
+        path: &Path,
+        bytes: Vec<u8>,
+        files: &F,
+    ) -> Result<Self, F::Error> {
+        let graph = onnx::parse(&bytes).map_err(|reason| faulty(path, reason))?;
+        let products = if shared.is_shared { onnx::products(&graph) } else { HashSet::new() };
+        let external = read_external(&graph, path, files)?;
+        let mut weights = Vec::new();
+        for tensor in graph.initializer.iter().filter(|tensor| products.contains(tensor.name.as_str())) {
+            // If shape and data do not match, ONNX Runtime reports it.
+            let Some(values) = onnx::own_floats(tensor) else { continue };
+            weights.push((tensor.name.clone(), Arc::new(value(tensor, values, path)?)));
+        }
+        let prepacked = shared.prepacked.clone();
+        Ok(GraphSource { path: path.to_path_buf(), bytes, prepacked, external, products: weights })
     }
 
-    /// Adds the weights of the graph at `path` to the builder of a session.
-    pub(super) fn add_to(&mut self, builder: SessionBuilder, path: &Path) -> Result<SessionBuilder, GraphError> {
-        let failed = |source| GraphError::Load { path: path.to_path_buf(), source };
-        let mut builder = builder.with_prepacked_weights(&self.prepacked).map_err(|error| failed(error.into()))?;
-        let Some(by_file) = &mut self.by_file else { return Ok(builder) };
-        if !by_file.contains_key(path) {
-            by_file.insert(path.to_path_buf(), read(path)?);
+    /// Adds the weights to the builder of a session.
+    pub(super) fn add_weights(&self, builder: SessionBuilder) -> ort::Result<SessionBuilder> {
+        let mut builder = builder.with_prepacked_weights(&self.prepacked)?;
+        for (name, weight) in &self.external {
+            builder = builder.with_external_initializer(name, Arc::clone(weight))?;
         }
-        for (name, weight) in by_file.get(path).into_iter().flatten() {
-            builder = builder.with_initializer(name, Arc::clone(weight)).map_err(|error| failed(error.into()))?;
+        // Without this, too, every session would copy the weights that were in other files.
+        for (name, weight) in self.external.iter().chain(&self.products) {
+            builder = builder.with_initializer(name, Arc::clone(weight))?;
         }
         Ok(builder)
     }
 }
 
-/// The parts of an ONNX file that are needed here. The tags are those of onnx.proto.
-#[derive(Clone, PartialEq, Message)]
-struct ModelProto {
-    #[prost(message, optional, tag = "7")]
-    graph: Option<GraphProto>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct GraphProto {
-    #[prost(message, repeated, tag = "1")]
-    node: Vec<NodeProto>,
-    #[prost(message, repeated, tag = "5")]
-    initializer: Vec<TensorProto>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct NodeProto {
-    #[prost(string, repeated, tag = "1")]
-    input: Vec<String>,
-    #[prost(string, tag = "4")]
-    op_type: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct TensorProto {
-    #[prost(int64, repeated, tag = "1")]
-    dims: Vec<i64>,
-    #[prost(int32, tag = "2")]
-    data_type: i32,
-    #[prost(string, tag = "8")]
-    name: String,
-    #[prost(bytes = "vec", tag = "9")]
-    raw_data: Vec<u8>,
-    #[prost(message, repeated, tag = "13")]
-    external_data: Vec<StringStringEntryProto>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct StringStringEntryProto {
-    #[prost(string, tag = "1")]
-    key: String,
-    #[prost(string, tag = "2")]
-    value: String,
-}
-
-/// `TensorProto.DataType.FLOAT`
-const FLOAT: i32 = 1;
-/// The operators whose second input ONNX Runtime repacks for its kernels.
-const PRODUCTS: &[&str] = &["MatMul", "Gemm"];
-
-fn read(path: &Path) -> Result<Weights, GraphError> {
-    let unreadable = |source: io::Error| GraphError::Weights { path: path.to_path_buf(), source };
-    let bytes = fs::read(path).map_err(unreadable)?;
-    let invalid = |reason: String| unreadable(io::Error::new(io::ErrorKind::InvalidData, reason));
-    let graph = ModelProto::decode(&*bytes).map_err(|error| invalid(error.to_string()))?.graph.unwrap_or_default();
-    let products = graph.node.iter().filter(|node| PRODUCTS.contains(&node.op_type.as_str()));
-    let shared: HashSet<&String> = products.filter_map(|node| node.input.get(1)).collect();
+/// Reads the initializers that are in other files; each file is read once.
+fn read_external<F: WeightFiles>(graph: &GraphProto, path: &Path, files: &F) -> Result<Vec<Weight>, F::Error> {
+    let mut by_file: BTreeMap<&str, Vec<(ExternalData<'_>, &TensorProto)>> = BTreeMap::new();
+    for tensor in &graph.initializer {
+        if let Some(data) = onnx::external_data(tensor).map_err(|reason| faulty(path, reason))? {
+            by_file.entry(data.location).or_default().push((data, tensor));
+        }
+    }
     let mut weights = Vec::new();
-    for tensor in graph.initializer.iter().filter(|tensor| tensor.data_type == FLOAT && shared.contains(&tensor.name)) {
-        let Some(values) = values(tensor, path).map_err(unreadable)? else { continue };
-        let value = Tensor::from_array((tensor.dims.clone(), values))
-            .map_err(|source| GraphError::Load { path: path.to_path_buf(), source })?;
-        weights.push((tensor.name.clone(), Arc::new(value.into_dyn())));
+    for (location, mut tensors) in by_file {
+        tensors.sort_by_key(|(data, _)| data.offset);
+        check_places(&tensors, files.size(location)?).map_err(|reason| faulty(path, reason))?;
+        let mut buffers: Vec<Buffer> = tensors.iter().map(|(data, tensor)| Buffer::new(data, tensor)).collect();
+        let slice = |(buffer, (data, _)): (_, &(ExternalData<'_>, _))| Slice {
+            offset: data.offset,
+            bytes: Buffer::bytes(buffer),
+        };
+        let mut slices: Vec<Slice<'_>> = buffers.iter_mut().zip(&tensors).map(slice).collect();
+        files.read(location, &mut slices)?;
+        for (buffer, (_, tensor)) in buffers.into_iter().zip(tensors) {
+            weights.push((tensor.name.clone(), Arc::new(buffer.into_value(tensor, path)?)));
+        }
     }
     Ok(weights)
 }
 
-/// The values of a weight, from the graph itself or from another file; `None` if neither holds them as raw bytes.
-fn values(tensor: &TensorProto, graph: &Path) -> io::Result<Option<Vec<f32>>> {
-    let bytes = match external_entry(tensor, "location") {
-        Some(location) => external_bytes(tensor, &graph.with_file_name(location))?,
-        None => tensor.raw_data.clone(),
-    };
-    let n_values = tensor.dims.iter().try_fold(1_usize, |n, dim| n.checked_mul(usize::try_from(*dim).ok()?));
-    let n_bytes = n_values.and_then(|n| n.checked_mul(size_of::<f32>()));
-    if n_bytes != Some(bytes.len()) {
-        return Ok(None);
-    }
-    Ok(Some(bytes.as_chunks().0.iter().map(|value| f32::from_le_bytes(*value)).collect()))
-}
-
-fn external_entry<'a>(tensor: &'a TensorProto, key: &str) -> Option<&'a str> {
-    tensor.external_data.iter().find(|entry| entry.key == key).map(|entry| entry.value.as_str())
-}
-
-fn external_bytes(tensor: &TensorProto, path: &Path) -> io::Result<Vec<u8>> {
-    let number = |key: &str| match external_entry(tensor, key) {
-        Some(text) => text.parse::<u64>().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error)),
-        None => Ok(0),
-    };
-    let (offset, length) = (number("offset")?, number("length")?);
-    let file = File::open(path)?;
-    let n_file_bytes = file.metadata().map_or(0, |file| file.len());
-    if offset.checked_add(length).is_none_or(|end| end > n_file_bytes) {
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{} is too short", path.display())));
-    }
-    let mut bytes = vec![0; length as usize];
-    file.read_exact_at(&mut bytes, offset)?;
-    Ok(bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn external(location: &str, offset: &str, length: &str) -> Vec<StringStringEntryProto> {
-        let entry = |key: &str, value: &str| StringStringEntryProto { key: key.to_owned(), value: value.to_owned() };
-        vec![entry("location", location), entry("offset", offset), entry("length", length)]
-    }
-
-    #[test]
-    fn values_are_read_from_the_graph_or_from_a_file_beside_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let graph = folder.path().join("graph.onnx");
-        let bytes: Vec<u8> = [0.0_f32, 1.0, -2.5, 1e9].iter().flat_map(|x| x.to_le_bytes()).collect();
-        fs::write(folder.path().join("weights"), &bytes).unwrap();
-        let inside = TensorProto { dims: vec![2, 2], data_type: FLOAT, raw_data: bytes, ..TensorProto::default() };
-        assert_eq!(values(&inside, &graph).unwrap(), Some(vec![0.0, 1.0, -2.5, 1e9]));
-        let beside = |dims: &[i64], offset, length| {
-            let external_data = external("weights", offset, length);
-            values(&TensorProto { dims: dims.to_vec(), external_data, ..TensorProto::default() }, &graph)
-        };
-        assert_eq!(beside(&[2, 1], "4", "8").unwrap(), Some(vec![1.0, -2.5]));
-        // If the shape does not match the data, ONNX Runtime reports it.
-        for dims in [&[3, 1][..], &[-1, 2], &[i64::MAX, i64::MAX], &[]] {
-            assert_eq!(beside(dims, "4", "8").unwrap(), None, "{dims:?}");
+/// Checks that the tensors, in the order of their offsets, lie within a file of `n_file_bytes` and do not overlap. So they need
+/// no more memory than the file has bytes.
+fn check_places(tensors: &[(ExternalData<'_>, &TensorProto)], n_file_bytes: u64) -> Result<(), String> {
+    let mut end = 0;
+    for (data, tensor) in tensors {
+        if data.offset < end {
+            return Err(format!("{:?} overlaps another tensor in {:?}", tensor.name, data.location));
         }
-        for (offset, length) in [("12", "8"), ("0", "18446744073709551615"), ("18446744073709551615", "8"), ("-4", "8")]
-        {
-            assert!(beside(&[2, 1], offset, length).is_err(), "{length} bytes at {offset}");
+        end = data.end();
+        if end > n_file_bytes {
+            let (name, location) = (&tensor.name, data.location);
+            return Err(format!("{name:?} ends at byte {end} of {location:?}, which has {n_file_bytes}"));
         }
-        let nowhere = TensorProto { external_data: external("gone", "0", "4"), ..TensorProto::default() };
-        assert!(values(&nowhere, &graph).is_err());
     }
+    Ok(())
+}
 
-    #[test]
-    fn the_error_for_a_file_that_is_not_a_graph_names_the_file() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(file.path(), [0xff; 40]).unwrap();
-        let error = read(file.path()).unwrap_err().to_string();
-        assert!(error.contains(&file.path().display().to_string()), "{error}");
-    }
+fn faulty(path: &Path, reason: String) -> GraphError {
+    GraphError::Weights { path: path.to_path_buf(), reason }
+}
+
+fn value<T>(tensor: &TensorProto, values: Vec<T>, path: &Path) -> Result<DynValue, GraphError>
+where
+    T: PrimitiveTensorElementType + fmt::Debug + Clone + 'static,
+{
+    let value = Tensor::from_array((tensor.dims.clone(), values));
+    Ok(value.map_err(|source| GraphError::Load { path: path.to_path_buf(), source })?.into_dyn())
+}
+
+macro_rules! buffers {
+    ($($data_type:literal $variant:ident $type:ty;)*) => {
+        /// The values of one tensor, aligned for its type, so that ONNX Runtime can use them where they are. The numbers are
+        /// those of `TensorProto.DataType`.
+        enum Buffer {
+            $($variant(Vec<$type>),)*
+        }
+
+        impl Buffer {
+            fn new(data: &ExternalData<'_>, tensor: &TensorProto) -> Self {
+                fn zeros<T: Pod>(data: &ExternalData<'_>) -> Vec<T> {
+                    zeroed_vec(data.n_bytes as usize / size_of::<T>())
+                }
+                match tensor.data_type {
+                    $($data_type => Buffer::$variant(zeros(data)),)*
+                    // `external_data` refuses every other type.
+                    _ => Buffer::U8(zeros(data)),
+                }
+            }
+
+            fn bytes(&mut self) -> &mut [u8] {
+                match self {
+                    $(Buffer::$variant(values) => cast_slice_mut(values),)*
+                }
+            }
+
+            fn into_value(self, tensor: &TensorProto, path: &Path) -> Result<DynValue, GraphError> {
+                match self {
+                    $(Buffer::$variant(values) => value(tensor, values, path),)*
+                }
+            }
+        }
+    };
+}
+
+buffers! {
+    1 F32 f32;
+    2 U8 u8;
+    3 I8 i8;
+    4 U16 u16;
+    5 I16 i16;
+    6 I32 i32;
+    7 I64 i64;
+    10 F16 f16;
+    11 F64 f64;
+    12 U32 u32;
+    13 U64 u64;
+    16 Bf16 bf16;
 }

@@ -320,7 +320,12 @@ pub fn vector_not_finite(stage: &'static str) {
     tracing::error!(stage, "vector is not finite, not cached");
 }
 
+/// A log line could not be written: there was `no_room` for it in the queue, or it was `not_written` because writing failed.
+pub fn log_line_lost(reason: &'static str) {
+    counter!(names::LOG_LINES_LOST, "reason" => reason).increment(1);
+}
+
 /// A job panicked. Only that job, or its batch, fails.
 pub fn job_panicked(pool: &str, message: &str) {
-    tracing::error!(pool, message, "job panicked");
+    tracing::error!(pool, panic = message, "job panicked");
 }

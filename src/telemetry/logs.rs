@@ -1,7 +1,12 @@
-//! Log lines: JSON for machines, readable lines for people. Always written to standard error.
+//! Log lines: JSON for machines, readable lines for people. Always written to standard error, by a thread of their own.
 
+use super::log_queue::WriterThread;
 use serde::Deserialize;
-use std::io::IsTerminal;
+use std::{
+    fs::File,
+    io::{self, IsTerminal},
+    os::fd::AsFd,
+};
 use thiserror::Error;
 use tracing_subscriber::EnvFilter;
 
@@ -28,6 +33,9 @@ pub enum LogError {
         /// The parser's error.
         source: tracing_subscriber::filter::ParseError,
     },
+    /// Standard error cannot be opened again, or the thread that writes to it cannot be started.
+    #[error("logging cannot be set up: {0}")]
+    Writer(#[from] io::Error),
     /// A subscriber is already installed.
     #[error("logging cannot be set up: {0}")]
     Install(Box<dyn std::error::Error + Send + Sync>),
@@ -38,17 +46,23 @@ pub fn parse_filter(filter: &str) -> Result<EnvFilter, LogError> {
     EnvFilter::try_new(filter).map_err(|source| LogError::Filter { filter: filter.to_owned(), source })
 }
 
-/// Installs the process-wide subscriber.
-pub fn install(format: LogFormat, filter: &str) -> Result<(), LogError> {
-    let builder = tracing_subscriber::fmt().with_env_filter(parse_filter(filter)?).with_writer(std::io::stderr);
-    let is_terminal = std::io::stderr().is_terminal();
+/// Installs the process-wide subscriber. Lines that are logged after the drop of the returned value are lost.
+pub fn install(format: LogFormat, filter: &str) -> Result<WriterThread, LogError> {
+    let filter = parse_filter(filter)?;
+    let stderr = io::stderr();
+    // Not the standard library's handle: the thread would hold its lock while it waits for room in a full pipe.
+    let (lines, thread) = WriterThread::start(File::from(stderr.as_fd().try_clone_to_owned()?))?;
+    // Reports of its own errors would go to standard error directly, and panic if that fails.
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(lines).log_internal_errors(false);
+    let is_terminal = stderr.is_terminal();
     let is_human = format == LogFormat::Human || format == LogFormat::Auto && is_terminal;
     let installed = if is_human {
         builder.with_ansi(is_terminal).with_target(false).try_init()
     } else {
         builder.json().flatten_event(true).with_target(false).try_init()
     };
-    installed.map_err(LogError::Install)
+    installed.map_err(LogError::Install)?;
+    Ok(thread)
 }
 
 /// Makes panics appear in the log like any other event. A panic fails only its own job; see `inference::job`.

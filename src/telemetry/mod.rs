@@ -2,10 +2,11 @@
 //!
 //! [`names`] lists every metric with its meaning. [`events`] has one function per event, which updates the metrics and, where an
 //! operator should know, writes the log line. [`recorder`] installs the Prometheus recorder, runs its upkeep and renders it;
-//! `series` forgets the series of former models and configs.
-//! [`logs`] sets up the log format.
+//! `series` forgets the series of former models and configs. [`logs`] sets up the log, whose lines [`log_queue`] hands to the
+//! thread that writes them.
 
 pub mod events;
+pub mod log_queue;
 pub mod logs;
 pub mod names;
 pub mod recorder;

@@ -104,6 +104,8 @@ metrics! {
     CONNECTIONS_REFUSED = "midemb_connections_refused_total", Kind::Counter, "listener,reason";
     /// Requests handed to the writer of the trace (`midemb serve --record-trace`), or left out because the writer was behind.
     TRACE_REQUESTS = "midemb_trace_requests_total", Kind::Counter, "result";
+    /// Log lines that were lost: no_room, because standard error is not read, or not_written, because it is closed or its disk full.
+    LOG_LINES_LOST = "midemb_log_lines_lost_total", Kind::Counter, "reason";
     /// 1 for every model that answers or shadows requests, 0 for one of the config before that no longer does.
     MODEL_INFO = "midemb_model_info", Kind::Gauge, "name,version,digest,provider";
     /// 1 for the config in force, 0 for the one before.

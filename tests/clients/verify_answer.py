@@ -7,8 +7,11 @@ code of the server or the exporter, and compared with the answer.
 """
 
 import argparse
+import os
 import tomllib
 from pathlib import Path
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime reads it while it is imported.
 
 import grpc
 import jinja2
@@ -32,6 +35,7 @@ class Bundle:
         self.template = jinja2.Environment(autoescape=False).from_string(self.manifest["item_text"]["template"])
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / self.manifest["encoder"]["tokenizer"]))
         self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True
         self.tokenizer.enable_truncation(self.manifest["item_text"]["max_tokens"])
         on_cpu = ["CPUExecutionProvider"]
         self.sessions = {
@@ -83,6 +87,7 @@ def texts(n: int, seed: int) -> list[dict]:
     """`n` items with varied text; a seed always gives the same ones."""
     random = np.random.default_rng(seed)
     words = ["river", "Nacht", "été", "映画", "фильм", "نور", "🎬", 'a "quoted" word', "{{ braces }}", "long " * 80]
+    words.append("[SEP] <s> [MASK]")  # Names of special tokens, which are text like any other.
     pick = lambda: str(random.choice(words))  # noqa: E731
     return [
         {

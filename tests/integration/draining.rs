@@ -4,11 +4,15 @@
 //! on two threads.
 
 use crate::harness::{
-    ONE_CPU_THREAD, PATIENCE, Server, call_slowly, eventually, films, long_films, page, shipped, statuses,
+    ONE_CPU_THREAD, PATIENCE, Server, call_slowly, config, eventually, films, fixture, long_films, midemb, page,
+    send_signal, shipped, statuses,
 };
 use midemb_client::proto::WarmItemsRequest;
 use std::{
     error::Error,
+    io::{BufRead, BufReader},
+    path::Path,
+    process::Stdio,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -141,4 +145,31 @@ async fn sigterm_does_not_wait_for_an_encoder_queue_that_no_call_waits_for() {
     server.signal("TERM");
     server.wait_for_log("stopped");
     assert!(server.wait().success());
+}
+
+/// Starts the server, sends SIGTERM after `n_lines` lines of its log, or after the line "serving", and waits for its end. Returns
+/// the number of lines until then.
+fn start_and_end(config: &Path, n_lines: usize) -> usize {
+    let mut serve = midemb();
+    let mut child = serve.arg("serve").arg("--config").arg(config).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+    let is_time = |(n, line): &(usize, String)| n + 1 == n_lines || line.contains("\"message\":\"serving\"");
+    let (n, line) = lines.by_ref().enumerate().find(is_time).unwrap();
+    send_signal(child.id(), "TERM");
+    let last = lines.last().unwrap_or_default();
+    let status = child.wait().unwrap();
+    assert!(status.success(), "{status} after line {n}, {line}; the last line was {last}");
+    n + 1
+}
+
+/// A loader thread that was inside ONNX Runtime while the process ran the library's destructors crashed one start of ten. ONNX
+/// Runtime logs each step of its loading at the level debug, so the lines are moments all over the load.
+#[test]
+fn sigterm_while_a_bundle_loads_is_a_clean_end() {
+    let (_folder, path) = config(&fixture(), "inference.threads = 4\ntelemetry.log_filter = \"debug\"");
+    let n_lines = start_and_end(&path, usize::MAX);
+    assert!(n_lines > 1000, "only {n_lines} lines: the library does not log its steps");
+    for i in 1..=30 {
+        start_and_end(&path, i * n_lines / 31);
+    }
 }

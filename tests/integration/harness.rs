@@ -12,7 +12,7 @@ use serde_json::Value;
 use std::{
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Output as ProcessOutput, Stdio},
+    process::{Child, ChildStderr, Command, ExitStatus, Output as ProcessOutput, Stdio},
     sync::mpsc,
     time::Duration,
 };
@@ -89,7 +89,7 @@ pub(crate) fn run_to_end(command: &mut Command) -> ProcessOutput {
     })
 }
 
-fn send_signal(process: u32, name: &str) {
+pub(crate) fn send_signal(process: u32, name: &str) {
     let sent = Command::new("kill").args([&format!("-{name}"), &process.to_string()]).status().unwrap();
     assert!(sent.success());
 }
@@ -117,9 +117,22 @@ pub(crate) fn config(bundle: &Path, more: &str) -> (TempDir, PathBuf) {
     (folder, path)
 }
 
+/// What the reader of a server's log does once the server serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LogReader {
+    /// It reads to the end.
+    ReadsOn,
+    /// It closes its end of the pipe.
+    Leaves,
+    /// It keeps the pipe open and reads no more, so the pipe becomes full.
+    StopsReading,
+}
+
 /// A running server, killed when dropped.
 pub(crate) struct Server {
     child: Child,
+    /// The pipe that nobody reads any more.
+    _unread: Option<BufReader<ChildStderr>>,
     /// Its config file.
     pub(crate) file: PathBuf,
     log: mpsc::Receiver<String>,
@@ -167,20 +180,43 @@ impl Server {
         Self::spawn(serve, folder, file)
     }
 
+    /// Serves the fixture bundle with `more` lines of config, to a log that is read as `reader` says.
+    pub(crate) fn start_with_log_reader(more: &str, reader: LogReader) -> Self {
+        let (folder, path) = config(&fixture(), more);
+        let mut serve = midemb();
+        serve.arg("serve").arg("--config").arg(&path);
+        Self::spawn_with(serve, folder, path, reader)
+    }
+
     /// Runs the command `serve`, whose config is `file`, and waits until it serves.
-    pub(crate) fn spawn(mut serve: Command, folder: TempDir, file: PathBuf) -> Self {
+    pub(crate) fn spawn(serve: Command, folder: TempDir, file: PathBuf) -> Self {
+        Self::spawn_with(serve, folder, file, LogReader::ReadsOn)
+    }
+
+    fn spawn_with(mut serve: Command, folder: TempDir, file: PathBuf, reader: LogReader) -> Self {
         let mut child = serve.stderr(Stdio::piped()).spawn().unwrap();
-        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut pipe = BufReader::new(child.stderr.take().unwrap());
         let (sender, log) = mpsc::channel();
-        std::thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
-                // The log is read to its end even after the test has dropped the receiver: a full pipe would block the server.
-                drop(sender.send(line));
+        let reading = std::thread::spawn(move || {
+            let mut line = String::new();
+            while pipe.read_line(&mut line).is_ok_and(|n_bytes| n_bytes > 0) {
+                let is_serving = line.contains("\"message\":\"serving\"");
+                // The log is read to its end even after the test has dropped the receiver.
+                drop(sender.send(line.trim_end().to_owned()));
+                line.clear();
+                if is_serving && reader != LogReader::ReadsOn {
+                    return (reader == LogReader::StopsReading).then_some(pipe);
+                }
             }
+            None
         });
         let (grpc, admin, metrics) = (String::new(), String::new(), String::new());
-        let mut server = Server { child, file, log, start_log: Vec::new(), grpc, admin, metrics, folder: Some(folder) };
+        let (start_log, folder) = (Vec::new(), Some(folder));
+        let mut server = Server { child, _unread: None, file, log, start_log, grpc, admin, metrics, folder };
         server.start_log = server.log_until("serving");
+        if reader != LogReader::ReadsOn {
+            server._unread = reading.join().unwrap();
+        }
         let address = |name: &str| server.start_log.last().unwrap()[name].as_str().unwrap().to_owned();
         (server.grpc, server.admin, server.metrics) = (address("grpc"), address("admin"), address("metrics"));
         server

@@ -5,6 +5,8 @@
 mod admin_guard;
 mod architecture;
 mod bad_input;
+mod batch_dependence;
+mod bundle_files;
 mod caching;
 mod commands;
 mod deadlines;
@@ -14,6 +16,9 @@ mod golden;
 mod harness;
 mod hostile_peers;
 mod lifecycle;
+mod log_readers;
+mod no_telemetry;
+mod onnx;
 mod order;
 mod prometheus;
 mod python_client;

@@ -172,6 +172,7 @@ def wrap(
     except Exception as error:  # The library raises plain Exception.
         raise ValueError(f"{tokenizer_path}: cannot be read as a tokenizer: {error}") from error
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # As in the server: "[SEP]" in a title is text like any other.
     tokenizer.enable_truncation(max_tokens, direction="right")
     graph = EncoderGraph(model.eval().requires_grad_(False)).eval()
     return Encoder(name, graph, tokenizer, tokenizer_path, max_tokens, pad_id, model.config.hidden_size, weights)

@@ -66,6 +66,7 @@ class BundleGraphs:
         self.content_dim, self.item_dim = manifest["encoder"]["dim"], manifest["item_tower"]["dim"]
         self._tokenizer = Tokenizer.from_file(str(bundle / manifest["encoder"]["tokenizer"]))
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # As in the server: "[SEP]" in a title is text like any other.
         self._tokenizer.enable_truncation(manifest["item_text"]["max_tokens"], direction="right")
         self._batching = config.batches()
         self._encoder = _session(bundle / manifest["encoder"]["file"], config)

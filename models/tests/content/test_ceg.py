@@ -69,6 +69,13 @@ def test_long_text_is_truncated_on_the_right(encoder):
     assert long[: len(short) - 1] == short[:-1]
 
 
+def test_the_name_of_a_special_token_in_a_text_is_text(encoder):
+    special = {encoder.tokenizer.token_to_id(name) for name in ("<s>", "<pad>")}
+    (ids,) = encoder.tokenize(["<s> a film <pad>"])
+    assert ids[0] in special
+    assert not special & set(ids[1:])
+
+
 def test_padding_is_on_the_right():
     ids, mask = ceg.pad([[5, 6], [7, 8, 9], [4]], 2)
     assert ids.tolist() == [[5, 6, 2], [7, 8, 9], [4, 2, 2]]

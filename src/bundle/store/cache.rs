@@ -15,7 +15,7 @@
 use super::StoreError;
 use crate::{
     bundle::{
-        digest,
+        files,
         manifest::{self, FileSpec, Manifest},
     },
     domain::digest::{hex, sha256_hex},
@@ -186,7 +186,7 @@ impl Cache {
     pub(super) fn remove_damaged(&self, digest: &str) -> Result<usize, StoreError> {
         let folder = self.folder.join(digest);
         let Some(manifest) = self.manifest(digest) else { return Ok(0) };
-        let damaged = manifest.files.iter().filter(|file| digest::check(&folder, file).is_err());
+        let damaged = manifest.files.iter().filter(|file| files::check(&folder, file).is_err());
         let blobs: Vec<PathBuf> = damaged.map(|file| self.blob(&file.sha256)).collect();
         for blob in &blobs {
             remove_file(blob)?;

@@ -1,0 +1,45 @@
+//! Nothing about the process or its models leaves the machine, or is written outside the configured folders.
+
+use crate::harness::{Server, config, fixture, midemb, run_to_end};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// The library's telemetry is off where one of these is set, so the tests run without them.
+const CI_VARIABLES: [&str; 5] = ["CI", "TF_BUILD", "GITHUB_ACTIONS", "ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED"];
+
+/// The binary with an empty home folder, and without the variables that turn telemetry off.
+fn midemb_at_home(home: &Path) -> Command {
+    let mut command = midemb();
+    for name in CI_VARIABLES {
+        command.env_remove(name);
+    }
+    command.env_remove("XDG_CACHE_HOME").env_remove("XDG_DATA_HOME").env("HOME", home).current_dir(home);
+    command
+}
+
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect()
+}
+
+/// ONNX Runtime wrote a device id and a database of events there, and looked up a host of its maker, before it could be told not
+/// to.
+#[test]
+fn checking_a_bundle_writes_nothing_into_the_home_folder() {
+    let home = tempfile::tempdir().unwrap();
+    let output = run_to_end(midemb_at_home(home.path()).args(["bundle", "verify"]).arg(fixture()));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(files_below(home.path()), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_server_writes_nothing_into_the_home_folder() {
+    let home = tempfile::tempdir().unwrap();
+    let (folder, path) = config(&fixture(), "");
+    let mut serve = midemb_at_home(home.path());
+    serve.arg("serve").arg("--config").arg(&path);
+    let server = Server::spawn(serve, folder, path);
+    let _config = server.stop();
+    assert_eq!(files_below(home.path()), Vec::<PathBuf>::new());
+}
