@@ -107,7 +107,7 @@ impl MakeWriter<'_> for LineSender {
     }
 }
 
-/// The thread that writes. Its drop waits until the lines that were queued are written, at most [`WriterThread::PATIENCE`].
+/// The thread that writes. Its drop waits until the lines that were queued are written, for a second at most.
 #[derive(Debug)]
 pub struct WriterThread(Arc<Queue>);
 
