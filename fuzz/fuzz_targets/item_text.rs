@@ -14,8 +14,8 @@ use std::sync::LazyLock;
 
 static READER: LazyLock<(Template, Tokenizer)> = LazyLock::new(|| {
     let manifest = read_manifest(bundle()).unwrap().manifest;
-    let tokenizer =
-        Tokenizer::load(&bundle().join(&manifest.encoder.tokenizer), manifest.item_text.max_tokens).unwrap();
+    let path = bundle().join(&manifest.encoder.tokenizer);
+    let tokenizer = Tokenizer::parse(&std::fs::read(&path).unwrap(), &path, manifest.item_text.max_tokens).unwrap();
     (Template::new(&manifest.item_text.template).unwrap(), tokenizer)
 });
 /// The fixture's tokenizer has no token beyond.

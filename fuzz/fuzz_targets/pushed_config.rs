@@ -43,7 +43,7 @@ fn check_left(file: &Path, base: &str, left: Option<&str>) {
 fn check_pushed(file: &Path, base: &str, pushed: &str, who: &str) {
     let saved = persist(file, base, pushed, who).unwrap();
     let desired = read(file).unwrap();
-    assert_eq!((&desired.pushed_file, &desired.overridden), (&saved, &None));
+    assert_eq!(desired, saved, "it is not what was reported as saved");
     // The header of a file that was pushed before is not kept.
     let is_found =
         desired.text == pushed || pushed.starts_with("# midemb: pushed over ") && pushed.ends_with(&desired.text);

@@ -116,12 +116,16 @@ impl StageCheck {
     }
 }
 
-/// Reads the golden file of a bundle and checks that its indices are in range.
-pub fn read(folder: &Path, manifest: &Manifest) -> Result<Golden, BundleError> {
-    let path = folder.join(&manifest.golden.file);
+/// Reads the golden file of a bundle.
+pub(crate) fn read(folder: &Path, manifest: &Manifest) -> Result<Golden, BundleError> {
     let json = files::read_used(folder, manifest, &manifest.golden.file)?;
-    let invalid = |reason: String| BundleError::GoldenFile { path: path.clone(), reason };
-    let golden: Golden = serde_json::from_slice(&json).map_err(|error| invalid(error.to_string()))?;
+    parse(&json, &folder.join(&manifest.golden.file))
+}
+
+/// Reads golden vectors and checks that their indices are in range. `path` is for messages.
+pub fn parse(json: &[u8], path: &Path) -> Result<Golden, BundleError> {
+    let invalid = |reason: String| BundleError::GoldenFile { path: path.to_path_buf(), reason };
+    let golden: Golden = serde_json::from_slice(json).map_err(|error| invalid(error.to_string()))?;
     let (n_items, n_users) = (golden.items.len(), golden.users.len());
     let histories = golden.users.iter().flat_map(|user| &user.history);
     if histories.chain(golden.pairs.iter().map(|p| &p.item)).any(|i| *i >= n_items)
@@ -198,7 +202,7 @@ pub fn check_tokens(golden: &Golden, model: &EncoderModel) -> Result<StageReport
 }
 
 /// Runs every golden text's token ids through the encoder. Returns the report and the computed content embeddings.
-pub(super) fn check_content(
+pub fn check_content(
     golden: &Golden,
     model: &EncoderModel,
     graph: &mut Graph,
