@@ -74,6 +74,16 @@ struct Known {
     text: Arc<ItemText>,
 }
 
+/// A list of items whose texts are remembered.
+struct PartlyResolved {
+    /// One per item; UNKNOWN_ITEM for those that came without text.
+    rows: Vec<Result<KnownItem, RowStatus>>,
+    /// The items that came without text.
+    ids: Vec<IdKey>,
+    /// Their places in `rows`.
+    places: Vec<usize>,
+}
+
 impl KnownItems {
     /// An empty cache. A text of more than `max_text_bytes` is not restored.
     pub fn new(max_bytes: u64, max_text_bytes: usize) -> Self {
@@ -81,49 +91,59 @@ impl KnownItems {
         KnownItems { cache, hash_key: RwLock::new(HashKey::random()), max_text_bytes }
     }
 
+    /// Resolves each item of one list. See [`KnownItems::resolve_lists`].
+    pub fn resolve(&self, items: Vec<Item>, priority: Priority) -> Vec<Result<KnownItem, RowStatus>> {
+        let [resolved] = self.resolve_lists([items], priority);
+        resolved
+    }
+
     /// Resolves each item to the digest of its text, which was sent now or is remembered, or else to the row's status.
     ///
-    /// New texts are remembered. With [`Priority::WarmUp`] they skip probation, so that they are still there when they are first
+    /// The texts of all lists are remembered before any id is looked up, so that an item whose text stands in one place is known
+    /// in all others. With [`Priority::WarmUp`] they skip probation, so that they are still there when they are first
     /// asked for.
-    pub fn resolve(&self, items: Vec<Item>, priority: Priority) -> Vec<Result<KnownItem, RowStatus>> {
-        let mut lookups = Lookups::default();
+    pub fn resolve_lists<const N: usize>(
+        &self,
+        lists: [Vec<Item>; N],
+        priority: Priority,
+    ) -> [Vec<Result<KnownItem, RowStatus>>; N] {
         let hash_key = self.hash_key();
-        let mut resolved = Vec::with_capacity(items.len());
-        // Items are resolved in the order of the request: an id that precedes its text is not known yet.
-        let mut ids = Vec::with_capacity(items.len());
-        for item in items {
-            let id = hash_key.hash(&item.id);
-            match item.text {
-                None => ids.push(id),
-                Some(text) => {
-                    self.resolve_ids(&mut ids, &mut resolved, &mut lookups);
-                    resolved.push(match text {
-                        Ok(text) => Ok(self.remember(id, text, priority)),
-                        Err(_fault) => Err(RowStatus::InvalidItem),
-                    });
-                }
-            }
-        }
-        self.resolve_ids(&mut ids, &mut resolved, &mut lookups);
+        let remembered = lists.map(|items| self.remember_texts(hash_key, items, priority));
+        let mut lookups = Lookups::default();
+        let resolved = remembered.map(|list| self.resolve_ids(list, &mut lookups));
         events::cache_looked_up(self.cache.name().as_str(), lookups);
         resolved
     }
 
-    /// Looks up `ids`, appends one row per id to `rows` and empties `ids`.
-    fn resolve_ids(&self, ids: &mut Vec<IdKey>, rows: &mut Vec<Result<KnownItem, RowStatus>>, lookups: &mut Lookups) {
-        if ids.is_empty() {
-            return;
+    /// Remembers the texts of a list, and leaves the ids that came without text to be resolved.
+    fn remember_texts(&self, hash_key: HashKey, items: Vec<Item>, priority: Priority) -> PartlyResolved {
+        let mut list = PartlyResolved { rows: Vec::with_capacity(items.len()), ids: Vec::new(), places: Vec::new() };
+        for item in items {
+            let id = hash_key.hash(&item.id);
+            list.rows.push(match item.text {
+                Some(Ok(text)) => Ok(self.remember(id, text, priority)),
+                Some(Err(_fault)) => Err(RowStatus::InvalidItem),
+                None => {
+                    list.ids.push(id);
+                    list.places.push(list.rows.len());
+                    Err(RowStatus::UnknownItem)
+                }
+            });
         }
-        self.cache.read_many(ids, |i, known| {
+        list
+    }
+
+    fn resolve_ids(&self, list: PartlyResolved, lookups: &mut Lookups) -> Vec<Result<KnownItem, RowStatus>> {
+        let PartlyResolved { mut rows, ids, places } = list;
+        self.cache.read_many(&ids, |i, known| {
             if let Some(known) = known {
                 lookups.n_hits += 1;
-                rows.push(Ok(KnownItem { id: ids[i], digest: known.digest, text: None }));
+                rows[places[i]] = Ok(KnownItem { id: ids[i], digest: known.digest, text: None });
             } else {
                 lookups.n_misses += 1;
-                rows.push(Err(RowStatus::UnknownItem));
             }
         });
-        ids.clear();
+        rows
     }
 
     fn remember(&self, id: IdKey, text: ItemText, priority: Priority) -> KnownItem {
@@ -220,12 +240,21 @@ mod tests {
     fn the_newest_text_of_an_id_wins() {
         let known = KnownItems::new(1 << 20, 100);
         let first = titles(&known, vec![item("a", None), item("a", Some("old")), item("a", None)]);
-        assert_eq!(first, [Err(RowStatus::UnknownItem), Ok("old".into()), Ok("old".into())]);
+        assert_eq!(first, [Ok("old".into()), Ok("old".into()), Ok("old".into())], "its place in the list matters");
         let old = known.resolve(vec![item("a", None)], Priority::Request).remove(0).unwrap();
         let second = titles(&known, vec![item("a", Some("new")), item("a", None), item("b", None)]);
         assert_eq!(second, [Ok("new".into()), Ok("new".into()), Err(RowStatus::UnknownItem)]);
         assert!(known.text(&old).is_none(), "an item that was resolved earlier got the text of another");
         assert_eq!(titles(&known, vec![item("a", Some("new"))]), [Ok("new".into())], "the same text was sent again");
+    }
+
+    #[test]
+    fn a_text_in_one_list_serves_the_same_id_in_another() {
+        let known = KnownItems::new(1 << 20, 100);
+        let lists = [vec![item("a", None), item("b", Some("2"))], vec![item("a", Some("1")), item("b", None)]];
+        let [history, candidates] = known.resolve_lists(lists, Priority::Request);
+        let digests = |rows: Vec<Result<KnownItem, RowStatus>>| rows.into_iter().map(|row| row.unwrap().digest);
+        assert!(digests(history).eq(digests(candidates)));
     }
 
     #[test]

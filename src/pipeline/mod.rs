@@ -155,8 +155,7 @@ impl Pipeline {
         let trace = self.trace.as_deref().filter(|trace| !trace.has_ended());
         let to_trace =
             trace.map(|trace| (trace, ItemsToTrace::from_ids(&history), ItemsToTrace::from_ids(&candidates)));
-        let history = self.caches.known_items.resolve(history, Priority::Request);
-        let candidates = self.caches.known_items.resolve(candidates, Priority::Request);
+        let [history, candidates] = self.caches.known_items.resolve_lists([history, candidates], Priority::Request);
         if let Some((trace, history_ids, candidate_ids)) = to_trace {
             trace.record(history_ids.with_digests(&history), candidate_ids.with_digests(&candidates));
         }

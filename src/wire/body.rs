@@ -100,7 +100,14 @@ fn received_bytes(first: &Bytes, all: &BytesMut) -> usize {
 
 /// The length of the message behind a prefix.
 fn message_bytes(mut prefix: &[u8], max: usize) -> Result<usize, Status> {
-    prefix.advance(1);
+    match prefix.get_u8() {
+        0 => {}
+        1 => {
+            let text = "compressed messages are not accepted: send them with grpc-encoding identity";
+            return Err(Status::unimplemented(text));
+        }
+        flag => return Err(Status::invalid_argument(format!("request: {flag} is not a compression flag, use 0"))),
+    }
     let n_bytes = prefix.get_u32() as usize;
     if n_bytes > max {
         let text = format!("the message has {n_bytes} bytes, at most {max} are allowed");

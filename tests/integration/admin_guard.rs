@@ -147,6 +147,46 @@ fn only_certificates_of_the_configured_authority_are_accepted() {
     assert_eq!(server.wait_for_log("push ended")["who"], who.as_str());
 }
 
+/// Replaced certificates were served after a restart only, and nothing said so.
+#[test]
+fn replaced_certificates_are_served_without_a_restart_and_bad_ones_are_not() {
+    let (files, _, guard) = certificates();
+    let server = Server::start_with(&fixture(), &guard);
+    let [old_ca, cert, key] = ["ca.pem", "client.pem", "client.key"].map(|name| files.path(name));
+    let call = |ca: &str, cert: &str, key: &str| {
+        admin(&format!("https://{}", server.admin), &["--ca", ca, "--cert", cert, "--key", key, "status"])
+    };
+    accepted(&call(&old_ca, &cert, &key));
+
+    // Half of a replacement: the last good certificate stays.
+    let old_chain = fs::read_to_string(files.path("server.pem")).unwrap();
+    files.write("server.pem", "no certificate");
+    assert!(server.wait_for_log("new certificates cannot be used, the last good ones are served")["cause"].is_string());
+    accepted(&call(&old_ca, &cert, &key));
+    files.write("server.pem", &old_chain);
+
+    // A new authority for the server and its operators, by rename, as tools for certificates do it.
+    let new = Files::new();
+    let authority = authority();
+    let new_ca = new.write("ca.pem", &authority.pem());
+    sign(&new, "server", &authority, ExtendedKeyUsagePurpose::ServerAuth);
+    sign(&new, "client", &authority, ExtendedKeyUsagePurpose::ClientAuth);
+    for name in ["server.key", "server.pem", "ca.pem"] {
+        fs::copy(new.path(name), files.path("next")).unwrap();
+        fs::rename(files.path("next"), files.path(name)).unwrap();
+    }
+    // The files are read while they are replaced, so the first set that goes together may be an older one.
+    let [cert, key] = ["client.pem", "client.key"].map(|name| new.path(name));
+    loop {
+        server.wait_for_log("certificates reloaded");
+        if call(&new_ca, &cert, &key).status.success() {
+            break;
+        }
+    }
+    let [old_cert, old_key] = ["client.pem", "client.key"].map(|name| files.path(name));
+    refused(&call(&new_ca, &old_cert, &old_key));
+}
+
 #[test]
 fn if_both_are_configured_a_certificate_alone_is_not_enough() {
     let (files, _, guard) = certificates();
