@@ -113,7 +113,7 @@ def one_round(ours: Server, peer: Server, triton_peer: tuple[str, str], figures:
     note("W2 bare encoder loop, items per second", loop["items_per_second"])
     note("W2 midemb / bare loop (goal 1.15)", cold["good_per_second"] / loop["items_per_second"])
 
-    alone, beside = bench(ours, "w4-hot-while-cold", "--rate", str(W4_RATE), "--requests", "1000")
+    alone, beside, _ = bench(ours, "w4-hot-while-cold", "--rate", str(W4_RATE), "--requests", "1000")
     note(f"W4 p99 of hot requests alone, {W4_RATE} per second, ms", alone["p99_ms"])
     note("W4 p99 of hot requests beside cold items, ms", beside["p99_ms"])
     note("W4 beside / alone (goal 2)", beside["p99_ms"] / alone["p99_ms"])

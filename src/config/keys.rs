@@ -45,9 +45,9 @@ keys! {
     ).later();
     SERVER_MAX_STREAMS: Key<usize> = count(
         "server.max_streams",
-        "256",
+        "2048",
         1..=100_000,
-        "The most calls that one connection may have open. A client holds further ones back until others have ended.",
+        "The most calls that one connection may have open. A client holds further ones back until others have ended, hot ones as well, so keep it above `limits.max_in_flight` and `limits.max_encoding` together: then the server says at once what it cannot take.",
     ).later();
 
     ADMIN_LISTEN: Key<SocketAddr> = address(

@@ -46,7 +46,7 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// answers 431.
 const MAX_HEADER_BYTES: u32 = 64 << 10;
 /// The part of an answer that HTTP/2 keeps ahead of what the peer has read.
-const SEND_BUFFER: usize = 128 << 10;
+const SEND_BUFFER: usize = 64 << 10;
 
 /// What the connections of a listener have in common.
 #[derive(Debug, Clone)]

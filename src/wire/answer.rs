@@ -1,7 +1,7 @@
 //! Answers until their callers have read them.
 //!
 //! HTTP/2 takes an answer only as fast as the caller reads it, and the rest stays in memory here. Its size counts against
-//! `limits.max_unsent_mb` ([`hold`]) until it is taken. An answer that is not taken within `limits.write_ms` is dropped, and its
+//! `limits.max_unsent_mb` until it is taken. An answer that is not taken within `limits.write_ms` is dropped, and its
 //! call is reset as soon as the caller shows up again.
 
 use super::budget::Held;
@@ -17,8 +17,9 @@ use std::{
 };
 use tonic::{Status, body::Body, codegen::Bytes};
 
-/// The most bytes that HTTP/2 gets at once. It keeps what it got until the caller reads it, and nobody counts that.
-const CHUNK: usize = 256 << 10;
+/// The most bytes that HTTP/2 gets at once, which is one of its frames. It keeps what it got until the caller reads it, and nobody
+/// counts that.
+const CHUNK: usize = 16 << 10;
 /// How often answers are looked at.
 const SWEEP: Duration = Duration::from_millis(250);
 

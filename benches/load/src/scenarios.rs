@@ -96,6 +96,9 @@ pub(crate) struct Bench<'a> {
 }
 
 /// The load of w5-overload, as a multiple of the server's capacity in the first phase.
+/// Cold pages of one item: about three times what the encoder of the shipped bundle takes on two cores.
+const COLD_PAGES_PER_SECOND: u32 = 600;
+const COLD_CALL_DEADLINE: Duration = Duration::from_secs(1);
 const OVERLOAD: f64 = 3.0;
 const OVERLOAD_DEADLINE_MS: u64 = 100;
 const COLD_PAGES: usize = 5;
@@ -140,7 +143,13 @@ impl Bench<'_> {
         tokio::time::sleep(Duration::from_millis(500)).await;
         let beside = self.phase("hot beside cold", self.args).await;
         cold.abort();
-        Ok(vec![alone, beside?])
+        self.settle().await?;
+        let cold_pages = tokio::spawn(send_cold_pages(self.server.clone()));
+        // So many have to wait for the encoder by then that most of them are late.
+        tokio::time::sleep(COLD_CALL_DEADLINE).await;
+        let beside_pages = self.phase("hot beside cold pages", self.args).await;
+        cold_pages.abort();
+        Ok(vec![alone, beside?, beside_pages?])
     }
 
     pub(crate) async fn w5_overload(&self) -> anyhow::Result<Vec<Phase>> {
@@ -227,5 +236,19 @@ impl Bench<'_> {
 
     pub(crate) async fn scrape(&self) -> anyhow::Result<Scrape> {
         Scrape::read(&self.args.metrics).await
+    }
+}
+
+/// Sends cold pages as requests, whether or not the server keeps up. Never returns.
+async fn send_cold_pages(server: Service) {
+    let mut ticks = tokio::time::interval(Duration::from_secs(1) / COLD_PAGES_PER_SECOND);
+    loop {
+        ticks.tick().await;
+        let mut server = server.clone();
+        let page = GetMidEmbRequest { user_id: "cold".to_owned(), candidates: cold(1), ..Default::default() };
+        let mut request = tonic::Request::new(page);
+        request.set_timeout(COLD_CALL_DEADLINE);
+        // Most of them are late or turned away, as they should be.
+        tokio::spawn(async move { drop(server.get_mid_emb(request).await) });
     }
 }
