@@ -7,6 +7,8 @@
 #   make fix          mends what a program can: formatting, simple findings of clippy and ruff
 #   make fuzz-smoke   every fuzz target for a few seconds, from the committed corpora
 #   make fuzz         every fuzz target for FUZZ_SECONDS; FUZZ_TARGETS chooses some
+#   make faults       faults injected into a running server, with every vector compared: about three minutes
+#   make faults-smoke those of them that cost little: under a minute
 #   make bench-reload 200 pushes under load, with every answer checked: about three minutes
 #   make bench        every scenario beside lower bounds and two peers, five rounds: about ten minutes
 #   make train-setup  a virtual environment with PyTorch (6 GB)
@@ -16,7 +18,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo serve test lint fix deny fuzz fuzz-smoke fuzz-build bench bench-reload setup build bench-build test-setup lint-setup bench-setup train-setup train train-test
+.PHONY: demo serve test lint fix deny fuzz fuzz-smoke fuzz-build faults faults-smoke bench bench-reload setup build bench-build test-setup lint-setup bench-setup train-setup train train-test
 
 # Whatever loads ONNX Runtime below reports nothing to its maker.
 export ORT_DISABLE_TELEMETRY := 1
@@ -25,6 +27,7 @@ DATA ?= ../shared/data/ml-latest-small
 OUT ?= runs/bundle
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?=
+FAULTS ?=
 PYTHON_SOURCES := deploy tests models benches fuzz
 
 demo: setup build
@@ -55,6 +58,13 @@ fuzz: setup fuzz-build
 
 fuzz-build:
 	@cd fuzz && cargo build --quiet --locked
+
+# Kills, full disks, clock steps, bad stores and bad clients, against the release build.
+faults: setup build test-setup
+	@.venv/bin/python tests/faults/run.py $(FAULTS)
+
+faults-smoke: setup build test-setup
+	@.venv/bin/python tests/faults/run.py --smoke
 
 # benches/ and fuzz/ are workspaces of their own, so that the server builds without them.
 lint: lint-setup

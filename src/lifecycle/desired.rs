@@ -41,6 +41,8 @@ pub struct PersistError {
 /// The start of the first line of a pushed config.
 const HEADER: &str = "# midemb: pushed over ";
 const BASE: &str = " sha256=";
+/// The end of the name of a pushed config that is being written.
+const NEW: &str = ".new";
 
 /// The path where a config that is pushed over `file` is saved.
 pub fn pushed_path(file: &Path) -> PathBuf {
@@ -107,7 +109,9 @@ fn remove(path: &Path) -> io::Result<()> {
 /// Replaces the pushed config atomically: a reader sees either the old file or the new one.
 fn write(path: &Path, base: &str, file: &Path, text: &str, who: &str) -> io::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut new = tempfile::NamedTempFile::new_in(folder)?;
+    let prefix = new_prefix(path);
+    remove_left_overs(folder, &prefix);
+    let mut new = tempfile::Builder::new().prefix(&prefix).suffix(NEW).tempfile_in(folder)?;
     let name = file.file_name().unwrap_or_default().to_string_lossy();
     let who = who.replace(char::is_control, " ");
     writeln!(new, "{HEADER}{name}{BASE}{} by {who}", sha256_hex(base.as_bytes()))?;
@@ -119,6 +123,22 @@ fn write(path: &Path, base: &str, file: &Path, text: &str, who: &str) -> io::Res
         tracing::warn!(%error, folder = %folder.display(), "a pushed config may not survive a power failure");
     }
     Ok(())
+}
+
+/// The start of the name of a pushed config that is being written.
+fn new_prefix(path: &Path) -> String {
+    format!(".{}.", path.file_name().unwrap_or_default().to_string_lossy())
+}
+
+/// Removes what a process that was killed while it wrote left behind. A file that cannot be removed does not fail a push.
+fn remove_left_overs(folder: &Path, prefix: &str) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        if name.to_str().is_some_and(|name| name.starts_with(prefix) && name.ends_with(NEW)) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// The SHA-256 of the config file that a pushed config was pushed over.
@@ -164,6 +184,20 @@ mod tests {
 
         assert_eq!(persist(&file, "a = 3\n", "a = 3\n", "bob").unwrap(), read(&file).unwrap());
         assert!(!pushed_path(&file).exists(), "a pushed file was kept although it is the same as the config file");
+    }
+
+    /// A server that was killed while it saved a config left a file beside the config file for good. Found by `make faults`.
+    #[test]
+    fn the_next_push_removes_what_a_killed_one_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("midemb.toml");
+        for name in [".midemb.pushed.toml.a1b2c3.new", ".other.pushed.toml.a1b2c3.new", "midemb.toml"] {
+            fs::write(folder.path().join(name), "a = 1\n").unwrap();
+        }
+        persist(&file, "a = 1\n", "a = 2\n", "ann").unwrap();
+        let mut names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, [".other.pushed.toml.a1b2c3.new", "midemb.pushed.toml", "midemb.toml"]);
     }
 
     #[test]
