@@ -69,7 +69,10 @@ fn fill(name: &str, n: u64) -> Filled {
         _ => {
             let known = KnownItems::new(UNBOUNDED, 8192);
             (0..n).for_each(|i| {
-                drop(known.resolve(vec![Item { id: format!("item-{i:>9}"), text: Some(Ok(text(i))) }], Priority::Request))
+                drop(
+                    known
+                        .resolve(vec![Item { id: format!("item-{i:>9}"), text: Some(Ok(text(i))) }], Priority::Request),
+                )
             });
             let counted = known.measure().n_bytes;
             Filled::new(known, 14 + 40 + 5, counted)
