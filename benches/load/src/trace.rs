@@ -61,7 +61,7 @@ mod tests {
 
     #[test]
     fn requests_are_read_up_to_the_bound_and_to_a_line_that_was_cut_off() {
-        let requests = read_text(&format!("{LINE}{LINE}{{\"at_ms\":2,\"hist"), 9).unwrap();
+        let requests = read_text(format!("{LINE}{LINE}{{\"at_ms\":2,\"hist"), 9).unwrap();
         let item = |id: &str, digest: Option<&str>| TracedItem(id.to_owned(), digest.map(str::to_owned));
         let expected = TracedRequest { history: vec![item("a", Some("6b8b"))], candidates: vec![item("b", None)] };
         assert_eq!(requests, [expected.clone(), expected]);
