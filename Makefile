@@ -7,7 +7,7 @@
 #   make fix          mends what a program can: formatting, simple findings of clippy and ruff
 #   make fuzz-smoke   every fuzz target for a few seconds, from the committed corpora
 #   make fuzz         every fuzz target for FUZZ_SECONDS; FUZZ_TARGETS chooses some
-#   make faults       faults injected into a running server, with every vector compared: about three minutes
+#   make faults       faults injected into a running server, with every vector compared: about two minutes
 #   make faults-smoke those of them that cost little: under a minute
 #   make bench-reload 200 pushes under load, with every answer checked: about three minutes
 #   make bench        every scenario beside lower bounds and two peers, five rounds: about ten minutes

@@ -18,7 +18,7 @@ def wait_for_snapshot(server: Server) -> str:
 
 
 def killed_during_traffic(lab: Lab) -> str:
-    """A restart has the snapshot that the log named last, and answers from it bit for bit."""
+    """A restart has the snapshot that the log named last, and answers from it without encoding anything."""
     file = lab.write_config(*SNAPSHOTS)
     n_rounds, n_calls = 3, 0
     for i in range(n_rounds):

@@ -85,7 +85,7 @@ def check_vectors(lab: Lab, server: Server) -> float:
 
 
 def check_restored(lab: Lab, server: Server) -> None:
-    """All pages come from the caches, by their ids alone and bit for bit."""
+    """All pages are answered by their ids alone and without encoding anything, with the vectors of their references."""
     server.wait_for_log("caches restored")
     assert not server.logs("a part of the snapshot of the caches was refused"), "a part was refused"
     n_before = server.n_encoded()
