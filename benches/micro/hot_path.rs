@@ -14,8 +14,9 @@ use midemb::{
         DType, Item, ItemKey, ItemText, Matrix, MidEmbResponse, ModelRef, Priority, RowStatus, TextDigest, TowerDigest,
         UserKey, Vector, all_finite,
     },
-    wire::{decode, encode, proto},
+    wire::{decode, encode, raw::RawMessage},
 };
+use midemb_client::proto;
 use prost::Message;
 use std::{
     hint::black_box,
@@ -33,6 +34,12 @@ const LIMITS: Limits = Limits {
     max_text_bytes: 8192,
     max_message_bytes: 16 << 20,
     max_in_flight: 256,
+    max_encoding: 1024,
+    read: Duration::from_secs(5),
+    write: Duration::from_secs(5),
+    max_receiving_bytes: 256 << 20,
+    max_unsent_bytes: 256 << 20,
+    max_warm_up_bytes: 256 << 20,
     default_deadline: Duration::from_secs(1),
 };
 
@@ -60,13 +67,8 @@ fn message() -> proto::GetMidEmbRequest {
 }
 
 fn wire(c: &mut Criterion) {
-    let bytes = message().encode_to_vec();
-    c.bench_function("decode", |b| {
-        b.iter(|| {
-            let message = proto::GetMidEmbRequest::decode(bytes.as_slice()).unwrap();
-            decode::request(message, Instant::now(), &LIMITS).unwrap()
-        });
-    });
+    let message = RawMessage(message().encode_to_vec().into());
+    c.bench_function("decode", |b| b.iter(|| decode::request(&message, Instant::now(), &LIMITS).unwrap()));
     let answer = MidEmbResponse {
         model: Arc::new(ModelRef { name: "learn".to_owned(), version: "1".to_owned(), digest: "0".repeat(64) }),
         statuses: vec![RowStatus::Ok; N_CANDIDATES],
