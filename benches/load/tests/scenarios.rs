@@ -141,7 +141,7 @@ fn sessions_of_pages_cold_items_and_hot_requests_beside_cold_ones_are_measured()
 
     let both = server.phases(&["w4-hot-while-cold", "--rate", "200"]);
     let names: Vec<&str> = both.iter().map(|phase| phase["phase"].as_str().unwrap()).collect();
-    assert_eq!(names, ["hot alone", "hot beside cold"]);
+    assert_eq!(names, ["hot alone", "hot beside cold", "hot beside cold pages"]);
     let refused = server.bench(&["w4-hot-while-cold"]);
     assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("--rate"));
 }
