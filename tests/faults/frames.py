@@ -1,6 +1,7 @@
 """HTTP/2 frames made by hand (RFC 9113), for peers that no library would be."""
 
 import socket
+import struct
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
 END_STREAM, END_HEADERS = 1, 4
@@ -76,4 +77,9 @@ class Peer:
         return self.send(data)
 
     def close(self) -> None:
+        self.socket.close()
+
+    def reset(self) -> None:
+        """Closes with a TCP reset, as a process that was killed does."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
