@@ -50,6 +50,8 @@ N_HOT_ITEMS, N_COLD_ITEMS, N_SMALL_PAGE = 600, 20, 20
 # Longer than limits.write_ms and limits.read_ms of the soak's server.
 STALL_SECONDS = 3.0
 MAX_PIECE = 1 << 20
+# Vectors of length 1 and probabilities, computed in batches of other sizes, differ by far less.
+MAX_DIFFERENCE = 1e-5
 BUSY = {"DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
 ALLOWED = {"OK", "CANCELLED", "closed", *BUSY}
 
@@ -71,12 +73,16 @@ class Calls:
 
 @dataclass
 class Probe:
-    """A fixed page, asked for all the time: every answered vector must have the bits that its model answered first."""
+    """A fixed page, asked for all the time: every vector must be what its model answered first.
+
+    Not bit for bit: what was evicted is computed again, in a batch of another size, which rounds differently.
+    """
 
     request: object
     firsts: dict
     n_answers: int = 0
     n_vectors: int = 0
+    largest_difference: float = 0.0
     differences: list | None = None
 
     def check(self, answer) -> None:
@@ -89,8 +95,10 @@ class Probe:
         firsts = self.firsts.setdefault(digest, {})
         for key, row in rows.items():
             self.n_vectors += 1
-            if firsts.setdefault(key, row) != row and len(self.differences) < 50:
-                self.differences.append(f"{key[0]} {key[1]} of model {digest[:12]}: {apart(firsts[key], row):.1e}")
+            difference = apart(firsts.setdefault(key, row), row)
+            self.largest_difference = max(self.largest_difference, difference)
+            if not difference <= MAX_DIFFERENCE and len(self.differences) < 50:
+                self.differences.append(f"{key[0]} {key[1]} of model {digest[:12]}: {difference:.1e}")
 
 
 def vectors_by_row(answer) -> dict[tuple[str, int], bytes]:
@@ -106,8 +114,7 @@ def vectors_by_row(answer) -> dict[tuple[str, int], bytes]:
 
 def apart(one: bytes, other: bytes) -> float:
     """The largest difference between two vectors of 32-bit floats."""
-    pairs = zip(memoryview(one).cast("f"), memoryview(other).cast("f"), strict=True)
-    return max(abs(a - b) for a, b in pairs)
+    return float(np.max(np.abs(np.frombuffer(one, np.float32) - np.frombuffer(other, np.float32))))
 
 
 class Traffic:
