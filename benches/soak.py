@@ -110,9 +110,11 @@ def one_round(
     watch.add(samples[-1])
     rss, anonymous = (statistics.median(getattr(s, name) for s in samples) for name in ("rss_mb", "anonymous_mb"))
     last = samples[-1]
+    # What is leaked stays; a snapshot that is being written has a file open for a moment.
+    n_files, n_threads = (min(getattr(s, name) for s in samples) for name in ("n_files", "n_threads"))
     minute = (time.monotonic() - began) / 60
     busy = cpu_seconds / (end.at - start.at)
-    return Round(minute, rss, anonymous, last.n_files, last.n_threads, busy, last, not_idle)
+    return Round(minute, rss, anonymous, n_files, n_threads, busy, last, not_idle)
 
 
 def soak(args: argparse.Namespace, folder: Path) -> Soak:

@@ -38,6 +38,7 @@ const LIMITS: Limits = Limits {
     read: Duration::from_secs(5),
     write: Duration::from_secs(5),
     max_receiving_bytes: 256 << 20,
+    max_decoded_bytes: 512 << 20,
     max_unsent_bytes: 256 << 20,
     max_warm_up_bytes: 256 << 20,
     default_deadline: Duration::from_secs(1),

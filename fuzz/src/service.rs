@@ -34,6 +34,7 @@ pub const LIMITS: Limits = Limits {
     read: Duration::from_secs(3600),
     write: Duration::from_secs(3600),
     max_receiving_bytes: 1 << 20,
+    max_decoded_bytes: 1 << 20,
     max_unsent_bytes: 1 << 20,
     max_warm_up_bytes: 1 << 20,
     // No machine is so slow that a row is late.

@@ -227,6 +227,12 @@ keys! {
         1..=1 << 20,
         "Memory for messages that are arriving, over all connections; one connection gets at most a quarter. At least `limits.max_message_mb`.",
     ).later();
+    LIMITS_MAX_DECODED_MB: Key<u64> = megabytes(
+        "limits.max_decoded_mb",
+        "512",
+        1..=1 << 20,
+        "Memory for requests that are being answered, texts and ids, over all connections; one connection gets at most a quarter. Never less than two of the largest messages.",
+    ).later();
     LIMITS_MAX_UNSENT_MB: Key<u64> = megabytes(
         "limits.max_unsent_mb",
         "256",

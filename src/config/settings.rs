@@ -109,6 +109,8 @@ pub struct Limits {
     pub write: Duration,
     /// `limits.max_receiving_mb`, in bytes.
     pub max_receiving_bytes: u64,
+    /// `limits.max_decoded_mb`, in bytes.
+    pub max_decoded_bytes: u64,
     /// `limits.max_unsent_mb`, in bytes.
     pub max_unsent_bytes: u64,
     /// `limits.max_warm_up_mb`, in bytes.
@@ -252,6 +254,7 @@ impl Limits {
             read: reader.get(&keys::LIMITS_READ_MS),
             write: reader.get(&keys::LIMITS_WRITE_MS),
             max_receiving_bytes: reader.get(&keys::LIMITS_MAX_RECEIVING_MB),
+            max_decoded_bytes: reader.get(&keys::LIMITS_MAX_DECODED_MB),
             max_unsent_bytes: reader.get(&keys::LIMITS_MAX_UNSENT_MB),
             max_warm_up_bytes: reader.get(&keys::LIMITS_MAX_WARM_UP_MB),
             default_deadline: reader.get(&keys::LIMITS_DEFAULT_DEADLINE_MS),

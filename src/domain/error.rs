@@ -88,6 +88,9 @@ pub enum ShedReason {
     /// The messages that are arriving take all of `limits.max_receiving_mb`, or all that one connection may have of it.
     #[error("too many bytes of messages are arriving")]
     Receiving,
+    /// The requests that are being answered take all of `limits.max_decoded_mb`, or all that one connection may have of it.
+    #[error("too many bytes of requests are being answered")]
+    Decoded,
     /// The answers that callers have not read take all of `limits.max_unsent_mb`, or all that one connection may have of it.
     #[error("too many bytes of answers are waiting to be read")]
     UnsentAnswers,
@@ -105,6 +108,7 @@ impl ShedReason {
             ShedReason::EncoderQueue => "encoder_queue",
             ShedReason::Encoding => "encoding",
             ShedReason::Receiving => "receiving",
+            ShedReason::Decoded => "decoded",
             ShedReason::UnsentAnswers => "unsent_answers",
             ShedReason::Streams => "streams",
         }

@@ -2,10 +2,15 @@
 //!
 //! Invariants:
 //! - A peer that does not begin to speak HTTP/2 within [`HANDSHAKE`] loses its connection, and never holds up a drain.
+//! - So does a peer that takes nothing of what it is sent for `limits.write_ms`. Nobody else notices one whose window is open and whose
+//!   socket is full: HTTP/2 has the answers, and counts them as sent.
 //! - A drain tells the peer to open no more streams. The connection ends when its calls are answered and the peer has read the
 //!   answers, or has had `limits.write_ms` to read them.
 
-use super::{listener::Slot, tls::Tls};
+use super::{
+    listener::{Patient, Slot, with_patience},
+    tls::Tls,
+};
 use crate::{
     telemetry::events,
     wire::{
@@ -72,7 +77,7 @@ impl<S> Handler for S where
 {
 }
 
-type Stream = Either<TcpStream, TlsStream<TcpStream>>;
+type Stream = Either<Patient, TlsStream<Patient>>;
 
 /// Serves one connection to its end. It ends early if the drain begins before its first request can.
 pub(super) async fn serve(stream: TcpStream, address: SocketAddr, slot: Slot, handler: impl Handler, options: Options) {
@@ -104,7 +109,16 @@ pub(super) async fn serve(stream: TcpStream, address: SocketAddr, slot: Slot, ha
             calls.close();
             // Answers that are not read by then are lost, as without a drain. A peer that reads nothing and acknowledges nothing
             // must not hold up the end.
-            let answered = async { calls.wait().await; tokio::time::sleep(options.write).await };
+            let answered = async {
+                loop {
+                    calls.wait().await;
+                    tokio::time::sleep(options.write).await;
+                    // Otherwise a call that was on its way when the drain began has come.
+                    if calls.is_empty() {
+                        break;
+                    }
+                }
+            };
             tokio::select! {
                 served = &mut connection => served,
                 () = answered => return,
@@ -138,6 +152,7 @@ impl Refusal {
 
 /// Completes TLS, if the listener has it, and reads HTTP/2's preface.
 async fn open(stream: TcpStream, options: &Options) -> Result<Stream, Refusal> {
+    let stream = with_patience(stream, options.write);
     let mut stream = match &options.tls {
         None => Either::Left(stream),
         Some(tls) => match TlsAcceptor::from(tls.current()).accept(stream).await {

@@ -1,7 +1,12 @@
 //! `/metrics` for Prometheus, `/livez` and `/readyz` for an orchestrator.
 
-use super::listener::{Accepting, accept};
-use crate::{cache::Caches, pipeline::Pipeline, telemetry::recorder::Recorder, wire::receive::Budgets};
+use super::listener::{Accepting, accept, with_patience};
+use crate::{
+    cache::Caches,
+    pipeline::Pipeline,
+    telemetry::recorder::Recorder,
+    wire::{budget::Budget, receive::Budgets},
+};
 use axum::{
     Router,
     extract::State as Extract,
@@ -32,11 +37,13 @@ pub(super) struct State {
     pub(super) caches: Arc<Caches>,
     pub(super) pipeline: Arc<Pipeline>,
     pub(super) budgets: Budgets,
+    pub(super) admin_receiving: Arc<Budget>,
     pub(super) draining: watch::Receiver<bool>,
 }
 
-/// Serves until the process ends, so that metrics can be scraped during a drain.
-pub(super) async fn serve(listener: TcpListener, state: State) {
+/// Serves until the process ends, so that metrics can be scraped during a drain. A peer that takes nothing of its answer for the time
+/// `write` loses its connection.
+pub(super) async fn serve(listener: TcpListener, state: State, write: Duration) {
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/livez", get(|| async { "ok\n" }))
@@ -45,13 +52,13 @@ pub(super) async fn serve(listener: TcpListener, state: State) {
     // It never drains, so the sender lives as long as the process.
     let (_never, draining) = watch::channel(false);
     let accepting = Accepting { listener: "metrics", slots: Arc::new(Semaphore::new(MAX_CONNECTIONS)), draining };
-    accept(listener, accepting, |stream, _address, slot| {
+    accept(listener, accepting, move |stream, _address, slot| {
         let router = TowerToHyperService::new(router.clone());
         async move {
             let _slot = slot;
             let mut server = http1::Builder::new();
             server.timer(TokioTimer::new()).header_read_timeout(IDLE);
-            if let Err(error) = server.serve_connection(TokioIo::new(stream), router).await {
+            if let Err(error) = server.serve_connection(TokioIo::new(with_patience(stream, write)), router).await {
                 tracing::debug!(listener = "metrics", %error, "connection failed");
             }
         }
@@ -62,6 +69,7 @@ pub(super) async fn serve(listener: TcpListener, state: State) {
 async fn metrics(Extract(state): Extract<State>) -> impl IntoResponse {
     state.caches.measure();
     state.budgets.measure();
+    state.admin_receiving.measure();
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], state.recorder.render())
 }
 

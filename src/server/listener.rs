@@ -10,11 +10,12 @@ use crate::{
     wire::drain_began,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
 };
+use tokio_io_timeout::TimeoutWriter;
 use tokio_util::task::TaskTracker;
 
 /// The pause after a failed accept.
@@ -93,6 +94,16 @@ fn take_slot(listener: &'static str, slots: &Arc<Semaphore>) -> Option<Slot> {
 fn is_of_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
     matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted)
+}
+
+/// A socket whose writes fail when the peer has taken nothing of them for the time `write`. Neither HTTP/2's pings nor a bound on idle
+/// connections help there: pings wait behind the data that does not leave, and what is half sent is not idle.
+pub(super) type Patient = Pin<Box<TimeoutWriter<TcpStream>>>;
+
+pub(super) fn with_patience(stream: TcpStream, write: Duration) -> Patient {
+    let mut writer = TimeoutWriter::new(stream);
+    writer.set_timeout(Some(write));
+    Box::pin(writer)
 }
 
 /// A failure costs the option and nothing else.

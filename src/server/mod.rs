@@ -91,6 +91,8 @@ impl Listeners {
     }
 }
 
+/// Operators need a handful, which clients of the main listener must not take.
+const MAX_ADMIN_CONNECTIONS: usize = 256;
 /// How long the last snapshot may take beyond `server.drain_seconds`: docs/operating.md says which grace period follows.
 const LAST_SNAPSHOT_RESERVE: Duration = Duration::from_secs(5);
 
@@ -120,26 +122,27 @@ pub async fn run(
 ) -> Result<(), ServerError> {
     let Start { file, desired, settings, trace } = start;
     listener::raise_open_files(settings.max_connections);
-    let slots = Arc::new(Semaphore::new(settings.max_connections));
+    let [slots, admin_slots] = [settings.max_connections, MAX_ADMIN_CONNECTIONS].map(|n| Arc::new(Semaphore::new(n)));
     let caches = Arc::new(Caches::new(cache_limits(&settings)));
     let pipeline = Arc::new(new_pipeline(&settings, &caches).with_trace(trace));
     let snapshot_keeper = |folder: &PathBuf| Arc::new(SnapshotKeeper::new(Arc::clone(&caches), folder.clone()));
     let snapshots = settings.snapshot_folder.as_ref().map(snapshot_keeper);
     let config_source = ConfigSource::open(&file).map_err(ServerError::Signal)?;
     let (set_draining, draining) = watch::channel(false);
-    let lifecycle =
-        Arc::new(Lifecycle::new(Arc::clone(&pipeline), snapshots.clone(), file, settings.clone(), draining.clone()));
+    let lifecycle = Lifecycle::new(Arc::clone(&pipeline), snapshots.clone(), file, settings.clone(), draining.clone());
+    let lifecycle = Arc::new(lifecycle);
     let addresses = [&listeners.grpc, &listeners.admin, &listeners.metrics].map(listener::address);
-    let budgets = Budgets::new(&settings.limits);
+    let (budgets, admin_budgets) = (Budgets::new(&settings.limits), Budgets::for_admin(&settings.limits));
     tokio::spawn(recorder.clone().keep_up());
     let state = http::State {
         recorder,
         caches: Arc::clone(&caches),
         pipeline: Arc::clone(&pipeline),
         budgets: budgets.clone(),
+        admin_receiving: Arc::clone(&admin_budgets.receiving),
         draining: draining.clone(),
     };
-    tokio::spawn(http::serve(listeners.metrics, state));
+    tokio::spawn(http::serve(listeners.metrics, state, settings.limits.write));
     let options = |listener, tls| connection::Options {
         listener,
         tls,
@@ -150,7 +153,7 @@ pub async fn run(
     let (health, health_service) = tonic_health::server::health_reporter();
     set_health(&health, ServingStatus::NotServing).await;
     let mid_emb = MidEmb::new(Arc::clone(&pipeline), settings.limits, budgets.clone(), draining.clone());
-    let receive = ReceiveLayer::new(pipeline.clone(), settings.limits, budgets.clone(), draining.clone());
+    let receive = ReceiveLayer::new(pipeline.clone(), settings.limits, budgets, draining.clone());
     let grpc = Routes::new(health_service)
         .add_service(MidEmbServiceServer::new(mid_emb).max_decoding_message_size(settings.limits.max_message_bytes))
         .add_service(reflection_v1())
@@ -158,11 +161,11 @@ pub async fn run(
     let admin = Admin::new(caches, Arc::clone(&pipeline), Arc::clone(&lifecycle), draining.clone());
     let guard = Guard::new(settings.admin_guard.token_file.clone());
     let admin = Routes::new(AdminServiceServer::with_interceptor(admin, guard)).add_service(reflection_v1());
-    let admin_receive = ReceiveLayer::for_admin(settings.limits, budgets, draining.clone());
+    let admin_receive = ReceiveLayer::for_admin(settings.limits, admin_budgets, draining.clone());
     let grpc = CountLayer.layer(receive.layer(grpc.prepare()));
     let admin = CountLayer.layer(admin_receive.layer(admin.prepare()));
     let grpc = serve_grpc(listeners.grpc, grpc, &slots, options("main", None));
-    let admin = serve_grpc(listeners.admin, admin, &slots, options("admin", Tls::watch(&settings.admin_guard)?));
+    let admin = serve_grpc(listeners.admin, admin, &admin_slots, options("admin", Tls::watch(&settings.admin_guard)?));
     let serving = tokio::spawn(async { tokio::join!(grpc, admin) });
 
     tokio::pin!(shutdown);

@@ -92,13 +92,14 @@ metrics! {
     IN_FLIGHT = "midemb_in_flight_requests", Kind::Gauge, "";
     /// GetMidEmb requests that wait for the encoder, or did until they were scored.
     ENCODING_REQUESTS = "midemb_encoding_requests", Kind::Gauge, "";
-    /// Bytes that calls hold of a budget: receiving (messages that are arriving), unsent (answers that callers have not read).
+    /// Bytes that calls hold of a budget: receiving (messages that are arriving; receiving_admin on that listener), decoded (requests that
+    /// are being answered), unsent (answers that callers have not read).
     BUDGET_BYTES = "midemb_budget_bytes", Kind::Gauge, "budget";
     /// Calls that hold bytes of a budget.
     BUDGET_CALLS = "midemb_budget_calls", Kind::Gauge, "budget";
     /// Answers dropped because their callers did not read them within `limits.write_ms`.
     ANSWERS_DROPPED = "midemb_answers_dropped_total", Kind::Counter, "";
-    /// Open connections of a gRPC listener (main, admin).
+    /// Open connections of a listener (main, admin, metrics).
     CONNECTIONS = "midemb_connections", Kind::Gauge, "listener";
     /// Connections closed before their first request, by reason: too_many (`server.max_connections`), silent, left, not_http2, tls; and accept_failed, attempts to accept one.
     CONNECTIONS_REFUSED = "midemb_connections_refused_total", Kind::Counter, "listener,reason";

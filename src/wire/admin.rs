@@ -234,7 +234,7 @@ impl AdminService for Admin {
         request: Request<Streaming<proto::CacheChunk>>,
     ) -> Result<Response<proto::ImportCacheResponse>, Status> {
         let who = Operator::of(&request);
-        let _turn = self.transfer("ImportCache")?;
+        let turn = self.transfer("ImportCache")?;
         let room = request.extensions().get::<HeldRoom>().cloned().unwrap_or_default();
         let mut chunks = request.into_inner();
         // A file with more entries than a cache holds would evict its own entries.
@@ -252,7 +252,12 @@ impl AdminService for Admin {
             file.extend_from_slice(&chunk.data);
         }
         let (caches, served) = (Arc::clone(&self.caches), self.lifecycle.cached_parts());
-        let import = move || snapshot::import(&file, &caches, &served);
+        // The thread ends what it has begun, also for a caller that has left, and nobody else may begin before.
+        let import = move || {
+            let imported = snapshot::import(&file, &caches, &served);
+            drop((file, turn));
+            imported
+        };
         let imported =
             background::run(Urgency::GivesWay, import).await.map_err(|error| internal("ImportCache", error))?;
         let imported = imported.map_err(|reason| invalid_argument("ImportCache", "data", reason.to_string()))?;

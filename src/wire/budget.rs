@@ -54,6 +54,11 @@ impl Budget {
         events::budget_measured(self.name, load(&self.used), load(&self.n_holders));
     }
 
+    #[cfg(test)]
+    pub(super) fn n_used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
     /// Whether no more can be taken, for however small a message.
     pub fn is_exhausted(&self) -> bool {
         self.used.load(Ordering::Relaxed) >= self.max

@@ -21,6 +21,8 @@ pub struct CallContext {
     pub arrival: Instant,
     /// The caller's budget, if it sent one.
     timeout: Option<Duration>,
+    /// The call's metadata, counted as HTTP/2 does: names, values, and 32 bytes for each entry.
+    pub metadata_bytes: usize,
     /// Who calls.
     pub peer: Peer,
     model: Arc<OnceLock<Arc<ModelRef>>>,
@@ -29,7 +31,13 @@ pub struct CallContext {
 impl Default for CallContext {
     /// A call that arrives now, from nobody.
     fn default() -> Self {
-        CallContext { arrival: Instant::now(), timeout: None, peer: Peer::default(), model: Arc::default() }
+        CallContext {
+            arrival: Instant::now(),
+            timeout: None,
+            metadata_bytes: 0,
+            peer: Peer::default(),
+            model: Arc::default(),
+        }
     }
 }
 
@@ -38,6 +46,7 @@ impl CallContext {
         CallContext {
             arrival: Instant::now(),
             timeout: decode::timeout(request.headers()),
+            metadata_bytes: request.headers().iter().map(|(key, value)| key.as_str().len() + value.len() + 32).sum(),
             peer: Peer::of(request.extensions()),
             model: Arc::default(),
         }
@@ -108,13 +117,12 @@ impl Method {
     }
 }
 
-/// The most bytes of a call's metadata, counted as HTTP/2 does: names, values, and 32 for each entry.
-const MAX_METADATA_BYTES: usize = 16 << 10;
+/// The most bytes of a call's metadata.
+pub(super) const MAX_METADATA_BYTES: usize = 16 << 10;
 
 /// Refuses a call with too much metadata. HTTP/2 itself would answer 431, which clients report as UNKNOWN.
-fn check_metadata<B>(request: &Request<B>) -> Result<(), Status> {
-    let entries = request.headers().iter();
-    let n_bytes: usize = entries.map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
+fn check_metadata(context: &CallContext) -> Result<(), Status> {
+    let n_bytes = context.metadata_bytes;
     if n_bytes > MAX_METADATA_BYTES {
         let text = format!("metadata: has {n_bytes} bytes, at most {MAX_METADATA_BYTES} are allowed");
         return Err(Status::invalid_argument(text));
@@ -155,13 +163,15 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let Some(method) = Method::of(request.uri().path()) else {
-            return Box::pin(self.inner.call(request));
-        };
         let context = CallContext::new(&request);
-        let mut call = Call { method: method.name, context: context.clone(), code: Code::Cancelled };
-        if let Err(status) = check_metadata(&request) {
-            call.code = status.code();
+        let checked = check_metadata(&context);
+        let method = Method::of(request.uri().path());
+        let mut call =
+            method.map(|method| Call { method: method.name, context: context.clone(), code: Code::Cancelled });
+        if let Err(status) = checked {
+            if let Some(call) = &mut call {
+                call.code = status.code();
+            }
             return Box::pin(async { Ok(status.into_http()) });
         }
         request.extensions_mut().insert(context);
@@ -169,7 +179,9 @@ where
         Box::pin(async move {
             let mut call = call;
             let response = answer.await?;
-            call.code = code_of(&response);
+            if let Some(call) = &mut call {
+                call.code = code_of(&response);
+            }
             Ok(response)
         })
     }

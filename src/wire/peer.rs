@@ -20,6 +20,8 @@ pub struct Peer {
 pub struct Shares {
     /// Messages that are arriving.
     pub receiving: Arc<Share>,
+    /// Requests that are being answered.
+    pub decoded: Arc<Share>,
     /// Answers that the peer has not taken yet.
     pub unsent: Arc<Share>,
 }

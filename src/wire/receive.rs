@@ -2,14 +2,14 @@
 //!
 //! A `GetMidEmb` call that cannot be served in time is turned away when its headers arrive, before its message is read. Any other
 //! reason to hold something for a caller ends here, too: a message has `limits.read_ms` to arrive and counts against
-//! `limits.max_receiving_mb`; an answer has `limits.write_ms` to be read; a call ends at the deadline that its caller sent; and no
-//! call of a method that streams, ours or health's or reflection's, outlives the start of a drain.
+//! `limits.max_receiving_mb`; an answer has `limits.write_ms` to be read; a call ends at the deadline that its caller sent; a stream
+//! may not pause for long; and no call that streams, ours or reflection's, outlives the start of a drain.
 
 use super::{
     answer::{self, Sweeper},
     body,
     budget::Budget,
-    layer::{CallContext, Kind, Method},
+    layer::{CallContext, Kind, MAX_METADATA_BYTES, Method},
     status::{self, to_status},
 };
 use crate::{
@@ -39,30 +39,55 @@ use tower::{Layer, Service};
 pub struct Budgets {
     /// `limits.max_receiving_mb`
     pub receiving: Arc<Budget>,
+    /// `limits.max_decoded_mb`
+    pub decoded: Arc<Budget>,
     /// `limits.max_unsent_mb`
     pub unsent: Arc<Budget>,
-    /// `limits.max_warm_up_mb`, in units of [`body::UPLOAD_UNIT`].
-    pub warm_up: Arc<Semaphore>,
+    /// `limits.max_warm_up_mb`, in units of [`body`].
+    pub uploads: Arc<Semaphore>,
+    /// Places for the streams of other services, such as reflection.
+    others: Arc<Semaphore>,
 }
 
 /// An answer of this many bytes, or several of them, may always wait on one connection.
 const LARGE_ANSWER: u64 = 64 << 20;
+/// What the largest message takes of a budget beside its own bytes.
+const MESSAGE_EXTRA: usize = body::CALL_BYTES + MAX_METADATA_BYTES + body::PREFIX;
+/// Streams of other services that may be open on a listener.
+const MAX_OTHER_STREAMS: usize = 64;
+/// The longest message of another service.
+const MAX_OTHER_MESSAGE: usize = 64 << 10;
 
 impl Budgets {
-    /// Budgets of `limits`.
+    /// Budgets of `limits` for the listener of `MidEmbService`.
     pub fn new(limits: &Limits) -> Self {
-        let receiving = Budget::new("receiving", limits.max_receiving_bytes, limits.max_message_bytes as u64);
+        Self::of("receiving", limits)
+    }
+
+    /// Those for the listener of `AdminService`, so that no client keeps operators out.
+    pub fn for_admin(limits: &Limits) -> Self {
+        Self::of("receiving_admin", limits)
+    }
+
+    fn of(receiving: &'static str, limits: &Limits) -> Self {
+        let message = limits.max_message_bytes;
+        let one = (message + MESSAGE_EXTRA) as u64;
+        let receiving = Budget::new(receiving, limits.max_receiving_bytes.max(one), one);
+        let decoded = Budget::new("decoded", limits.max_decoded_bytes.max(2 * one), 2 * one);
         let unsent = Budget::new("unsent", limits.max_unsent_bytes, LARGE_ANSWER.min(limits.max_unsent_bytes));
         Budgets {
             receiving: Arc::new(receiving),
+            decoded: Arc::new(decoded),
             unsent: Arc::new(unsent),
-            warm_up: Arc::new(Semaphore::new(body::upload_units(limits.max_warm_up_bytes as usize))),
+            uploads: Arc::new(body::upload_room(limits.max_warm_up_bytes as usize, message)),
+            others: Arc::new(Semaphore::new(MAX_OTHER_STREAMS)),
         }
     }
 
     /// Sets the metrics of what is held now.
     pub fn measure(&self) {
         self.receiving.measure();
+        self.decoded.measure();
         self.unsent.measure();
     }
 }
@@ -148,12 +173,26 @@ where
             }
             Some(Method { kind: Kind::Upload, name, .. }) => {
                 let deadline = context.deadline();
-                Box::pin(by_deadline(name, deadline, rules.stream(inner, request, deadline)))
+                let upload = rules.upload(deadline);
+                Box::pin(by_deadline(name, deadline, stream(upload, inner, request)))
             }
-            None => Box::pin(rules.stream(inner, request, None)),
+            None if HEALTH.contains(&request.uri().path()) => {
+                let deadline = context.deadline();
+                Box::pin(rules.unary(Call { method: "Health", context, deadline }, inner, request))
+            }
+            None => match rules.other_upload(context.deadline()) {
+                Ok(upload) => Box::pin(stream(upload, inner, request)),
+                Err(error) => {
+                    let refused = status::from_error(&error).into_http();
+                    Box::pin(async { Ok(refused) })
+                }
+            },
         }
     }
 }
+
+/// The methods of the health service. Each takes one message.
+const HEALTH: [&str; 2] = ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"];
 
 /// A call of one message.
 struct Call {
@@ -187,46 +226,57 @@ impl Rules {
         let read_by = context.arrival + self.limits.read;
         let message = body::Message {
             max_bytes: self.limits.max_message_bytes,
+            metadata_bytes: context.metadata_bytes,
             budget: &self.budgets.receiving,
             share: &context.peer.shares.receiving,
         };
         let ends = deadline.map_or(read_by, |deadline| deadline.min(read_by));
-        let message = match tokio::time::timeout_at(ends.into(), message.read(body)).await {
-            Ok(Ok(message)) => message,
+        let (message, held) = match tokio::time::timeout_at(ends.into(), message.read(body)).await {
+            Ok(Ok(read)) => read,
             Ok(Err(body::Refused::Shed)) => return Ok(to_status(method)(shed(ShedReason::Receiving)).into_http()),
             Ok(Err(body::Refused::Fault(status))) => return Ok(status.into_http()),
             Err(_elapsed) if ends == read_by => return Ok(too_slow(self.limits.read).into_http()),
             Err(_elapsed) => return Ok(expired(method)),
         };
-        let answer = inner.call(Request::from_parts(parts, Body::new(Full::new(message))));
+        let mut request = Request::from_parts(parts, Body::new(Full::new(message)));
+        // Held until the handler has decoded the message.
+        request.extensions_mut().insert(Arc::new(held));
+        let answer = inner.call(request);
         let response = by_deadline(method, deadline, answer).await?;
         Ok(answer::watch(response, &self.sweeper))
     }
 
-    /// Answers a call whose messages may go on for ever.
-    async fn stream<S, B>(
-        self: Arc<Self>,
-        mut inner: S,
-        request: Request<B>,
-        deadline: Option<Instant>,
-    ) -> Result<Response<Body>, S::Error>
-    where
-        S: Service<Request<Body>, Response = Response<Body>>,
-        B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
-        B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
-    {
-        let upload = body::Upload {
+    /// The rules of our own streams.
+    fn upload(&self, deadline: Option<Instant>) -> body::Upload {
+        body::Upload {
             max_bytes: self.limits.max_message_bytes,
             read: self.limits.read,
             deadline,
-            room: Arc::clone(&self.budgets.warm_up),
+            room: Some(Arc::clone(&self.budgets.uploads)),
+            place: None,
             draining: self.draining.clone(),
-        };
-        let (mut parts, body) = request.into_parts();
-        let (body, held) = upload.forward(body);
-        parts.extensions.insert(held);
-        inner.call(Request::from_parts(parts, body)).await
+        }
     }
+
+    /// The rules of the streams of other services, and of calls to paths that nobody serves.
+    fn other_upload(&self, deadline: Option<Instant>) -> Result<body::Upload, Error> {
+        let place = Arc::clone(&self.budgets.others).try_acquire_owned();
+        let place = place.map_err(|_none_left| shed(ShedReason::Streams))?;
+        Ok(body::Upload { max_bytes: MAX_OTHER_MESSAGE, room: None, place: Some(place), ..self.upload(deadline) })
+    }
+}
+
+/// Answers a call whose messages may go on for ever.
+async fn stream<S, B>(upload: body::Upload, mut inner: S, request: Request<B>) -> Result<Response<Body>, S::Error>
+where
+    S: Service<Request<Body>, Response = Response<Body>>,
+    B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
+{
+    let (mut parts, body) = request.into_parts();
+    let (body, held) = upload.forward(body);
+    parts.extensions.insert(held);
+    inner.call(Request::from_parts(parts, body)).await
 }
 
 /// The error for a call that was shed for `reason`, which is counted.

@@ -3,6 +3,7 @@
 use super::{
     answer,
     body::HeldRoom,
+    budget::Held,
     decode, drain_began, encode,
     layer::CallContext,
     proto,
@@ -23,7 +24,7 @@ use prost::Message;
 use proto::mid_emb_service_server::MidEmbService;
 use std::sync::Arc;
 use tokio::{
-    sync::{Semaphore, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
     task::JoinSet,
 };
 use tonic::{Request, Response, Status, Streaming};
@@ -63,22 +64,37 @@ impl MidEmb {
         }
     }
 
-    /// Decodes `message`. A large one is decoded on a thread that gives way, and only one at a time: I/O threads answer everybody
-    /// else meanwhile.
-    async fn decode<T: Send + 'static>(
+    /// The turn to decode `message`, if it needs one: a large one is decoded on a thread that gives way, and only one at a time.
+    /// I/O threads answer everybody else meanwhile.
+    async fn turn(&self, message: &RawMessage) -> Option<OwnedSemaphorePermit> {
+        if message.0.len() <= MAX_INLINE_BYTES {
+            return None;
+        }
+        Arc::clone(&self.large_decodes).acquire_owned().await.ok()
+    }
+
+    /// Decodes `message` in its `turn`, and then drops `held`. A thread ends what it has begun, also for a caller that has left.
+    async fn decode<T: Send + 'static, H: Send + 'static>(
         &self,
         message: RawMessage,
+        turn: Option<OwnedSemaphorePermit>,
+        held: H,
         decode: impl FnOnce(&RawMessage, &Limits) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
-        if message.0.len() <= MAX_INLINE_BYTES {
-            return decode(&message, &self.limits);
-        }
-        let _turn = self.large_decodes.acquire().await;
+        let Some(turn) = turn else { return decode(&message, &self.limits) };
         let limits = self.limits;
-        let decoded = background::run(Urgency::GivesWay, move || decode(&message, &limits)).await;
+        let work = move || {
+            let decoded = decode(&message, &limits);
+            drop((message, held, turn));
+            decoded
+        };
+        let decoded = background::run(Urgency::GivesWay, work).await;
         decoded.unwrap_or_else(|error| Err(Error::internal("decoding", error)))
     }
 }
+
+/// What a decoded item takes in memory besides its bytes of the message.
+const ITEM_BYTES: u64 = 200;
 
 #[tonic::async_trait]
 impl MidEmbService for MidEmb {
@@ -86,11 +102,19 @@ impl MidEmbService for MidEmb {
         let to_status = to_status("GetMidEmb");
         let context = request.extensions().get::<CallContext>().cloned().unwrap_or_default();
         let deadline = context.deadline_or(self.limits.default_deadline);
+        // Of the budget for messages that were not decoded yet.
+        let held = request.extensions().get::<Arc<Held>>().cloned();
+        let message = request.into_inner();
+        let n_bytes = message.0.len() as u64;
+        // Whoever waits for a turn is not in flight yet.
+        let turn = self.turn(&message).await;
         let permit = self.pipeline.admit().map_err(&to_status)?;
-        let decoded = self
-            .decode(request.into_inner(), move |message, limits| decode::request(message, deadline, limits))
-            .await
-            .map_err(&to_status)?;
+        let decode = move |message: &RawMessage, limits: &Limits| decode::request(message, deadline, limits);
+        let decoded = self.decode(message, turn, held, decode).await.map_err(&to_status)?;
+        let n_items = decoded.request.history.len() + decoded.request.candidates.len();
+        let n_bytes = n_bytes + ITEM_BYTES * n_items as u64;
+        let decoded_bytes = self.budgets.decoded.take(&context.peer.shares.decoded, n_bytes);
+        let _decoded_bytes = decoded_bytes.ok_or_else(|| to_status(shed(ShedReason::Decoded)))?;
         let on_routed = |model: &Model| context.set_model(&model.reference);
         let answer = self.pipeline.get_mid_emb(permit, decoded.request, on_routed).await.map_err(&to_status)?;
         let statuses = answer.statuses.clone();
@@ -125,7 +149,8 @@ impl MidEmbService for MidEmb {
                     Some(chunk) => {
                         // Here rather than in the task, to keep the stream's order: the newest text of an id wins.
                         let room = room.take();
-                        let items = self.decode(chunk, decode::warm_items).await.map_err(&to_status)?;
+                        let turn = self.turn(&chunk).await;
+                        let items = self.decode(chunk, turn, (), decode::warm_items).await.map_err(&to_status)?;
                         let warm_up = self.pipeline.remember(items);
                         let pipeline = Arc::clone(&self.pipeline);
                         warming.spawn(async move {

@@ -7,17 +7,24 @@ use crate::harness::{
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
 use http::{HeaderMap, Request, Response};
-use midemb_client::proto::{CacheChunk, GetMidEmbRequest, WarmItemsRequest};
+use midemb_client::proto::{CacheChunk, GetMidEmbRequest, GetStatusRequest, WarmItemsRequest};
 use prost::Message;
 use std::{
-    io::{Read, Write},
+    io::{self, Read, Write},
     net::TcpStream as StdTcpStream,
+    pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    task::{Context, Poll},
 };
-use tokio::{net::TcpStream, sync::mpsc, task::JoinSet};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    sync::mpsc,
+    task::JoinSet,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
@@ -39,6 +46,35 @@ async fn connect(address: &str, window: u32) -> (SendRequest<Bytes>, Arc<AtomicU
     }));
     calls = calls.ready().await.unwrap();
     (calls, n_streams)
+}
+
+/// A socket that is no longer read once it `stops`.
+struct Stalling {
+    stream: TcpStream,
+    stops: Arc<AtomicBool>,
+}
+
+impl AsyncRead for Stalling {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.stops.load(Ordering::SeqCst) {
+            return Poll::Pending;
+        }
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Stalling {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
 }
 
 fn call(path: &str, headers: &[(&str, &str)]) -> Request<()> {
@@ -126,6 +162,145 @@ async fn answers_that_nobody_reads_are_bounded_and_dropped() {
         .await;
     assert!(server.scrape().sum("midemb_answers_dropped_total", &[]) > 0.0);
     assert_serves(&server).await;
+}
+
+/// A peer with open windows and a full socket kept its connection, and what HTTP/2 had taken of its answers, for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_takes_nothing_from_its_socket_loses_its_connection() {
+    let server = Server::start_with(&fixture(), "limits.write_ms = 1000");
+    let warm = page(vec![], films("c", 3000));
+    server.client().await.get_mid_emb(warm.clone()).await.unwrap();
+    let n_open = async || server.scrape().sum("midemb_connections", &["main"]);
+    eventually("no other connection is open", async || n_open().await == 0.0).await;
+    let stops = Arc::new(AtomicBool::new(false));
+    let stream = Stalling { stream: TcpStream::connect(&server.grpc).await.unwrap(), stops: Arc::clone(&stops) };
+    let mut builder = h2::client::Builder::new();
+    builder.initial_window_size(1 << 30).initial_connection_window_size(1 << 30);
+    let (calls, connection) = builder.handshake(stream).await.unwrap();
+    tokio::spawn(async move { connection.await.unwrap_err() });
+    let mut calls = calls.ready().await.unwrap();
+    stops.store(true, Ordering::SeqCst);
+    let request = framed(&page(vec![], ids(&warm.candidates)));
+    let mut open = Vec::new();
+    for _ in 0..100 {
+        calls = calls.ready().await.unwrap();
+        let (response, mut body) = calls.send_request(call(GET_MID_EMB, &[]), false).unwrap();
+        body.send_data(request.clone(), true).unwrap();
+        open.push(response);
+    }
+    eventually("the calls arrive", async || n_open().await == 1.0 && n_calls(&server, "OK") > 1.0).await;
+    eventually("the connection is closed", async || n_open().await == 0.0).await;
+    assert_serves(&server).await;
+}
+
+/// So did one that asked for metrics and read nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_does_not_read_its_metrics_loses_its_connection() {
+    let server = Server::start_with(&fixture(), "limits.write_ms = 1000");
+    // The peer stops sending when the server reads no more.
+    let mut peer = StdTcpStream::connect(&server.metrics).unwrap();
+    peer.set_write_timeout(Some(std::time::Duration::from_millis(500))).unwrap();
+    let requests = "GET /metrics HTTP/1.1\r\nhost: midemb\r\n\r\n".repeat(20_000);
+    let sent = tokio::task::spawn_blocking(move || (peer.write_all(requests.as_bytes()), peer)).await.unwrap();
+    let n_open = async || server.scrape().sum("midemb_connections", &["metrics"]);
+    eventually("the scrape's own connection is the only one", async || n_open().await == 1.0).await;
+    drop(sent);
+}
+
+/// Health checks and reflection took the room for warm-up, and reflection never gave it back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_of_other_services_are_bounded_and_take_nothing_of_ours() {
+    const REFLECTION: &str = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+    const CHECK: &str = "/grpc.health.v1.Health/Check";
+    let server = Server::start_with(
+        &fixture(),
+        "limits.read_ms = 1000\nlimits.max_message_mb = 1\nlimits.max_receiving_mb = 4\nlimits.max_warm_up_mb = 1",
+    );
+    let (mut calls, _) = connect(&server.grpc, 1 << 20).await;
+    let mut open = Vec::new();
+    for _ in 0..64 {
+        calls = calls.ready().await.unwrap();
+        open.push(calls.send_request(call(REFLECTION, &[]), false).unwrap());
+    }
+    let mut others = Vec::new();
+    for (path, headers, sent) in [
+        (REFLECTION, vec![], Bytes::new()),
+        (CHECK, vec![], Bytes::new()),
+        (CHECK, vec![("x-trace", "x".repeat(20_000))], Bytes::new()),
+    ] {
+        calls = calls.ready().await.unwrap();
+        let headers: Vec<(&str, &str)> = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        let (response, mut body) = calls.send_request(call(path, &headers), false).unwrap();
+        body.send_data(sent, false).unwrap();
+        others.push((status(&answer(response).await).0, body));
+    }
+    let codes: Vec<Code> = others.iter().map(|(code, _)| *code).collect();
+    assert_eq!(codes, [Code::ResourceExhausted, Code::DeadlineExceeded, Code::InvalidArgument]);
+    let mut client = server.client().await;
+    let warmed = client.warm_items(tokio_stream::iter([WarmItemsRequest { items: films("w", 100) }]));
+    assert_eq!(tokio::time::timeout(PATIENCE, warmed).await.unwrap().unwrap().into_inner().encoded, 100);
+    drop((open, others));
+}
+
+/// Calls of 5 bytes that declared 16 MB took the whole budget for messages that arrive.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_that_only_claims_to_be_long_takes_little() {
+    let server = Server::start_with(&fixture(), "limits.max_receiving_mb = 16\nlimits.read_ms = 60000");
+    let mut open = Vec::new();
+    for _ in 0..4 {
+        let (mut calls, _) = connect(&server.grpc, 1 << 16).await;
+        for _ in 0..10 {
+            calls = calls.ready().await.unwrap();
+            let (response, mut body) = calls.send_request(call(GET_MID_EMB, &[("grpc-timeout", "1H")]), false).unwrap();
+            body.send_data(Bytes::from_static(b"\0\0\xff\0\0"), false).unwrap();
+            open.push((calls.clone(), response, body));
+        }
+    }
+    eventually("all of them are arriving", async || server.scrape().n_receiving() == 40.0).await;
+    assert_serves(&server).await;
+    assert_eq!(server.scrape().sum("midemb_shed_total", &[]), 0.0);
+}
+
+/// Requests that wait for the encoder kept their texts, 16 MB each, and nothing counted them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_texts_of_requests_that_are_being_answered_are_bounded() {
+    let keys = format!("{ONE_CPU_THREAD}\nlimits.max_message_mb = 1\nlimits.max_decoded_mb = 1");
+    let server = Server::start_with(&shipped(), &keys);
+    let mut client = server.client().await;
+    let hot = page(films("h", 2), films("c", 3));
+    client.get_mid_emb(hot.clone()).await.unwrap();
+    let held = async || server.scrape().sum("midemb_budget_bytes", &["budget=\"decoded\""]);
+    let mut waiting = JoinSet::new();
+    for i in 0..2 {
+        let texts = long_films(&format!("cold-{i}"), 900);
+        let mut request = tonic::Request::new(page(vec![], texts));
+        request.set_timeout(PATIENCE);
+        let mut client = client.clone();
+        waiting.spawn(async move { client.get_mid_emb(request).await });
+    }
+    let one = page(vec![], long_films("cold-2", 900)).encoded_len() as f64;
+    assert!(3.0 * one > f64::from(2 << 20) && one < f64::from(1 << 20), "the requests have {one} bytes each");
+    eventually("two of them are held", async || held().await > 2.0 * one).await;
+    let refused = client.get_mid_emb(page(vec![], long_films("cold-2", 900))).await.unwrap_err();
+    let expected = "overloaded: too many bytes of requests are being answered";
+    assert_eq!((refused.code(), refused.message()), (Code::ResourceExhausted, expected));
+    assert_eq!(statuses(&client.get_mid_emb(hot).await.unwrap().into_inner()), ["OK"; 3]);
+    waiting.abort_all();
+    eventually("nothing is held", async || held().await == 0.0).await;
+}
+
+/// One client with many connections kept operators out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_do_not_take_the_connections_of_operators() {
+    let server = Server::start_with(&fixture(), "server.max_connections = 4");
+    let mut open = Vec::new();
+    for _ in 0..4 {
+        open.push(connect(&server.grpc, 1 << 16).await);
+    }
+    let mut further = StdTcpStream::connect(&server.grpc).unwrap();
+    further.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(further.read(&mut [0]).unwrap_or(0), 0, "a fifth connection is open");
+    server.admin().await.get_status(GetStatusRequest {}).await.unwrap();
 }
 
 /// One silent peer, or half a preface, held up a drain for all of `server.drain_seconds`, and so did any stream but a warm-up.

@@ -8,8 +8,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pings find a host that is gone without closing its connections. Calls alone cannot: theirs look like those of a slow one.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// An answer of 500 mid-embs is 128 KB. In HTTP/2's default frames of 16 KB it would be written and read in pieces.
-const MAX_FRAME_BYTES: u32 = 1 << 20;
 
 /// Whom to trust on a TLS connection, and who the caller is. A server's certificate must name the host of its address.
 #[derive(Clone, Debug)]
@@ -69,7 +67,7 @@ impl Address {
         let scheme = if tls.is_some() { "https" } else { "http" };
         let url = if name.contains("://") { name.to_owned() } else { format!("{scheme}://{name}") };
         let endpoint = Channel::from_shared(url).map_err(|_| invalid(name))?;
-        let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true).max_frame_size(MAX_FRAME_BYTES);
+        let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
         let endpoint = endpoint
             .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
             .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)

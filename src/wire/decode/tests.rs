@@ -16,6 +16,7 @@ const LIMITS: Limits = Limits {
     read: Duration::from_secs(1),
     write: Duration::from_secs(1),
     max_receiving_bytes: 1 << 20,
+    max_decoded_bytes: 1 << 20,
     max_unsent_bytes: 1 << 20,
     max_warm_up_bytes: 1 << 20,
     default_deadline: Duration::from_secs(1),
