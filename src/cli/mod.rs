@@ -30,7 +30,7 @@ mod terminal;
 
 use crate::{
     bundle::BundleError,
-    config::{ConfigError, forbid_telemetry},
+    config::{ConfigError, prepare_process},
     inference::LibraryError,
     lifecycle::PushError,
     server::ServerError,
@@ -86,7 +86,8 @@ pub fn main(cli: Cli) -> ! {
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     if cli.command.loads_library() {
-        forbid_telemetry().context("the environment cannot be set: set ORT_DISABLE_TELEMETRY=1 yourself")?;
+        prepare_process()
+            .context("the environment cannot be set: set ORT_DISABLE_TELEMETRY=1 and MALLOC_ARENA_MAX yourself")?;
     }
     match cli.command {
         Command::Serve(args) => serve::run(&args),

@@ -17,7 +17,7 @@ pub mod raw;
 mod reader;
 pub mod settings;
 
-pub use environment::{forbid_telemetry, library_from_environment, store_options};
+pub use environment::{library_from_environment, prepare_process, store_options};
 pub use fault::ConfigError;
 pub use models::{ModelSettings, Role};
 pub use pin::pin_bundles;

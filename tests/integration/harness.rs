@@ -265,6 +265,10 @@ impl Server {
         Scrape(text)
     }
 
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(crate) fn signal(&self, name: &str) {
         send_signal(self.child.id(), name);
     }

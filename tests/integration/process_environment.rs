@@ -1,4 +1,5 @@
-//! Nothing about the process or its models leaves the machine, or is written outside the configured folders.
+//! What the environment must have before a server starts: nothing about the process or its models leaves the machine, or is
+//! written outside the configured folders, and memory has one arena for each core.
 
 use crate::harness::{Server, config, fixture, midemb, run_to_end};
 use std::{
@@ -42,4 +43,25 @@ fn a_server_writes_nothing_into_the_home_folder() {
     let server = Server::spawn(serve, folder, path);
     let _config = server.stop();
     assert_eq!(files_below(home.path()), Vec::<PathBuf>::new());
+}
+
+/// With the C library's own choice, 160 pushes of towers took the memory of a server from 314 MB to 437 MB.
+#[test]
+fn a_server_has_as_many_memory_arenas_as_cores_or_as_its_operator_says() {
+    let arenas = |said: Option<&str>| {
+        let (folder, path) = config(&fixture(), "");
+        let mut serve = midemb();
+        serve.env_remove("MALLOC_ARENA_MAX").envs(said.map(|n| ("MALLOC_ARENA_MAX", n)));
+        serve.arg("serve").arg("--config").arg(&path);
+        let server = Server::spawn(serve, folder, path);
+        let environment = std::fs::read(format!("/proc/{}/environ", server.id())).unwrap();
+        let variables =
+            environment.split(|byte| *byte == 0).map(|variable| String::from_utf8(variable.into()).unwrap());
+        variables
+            .filter_map(|variable| variable.strip_prefix("MALLOC_ARENA_MAX=").map(str::to_owned))
+            .collect::<Vec<_>>()
+    };
+    let n_cores = std::thread::available_parallelism().unwrap().get();
+    assert_eq!(arenas(None), [n_cores.max(2).to_string()]);
+    assert_eq!(arenas(Some("7")), ["7"]);
 }
