@@ -135,6 +135,7 @@ fn broken_configs(server: &Server) -> Vec<BrokenConfig> {
     let shadow = with_models(server, &[model("learn", &fixture(), ""), shadow]);
     let port = good.replace("server.listen = \"127.0.0.1:0\"", "server.listen = \"127.0.0.1:1\"");
     let above = |line: &str| format!("{line}\n{good}");
+    let deep = format!("\"a{}\" = 1", ".a".repeat(60_000));
     vec![
         ("shares of 99", two([50, 49], ["a", "b"]), invalid, "parse", "the shares add up to 99, not to 100"),
         ("two models with one name", two([50, 50], ["a", "a"]), invalid, "parse", "\"a\" is taken by another model"),
@@ -142,6 +143,22 @@ fn broken_configs(server: &Server) -> Vec<BrokenConfig> {
         ("an unknown key", above("cache.item_mbs = 3"), invalid, "parse", "unknown key, did you mean cache.item_mb?"),
         ("out of bounds", above("reload.warm_seconds = -1"), invalid, "parse", "\"-1\" is not a whole number"),
         ("no TOML", "[server\n".to_owned(), invalid, "parse", "midemb.toml: "),
+        // The first two of these used to end the process; the third hid its bundle from the code that pins digests.
+        (
+            "a key that is a path to a huge list",
+            above("\"a[1000000000000000]\" = 1"),
+            invalid,
+            "parse",
+            "line 1: the key \"a[1000000000000000]\" is not a name",
+        ),
+        ("a key that is a path to deep tables", above(&deep), invalid, "parse", "line 1: the key \"a.a.a."),
+        (
+            "a key that is a path to a model",
+            above("\"models[0]\".name = \"learn\""),
+            invalid,
+            "parse",
+            "line 1: the key \"models[0]\" is not a name",
+        ),
         ("another port", port, refused, "validate", "from \"127.0.0.1:0\" to \"127.0.0.1:1\" without a restart"),
         ("another cache", above("cache.item_mb = 3"), refused, "validate", "cache.item_mb: cannot change"),
         (
@@ -180,7 +197,7 @@ async fn faulty_pushes_are_refused_with_their_reason_and_the_server_keeps_servin
         assert_eq!((&answer.model, &answer.mid_emb), (&first.model, &first.mid_emb), "{what}");
         n_cases += 1.0;
     }
-    assert_eq!(n_cases, 30.0);
+    assert_eq!(n_cases, 33.0);
     assert!(!server.file.with_extension("pushed.toml").exists(), "a refused config was kept");
     assert_eq!(server.scrape().sum("midemb_reloads_total", &["result=\"refused\""]), n_cases);
     let good = with_bundle(&server, &retrained());
