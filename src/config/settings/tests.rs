@@ -131,7 +131,7 @@ fn all_errors_are_reported_at_once_with_key_value_and_bound() {
         "colour.red: unknown key",
         "server.lissten: unknown key, did you mean server.listen?",
         "server.listen: \"nowhere\" is not an IP address and a port, for example 127.0.0.1:50051",
-        "telemetry.log_filter: \"a=b=c\" is not a tracing filter, for example info or midemb=debug,info",
+        "telemetry.log_filter: \"a=b=c\" is not a tracing filter of at most 4096 bytes, for example info or midemb=debug,info",
         "inference.provider: \"tpu\" is not one of auto, cpu, cuda",
         "cache.item_mb: \"-1\" is not a whole number from 1 to 1048576",
         "limits.max_candidates: \"many\" is not a whole number from 1 to 100000",
