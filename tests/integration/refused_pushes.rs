@@ -52,6 +52,8 @@ fn broken_files() -> Vec<BrokenFiles> {
     let remove = |file: &'static str| broken(move |b| std::fs::remove_file(b.path(file)).unwrap());
     let half = |file: &'static str| broken(move |b| truncate(&b.path(file)));
     let format = |b: &BrokenBundle| b.edit("manifest.toml", |m| m.replace("format = 1", "format = 2"));
+    let history =
+        |b: &BrokenBundle| b.edit("manifest.toml", |m| m.replace("max_history = 8\n", "max_history = 10000000\n"));
     vec![
         ("half a graph", half("user_tower.onnx"), "digests", "user_tower.onnx has a wrong digest"),
         ("two files swapped", broken(swap), "digests", "has a wrong digest"),
@@ -63,6 +65,12 @@ fn broken_files() -> Vec<BrokenFiles> {
             broken(format),
             "digests",
             "format is 2, this server reads format 1",
+        ),
+        (
+            "a history that does not fit into memory",
+            broken(history),
+            "digests",
+            "user_tower.max_history is 10000000, it must be from 1 to 100000",
         ),
     ]
 }
@@ -79,6 +87,10 @@ fn broken_models() -> Vec<BrokenFiles> {
     let nan = |b: &BrokenBundle| b.replace("item_tower.onnx", &with_nan(&b.path("item_tower.onnx")));
     let dims = |b: &BrokenBundle| b.edit("manifest.toml", |m| m.replace("dim = 12", "dim = 13"));
     let tokens = |b: &BrokenBundle| b.edit("manifest.toml", |m| m.replace("max_tokens = ", "max_tokens = 1"));
+    let endless = |b: &BrokenBundle| {
+        let (start, end) = ("{% for a in range(9999) %}".repeat(4), "{% endfor %}".repeat(4));
+        b.edit("manifest.toml", |m| m.replace("template = \"", &format!("template = \"{start}{end}")));
+    };
     let content: fn(&mut Value) = |golden| golden["items"][0]["content"][0] = 0.9.into();
     let ids: fn(&mut Value) = |golden| golden["items"][0]["token_ids"] = serde_json::json!([1, 2]);
     let cvr: fn(&mut Value) = |golden| golden["pairs"][0]["cvr"] = 0.987.into();
@@ -98,6 +110,7 @@ fn broken_models() -> Vec<BrokenFiles> {
         ("golden ids of another tokenizer", golden(ids), "golden", "token_ids 0 are"),
         ("golden vectors that are no numbers", golden(null), "golden", "golden.json: invalid type: null"),
         ("another token limit", broken(tokens), "golden", "token_ids 0 are"),
+        ("a template whose loops do not end", broken(endless), "golden", "one text takes more than 20000000 steps"),
         ("the encoder of another bundle", broken(encoder), "golden", "content 0 differs from golden by"),
     ]
 }
@@ -197,7 +210,7 @@ async fn faulty_pushes_are_refused_with_their_reason_and_the_server_keeps_servin
         assert_eq!((&answer.model, &answer.mid_emb), (&first.model, &first.mid_emb), "{what}");
         n_cases += 1.0;
     }
-    assert_eq!(n_cases, 33.0);
+    assert_eq!(n_cases, 35.0);
     assert!(!server.file.with_extension("pushed.toml").exists(), "a refused config was kept");
     assert_eq!(server.scrape().sum("midemb_reloads_total", &["result=\"refused\""]), n_cases);
     let good = with_bundle(&server, &retrained());
