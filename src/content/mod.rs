@@ -39,7 +39,8 @@ pub enum Content {
     Encoded(Vector),
     /// It was already being encoded for another call.
     Joined(Vector),
-    /// It was not ready in time. It is still being encoded and will be cached.
+    /// It was not ready in time. It is still being encoded and will be cached, unless it is a warm-up's that found no room in the
+    /// encoder's queue.
     NotInTime,
     /// The encoder failed on it.
     Failed,
@@ -102,6 +103,7 @@ enum ItemState {
     Led(Ticket),
     Followed(Ticket),
     Shed(ShedReason),
+    NotInTime,
     NoText,
 }
 
@@ -115,6 +117,7 @@ impl ItemState {
                 other => other,
             },
             ItemState::Shed(reason) => Content::Shed(reason),
+            ItemState::NotInTime => Content::NotInTime,
             ItemState::NoText => Content::NoText,
         }
     }
@@ -123,7 +126,7 @@ impl ItemState {
         match self {
             ItemState::Cached(_) => lookups.n_hits += 1,
             ItemState::Followed(_) => lookups.n_coalesced += 1,
-            ItemState::Led(_) | ItemState::Shed(_) | ItemState::NoText => lookups.n_misses += 1,
+            ItemState::Led(_) | ItemState::Shed(_) | ItemState::NotInTime | ItemState::NoText => lookups.n_misses += 1,
         }
     }
 }
@@ -157,8 +160,8 @@ impl Contents {
 
     /// The content embedding of each item of `request`, in order, or why there is none.
     ///
-    /// If the encoder's queue is full, a request is refused ([`Content::Shed`]), while warm-up waits for room. Cancel-safe: jobs
-    /// that were queued go on, and their results are cached.
+    /// If the encoder's queue is full, a request is refused ([`Content::Shed`]), while warm-up waits for room, at most until
+    /// `request.until`. Cancel-safe: jobs that were queued go on, and their results are cached.
     pub async fn embed(&self, encoder: &Encoder, request: EmbedRequest<'_>) -> Vec<Content> {
         let cache = &self.caches.contents;
         let key = |item: &KnownItem| ContentKey { part: encoder.digest(), text: item.digest };
@@ -210,7 +213,11 @@ impl Contents {
             (None, Priority::WarmUp) => {
                 // There may be no room until the jobs of this call have run, so they are queued first.
                 encoder.submit(std::mem::take(jobs));
-                encoder.reserve_warm_up(&text).await
+                let reserve = encoder.reserve_warm_up(&text);
+                let Ok(place) = tokio::time::timeout_at(request.until.into(), reserve).await else {
+                    return ItemState::NotInTime;
+                };
+                place
             }
         };
         match self.flights.board(key, until, &self.caches.contents) {

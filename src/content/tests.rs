@@ -144,3 +144,20 @@ async fn only_an_item_that_can_be_encoded_asks_the_gate() {
     assert!(matches!(refused[0], Content::NoText) && refused[1..].iter().all(encoding), "{refused:?}");
     assert_eq!(gate.0.load(Ordering::Relaxed), 2);
 }
+
+/// A warm-up waited without end for room in the queue of an encoder that was stuck.
+#[tokio::test(start_paused = true)]
+async fn a_warm_up_waits_for_room_no_longer_than_it_said() {
+    let (contents, encoder) = (contents(), idle_encoder());
+    let item = |n: usize| {
+        let text = ItemText::titled(&format!("{n:0200}"));
+        KnownItem { id: IdKey::from_bytes([0; 16]), digest: TextDigest::of(&text), text: Some(Arc::new(text)) }
+    };
+    let items: Vec<KnownItem> = (0..300).map(item).collect();
+    let patience = Duration::from_secs(3600);
+    let until = (tokio::time::Instant::now() + patience).into_std();
+    let request = EmbedRequest { items: &items, priority: Priority::WarmUp, until, gate: &Open };
+    let embedded = tokio::time::timeout(2 * patience, contents.embed(&encoder, request)).await.unwrap();
+    assert!(embedded.iter().all(|content| matches!(content, Content::NotInTime)), "{embedded:?}");
+    assert_eq!(embedded.len(), 300);
+}
