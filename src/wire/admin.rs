@@ -178,11 +178,14 @@ impl AdminService for Admin {
             }
         };
         let caches = Arc::clone(&self.caches);
-        let flush = move || cache.map_or_else(|| caches.flush_all(), |cache| caches.flush(cache));
+        let flush = move || {
+            let entries_removed = cache.map_or_else(|| caches.flush_all(), |cache| caches.flush(cache));
+            tracing::info!(who, cache = name, entries_removed, "cache flushed");
+            entries_removed
+        };
         // Freeing millions of entries must not block an I/O thread.
         let flushed = background::run(Urgency::GivesWay, flush).await;
         let entries_removed = flushed.map_err(|error| internal("FlushCache", error))?;
-        tracing::info!(who, cache = name, entries_removed, "cache flushed");
         Ok(Response::new(proto::FlushCacheResponse { entries_removed }))
     }
 

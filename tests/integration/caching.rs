@@ -301,7 +301,7 @@ async fn a_flush_blocks_no_io_thread() {
     let reader = thread::spawn(move || {
         items.read_many(&[key], |_, _| {
             held.send(()).unwrap();
-            drop(released.recv_timeout(Duration::from_secs(5)));
+            let _ = released.recv_timeout(Duration::from_secs(5));
         });
     });
     is_held.recv().unwrap();
