@@ -12,6 +12,15 @@ pub const FORMAT: u32 = 1;
 /// The manifest's file name. The manifest lists a digest for every other file; its own SHA-256 is the bundle's digest.
 pub const FILE: &str = "manifest.toml";
 
+/// The most tokens that a text may have; no longer one is tokenized.
+const MAX_TOKENS: usize = 1 << 20;
+/// The widest vector.
+const MAX_DIM: usize = 1 << 14;
+/// As many history items as `limits.max_history` may allow a request.
+const MAX_HISTORY: usize = 100_000;
+/// The most values of a history's content embeddings, 256 MB. The warm-up of each thread and each request hold as many.
+const MAX_HISTORY_VALUES: usize = 1 << 26;
+
 /// Why a manifest is invalid; each message is one line.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[expect(missing_docs, reason = "the messages say it all")]
@@ -30,8 +39,13 @@ pub enum ManifestError {
     FileDigest { path: String, sha256: String },
     #[error("{0:?} is listed twice, or is the manifest itself")]
     ListedTwice(String),
-    #[error("{0} is 0, it must be at least 1")]
-    Zero(&'static str),
+    #[error("{name} is {n}, it must be from 1 to {max}")]
+    OutOfBound { name: &'static str, n: usize, max: usize },
+    #[error(
+        "user_tower.max_history times encoder.dim is {0}, it must be at most {MAX_HISTORY_VALUES}: the history of one request \
+         would be too large"
+    )]
+    HistorySize(usize),
     #[error(
         "{graph} has {n_inputs} inputs and {n_outputs} outputs, it must have {expected_inputs} and {expected_outputs}"
     )]
@@ -234,15 +248,20 @@ impl Manifest {
 
     fn validate_counts(&self) -> Result<(), ManifestError> {
         let counts = [
-            ("item_text.max_tokens", self.item_text.max_tokens),
-            ("encoder.dim", self.encoder.dim),
-            ("user_tower.dim", self.user_tower.dim),
-            ("user_tower.max_history", self.user_tower.max_history),
-            ("item_tower.dim", self.item_tower.dim),
-            ("cvr.dim", self.cvr.dim),
+            ("item_text.max_tokens", self.item_text.max_tokens, MAX_TOKENS),
+            ("encoder.dim", self.encoder.dim, MAX_DIM),
+            ("user_tower.dim", self.user_tower.dim, MAX_DIM),
+            ("user_tower.max_history", self.user_tower.max_history, MAX_HISTORY),
+            ("item_tower.dim", self.item_tower.dim, MAX_DIM),
+            ("cvr.dim", self.cvr.dim, MAX_DIM),
         ];
-        if let Some((name, _)) = counts.into_iter().find(|(_, n)| *n == 0) {
-            return Err(ManifestError::Zero(name));
+        if let Some((name, n, max)) = counts.into_iter().find(|(_, n, max)| !(1..=*max).contains(n)) {
+            return Err(ManifestError::OutOfBound { name, n, max });
+        }
+        // Both are bounded, so the product does not overflow.
+        let n_history_values = self.user_tower.max_history * self.encoder.dim;
+        if n_history_values > MAX_HISTORY_VALUES {
+            return Err(ManifestError::HistorySize(n_history_values));
         }
         let port_counts = [
             ("encoder", &self.encoder.inputs, 2, &self.encoder.outputs, 1),
@@ -274,6 +293,37 @@ fn is_plain(path: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A `max_history` of ten million made the warm-up of a push allocate 15 GB.
+    #[test]
+    fn sizes_have_bounds() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bundle/manifest.toml");
+        let text = std::fs::read_to_string(path).unwrap();
+        let with = |table: &str, key: &str, value: usize| {
+            let (before, rest) = text.split_once(&format!("[{table}]\n")).unwrap();
+            let (own, after) = rest.split_once(&format!("{key} = ")).unwrap();
+            let (_old, after) = after.split_once('\n').unwrap();
+            format!("{before}[{table}]\n{own}{key} = {value}\n{after}")
+        };
+        for (table, key, max) in [
+            ("item_text", "max_tokens", MAX_TOKENS),
+            ("encoder", "dim", MAX_DIM),
+            ("user_tower", "dim", MAX_DIM),
+            ("user_tower", "max_history", MAX_HISTORY),
+            ("item_tower", "dim", MAX_DIM),
+            ("cvr", "dim", MAX_DIM),
+        ] {
+            Manifest::parse(&with(table, key, max)).unwrap();
+            for n in [0, max + 1] {
+                let error = Manifest::parse(&with(table, key, n)).unwrap_err().to_string();
+                assert_eq!(error, format!("{table}.{key} is {n}, it must be from 1 to {max}"));
+            }
+        }
+        let wide = with("encoder", "dim", 4096);
+        let both = wide.replace("max_history = 8\n", "max_history = 100000\n");
+        let error = Manifest::parse(&both).unwrap_err();
+        assert_eq!(error, ManifestError::HistorySize(409_600_000));
+    }
 
     /// A key at the start of a line was reported with the number of the line before it.
     #[test]

@@ -172,6 +172,18 @@ impl KnownItems {
         items
     }
 
+    /// The ids of all known items, hottest first.
+    pub fn hottest_ids(&self) -> Vec<IdKey> {
+        self.cache.hottest_keys()
+    }
+
+    /// The text under an id. Does not count as a use.
+    pub fn peek(&self, id: IdKey) -> Option<Arc<ItemText>> {
+        let mut found = None;
+        self.cache.peek_many(&[id], |_, known| found = known.map(|known| Arc::clone(&known.text)));
+        found
+    }
+
     /// The key under which the ids are hashed.
     pub fn hash_key(&self) -> HashKey {
         *self.hash_key.read().unwrap_or_else(PoisonError::into_inner)

@@ -110,7 +110,11 @@ impl fmt::Display for Bound {
             }
             Bound::OneOf(words) => write!(f, "one of {}", words.join(", ")),
             Bound::Path => f.write_str("a path"),
-            Bound::Filter => f.write_str("a tracing filter, for example info or midemb=debug,info"),
+            Bound::Filter => write!(
+                f,
+                "a tracing filter of at most {} bytes, for example info or midemb=debug,info",
+                logs::MAX_FILTER_BYTES
+            ),
             Bound::Text => f.write_str("a string"),
             Bound::Line(max_bytes) => write!(f, "a string of 1 to {max_bytes} bytes without control characters"),
             Bound::Flag => f.write_str("true or false"),

@@ -92,7 +92,7 @@ keys! {
     TELEMETRY_LOG_FILTER: Key<String> = filter(
         "telemetry.log_filter",
         "info",
-        "Which log lines are written, as a tracing filter. Set it to `midemb=debug,info`, for example, while you look into a problem.",
+        "Which log lines are written, as a tracing filter. Set it to `midemb=debug,info`, for example, while you look into a problem. A field's value in it is compared as text; it is no regular expression.",
     );
 
     INFERENCE_PROVIDER: Key<ProviderChoice> = choice(

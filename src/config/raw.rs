@@ -1,8 +1,12 @@
-//! A config as it was written, before any check: the file, and the environment over it.
+//! A config as it was written, before any check of its values: the file, and the environment over it.
+//!
+//! `config` reads each key at the top of a source as a path: `a[9]` makes a list of ten, and every dot opens a table. So a key of
+//! a few bytes could ask for any amount of memory, or for tables nested too deep for the stack. Keys that are more than names
+//! are refused before `config` merges them. Keys of inner tables are not read as paths, and TOML's parser limits their depth.
 
-use super::fault::ConfigError;
+use super::fault::{ConfigError, short};
 use crate::domain::bounded_text::cut;
-use config::{Config, Environment, File, FileFormat, Value, ValueKind};
+use config::{Config, Environment, File, FileFormat, Source, Value, ValueKind};
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
@@ -14,6 +18,9 @@ const SEPARATOR: &str = "__";
 
 /// A syntax error repeats its line, which may have any length.
 const MAX_REASON_BYTES: usize = 768;
+
+/// The most tables that a variable may name, one within the other: as many as TOML's parser accepts in a file.
+const MAX_DEPTH: usize = 80;
 
 /// One `[[models]]` entry: its values by their key, without `models.`.
 pub(super) type ModelEntry = BTreeMap<String, Value>;
@@ -51,16 +58,26 @@ impl Raw {
         file: Option<&Path>,
         variables: Option<HashMap<String, String>>,
     ) -> Result<Self, ConfigError> {
+        let refused = |reason: String| ConfigError::Syntax {
+            path: file.map(Path::to_path_buf).unwrap_or_default(),
+            reason: cut(reason.trim(), MAX_REASON_BYTES).replace('\n', " "),
+        };
+        let syntax = |error: config::ConfigError| refused(error.to_string());
         let mut builder = Config::builder();
         if let Some(text) = text {
-            builder = builder.add_source(File::from_str(text, FileFormat::Toml));
+            let source = File::from_str(text, FileFormat::Toml);
+            let written = source.collect().map_err(syntax)?;
+            if let Some(key) = written.keys().filter(|key| !is_name(key)).min() {
+                return Err(refused(unusable_key(text, key)));
+            }
+            builder = builder.add_source(source);
         }
         let environment =
             Environment::with_prefix(PREFIX).prefix_separator(SEPARATOR).separator(SEPARATOR).source(variables);
-        let syntax = |error: config::ConfigError| ConfigError::Syntax {
-            path: file.map(Path::to_path_buf).unwrap_or_default(),
-            reason: cut(error.to_string().trim(), MAX_REASON_BYTES).replace('\n', " "),
-        };
+        let written = environment.collect().map_err(syntax)?;
+        if let Some(key) = written.keys().filter(|key| !is_dotted_name(key)).min() {
+            return Err(refused(unusable_variable(key)));
+        }
         let root: BTreeMap<String, Value> =
             builder.add_source(environment).build().and_then(Config::try_deserialize).map_err(syntax)?;
         let mut raw = Raw::default();
@@ -85,6 +102,37 @@ impl Raw {
             self.insert(format!("{key}.{name}"), value);
         }
     }
+}
+
+/// Whether `config` reads the key as one name and nothing else.
+fn is_name(key: &str) -> bool {
+    !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-')
+}
+
+/// Whether the key of a variable is made of names with dots between them.
+fn is_dotted_name(key: &str) -> bool {
+    key.split('.').all(is_name) && key.split('.').count() <= MAX_DEPTH
+}
+
+fn unusable_key(text: &str, key: &str) -> String {
+    let line = line_of(text, key).map_or_else(String::new, |line| format!("line {line}: "));
+    format!("{line}the key {:?} is not a name, use only letters, digits, _ and -", short(key))
+}
+
+fn unusable_variable(key: &str) -> String {
+    format!(
+        "the key {:?} of a variable {PREFIX}{SEPARATOR}... is not a name, use only letters, digits, _ and -, as in \
+         {PREFIX}{SEPARATOR}SERVER{SEPARATOR}LISTEN",
+        short(key)
+    )
+}
+
+/// The line, counted from 1, where `key` is first written at the top of a TOML text.
+fn line_of(text: &str, key: &str) -> Option<usize> {
+    let root = toml::de::DeTable::parse(text).ok()?.into_inner();
+    let (written, _value) = root.iter().find(|(written, _value)| written.get_ref() == key)?;
+    let before = text.get(..written.span().start)?;
+    Some(before.matches('\n').count() + 1)
 }
 
 fn table(value: &Value) -> Option<BTreeMap<String, Value>> {

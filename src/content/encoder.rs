@@ -57,8 +57,7 @@ impl EncoderModel {
         Ok(self.tokenizer.encode(&self.template.render(text)?)?)
     }
 
-    /// What the longest text counts against the queue's limits. A bundle may have any token limit, but no text counts more than
-    /// 2^20 tokens.
+    /// What the longest text counts against the queue's limits: at most 2^20 tokens, as many as a manifest may allow.
     fn max_cost(&self) -> usize {
         self.tokenizer.max_tokens().clamp(1, 1 << 20)
     }

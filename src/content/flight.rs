@@ -77,6 +77,11 @@ pub(super) enum Boarding {
 }
 
 impl Flights {
+    /// Whether there is a flight for `key`.
+    pub(super) fn has(&self, key: &ContentKey) -> bool {
+        self.table.get(key).is_some()
+    }
+
     /// Joins the flight for `key`, if there is one. `until` is when a request stops waiting; `None` for warm-up.
     pub(super) fn follow(&self, key: &ContentKey, until: Option<Instant>) -> Option<Ticket> {
         self.table.get(key).map(|entry| entry.follow(until))

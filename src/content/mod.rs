@@ -39,22 +39,31 @@ pub enum Content {
     Encoded(Vector),
     /// It was already being encoded for another call.
     Joined(Vector),
-    /// It was not ready in time. It is still being encoded and will be cached.
+    /// It was not ready in time. It is still being encoded and will be cached, unless it is a warm-up's that found no room in the
+    /// encoder's queue.
     NotInTime,
     /// The encoder failed on it.
     Failed,
-    /// The encoder's queue is full.
-    Shed,
+    /// It was refused: the encoder's queue is full, or the call may not wait for the encoder.
+    Shed(ShedReason),
     /// Its text was forgotten after the item was resolved.
     NoText,
 }
 
 impl Content {
+    /// Why it was refused, if it was.
+    pub fn shed_reason(&self) -> Option<ShedReason> {
+        match self {
+            Content::Shed(reason) => Some(*reason),
+            _ => None,
+        }
+    }
+
     /// The vector, if there is one.
     pub fn vector(&self) -> Option<&Vector> {
         match self {
             Content::Cached(vector) | Content::Encoded(vector) | Content::Joined(vector) => Some(vector),
-            Content::NotInTime | Content::Failed | Content::Shed | Content::NoText => None,
+            Content::NotInTime | Content::Failed | Content::Shed(_) | Content::NoText => None,
         }
     }
 }
@@ -84,7 +93,7 @@ pub struct EmbedRequest<'a> {
     pub priority: Priority,
     /// When the caller stops waiting. Jobs that are not done by then go on, and their results are cached.
     pub until: Instant,
-    /// Decides whether those that are not cached may be waited for. If not, they are [`Content::Shed`].
+    /// Decides whether those that are not cached and can be encoded may be waited for. If not, they are [`Content::Shed`].
     pub gate: &'a dyn EncoderGate,
 }
 
@@ -93,7 +102,8 @@ enum ItemState {
     Cached(Vector),
     Led(Ticket),
     Followed(Ticket),
-    Shed,
+    Shed(ShedReason),
+    NotInTime,
     NoText,
 }
 
@@ -106,7 +116,8 @@ impl ItemState {
                 Content::Encoded(vector) => Content::Joined(vector),
                 other => other,
             },
-            ItemState::Shed => Content::Shed,
+            ItemState::Shed(reason) => Content::Shed(reason),
+            ItemState::NotInTime => Content::NotInTime,
             ItemState::NoText => Content::NoText,
         }
     }
@@ -115,9 +126,15 @@ impl ItemState {
         match self {
             ItemState::Cached(_) => lookups.n_hits += 1,
             ItemState::Followed(_) => lookups.n_coalesced += 1,
-            ItemState::Led(_) | ItemState::Shed | ItemState::NoText => lookups.n_misses += 1,
+            ItemState::Led(_) | ItemState::Shed(_) | ItemState::NotInTime | ItemState::NoText => lookups.n_misses += 1,
         }
     }
+}
+
+/// Counts one item as refused.
+fn refuse(reason: ShedReason) -> ItemState {
+    events::shed(reason, 1);
+    ItemState::Shed(reason)
 }
 
 async fn wait_for_all(states: &mut [ItemState]) {
@@ -143,8 +160,8 @@ impl Contents {
 
     /// The content embedding of each item of `request`, in order, or why there is none.
     ///
-    /// If the encoder's queue is full, a request is refused ([`Content::Shed`]), while warm-up waits for room. Cancel-safe: jobs
-    /// that were queued go on, and their results are cached.
+    /// If the encoder's queue is full, a request is refused ([`Content::Shed`]), while warm-up waits for room, at most until
+    /// `request.until`. Cancel-safe: jobs that were queued go on, and their results are cached.
     pub async fn embed(&self, encoder: &Encoder, request: EmbedRequest<'_>) -> Vec<Content> {
         let cache = &self.caches.contents;
         let key = |item: &KnownItem| ContentKey { part: encoder.digest(), text: item.digest };
@@ -155,10 +172,6 @@ impl Contents {
         for (item, cached) in request.items.iter().zip(cached) {
             let state = match cached {
                 Some(vector) => ItemState::Cached(vector),
-                None if !request.gate.enter() => {
-                    events::shed(ShedReason::Encoding, 1);
-                    ItemState::Shed
-                }
                 None => self.begin(encoder, item, &request, &mut jobs).await,
             };
             state.count(&mut lookups);
@@ -181,21 +194,30 @@ impl Contents {
     ) -> ItemState {
         let key = ContentKey { part: encoder.digest(), text: item.digest };
         let until = (request.priority == Priority::Request).then_some(request.until);
+        let text = self.caches.known_items.text(item);
+        // An item that cannot be encoded needs no place among those that wait for the encoder.
+        if text.is_none() && !self.flights.has(&key) {
+            return ItemState::NoText;
+        }
+        if !request.gate.enter() {
+            return refuse(ShedReason::Encoding);
+        }
         // Following needs no room in the queue: the job that is under way has its place already.
         if let Some(ticket) = self.flights.follow(&key, until) {
             return ItemState::Followed(ticket);
         }
-        let Some(text) = self.caches.known_items.text(item) else { return ItemState::NoText };
+        let Some(text) = text else { return ItemState::NoText };
         let place = match (encoder.try_reserve(&text, request.priority), request.priority) {
             (Some(place), _) => place,
-            (None, Priority::Request) => {
-                events::shed(ShedReason::EncoderQueue, 1);
-                return ItemState::Shed;
-            }
+            (None, Priority::Request) => return refuse(ShedReason::EncoderQueue),
             (None, Priority::WarmUp) => {
                 // There may be no room until the jobs of this call have run, so they are queued first.
                 encoder.submit(std::mem::take(jobs));
-                encoder.reserve_warm_up(&text).await
+                let reserve = encoder.reserve_warm_up(&text);
+                let Ok(place) = tokio::time::timeout_at(request.until.into(), reserve).await else {
+                    return ItemState::NotInTime;
+                };
+                place
             }
         };
         match self.flights.board(key, until, &self.caches.contents) {

@@ -5,7 +5,7 @@
 //! length, so that two different texts never feed the same bytes to the hash.
 
 use super::{Digest, TextDigest};
-use minijinja::{Environment, UndefinedBehavior, value::Serde};
+use minijinja::{Environment, ErrorKind, UndefinedBehavior, value::Serde};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use thiserror::Error;
@@ -205,8 +205,28 @@ pub struct Template {
 
 /// The template does not compile or does not render.
 #[derive(Debug, Error)]
-#[error("item text template: {0:#}")]
-pub struct TemplateError(#[from] minijinja::Error);
+pub enum TemplateError {
+    /// It is not a template, or names what no text has.
+    #[error("item text template: {0:#}")]
+    Invalid(minijinja::Error),
+    /// Its loops do not end soon enough.
+    #[error("item text template: one text takes more than {MAX_STEPS} steps, make its loops shorter")]
+    TooManySteps,
+}
+
+impl From<minijinja::Error> for TemplateError {
+    fn from(error: minijinja::Error) -> Self {
+        match error.kind() {
+            ErrorKind::OutOfFuel => TemplateError::TooManySteps,
+            _ => TemplateError::Invalid(error),
+        }
+    }
+}
+
+/// The most steps that rendering one text may take: instructions of the template, or 64 bytes each that it makes. A text of the
+/// default maximum length takes some thousands; the longest one that can be configured, of a million list entries, some
+/// millions. Loops within loops over lists of a few hundred entries could take hours.
+const MAX_STEPS: u64 = 20_000_000;
 
 const NAME: &str = "item_text";
 
@@ -215,6 +235,7 @@ impl Template {
     pub fn new(source: &str) -> Result<Self, TemplateError> {
         let mut environment = Environment::new();
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
+        environment.set_fuel(Some(MAX_STEPS));
         environment.add_template_owned(NAME, source.to_owned())?;
         Ok(Template { environment })
     }

@@ -216,7 +216,7 @@ impl Lifecycle {
             (false, false) => Outcome::Applied,
         };
         let lifecycle = Arc::clone(self);
-        // A dry run drops its models here, too: joining threads and freeing gigabytes must not block an I/O thread.
+        // A dry run drops its models here, too: freeing gigabytes must not block an I/O thread.
         let committed = on_blocking(move || match outcome {
             Outcome::Checked => Ok(None),
             _ => lifecycle.commit(wish, prepared, outcome),

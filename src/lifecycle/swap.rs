@@ -91,7 +91,7 @@ impl Lifecycle {
         }
         let keep: Vec<String> = self.running_models().iter().map(|model| model.reference.digest.clone()).collect();
         let store = self.store.clone();
-        // Joining threads and freeing gigabytes must not block an I/O thread.
+        // Freeing gigabytes must not block an I/O thread.
         let clean_up = move || {
             drop(retired);
             store.prune(&keep)

@@ -53,18 +53,16 @@ impl Lifecycle {
     }
 
     /// Puts the config that is desired on disk in force; after a change of the config file, only if its text is new. Waits for
-    /// its turn. The journal records the result.
+    /// its turn. The journal records the result, except the error that is returned if what is desired cannot be read.
     ///
     /// Not cancel-safe: run it in a task of its own.
-    pub(super) async fn reload(self: &Arc<Self>, trigger: Trigger) {
+    pub(super) async fn reload(self: &Arc<Self>, trigger: Trigger) -> Result<(), PushError> {
         let _turn = self.push_lock.lock().await;
         let lifecycle = Arc::clone(self);
-        let read = on_blocking(move || lifecycle.read_wish(trigger)).await;
-        match read.and_then(|read| read.map_err(PushError::from)) {
-            Ok(Some(wish)) => drop(self.take_turn(wish, None).await),
-            Ok(None) => {}
-            Err(error) => self.record_unreadable(trigger, &error),
+        if let Some(wish) = on_blocking(move || lifecycle.read_wish(trigger)).await?? {
+            drop(self.take_turn(wish, None).await);
         }
+        Ok(())
     }
 
     /// Reads what is desired on disk; none if the config file changed and its text is not new after all.

@@ -65,7 +65,11 @@ pub async fn run(lifecycle: Arc<Lifecycle>, source: ConfigSource) {
                 file.look().await;
             }
             _ = polls.tick() => file.poll().await,
-            _ = hang_up.recv() => lifecycle.reload(Trigger::Signal).await,
+            _ = hang_up.recv() => {
+                if let Err(error) = lifecycle.reload(Trigger::Signal).await {
+                    lifecycle.record_unreadable(Trigger::Signal, &error);
+                }
+            }
         }
     }
 }
@@ -75,27 +79,36 @@ struct ConfigFile {
     lifecycle: Arc<Lifecycle>,
     /// What the last poll read, or why it could not.
     polled: Option<Result<String, String>>,
-    /// Why the file cannot be read, as it was reported last.
-    reported: Option<String>,
+    /// What was reported last as unreadable.
+    reported: Option<Unreadable>,
+}
+
+/// A config that could not be read. It is tried again at every poll and reported once.
+#[derive(PartialEq, Eq)]
+struct Unreadable {
+    /// The text of the config file, if it is the pushed config beside it that cannot be read.
+    file_text: Option<String>,
+    reason: String,
 }
 
 impl ConfigFile {
     /// Reloads the config if the file's text is new.
     async fn look(&mut self) {
         match self.read().await {
-            Ok(text) => {
-                self.reported = None;
-                if !self.lifecycle.has_considered(&text) {
-                    self.lifecycle.reload(Trigger::File).await;
-                }
-            }
-            Err(error) => {
-                let message = error.to_string();
-                if self.reported.as_ref() != Some(&message) {
-                    self.lifecycle.record_unreadable(Trigger::File, &error);
-                    self.reported = Some(message);
-                }
-            }
+            Ok(text) if self.lifecycle.has_considered(&text) => self.reported = None,
+            Ok(text) => match self.lifecycle.reload(Trigger::File).await {
+                Ok(()) => self.reported = None,
+                Err(error) => self.report(Some(text), &error),
+            },
+            Err(error) => self.report(None, &error),
+        }
+    }
+
+    fn report(&mut self, file_text: Option<String>, error: &PushError) {
+        let unreadable = Some(Unreadable { file_text, reason: error.to_string() });
+        if self.reported != unreadable {
+            self.lifecycle.record_unreadable(Trigger::File, error);
+            self.reported = unreadable;
         }
     }
 
@@ -125,4 +138,64 @@ fn watch(file: &Path, folder_changed: mpsc::Sender<()>) -> notify::Result<Recomm
     let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     watcher.watch(folder, RecursiveMode::NonRecursive)?;
     Ok(watcher)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cache::{CacheLimits, Caches},
+        config::Settings,
+        lifecycle::desired::pushed_path,
+        pipeline::Pipeline,
+    };
+    use std::fs;
+    use tokio::sync::watch as watch_channel;
+
+    fn config_file(file: &Path, draining: watch_channel::Receiver<bool>) -> ConfigFile {
+        let bytes = 1 << 20;
+        let caches = Caches::new(CacheLimits {
+            content_bytes: bytes,
+            item_bytes: bytes,
+            user_bytes: bytes,
+            known_items_bytes: bytes,
+            max_text_bytes: 100,
+        });
+        let pipeline = Arc::new(Pipeline::new(Arc::new(caches), 1, 1));
+        let settings = Settings::from_text("[[models]]\nname = 'a'\nbundle = 'a'\n", file).unwrap();
+        let lifecycle = Lifecycle::new(pipeline, None, file.to_path_buf(), settings, draining);
+        ConfigFile { lifecycle: Arc::new(lifecycle), polled: None, reported: None }
+    }
+
+    /// A few polls, of which the first alone may find another text than the one before it. Returns the number of entries in the
+    /// journal.
+    async fn poll(file: &mut ConfigFile) -> usize {
+        for _ in 0..4 {
+            file.poll().await;
+        }
+        file.lifecycle.journal.past().len()
+    }
+
+    /// Every poll used to add an entry and a log line, for as long as the pushed config could not be read.
+    #[tokio::test]
+    async fn a_pushed_config_that_cannot_be_read_is_reported_once_per_text() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("midemb.toml");
+        let (_drain, draining) = watch_channel::channel(false);
+        let mut file = config_file(&path, draining);
+        fs::create_dir(pushed_path(&path)).unwrap();
+        for (n_before, text) in ["a = 1\n", "a = 2\n"].into_iter().enumerate() {
+            fs::write(&path, text).unwrap();
+            assert_eq!(poll(&mut file).await, n_before + 1, "{text}");
+        }
+        let past = file.lifecycle.journal.past();
+        assert!(past[0].reason.contains("midemb.pushed.toml cannot be read"), "{}", past[0].reason);
+        // What was desired is found as soon as it can be read.
+        fs::remove_dir(pushed_path(&path)).unwrap();
+        assert_eq!(poll(&mut file).await, 3);
+        let past = file.lifecycle.journal.past();
+        assert!(past[0].reason.contains("unknown key"), "{}", past[0].reason);
+        fs::remove_file(&path).unwrap();
+        assert_eq!(poll(&mut file).await, 4, "a config file that is away");
+    }
 }

@@ -65,6 +65,7 @@ impl Pipeline {
     ) -> Result<Candidates, Error> {
         let start = Instant::now();
         let (mut candidates, missing) = self.look_up(model, &resolved);
+        let mut shed_for = None;
         if !missing.is_empty() {
             let Distinct { items, positions } =
                 Distinct::of(missing.iter().filter_map(|row| resolved[*row].as_ref().ok()));
@@ -76,6 +77,7 @@ impl Pipeline {
             };
             let contents = self.contents.embed(&model.encoder, request).await;
             events::stage_finished("content", start);
+            shed_for = contents.iter().find_map(Content::shed_reason);
             let request = EmbedRequest { until: waits.deadlines.embed_by, ..request };
             let embedded = self.run_item_tower(model, request, &contents).await?;
             for (row, position) in missing.into_iter().zip(positions) {
@@ -85,7 +87,7 @@ impl Pipeline {
                 }
             }
         }
-        no_row_ready(&candidates.statuses).map_or(Ok(candidates), Err)
+        no_row_ready(&candidates.statuses, shed_for).map_or(Ok(candidates), Err)
     }
 
     /// Copies cached item embeddings straight into the matrix that the CVR graph reads, and returns the rows that are not

@@ -24,7 +24,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
     thread::{self, JoinHandle},
@@ -64,18 +64,37 @@ pub enum TraceError {
     Empty { path: PathBuf },
 }
 
-/// Requests that may wait to be written; they take a few megabytes.
+/// Requests that may wait to be written.
 const MAX_WAITING: usize = 256;
+/// What they may occupy together. An id has any length that fits into a message, so their number is no bound.
+const MAX_WAITING_BYTES: usize = 32 << 20;
 
 enum Message {
     Request { at_ms: u64, history: ItemsToTrace, candidates: ItemsToTrace },
     End,
 }
 
+/// The bytes of the requests that wait.
+#[derive(Debug, Clone, Default)]
+struct WaitingBytes(Arc<AtomicUsize>);
+
+impl WaitingBytes {
+    /// Adds a request of `n_bytes`, unless there is no room for it.
+    fn try_add(&self, n_bytes: usize) -> bool {
+        let add = |waiting: usize| waiting.checked_add(n_bytes).filter(|sum| *sum <= MAX_WAITING_BYTES);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add).is_ok()
+    }
+
+    fn remove(&self, n_bytes: usize) {
+        self.0.fetch_sub(n_bytes, Ordering::Relaxed);
+    }
+}
+
 /// Writes a trace on a thread of its own.
 #[derive(Debug)]
 pub struct Recorder {
     queue: SyncSender<Message>,
+    waiting_bytes: WaitingBytes,
     has_ended: Arc<AtomicBool>,
     writer: Mutex<Option<JoinHandle<()>>>,
 }
@@ -90,8 +109,10 @@ impl Recorder {
         let path = path.to_path_buf();
         let has_ended = Arc::new(AtomicBool::new(false));
         let ended = Arc::clone(&has_ended);
+        let waiting_bytes = WaitingBytes::default();
+        let bytes = waiting_bytes.clone();
         let write = move || {
-            let written = write_all(&waiting, &file, max_bytes);
+            let written = write_all(&waiting, &bytes, &file, max_bytes);
             ended.store(true, Ordering::Relaxed);
             match written {
                 Ok(n_requests) => tracing::info!(path = %path.display(), n_requests, "trace ended"),
@@ -101,7 +122,7 @@ impl Recorder {
             }
         };
         let writer = thread::Builder::new().name("trace".to_owned()).spawn(write).map_err(failed)?;
-        Ok(Recorder { queue, has_ended, writer: Mutex::new(Some(writer)) })
+        Ok(Recorder { queue, waiting_bytes, has_ended, writer: Mutex::new(Some(writer)) })
     }
 
     /// Whether the trace has ended, so that requests are no longer recorded.
@@ -113,9 +134,17 @@ impl Recorder {
     pub fn record(&self, history: ItemsToTrace, candidates: ItemsToTrace) {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let at_ms = since_epoch.as_millis() as u64;
+        let n_bytes = history.n_bytes() + candidates.n_bytes();
+        if !self.waiting_bytes.try_add(n_bytes) {
+            events::trace_left_out();
+            return;
+        }
         match self.queue.try_send(Message::Request { at_ms, history, candidates }) {
             Ok(()) => events::trace_recorded(),
-            Err(TrySendError::Full(_)) => events::trace_left_out(),
+            Err(TrySendError::Full(_)) => {
+                self.waiting_bytes.remove(n_bytes);
+                events::trace_left_out();
+            }
             // The writer has logged why it ended.
             Err(TrySendError::Disconnected(_)) => {}
         }
@@ -156,6 +185,11 @@ impl ItemsToTrace {
         self
     }
 
+    /// What they occupy.
+    fn n_bytes(&self) -> usize {
+        self.0.iter().map(|item| size_of::<ItemToTrace>() + item.id.len()).sum()
+    }
+
     fn into_traced(self) -> Vec<TracedItem> {
         let traced = |item: ItemToTrace| TracedItem(item.id, item.digest.map(|digest| digest.to_string()));
         self.0.into_iter().map(traced).collect()
@@ -163,7 +197,12 @@ impl ItemsToTrace {
 }
 
 /// Returns the number of requests written.
-fn write_all(waiting: &Receiver<Message>, file: &File, max_bytes: u64) -> io::Result<u64> {
+fn write_all(
+    waiting: &Receiver<Message>,
+    waiting_bytes: &WaitingBytes,
+    file: &File,
+    max_bytes: u64,
+) -> io::Result<u64> {
     let mut writer = BufWriter::new(file);
     let (mut n_requests, mut n_bytes) = (0, 0);
     let mut line = Vec::new();
@@ -177,6 +216,7 @@ fn write_all(waiting: &Receiver<Message>, file: &File, max_bytes: u64) -> io::Re
             }
         };
         let Some(Message::Request { at_ms, history, candidates }) = next else { break };
+        waiting_bytes.remove(history.n_bytes() + candidates.n_bytes());
         let request = TracedRequest { at_ms, history: history.into_traced(), candidates: candidates.into_traced() };
         line.clear();
         serde_json::to_writer(&mut line, &request)?;
@@ -272,6 +312,23 @@ mod tests {
         let n_requests = read(&path, usize::MAX).unwrap().len();
         assert!((1..10).contains(&n_requests), "{n_requests} requests in 300 bytes");
         assert!(std::fs::metadata(&path).unwrap().len() <= 300);
+    }
+
+    /// The queue was bounded in requests alone, and 256 of them could have 16 MB of ids each.
+    #[test]
+    fn requests_that_wait_have_a_bound_in_bytes() {
+        let (queue, waiting) = sync_channel(MAX_WAITING);
+        let (waiting_bytes, has_ended) = (WaitingBytes::default(), Arc::default());
+        let recorder = Recorder { queue, waiting_bytes: waiting_bytes.clone(), has_ended, writer: Mutex::new(None) };
+        let ids = |n_bytes: usize| ItemsToTrace::from_ids(&[item(&"i".repeat(n_bytes), None)]);
+        for _ in 0..100 {
+            recorder.record(ids(MAX_WAITING_BYTES / 8), ids(MAX_WAITING_BYTES / 8));
+        }
+        recorder.record(ids(1), ids(1));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        drop(recorder);
+        assert_eq!(write_all(&waiting, &waiting_bytes, file.as_file(), u64::MAX).unwrap(), 4);
+        assert!(waiting_bytes.try_add(MAX_WAITING_BYTES), "bytes of written requests still count");
     }
 
     #[test]

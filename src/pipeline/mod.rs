@@ -177,23 +177,21 @@ fn vector_or_status(content: &Content) -> Result<Vector, RowStatus> {
     content.vector().cloned().ok_or(match content {
         Content::NotInTime => RowStatus::NotInTime,
         Content::NoText => RowStatus::UnknownItem,
-        Content::Shed => RowStatus::Shed,
+        Content::Shed(_) => RowStatus::Shed,
         _ => RowStatus::Failed,
     })
 }
 
-/// The error for a request without a single ready row, if one of its rows was shed or late. Overload takes precedence over
-/// lateness, because the caller should back off.
-fn no_row_ready(statuses: &[RowStatus]) -> Option<Error> {
+/// The error for a request without a single ready row, if one of its rows was shed or late. `shed_for` is why rows were shed, if
+/// any were. Overload takes precedence over lateness, because the caller should back off.
+fn no_row_ready(statuses: &[RowStatus], shed_for: Option<ShedReason>) -> Option<Error> {
     if statuses.contains(&RowStatus::Ok) {
-        None
-    } else if statuses.contains(&RowStatus::Shed) {
-        Some(shed(ShedReason::EncoderQueue))
-    } else if statuses.contains(&RowStatus::NotInTime) {
-        Some(Error::DeadlineExceeded)
-    } else {
-        None
+        return None;
     }
+    if let Some(reason) = shed_for {
+        return Some(shed(reason));
+    }
+    statuses.contains(&RowStatus::NotInTime).then_some(Error::DeadlineExceeded)
 }
 
 #[cfg(test)]
@@ -236,8 +234,12 @@ mod tests {
     #[test]
     fn overload_takes_precedence_over_lateness() {
         use RowStatus::{Failed, NotInTime, Ok, Shed};
-        assert!(matches!(no_row_ready(&[NotInTime, Shed]), Some(Error::Shed { reason: ShedReason::EncoderQueue, .. })));
-        assert!(matches!(no_row_ready(&[Failed, NotInTime]), Some(Error::DeadlineExceeded)));
-        assert!(no_row_ready(&[Failed]).is_none() && no_row_ready(&[Ok, Shed, NotInTime]).is_none());
+        for reason in [ShedReason::Encoding, ShedReason::EncoderQueue] {
+            let error = no_row_ready(&[NotInTime, Shed], Some(reason)).unwrap();
+            assert!(matches!(error, Error::Shed { reason: found, .. } if found == reason), "{reason:?}: {error:?}");
+            assert!(no_row_ready(&[Ok, Shed, NotInTime], Some(reason)).is_none());
+        }
+        assert!(matches!(no_row_ready(&[Failed, NotInTime], None), Some(Error::DeadlineExceeded)));
+        assert!(no_row_ready(&[Failed], None).is_none());
     }
 }

@@ -102,11 +102,8 @@ impl Pipeline {
         };
         let items: Vec<KnownItem> = golden.texts().map(item).collect();
         let until = Instant::now() + GOLDEN_PATIENCE;
-        let embed = self
-            .contents
-            .embed(encoder, EmbedRequest { items: &items, priority: Priority::WarmUp, until, gate: &Open });
-        // `embed` itself may wait for room in the encoder's queue longer than that.
-        let contents = tokio::time::timeout_at(until.into(), embed).await.unwrap_or_default();
+        let request = EmbedRequest { items: &items, priority: Priority::WarmUp, until, gate: &Open };
+        let contents = self.contents.embed(encoder, request).await;
         let vectors: Vec<&Vector> = contents.iter().filter_map(Content::vector).collect();
         if vectors.len() < items.len() {
             return Err(BundleError::EncoderBusy);

@@ -122,7 +122,7 @@ impl Drop for QueueStay {
     }
 }
 
-/// `n` requests (rows, if the encoder's queue is the reason) were refused.
+/// `n` requests were refused; rows, if the reason is the encoder's queue or the number of requests that wait for it.
 pub fn shed(reason: ShedReason, n: u64) {
     counter!(names::SHED, "reason" => reason.as_str()).increment(n);
 }

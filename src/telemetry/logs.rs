@@ -33,6 +33,12 @@ pub enum LogError {
         /// The parser's error.
         source: tracing_subscriber::filter::ParseError,
     },
+    /// The filter is too long to be parsed.
+    #[error("telemetry.log_filter has {n_bytes} bytes, at most {MAX_FILTER_BYTES} are allowed")]
+    FilterLength {
+        #[expect(missing_docs, reason = "the message says what it is")]
+        n_bytes: usize,
+    },
     /// Standard error cannot be opened again, or the thread that writes to it cannot be started.
     #[error("logging cannot be set up: {0}")]
     Writer(#[from] io::Error),
@@ -41,9 +47,19 @@ pub enum LogError {
     Install(Box<dyn std::error::Error + Send + Sync>),
 }
 
+/// The most bytes of a filter. Operators write a few dozen.
+pub const MAX_FILTER_BYTES: usize = 4096;
+
 /// Parses a filter such as `info` or `midemb=debug,info`.
+///
+/// A field's value in it is compared as text. As a regular expression, which is what the library makes of it by default, a short
+/// one could take gigabytes and a core for minutes.
 pub fn parse_filter(filter: &str) -> Result<EnvFilter, LogError> {
-    EnvFilter::try_new(filter).map_err(|source| LogError::Filter { filter: filter.to_owned(), source })
+    if filter.len() > MAX_FILTER_BYTES {
+        return Err(LogError::FilterLength { n_bytes: filter.len() });
+    }
+    let parsed = EnvFilter::builder().with_regex(false).parse(filter);
+    parsed.map_err(|source| LogError::Filter { filter: filter.to_owned(), source })
 }
 
 /// Installs the process-wide subscriber. Lines that are logged after the drop of the returned value are lost.
@@ -73,4 +89,28 @@ pub fn install_panic_hook() {
         let thread = std::thread::current();
         tracing::error!(location, thread = thread.name().unwrap_or_default(), panic = message, "panicked");
     }));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    /// The value used to be compiled as a regular expression: its automaton doubles with every `(a|b)`.
+    #[test]
+    fn a_value_in_a_filter_is_no_regular_expression() {
+        let filter = format!("[a{{f=(a|b)*a{}}}]=info", "(a|b)".repeat(60));
+        let start = Instant::now();
+        parse_filter(&filter).unwrap();
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+        parse_filter("[a{f=(}]=info").unwrap();
+    }
+
+    #[test]
+    fn a_filter_has_a_bound() {
+        let targets = |n_bytes: usize| format!("info,{}=debug", "x".repeat(n_bytes - "info,=debug".len()));
+        parse_filter(&targets(MAX_FILTER_BYTES)).unwrap();
+        let error = parse_filter(&targets(MAX_FILTER_BYTES + 1)).unwrap_err().to_string();
+        assert_eq!(error, "telemetry.log_filter has 4097 bytes, at most 4096 are allowed");
+    }
 }

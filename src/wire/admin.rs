@@ -167,9 +167,9 @@ impl AdminService for Admin {
     ) -> Result<Response<proto::FlushCacheResponse>, Status> {
         let who = Operator::of(&request);
         let name = request.into_inner().cache;
-        let entries_removed = match (name.as_str(), CacheName::parse(&name)) {
-            ("", _) => self.caches.flush_all(),
-            (_, Some(cache)) => self.caches.flush(cache),
+        let cache = match (name.as_str(), CacheName::parse(&name)) {
+            ("", _) => None,
+            (_, Some(cache)) => Some(cache),
             (_, None) => {
                 let names = CacheName::ALL.map(CacheName::as_str).join(", ");
                 let description =
@@ -177,7 +177,15 @@ impl AdminService for Admin {
                 return Err(invalid_argument("FlushCache", "cache", description));
             }
         };
-        tracing::info!(who, cache = name, entries_removed, "cache flushed");
+        let caches = Arc::clone(&self.caches);
+        let flush = move || {
+            let entries_removed = cache.map_or_else(|| caches.flush_all(), |cache| caches.flush(cache));
+            tracing::info!(who, cache = name, entries_removed, "cache flushed");
+            entries_removed
+        };
+        // Freeing millions of entries must not block an I/O thread.
+        let flushed = background::run(Urgency::GivesWay, flush).await;
+        let entries_removed = flushed.map_err(|error| internal("FlushCache", error))?;
         Ok(Response::new(proto::FlushCacheResponse { entries_removed }))
     }
 

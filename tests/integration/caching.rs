@@ -1,7 +1,24 @@
 //! Cached results are not computed again, and identical work is done once.
 
 use crate::harness::{BrokenBundle, Server, film, films, history_statuses, ids, page, rows, statuses};
+use midemb::{
+    cache::{CacheLimits, Caches},
+    config::Settings,
+    domain::{Digest, ItemKey},
+    lifecycle::Lifecycle,
+    pipeline::Pipeline,
+    wire::{admin::Admin, proto as own_proto, proto::admin_service_server::AdminService},
+};
 use midemb_client::proto::{FlushCacheRequest, GetMidEmbRequest, GetStatusRequest, Item, WarmItemsRequest};
+use std::{
+    future::poll_fn,
+    path::Path,
+    pin::pin,
+    sync::{Arc, mpsc},
+    task::Poll,
+    thread,
+    time::Duration,
+};
 
 #[tokio::test]
 async fn the_second_identical_request_runs_no_encoder_and_look_ups_add_up() {
@@ -254,4 +271,46 @@ async fn a_warm_up_of_cached_items_runs_neither_encoder_nor_item_tower() {
         );
     }
     assert_eq!(runs[0], runs[1]);
+}
+
+fn admin(caches: &Arc<Caches>) -> Admin {
+    let file = Path::new("midemb.toml");
+    let settings = Settings::from_text("[[models]]\nname = 'a'\nbundle = 'a'\n", file).unwrap();
+    let pipeline = Arc::new(Pipeline::new(Arc::clone(caches), 1, 1));
+    let (_drain, draining) = tokio::sync::watch::channel(false);
+    let lifecycle = Lifecycle::new(Arc::clone(&pipeline), None, file.to_path_buf(), settings, draining.clone());
+    Admin::new(Arc::clone(caches), pipeline, Arc::new(lifecycle), draining)
+}
+
+/// A flush freed millions of entries on the I/O thread that read the call, which served nobody meanwhile.
+#[tokio::test]
+async fn a_flush_blocks_no_io_thread() {
+    let bytes = 1 << 20;
+    let caches = Arc::new(Caches::new(CacheLimits {
+        content_bytes: bytes,
+        item_bytes: bytes,
+        user_bytes: bytes,
+        known_items_bytes: bytes,
+        max_text_bytes: 100,
+    }));
+    let key = ItemKey { part: Digest::from_bytes([1; 16]), text: Digest::from_bytes([2; 16]) };
+    caches.items.insert(key, vec![0.5; 4].into());
+    // A reader that holds the cache keeps the flush from its end.
+    let ((held, is_held), (release, released)) = (mpsc::channel(), mpsc::channel::<()>());
+    let items = caches.items.clone();
+    let reader = thread::spawn(move || {
+        items.read_many(&[key], |_, _| {
+            held.send(()).unwrap();
+            let _ = released.recv_timeout(Duration::from_secs(5));
+        });
+    });
+    is_held.recv().unwrap();
+    let request = own_proto::FlushCacheRequest { cache: "item".to_owned() };
+    let admin = admin(&caches);
+    let mut flush = pin!(admin.flush_cache(tonic::Request::new(request)));
+    let is_waiting = poll_fn(|context| Poll::Ready(flush.as_mut().poll(context).is_pending())).await;
+    assert!(is_waiting, "the cache was flushed by the thread that polls the call");
+    release.send(()).unwrap();
+    assert_eq!(flush.await.unwrap().into_inner().entries_removed, 1);
+    reader.join().unwrap();
 }

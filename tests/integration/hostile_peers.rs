@@ -571,7 +571,9 @@ async fn a_request_that_may_not_wait_for_the_encoder_gets_its_hot_rows() {
     let mixed = page(vec![], [films("c", 2), films("new", 1)].concat());
     assert_eq!(statuses(&client.get_mid_emb(mixed).await.unwrap().into_inner()), ["OK", "OK", "FAILED"]);
     let cold: GetMidEmbRequest = page(vec![], films("newer", 2));
-    assert_eq!(client.get_mid_emb(cold).await.unwrap_err().code(), Code::ResourceExhausted);
+    let refused = client.get_mid_emb(cold).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert_eq!(refused.message(), "overloaded: too many requests wait for the encoder");
     let scrape = server.scrape();
     assert_eq!(scrape.sum("midemb_shed_total", &["reason=\"encoding\""]), 3.0);
     assert_eq!(scrape.sum("midemb_rows_total", &["status=\"shed\""]), 1.0);

@@ -52,6 +52,8 @@ fn broken_files() -> Vec<BrokenFiles> {
     let remove = |file: &'static str| broken(move |b| std::fs::remove_file(b.path(file)).unwrap());
     let half = |file: &'static str| broken(move |b| truncate(&b.path(file)));
     let format = |b: &BrokenBundle| b.edit("manifest.toml", |m| m.replace("format = 1", "format = 2"));
+    let history =
+        |b: &BrokenBundle| b.edit("manifest.toml", |m| m.replace("max_history = 8\n", "max_history = 10000000\n"));
     vec![
         ("half a graph", half("user_tower.onnx"), "digests", "user_tower.onnx has a wrong digest"),
         ("two files swapped", broken(swap), "digests", "has a wrong digest"),
@@ -63,6 +65,12 @@ fn broken_files() -> Vec<BrokenFiles> {
             broken(format),
             "digests",
             "format is 2, this server reads format 1",
+        ),
+        (
+            "a history that does not fit into memory",
+            broken(history),
+            "digests",
+            "user_tower.max_history is 10000000, it must be from 1 to 100000",
         ),
     ]
 }
@@ -79,6 +87,10 @@ fn broken_models() -> Vec<BrokenFiles> {
     let nan = |b: &BrokenBundle| b.replace("item_tower.onnx", &with_nan(&b.path("item_tower.onnx")));
     let dims = |b: &BrokenBundle| b.edit("manifest.toml", |m| m.replace("dim = 12", "dim = 13"));
     let tokens = |b: &BrokenBundle| b.edit("manifest.toml", |m| m.replace("max_tokens = ", "max_tokens = 1"));
+    let endless = |b: &BrokenBundle| {
+        let (start, end) = ("{% for a in range(9999) %}".repeat(4), "{% endfor %}".repeat(4));
+        b.edit("manifest.toml", |m| m.replace("template = \"", &format!("template = \"{start}{end}")));
+    };
     let content: fn(&mut Value) = |golden| golden["items"][0]["content"][0] = 0.9.into();
     let ids: fn(&mut Value) = |golden| golden["items"][0]["token_ids"] = serde_json::json!([1, 2]);
     let cvr: fn(&mut Value) = |golden| golden["pairs"][0]["cvr"] = 0.987.into();
@@ -98,6 +110,7 @@ fn broken_models() -> Vec<BrokenFiles> {
         ("golden ids of another tokenizer", golden(ids), "golden", "token_ids 0 are"),
         ("golden vectors that are no numbers", golden(null), "golden", "golden.json: invalid type: null"),
         ("another token limit", broken(tokens), "golden", "token_ids 0 are"),
+        ("a template whose loops do not end", broken(endless), "golden", "one text takes more than 20000000 steps"),
         ("the encoder of another bundle", broken(encoder), "golden", "content 0 differs from golden by"),
     ]
 }
@@ -135,6 +148,7 @@ fn broken_configs(server: &Server) -> Vec<BrokenConfig> {
     let shadow = with_models(server, &[model("learn", &fixture(), ""), shadow]);
     let port = good.replace("server.listen = \"127.0.0.1:0\"", "server.listen = \"127.0.0.1:1\"");
     let above = |line: &str| format!("{line}\n{good}");
+    let deep = format!("\"a{}\" = 1", ".a".repeat(60_000));
     vec![
         ("shares of 99", two([50, 49], ["a", "b"]), invalid, "parse", "the shares add up to 99, not to 100"),
         ("two models with one name", two([50, 50], ["a", "a"]), invalid, "parse", "\"a\" is taken by another model"),
@@ -142,6 +156,22 @@ fn broken_configs(server: &Server) -> Vec<BrokenConfig> {
         ("an unknown key", above("cache.item_mbs = 3"), invalid, "parse", "unknown key, did you mean cache.item_mb?"),
         ("out of bounds", above("reload.warm_seconds = -1"), invalid, "parse", "\"-1\" is not a whole number"),
         ("no TOML", "[server\n".to_owned(), invalid, "parse", "midemb.toml: "),
+        // The first two of these used to end the process; the third hid its bundle from the code that pins digests.
+        (
+            "a key that is a path to a huge list",
+            above("\"a[1000000000000000]\" = 1"),
+            invalid,
+            "parse",
+            "line 1: the key \"a[1000000000000000]\" is not a name",
+        ),
+        ("a key that is a path to deep tables", above(&deep), invalid, "parse", "line 1: the key \"a.a.a."),
+        (
+            "a key that is a path to a model",
+            above("\"models[0]\".name = \"learn\""),
+            invalid,
+            "parse",
+            "line 1: the key \"models[0]\" is not a name",
+        ),
         ("another port", port, refused, "validate", "from \"127.0.0.1:0\" to \"127.0.0.1:1\" without a restart"),
         ("another cache", above("cache.item_mb = 3"), refused, "validate", "cache.item_mb: cannot change"),
         (
@@ -180,7 +210,7 @@ async fn faulty_pushes_are_refused_with_their_reason_and_the_server_keeps_servin
         assert_eq!((&answer.model, &answer.mid_emb), (&first.model, &first.mid_emb), "{what}");
         n_cases += 1.0;
     }
-    assert_eq!(n_cases, 30.0);
+    assert_eq!(n_cases, 35.0);
     assert!(!server.file.with_extension("pushed.toml").exists(), "a refused config was kept");
     assert_eq!(server.scrape().sum("midemb_reloads_total", &["result=\"refused\""]), n_cases);
     let good = with_bundle(&server, &retrained());

@@ -10,7 +10,7 @@ use crate::{
         known_items::{HashKey, KnownItems},
         vectors::VectorCache,
     },
-    domain::{Digest, EmbeddingKey, IdKey, KnownItem, TextDigest, Vector},
+    domain::{Digest, EmbeddingKey, IdKey, ItemText, TextDigest, Vector},
 };
 use safetensors::Dtype;
 use std::{
@@ -19,6 +19,7 @@ use std::{
     mem::size_of,
     os::unix::fs::OpenOptionsExt,
     path::Path,
+    sync::Arc,
 };
 
 const DIGEST_BYTES: usize = TextDigest::N_BYTES;
@@ -73,11 +74,10 @@ impl<'a> PartsWriter<'a> {
     }
 
     fn write_known_items(&mut self, known: &KnownItems) -> Result<(), SnapshotError> {
-        let (hash_key, items) = hottest(known);
+        let (hash_key, texts) = hottest_texts(known);
         let (mut columns, mut number) = (TextColumns::default(), 0);
         let mut json = Vec::new();
-        for item in items {
-            let KnownItem { id, text: Some(text), .. } = item else { continue };
+        for (id, text) in texts {
             json.clear();
             serde_json::to_writer(&mut json, &*text).map_err(|error| SnapshotError::at(self.folder)(error.into()))?;
             if columns.n() > 0 && columns.n_bytes() + json.len() > self.max_bytes {
@@ -118,12 +118,19 @@ impl<'a> PartsWriter<'a> {
     }
 }
 
-/// All known items, and the key under which their ids are hashed. Reads both again if the key changed meanwhile.
-fn hottest(known: &KnownItems) -> (HashKey, Vec<KnownItem>) {
+/// All known texts, hottest first, and the key under which their ids are hashed. Each text is looked up when the iterator comes
+/// to it, so that those that are evicted meanwhile do not stay in memory.
+fn hottest_texts(known: &KnownItems) -> (HashKey, impl Iterator<Item = (IdKey, Arc<ItemText>)>) {
+    let (hash_key, ids) = hottest_ids(known);
+    (hash_key, ids.into_iter().filter_map(|id| Some((id, known.peek(id)?))))
+}
+
+/// Reads both again if the key changed meanwhile.
+fn hottest_ids(known: &KnownItems) -> (HashKey, Vec<IdKey>) {
     loop {
-        let (hash_key, items) = (known.hash_key(), known.hottest());
+        let (hash_key, ids) = (known.hash_key(), known.hottest_ids());
         if known.hash_key() == hash_key {
-            return (hash_key, items);
+            return (hash_key, ids);
         }
     }
 }
@@ -213,5 +220,23 @@ impl TextColumns {
             ],
         };
         part.write(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{Item, Priority};
+
+    /// All known texts used to stay in memory until the last part was written, besides those that replaced them in the cache.
+    #[test]
+    fn texts_are_looked_up_when_they_are_written() {
+        let known = KnownItems::new(1 << 20, 100);
+        let item = |id: &str| Item { id: id.to_owned(), text: Some(Ok(ItemText::titled(id))) };
+        known.resolve(vec![item("a"), item("b"), item("c")], Priority::Request);
+        let (_hash_key, mut texts) = hottest_texts(&known);
+        assert!(texts.next().is_some());
+        known.flush();
+        assert_eq!(texts.next(), None, "a text that was forgotten is still held");
     }
 }

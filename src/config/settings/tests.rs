@@ -77,6 +77,50 @@ fn the_environment_wins_over_the_file() {
     assert_eq!(settings.limits.max_candidates, 7);
 }
 
+/// The reason for which the config is refused before its values are looked at.
+fn syntax_error(text: &str, variables: &[(&str, &str)]) -> String {
+    match check(text, variables) {
+        Err(ConfigError::Syntax { reason, .. }) => reason,
+        other => panic!("no syntax error: {other:?}"),
+    }
+}
+
+/// Keys that `config` reads as paths used to end the process: one asked for a list of petabytes, the other for tables nested
+/// too deep for the stack. A third one set a model that the code that pins digests did not find.
+#[test]
+fn a_key_that_is_a_path_is_refused() {
+    let index = syntax_error(&format!("routing.salt = 's'\n'a[1000000000000000]' = 1\n{MODEL}"), &[]);
+    assert_eq!(index, "line 2: the key \"a[1000000000000000]\" is not a name, use only letters, digits, _ and -");
+    let dots = "a.".repeat(60_000) + "a";
+    let deep = syntax_error(&format!("{dots:?} = 1\n{MODEL}"), &[]);
+    assert!(deep.starts_with("line 1: the key \"a.a.") && deep.len() < 300, "{deep}");
+    let model = syntax_error(&format!("{MODEL}[\"models[0]\"]\nname = 'b'\n"), &[]);
+    assert!(model.contains("the key \"models[0]\" is not a name"), "{model}");
+    for key in ["", "server.listen", "\u{e9}", r"a\nb"] {
+        let error = syntax_error(&format!("\"{key}\" = 1\n{MODEL}"), &[]);
+        assert!(error.starts_with("line 1: the key ") && !error.contains('\n'), "{key:?}: {error}");
+    }
+    let inner = faults(&format!("[cache]\n'a[1000000000000000]' = 1\n'a.b' = 2\n{MODEL}"), &[]);
+    assert_eq!(inner, ["cache.a.b: unknown key", "cache.a[1000000000000000]: unknown key"]);
+}
+
+#[test]
+fn a_variable_that_is_a_path_is_refused() {
+    for name in ["MIDEMB__A[1000000000000000]", "MIDEMB__MODELS[0]__NAME", "MIDEMB__", "MIDEMB__A____B"] {
+        let error = syntax_error(MODEL, &[(name, "1")]);
+        assert!(error.contains("of a variable MIDEMB__... is not a name"), "{name}: {error}");
+    }
+    let deep = format!("MIDEMB__A{}", "__A".repeat(60_000));
+    assert!(syntax_error(MODEL, &[(&deep, "1")]).starts_with("the key \"a.a.a."));
+}
+
+#[test]
+fn keys_may_be_written_with_dots() {
+    let text = format!("server.listen = '127.0.0.1:1'\n'limits'.max_candidates = 7\n{MODEL}");
+    let settings = check(&text, &[]).unwrap();
+    assert_eq!((settings.server_listen.port(), settings.limits.max_candidates), (1, 7));
+}
+
 #[test]
 fn all_errors_are_reported_at_once_with_key_value_and_bound() {
     let text = "[server]\nlisten = \"nowhere\"\nlissten = 1\n[limits]\nmax_history = 0\nmax_candidates = \"many\"\n\
@@ -87,7 +131,7 @@ fn all_errors_are_reported_at_once_with_key_value_and_bound() {
         "colour.red: unknown key",
         "server.lissten: unknown key, did you mean server.listen?",
         "server.listen: \"nowhere\" is not an IP address and a port, for example 127.0.0.1:50051",
-        "telemetry.log_filter: \"a=b=c\" is not a tracing filter, for example info or midemb=debug,info",
+        "telemetry.log_filter: \"a=b=c\" is not a tracing filter of at most 4096 bytes, for example info or midemb=debug,info",
         "inference.provider: \"tpu\" is not one of auto, cpu, cuda",
         "cache.item_mb: \"-1\" is not a whole number from 1 to 1048576",
         "limits.max_candidates: \"many\" is not a whole number from 1 to 100000",

@@ -3,6 +3,7 @@
 use super::*;
 use proptest::prelude::*;
 use serde::Deserialize;
+use std::time::{Duration, Instant};
 
 #[derive(Deserialize)]
 struct GoldenFile {
@@ -16,10 +17,14 @@ struct GoldenCase {
     prompt: String,
 }
 
+fn golden() -> GoldenFile {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/item_text_golden.json");
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
 #[test]
 fn renders_the_same_bytes_as_jinja2() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/item_text_golden.json");
-    let golden: GoldenFile = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let golden = golden();
     let template = Template::new(&golden.template).unwrap();
     assert!(golden.cases.len() >= 15, "only {} cases", golden.cases.len());
     for case in golden.cases {
@@ -32,6 +37,34 @@ fn a_template_that_does_not_compile_or_names_an_unknown_field_is_refused() {
     let error = Template::new("{% if title %}").unwrap_err().to_string();
     assert!(error.starts_with("item text template: "), "{error}");
     assert!(Template::new("{{ colour }}").unwrap().render(&ItemText::default()).is_err());
+}
+
+/// A template could keep a push, and every push after it, waiting for good.
+#[test]
+fn a_template_whose_loops_do_not_end_is_an_error() {
+    let loops = "{% for a in range(10000) %}".repeat(4) + &"{% endfor %}".repeat(4);
+    for source in [loops.as_str(), "{{ 'x' * 10000000000 }}"] {
+        let start = Instant::now();
+        let error = Template::new(source).unwrap().render(&ItemText::titled("a")).unwrap_err().to_string();
+        assert_eq!(
+            error, "item text template: one text takes more than 20000000 steps, make its loops shorter",
+            "{source}"
+        );
+        assert!(start.elapsed() < Duration::from_secs(60), "{source}: {:?}", start.elapsed());
+    }
+}
+
+/// The most list entries that fit into the largest `limits.max_text_bytes`.
+#[test]
+fn the_longest_text_is_rendered() {
+    let golden = golden();
+    let entries = vec!["k"; 1 << 18];
+    let text = ItemText::new(["a", "b", "c", "d"], &entries, &entries);
+    assert!(text.n_bytes() >= 1 << 20);
+    Template::new(&golden.template).unwrap().render(&text).unwrap();
+    let by_hand = "{{ title }}{% for k in keywords %}{% if not loop.first %}, {% endif %}{{ k }}{% endfor %}\
+                   {% for a in attributes %}{% if a %}{{ a | trim }}; {% endif %}{% endfor %}";
+    Template::new(by_hand).unwrap().render(&text).unwrap();
 }
 
 #[test]
