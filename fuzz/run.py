@@ -33,6 +33,7 @@ SMOKE_RUNS = {
     "get_mid_emb": 10_000,
     "grpc_timeout": 2_000_000,
     "item_text": 30_000,
+    "warm_items": 10_000,
 }
 SMOKE_RUNS_OF_OTHERS = 80_000
 LIMITS = ["-max_len=4096", "-timeout=20", "-rss_limit_mb=2048"]

@@ -2,7 +2,8 @@
 
 use crate::bundle;
 use http::{HeaderValue, Request, Response};
-use http_body_util::{BodyExt, Full};
+use http_body::Frame;
+use http_body_util::{BodyExt, Full, StreamBody};
 use midemb::{
     bundle::{LoadOptions, ModelSet, ServedModel, load::check_files, load::load},
     cache::{CacheLimits, Caches},
@@ -16,9 +17,9 @@ use midemb::{
         services::MidEmb,
     },
 };
-use midemb_client::proto::GetMidEmbResponse;
+use midemb_client::proto::{GetMidEmbResponse, WarmItemsResponse};
 use prost::{Message, bytes::Bytes};
-use std::{sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 use tokio::sync::watch;
 use tonic::{Code, body::Body};
 use tower::{Layer, Service};
@@ -52,17 +53,18 @@ pub struct MidEmbCaller {
     runtime: tokio::runtime::Runtime,
     service: Layered,
     caches: Arc<Caches>,
+    _never_drains: watch::Sender<bool>,
 }
 
 /// What a call was answered with.
 #[derive(Debug)]
-pub struct Answer {
+pub struct Answer<T> {
     /// The gRPC status.
     pub code: Code,
     /// Its message, empty if the call succeeded.
     pub message: String,
     /// The response, as the Rust client reads it; none if the call failed.
-    pub response: Option<GetMidEmbResponse>,
+    pub response: Option<T>,
 }
 
 impl MidEmbCaller {
@@ -78,8 +80,7 @@ impl MidEmbCaller {
         let caches = Arc::new(Caches::new(limits));
         let pipeline = Arc::new(Pipeline::new(Arc::clone(&caches), LIMITS.max_in_flight, LIMITS.max_encoding));
         pipeline.registry.install(Arc::new(models()));
-        // The sender is dropped: nothing here drains.
-        let (_, draining) = watch::channel(false);
+        let (never_drains, draining) = watch::channel(false);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         let entered = runtime.enter();
         let budgets = Budgets::new(&LIMITS);
@@ -87,7 +88,7 @@ impl MidEmbCaller {
         let handlers = MidEmbServiceServer::new(handlers).max_decoding_message_size(LIMITS.max_message_bytes);
         let service = CountLayer.layer(ReceiveLayer::new(pipeline, LIMITS, budgets, draining).layer(handlers));
         drop(entered);
-        MidEmbCaller { runtime, service, caches }
+        MidEmbCaller { runtime, service, caches, _never_drains: never_drains }
     }
 
     /// Empties all caches, so that an input's result does not depend on the inputs before it.
@@ -96,13 +97,26 @@ impl MidEmbCaller {
     }
 
     /// Calls `GetMidEmb` with these bytes as its message.
-    pub fn get_mid_emb(&mut self, message: &[u8]) -> Answer {
-        let mut request = Request::new(Body::new(Full::new(framed(message))));
-        *request.uri_mut() = http::Uri::from_static("/midemb.v1.MidEmbService/GetMidEmb");
+    pub fn get_mid_emb(&mut self, message: &[u8]) -> Answer<GetMidEmbResponse> {
+        self.call("/midemb.v1.MidEmbService/GetMidEmb", Body::new(Full::new(framed(message))))
+    }
+
+    /// Calls `WarmItems` with these bytes, messages and what is between them, in pieces of `n_bytes` as its body.
+    pub fn warm_items(&mut self, body: &[u8], n_bytes: usize) -> Answer<WarmItemsResponse> {
+        let pieces: Vec<Bytes> = body.chunks(n_bytes).map(Bytes::copy_from_slice).collect();
+        let frames = pieces.into_iter().map(|piece| Ok::<_, Infallible>(Frame::data(piece)));
+        self.call("/midemb.v1.MidEmbService/WarmItems", Body::new(StreamBody::new(tokio_stream::iter(frames))))
+    }
+
+    fn call<T: Message + Default>(&mut self, path: &'static str, body: Body) -> Answer<T> {
+        let mut request = Request::new(body);
+        *request.uri_mut() = http::Uri::from_static(path);
         *request.method_mut() = http::Method::POST;
         request.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
-        let answered = self.service.call(request);
-        self.runtime.block_on(async { answer(answered.await.unwrap()).await })
+        self.runtime.block_on(async {
+            let answered = self.service.call(request).await;
+            answer(answered.unwrap()).await
+        })
     }
 }
 
@@ -114,7 +128,7 @@ fn framed(message: &[u8]) -> Bytes {
     frame.into()
 }
 
-async fn answer(response: Response<Body>) -> Answer {
+async fn answer<T: Message + Default>(response: Response<Body>) -> Answer<T> {
     let (head, body) = response.into_parts();
     let body = body.collect().await.unwrap();
     // A call that failed has its status in the headers.
@@ -123,7 +137,7 @@ async fn answer(response: Response<Body>) -> Answer {
     let code = header("grpc-status").map_or(Code::Unknown, |code| Code::from_bytes(code.as_bytes()));
     let message = header("grpc-message").map(|text| String::from_utf8_lossy(text.as_bytes()).into_owned());
     let bytes = body.to_bytes();
-    let response = bytes.get(5..).map(|message| GetMidEmbResponse::decode(message).unwrap());
+    let response = bytes.get(5..).map(|message| T::decode(message).unwrap());
     Answer { code, message: message.unwrap_or_default(), response }
 }
 
