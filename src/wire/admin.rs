@@ -377,4 +377,18 @@ mod tests {
         let status = internal("ExportCache", exported.unwrap_err());
         assert_eq!((status.code(), status.message()), (tonic::Code::Internal, "the job panicked: no such cache"));
     }
+
+    /// An export that nobody read kept a thread, and all vectors of its cache.
+    #[tokio::test(start_paused = true)]
+    async fn an_export_that_nobody_reads_ends() {
+        use io::Read;
+        let (chunks, mut unread) = mpsc::channel(CHUNKS_AHEAD);
+        let mut out = ChunkWriter { chunks, runtime: Handle::current() };
+        let began = tokio::time::Instant::now();
+        let export = move || io::copy(&mut io::repeat(7).take(1 << 30), &mut out);
+        let error = background::run(Urgency::Normal, export).await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!((EXPORT_PATIENCE..EXPORT_PATIENCE * 2).contains(&began.elapsed()), "{:?}", began.elapsed());
+        assert_eq!(std::iter::from_fn(|| unread.try_recv().ok()).count(), CHUNKS_AHEAD);
+    }
 }

@@ -1,6 +1,6 @@
 //! The admin listener accepts only callers with a token or a certificate, and logs who changed what.
 
-use crate::harness::{Server, config, fixture, midemb, retrained};
+use crate::harness::{PATIENCE, Server, config, eventually, fixture, midemb, retrained};
 use midemb::domain::digest::sha256_hex;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
@@ -11,8 +11,21 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Output,
+    sync::Arc,
 };
 use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use tokio_rustls::{
+    TlsConnector,
+    rustls::{
+        ClientConfig, RootCertStore,
+        crypto::aws_lc_rs,
+        pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
+    },
+};
 
 fn admin(address: &str, arguments: &[&str]) -> Output {
     midemb().args(["admin", "--admin", address]).args(arguments).output().unwrap()
@@ -185,6 +198,42 @@ fn replaced_certificates_are_served_without_a_restart_and_bad_ones_are_not() {
     }
     let [old_cert, old_key] = ["client.pem", "client.key"].map(|name| files.path(name));
     refused(&call(&new_ca, &old_cert, &old_key));
+}
+
+/// Connections with TLS got no pings, so that of a peer that had vanished stayed open.
+#[tokio::test]
+async fn a_peer_behind_tls_that_answers_no_ping_loses_its_connection() {
+    const SETTINGS: &[u8] = b"\0\0\0\x04\0\0\0\0\0";
+    const PING: u8 = 6;
+    let (files, _, guard) = certificates();
+    let server = Server::start_with(&fixture(), &guard);
+    let certificate = |name: &str| CertificateDer::from_pem_file(files.path(name)).unwrap();
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate("ca.pem")).unwrap();
+    let key = PrivateKeyDer::from_pem_file(files.path("client.key")).unwrap();
+    let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_client_auth_cert(vec![certificate("client.pem")], key)
+        .unwrap();
+    let stream = TcpStream::connect(&server.admin).await.unwrap();
+    let name = ServerName::try_from("127.0.0.1").unwrap();
+    let mut peer = TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap();
+    peer.write_all(&[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", SETTINGS].concat()).await.unwrap();
+    let pinged = async {
+        loop {
+            let mut head = [0; 9];
+            peer.read_exact(&mut head).await.unwrap();
+            let n_bytes = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+            peer.read_exact(&mut vec![0; n_bytes as usize]).await.unwrap();
+            if head[3] == PING {
+                break;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, pinged).await.expect("the server sends no ping");
+    eventually("the connection is closed", async || server.scrape().sum("midemb_connections", &["admin"]) == 0.0).await;
 }
 
 #[test]
