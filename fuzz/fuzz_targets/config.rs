@@ -11,8 +11,8 @@ fuzz_target!(|data: &[u8]| -> Corpus {
     let Ok(text) = std::str::from_utf8(data) else { return Corpus::Reject };
     let file = Path::new("/etc/midemb/midemb.toml");
     let (settings, peak) = with_peak(|| Settings::from_text(text, file));
-    // A key of one letter costs two tables of the TOML parser and of ours.
-    assert!(peak <= (1 << 18) + 1000 * text.len(), "{peak} bytes for a config of {}", text.len());
+    // A key of one letter costs two tables of the TOML parser and of ours. Eighty tables within each other are built one by one.
+    assert!(peak <= (1 << 21) + 1000 * text.len(), "{peak} bytes for a config of {}", text.len());
     match settings {
         Ok(settings) => check_accepted(&settings, file),
         Err(ConfigError::Syntax { reason, .. }) => assert!(!reason.contains('\n'), "not one line: {reason:?}"),

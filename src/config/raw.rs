@@ -9,6 +9,7 @@ use crate::domain::bounded_text::cut;
 use config::{Config, Environment, File, FileFormat, Source, Value, ValueKind};
 use std::{
     collections::{BTreeMap, HashMap},
+    io::{self, Read},
     path::Path,
 };
 
@@ -18,6 +19,11 @@ const SEPARATOR: &str = "__";
 
 /// A syntax error repeats its line, which may have any length.
 const MAX_REASON_BYTES: usize = 768;
+
+/// The most bytes of a config. Its parsers take a thousand times as much for the shortest keys; one with 64 models has a tenth.
+pub const MAX_TEXT_BYTES: usize = 256 << 10;
+/// A saved one has a line more.
+const MAX_FILE_BYTES: u64 = MAX_TEXT_BYTES as u64 + (4 << 10);
 
 /// The most tables that a variable may name, one within the other: as many as TOML's parser accepts in a file.
 const MAX_DEPTH: usize = 80;
@@ -65,6 +71,9 @@ impl Raw {
         let syntax = |error: config::ConfigError| refused(error.to_string());
         let mut builder = Config::builder();
         if let Some(text) = text {
+            if text.len() > MAX_TEXT_BYTES {
+                return Err(refused(too_long(text.len())));
+            }
             let source = File::from_str(text, FileFormat::Toml);
             let written = source.collect().map_err(syntax)?;
             if let Some(key) = written.keys().filter(|key| !is_name(key)).min() {
@@ -114,6 +123,10 @@ fn is_dotted_name(key: &str) -> bool {
     key.split('.').all(is_name) && key.split('.').count() <= MAX_DEPTH
 }
 
+fn too_long(n_bytes: usize) -> String {
+    format!("a config of {n_bytes} bytes or more, at most {MAX_TEXT_BYTES} are allowed")
+}
+
 fn unusable_key(text: &str, key: &str) -> String {
     let line = line_of(text, key).map_or_else(String::new, |line| format!("line {line}: "));
     format!("{line}the key {:?} is not a name, use only letters, digits, _ and -", short(key))
@@ -149,5 +162,12 @@ pub(super) fn scalar(value: &Value) -> Option<String> {
 
 /// The text of a config file.
 pub fn read_file(path: &Path) -> Result<String, ConfigError> {
-    std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })
+    let failed = |source| ConfigError::Read { path: path.to_path_buf(), source };
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(failed)?;
+    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > MAX_FILE_BYTES {
+        return Err(ConfigError::Syntax { path: path.to_path_buf(), reason: too_long(bytes.len()) });
+    }
+    String::from_utf8(bytes).map_err(|_| failed(io::Error::new(io::ErrorKind::InvalidData, "is not UTF-8")))
 }

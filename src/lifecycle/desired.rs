@@ -54,11 +54,11 @@ pub fn read(file: &Path) -> Result<Desired, ConfigError> {
     let file_text = read_file(file)?;
     let path = pushed_path(file);
     let from_file = Desired { text: file_text.clone(), pushed_file: None, overridden: None, file_text };
-    let pushed = match fs::read_to_string(&path) {
+    let pushed = match read_file(&path) {
         Ok(pushed) => pushed,
-        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(from_file),
+        Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(from_file),
         // Falling back to the config file would silently undo a push.
-        Err(source) => return Err(ConfigError::Read { path, source }),
+        Err(error) => return Err(error),
     };
     if base_of(&pushed) == Some(sha256_hex(from_file.file_text.as_bytes()).as_str()) {
         return Ok(Desired { text: body(&pushed).to_owned(), pushed_file: Some(path), ..from_file });

@@ -336,12 +336,11 @@ const MAX_MESSAGE_BYTES: usize = 1024;
 async fn no_text_of_an_operator_makes_the_status_the_log_or_a_refusal_large() {
     let server = Server::start();
     let good = with_bundle(&server, &retrained());
-    let long = "k".repeat(3 << 20);
-    let many: String = (0..100_000).map(|i| format!("key{i} = 1\n")).collect();
+    let long = "k".repeat(240 << 10);
+    let many: String = (0..15_000).map(|i| format!("key{i} = 1\n")).collect();
     let with_value = |key: &str, value: &str| format!("{key} = {value:?}\n{good}");
     let named = with_models(&server, &[model(&long, &fixture(), "")]);
-    let models: Vec<String> =
-        (0..10_000).map(|i| model(&format!("m{i}"), Path::new("/nowhere"), "share = 1")).collect();
+    let models: Vec<String> = (0..3_000).map(|i| model(&format!("m{i}"), Path::new("/nowhere"), "share = 1")).collect();
     let nowhere = with_bundle(&server, &Path::new("/nowhere").join(&long));
     let pushes = [
         ("a long unknown key", with_value(&long, "")),
@@ -352,6 +351,7 @@ async fn no_text_of_an_operator_makes_the_status_the_log_or_a_refusal_large() {
         ("a long name", named),
         ("a long folder", nowhere),
         ("no TOML", format!("{long} 1")),
+        ("a long config", format!("# {}\n{good}", "k".repeat(3 << 20))),
     ];
     let n_pushes = pushes.len();
     for (what, config) in pushes {

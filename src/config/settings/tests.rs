@@ -85,6 +85,24 @@ fn syntax_error(text: &str, variables: &[(&str, &str)]) -> String {
     }
 }
 
+#[test]
+fn a_config_has_a_bound_that_its_file_has_too() {
+    let of = |n_bytes: usize| format!("{MODEL}#{}", "x".repeat(n_bytes - MODEL.len() - 1));
+    let most = crate::config::raw::MAX_TEXT_BYTES;
+    let file = Path::new("midemb.toml");
+    Settings::from_text(&of(most), file).unwrap();
+    let error = Settings::from_text(&of(most + 1), file).unwrap_err().to_string();
+    assert!(error.ends_with("a config of 262145 bytes or more, at most 262144 are allowed"), "{error}");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("midemb.toml");
+    std::fs::write(&file, "é".repeat(5 << 20)).unwrap();
+    let error = Settings::load(Some(&file)).unwrap_err().to_string();
+    assert!(error.contains("bytes or more, at most 262144 are allowed"), "{error}");
+    std::fs::write(&file, [0xff]).unwrap();
+    let error = Settings::load(Some(&file)).unwrap_err().to_string();
+    assert!(error.contains("is not UTF-8"), "{error}");
+}
+
 /// Keys that `config` reads as paths used to end the process: one asked for a list of petabytes, the other for tables nested
 /// too deep for the stack. A third one set a model that the code that pins digests did not find.
 #[test]
