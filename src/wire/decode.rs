@@ -191,7 +191,13 @@ fn item(message: &[u8], max_text_bytes: usize) -> Result<Item, Malformed> {
             1 => id = field.text()?,
             // A message that comes twice is merged, which is the same as one of both their fields.
             2 => match &mut text {
-                Some(first) => first.to_mut().extend_from_slice(field.bytes()?),
+                Some(first) => {
+                    if let Cow::Borrowed(alone) = first {
+                        check_fields(alone)?;
+                    }
+                    check_fields(field.bytes()?)?;
+                    first.to_mut().extend_from_slice(field.bytes()?);
+                }
                 None => text = Some(Cow::Borrowed(field.bytes()?)),
             },
             _ => {}
@@ -199,6 +205,11 @@ fn item(message: &[u8], max_text_bytes: usize) -> Result<Item, Malformed> {
     }
     let text = text.map(|message| item_text(&message, max_text_bytes)).transpose()?;
     Ok(Item { id: id.to_owned(), text })
+}
+
+/// Checks that `message` is a message of its own: two halves of a field are none, although together they would be.
+fn check_fields(message: &[u8]) -> Result<(), Malformed> {
+    Fields::of(message).try_for_each(|field| field.map(drop))
 }
 
 fn item_text(message: &[u8], max_bytes: usize) -> Result<Result<ItemText, TextFault>, Malformed> {

@@ -285,7 +285,9 @@ fn a_message_in_an_unusual_form_is_read_as_protobuf_says() {
 fn bytes_that_are_no_message_are_refused_with_the_reason() {
     let refused =
         |bytes: &[u8]| request(&RawMessage(bytes.to_vec().into()), Instant::now(), &LIMITS).unwrap_err().to_string();
-    for cut in [&[0x0a][..], &[0x0a, 5, b'u'], &[0xff; 11], &[0x1a, 2, 0x0a, 9]] {
+    // The last one is an item with a text in two halves, which are a text only together.
+    let halves = [0x1a, 8, 0x12, 3, 0x0a, 2, b'a', 0x12, 1, b'b'];
+    for cut in [&[0x0a][..], &[0x0a, 5, b'u'], &[0xff; 11], &[0x1a, 2, 0x0a, 9], &halves] {
         assert_eq!(refused(cut), "request: is not a valid message: it is cut off or damaged", "{cut:?}");
     }
     assert_eq!(refused(&[0x0a, 1, 0xff]), "request: is not a valid message: field 1 is not UTF-8");
