@@ -34,6 +34,42 @@ fn checking_a_bundle_writes_nothing_into_the_home_folder() {
     assert_eq!(files_below(home.path()), Vec::<PathBuf>::new());
 }
 
+/// The internet sockets that a command opens, by its system calls; none where they cannot be traced.
+fn internet_sockets(arguments: &[&str]) -> Option<usize> {
+    let home = tempfile::tempdir().unwrap();
+    let (trace, of_midemb) = (home.path().join("trace"), midemb_at_home(home.path()));
+    let mut strace = Command::new("strace");
+    strace
+        .args(["--follow-forks", "--trace=socket", "--output"])
+        .arg(&trace)
+        .arg(of_midemb.get_program())
+        .args(arguments);
+    for (name, value) in of_midemb.get_envs() {
+        match value {
+            Some(value) => strace.env(name, value),
+            None => strace.env_remove(name),
+        };
+    }
+    let ended = strace.output().ok()?;
+    let calls = std::fs::read_to_string(&trace).unwrap_or_default();
+    assert!(calls.contains("exited with"), "{}", String::from_utf8_lossy(&ended.stderr));
+    Some(calls.lines().filter(|line| line.contains("AF_INET")).count())
+}
+
+/// It also looked up a host of its maker.
+#[test]
+fn checking_a_bundle_asks_nobody() {
+    let fixture = fixture().display().to_string();
+    let Some(n_sockets) = internet_sockets(&["bundle", "verify", &fixture]) else {
+        assert!(std::env::var_os("MIDEMB_REQUIRE_STRACE").is_none(), "strace is missing");
+        eprintln!("SKIPPED: no strace (Debian: apt-get install strace)");
+        return;
+    };
+    assert_eq!(n_sockets, 0);
+    let of_a_client = internet_sockets(&["admin", "--admin", "127.0.0.1:1", "status"]);
+    assert!(of_a_client > Some(0), "the trace does not show the sockets of a client");
+}
+
 #[test]
 fn a_server_writes_nothing_into_the_home_folder() {
     let home = tempfile::tempdir().unwrap();
