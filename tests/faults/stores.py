@@ -119,9 +119,7 @@ def store_misbehaves(lab: Lab) -> str:
                 seconds = refuse(lab, server, store, misbehaviour)
                 slowest = max(slowest, seconds)
                 traffic.wait_for_answers(3)
-            store.misbehave = lambda request: False
-            assert server.push(config(store.url("v2"))).result == "applied"
-            check_vectors(lab, server)
+            check_mended(lab, server, store)
         calls = traffic.check()
         server.stop()
     return f"{len(MISBEHAVIOURS)} ways, refused within {slowest:.1f} s; {calls}"
@@ -137,6 +135,13 @@ def only(misbehaviour: Misbehaviour) -> Callable[[Request], bool]:
         return True
 
     return misbehave
+
+
+def check_mended(lab: Lab, server: Server, store: ObjectStore) -> None:
+    """The store behaves again, and the same push is applied."""
+    store.misbehave = lambda request: False
+    assert server.push(config(store.url("v2"))).result == "applied"
+    check_vectors(lab, server)
 
 
 def refuse(lab: Lab, server: Server, store: ObjectStore, misbehaviour: Misbehaviour) -> float:
@@ -195,9 +200,7 @@ def refuse_late(lab: Lab, misbehaviour: Misbehaviour) -> str:
             seconds = time.monotonic() - began
             assert misbehaviour.reason in reason, reason
             assert seconds < REFUSED_LATE_WITHIN_SECONDS, f"refused after {seconds:.0f} s"
-            store.misbehave = lambda request: False
-            assert server.push(config(store.url("v2"))).result == "applied"
-            check_vectors(lab, server)
+            check_mended(lab, server, store)
         calls = traffic.check()
         server.stop()
     return f"refused after {seconds:.0f} s; {calls}"
