@@ -1,6 +1,6 @@
 """The mixed traffic of a soak: each kind of caller has a rate and a thread of its own, and counts outcomes by code.
 
-Rates add up to about one of two cores with the shipped bundle; `RATES` states them.
+`RATES` states the rates. Together they keep about half a core of the server busy with the shipped bundle.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-//! Environment variables that other programs define and that the server honours, too.
+//! Environment variables that other programs define and that the server honours, and those that it sets for its libraries.
 
 use std::{env, ffi::OsString, io, os::unix::process::CommandExt, path::PathBuf, process::Command, thread};
 

@@ -102,18 +102,18 @@ impl MidEmbService for MidEmb {
         let to_status = to_status("GetMidEmb");
         let context = request.extensions().get::<CallContext>().cloned().unwrap_or_default();
         let deadline = context.deadline_or(self.limits.default_deadline);
-        // Of the budget for messages that were not decoded yet.
+        // The message counts against `limits.max_receiving_mb` until it is decoded.
         let held = request.extensions().get::<Arc<Held>>().cloned();
         let message = request.into_inner();
-        let n_bytes = message.0.len() as u64;
+        let n_message_bytes = message.0.len() as u64;
         // Whoever waits for a turn is not in flight yet.
         let turn = self.turn(&message).await;
         let permit = self.pipeline.admit().map_err(&to_status)?;
         let decode = move |message: &RawMessage, limits: &Limits| decode::request(message, deadline, limits);
         let decoded = self.decode(message, turn, held, decode).await.map_err(&to_status)?;
         let n_items = decoded.request.history.len() + decoded.request.candidates.len();
-        let n_bytes = n_bytes + ITEM_BYTES * n_items as u64;
-        let decoded_bytes = self.budgets.decoded.take(&context.peer.shares.decoded, n_bytes);
+        let n_decoded_bytes = n_message_bytes + ITEM_BYTES * n_items as u64;
+        let decoded_bytes = self.budgets.decoded.take(&context.peer.shares.decoded, n_decoded_bytes);
         let _decoded_bytes = decoded_bytes.ok_or_else(|| to_status(shed(ShedReason::Decoded)))?;
         let on_routed = |model: &Model| context.set_model(&model.reference);
         let answer = self.pipeline.get_mid_emb(permit, decoded.request, on_routed).await.map_err(&to_status)?;
