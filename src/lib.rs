@@ -11,7 +11,7 @@
 //! - [`pipeline`]: the request, one line per stage. **Start here.**
 //! - [`bundle`]: from a folder of graphs to a checked model that serves.
 //! - [`content`]: CEG, content embeddings: single flight, batches, the encoder's threads.
-//! - [`towers`]: PCH and the CVR head: user and item embeddings, mid-embs.
+//! - [`towers`]: PCH and the CVR head: item records, user embeddings, mid-embs.
 //! - [`cache`]: what is kept between requests, and its snapshots on disk.
 //! - [`inference`]: the only place that knows ort.
 //! - [`telemetry`]: the only place that knows the metrics macros.

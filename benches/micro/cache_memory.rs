@@ -7,8 +7,13 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a program that measures and prints")]
 
 use midemb::{
-    cache::{CacheName, known_items::KnownItems, users::UserCache, vectors::VectorCache},
-    domain::{ContentKey, EncoderDigest, Item, ItemKey, ItemText, Priority, TextDigest, TowerDigest, UserKey, Vector},
+    cache::{
+        CacheName,
+        known_items::KnownItems,
+        users::{HistoryHasher, UserCache},
+        vectors::VectorCache,
+    },
+    domain::{ContentKey, EncoderDigest, Item, ItemKey, ItemText, Priority, TextDigest, TowerDigest, Vector},
 };
 use std::{hint::black_box, process::Command};
 
@@ -45,12 +50,12 @@ impl Filled {
 fn fill(name: &str, n: u64) -> Filled {
     let digests = (0..n).map(|i| TextDigest::of(&ItemText::titled(&i.to_string())));
     match name {
-        "item, 64 dims" => {
+        "item record, 128 dims" => {
             let cache = VectorCache::new(CacheName::Item, UNBOUNDED);
             let key = |text| ItemKey { part: TowerDigest::from_bytes([7; 16]), text };
-            digests.zip(0..).for_each(|(text, i)| cache.insert(key(text), vector(i, 64)));
+            digests.zip(0..).for_each(|(text, i)| cache.insert(key(text), vector(i, 128)));
             let counted = cache.measure().n_bytes;
-            Filled::new(cache, 256, counted)
+            Filled::new(cache, 512, counted)
         }
         "content, 384 dims" => {
             let cache = VectorCache::new(CacheName::Content, UNBOUNDED);
@@ -61,7 +66,11 @@ fn fill(name: &str, n: u64) -> Filled {
         }
         "user, 64 dims" => {
             let cache = UserCache::new(UNBOUNDED);
-            let key = |text| UserKey::of(TowerDigest::from_bytes([7; 16]), std::iter::once(&text));
+            let key = |text| {
+                let mut history = HistoryHasher::new(TowerDigest::from_bytes([7; 16]));
+                history.add(text, None);
+                history.finish()
+            };
             digests.zip(0..).for_each(|(text, i)| cache.insert(key(text), vector(i, 64)));
             let counted = cache.measure().n_bytes;
             Filled::new(cache, 256, counted)
@@ -69,10 +78,8 @@ fn fill(name: &str, n: u64) -> Filled {
         _ => {
             let known = KnownItems::new(UNBOUNDED, 8192);
             (0..n).for_each(|i| {
-                drop(
-                    known
-                        .resolve(vec![Item { id: format!("item-{i:>9}"), text: Some(Ok(text(i))) }], Priority::Request),
-                )
+                let id = format!("item-{i:>9}");
+                drop(known.resolve(vec![Item { id: &id, text: Some(Ok(text(i))) }], Priority::Request));
             });
             let counted = known.measure().n_bytes;
             Filled::new(known, 14 + 40 + 5, counted)
@@ -100,7 +107,7 @@ fn main() {
         "{n} entries, bytes per entry\n{:20} {:>8} {:>9} {:>9} {:>6}",
         "cache", "payload", "resident", "counted", "goal"
     );
-    for name in ["item, 64 dims", "content, 384 dims", "user, 64 dims", "known item"] {
+    for name in ["item record, 128 dims", "content, 384 dims", "user, 64 dims", "known item"] {
         let status = Command::new(&arguments[0]).args(["--fill", name, &n.to_string()]).status().unwrap();
         assert!(status.success());
     }

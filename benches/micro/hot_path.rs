@@ -8,7 +8,7 @@
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use midemb::{
-    cache::{CacheName, known_items::KnownItems, vectors::VectorCache},
+    cache::{CacheName, known_items::KnownItems, users::HistoryHasher, vectors::VectorCache},
     config::settings::Limits,
     domain::{
         DType, Item, ItemKey, ItemText, Matrix, MidEmbResponse, ModelRef, Priority, RowStatus, TextDigest, TowerDigest,
@@ -28,6 +28,8 @@ const N_CATALOGUE: usize = 1_000_000;
 const N_HISTORY: usize = 80;
 const N_CANDIDATES: usize = 500;
 const DIM: usize = 64;
+/// An item embedding and an adapted content embedding.
+const RECORD_DIM: usize = 128;
 const LIMITS: Limits = Limits {
     max_candidates: 10_000,
     max_history: 1000,
@@ -93,23 +95,26 @@ fn look_ups(c: &mut Criterion) {
     let items = VectorCache::new(CacheName::Item, 1 << 40);
     let tower = TowerDigest::from_bytes([7; 16]);
     for i in 0..N_CATALOGUE {
-        let resolved = known.resolve(vec![Item { id: id(i), text: Some(Ok(text(i))) }], Priority::Request);
+        let resolved = known.resolve(vec![Item { id: &id(i), text: Some(Ok(text(i))) }], Priority::Request);
         let text = resolved[0].as_ref().unwrap().digest;
-        items.insert(ItemKey { part: tower, text }, Vector::from(vec![i as f32; DIM]));
+        items.insert(ItemKey { part: tower, text }, Vector::from(vec![i as f32; RECORD_DIM]));
     }
-    let page =
-        || draw(N_HISTORY + N_CANDIDATES).into_iter().map(|i| Item { id: id(i), text: None }).collect::<Vec<_>>();
+    let page = || draw(N_HISTORY + N_CANDIDATES).into_iter().map(id).collect::<Vec<_>>();
     c.bench_function("known items", |b| {
-        b.iter_batched(page, |page| known.resolve(page, Priority::Request), BatchSize::SmallInput)
+        let resolve = |ids: Vec<String>| {
+            let page = ids.iter().map(|id| Item { id, text: None }).collect();
+            known.resolve(page, Priority::Request)
+        };
+        b.iter_batched(page, resolve, BatchSize::SmallInput)
     });
     let keys = || {
-        let texts = draw(N_CANDIDATES).into_iter().map(|i| TextDigest::of(&text(i)));
+        let texts = draw(N_HISTORY + N_CANDIDATES).into_iter().map(|i| TextDigest::of(&text(i)));
         texts.map(|text| ItemKey { part: tower, text }).collect::<Vec<_>>()
     };
     c.bench_function("item cache, gathered", |b| {
         let gather = |keys: Vec<ItemKey>| {
             let mut gathered = Matrix::zeros(keys.len(), DIM);
-            items.read_many(&keys, |i, item| gathered.row_mut(i).copy_from_slice(item.unwrap()));
+            items.read_many(&keys, |i, item| gathered.row_mut(i).copy_from_slice(&item.unwrap()[..DIM]));
             gathered
         };
         b.iter_batched(keys, gather, BatchSize::SmallInput);
@@ -119,7 +124,7 @@ fn look_ups(c: &mut Criterion) {
         let gather = |keys: Vec<ItemKey>| {
             let mut gathered = Matrix::zeros(keys.len(), DIM);
             let rows: Vec<Vector> = keys.iter().map(|key| items.get(key).unwrap()).collect();
-            rows.iter().enumerate().for_each(|(i, item)| gathered.row_mut(i).copy_from_slice(item));
+            rows.iter().enumerate().for_each(|(i, item)| gathered.row_mut(i).copy_from_slice(&item[..DIM]));
             gathered
         };
         b.iter_batched(keys, gather, BatchSize::SmallInput);
@@ -132,7 +137,13 @@ fn digests(c: &mut Criterion) {
         b.iter(|| texts.iter().map(TextDigest::of).for_each(|digest| _ = black_box(digest)));
     });
     let history: Vec<TextDigest> = texts[..N_HISTORY].iter().map(TextDigest::of).collect();
-    c.bench_function("user key", |b| b.iter(|| UserKey::of(TowerDigest::from_bytes([7; 16]), history.iter())));
+    c.bench_function("user key", |b| b.iter(|| user_key(&history)));
+}
+
+fn user_key(history: &[TextDigest]) -> UserKey {
+    let mut key = HistoryHasher::new(TowerDigest::from_bytes([7; 16]));
+    history.iter().for_each(|text| key.add(*text, Some(1)));
+    key.finish()
 }
 
 fn checks(c: &mut Criterion) {

@@ -14,7 +14,7 @@ pub const SERVED: Served = Served {
     encoder: EncoderDigest::from_bytes([0xe1; 16]),
     content_dim: 4,
     tower: TowerDigest::from_bytes([0x70; 16]),
-    item_dim: 2,
+    record_dim: 2,
 };
 
 /// Empty caches that hold everything that an input can contain.

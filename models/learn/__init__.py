@@ -32,11 +32,13 @@ test_architecture.py). Code that only studies and the report need is in the pack
         data_parallel        training in several processes
 
     serving
+        bundle_format    ports, entries of the manifest, and how a finished bundle is put in place
         encoder_export   the encoder -> ONNX (gemm_rewrite: its products read weights as they are stored)
         tower_export     the towers and the head -> ONNX, written node by node
-        bundle           ONNX, tokenizer and golden vectors -> a checked folder
+        bundle           ONNX, tokenizer and golden vectors -> a checked folder (bundle_check: the check)
         shipped_bundle   the contents and the manifest of the shipped bundle
-        bulk_embedding   a whole catalogue's embeddings as Parquet (bundle_inference, item_shards, digests)
+        upgrade          a bundle of format 1 -> format 2, without its models
+        bulk_embedding   a whole catalogue's vectors as Parquet (bundle_inference, item_shards, digests)
         cache_snapshot   that Parquet -> what the server imports
         verify_server    a live server against PyTorch (grpc_messages: its protocol)
         fixture_bundles  tiny random bundles for tests

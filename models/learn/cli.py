@@ -148,7 +148,7 @@ def _add_study(commands: argparse._SubParsersAction, raw: argparse.ArgumentParse
 
 
 def _add_serving(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
-    embed = commands.add_parser("embed", help="write content and item embeddings of a whole catalogue as Parquet")
+    embed = commands.add_parser("embed", help="content embeddings and item records of a whole catalogue, as Parquet")
     embed.add_argument("--bundle", type=Path, default=HERE / "default", help="folder of the bundle")
     embed.add_argument(
         "--items", type=Path, required=True, help="JSONL or Parquet file of items, or a folder of such files"
@@ -164,12 +164,23 @@ def _add_serving(commands: argparse._SubParsersAction, common: argparse.Argument
     snapshot.add_argument("--out", type=Path, required=True, help="folder of the .safetensors files")
     snapshot.add_argument("--kind", choices=("content", "item"), default="content")
     snapshot.set_defaults(run_command=_snapshot, threads=1)
+    upgrade = commands.add_parser("upgrade", help="bundle of format 1 -> format 2, without the run that it came from")
+    upgrade.add_argument("old", type=Path, help="folder of the bundle")
+    upgrade.add_argument("--out", type=Path, required=True, help="folder of the new bundle; may be the same folder")
+    upgrade.add_argument("--bundle-version", help="version in the manifest (default: the old one)")
+    upgrade.add_argument(
+        "--keeps",
+        choices=("all", "liked"),
+        default="all",
+        help="which of a user's items the head was trained on: cvr.history of the run",
+    )
+    upgrade.set_defaults(run_command=_upgrade, threads=1)
     verify = commands.add_parser("verify", parents=[common], help="compare a live server with PyTorch, stage by stage")
     verify.add_argument("--server", required=True, metavar="HOST:PORT", help="the server's server.listen address")
     verify.add_argument(
         "--admin",
         metavar="HOST:PORT",
-        help="the server's admin.listen address; if given, content embeddings are compared too",
+        help="the server's admin.listen address; if given, the vectors in its caches are compared too",
     )
     verify.add_argument(
         "--bundle", type=Path, help="compare with this bundle's golden vectors instead of the towers of --run"
@@ -248,6 +259,7 @@ def _all(arguments: Arguments) -> None:
 def _check(arguments: Arguments) -> None:
     # These errors should appear before hours of encoding and training, not after.
     run = _run(arguments)
+    run.check_towers()
     run.check_labels()
     if arguments.start is not None:
         run.towers_of(arguments.start)
@@ -287,6 +299,12 @@ def _snapshot(arguments: Arguments) -> None:
     from learn.serving.cache_snapshot import snapshot
 
     snapshot(arguments.parts, arguments.out, arguments.kind)
+
+
+def _upgrade(arguments: Arguments) -> None:
+    from learn.serving.upgrade import UpgradeConfig, upgrade
+
+    upgrade(UpgradeConfig(arguments.old, arguments.out, arguments.bundle_version, arguments.keeps))
 
 
 def _verify(arguments: Arguments) -> int:

@@ -6,7 +6,8 @@
     checkpoint.pt    where a stopped training resumes      (train)
     towers.pt        sizes and weights of the towers, and  (train)
                      the runs they were trained in
-    cvr.pt           sizes and weights of the head         (cvr)
+    cvr.pt           sizes and weights of the head, and    (cvr)
+                     which items its histories held
     tuned.pt         the towers again, if it tunes them    (cvr)
     cvr.json         its figures                           (cvr)
     metrics.json     the towers' figures                   (evaluate)
@@ -37,11 +38,11 @@ from learn.data.item_text import ItemText, render
 from learn.evaluation import full_ranking
 from learn.models.cvr import CvrConfig, CvrHead
 from learn.models.pch import Pch, PchConfig
-from learn.models.recommender import Learn
+from learn.models.recommender import Learn, check_actions
 from learn.run_settings import PrepareSettings, Settings
 from learn.serving import shipped_bundle, verify_server
 from learn.training import data_parallel
-from learn.training.train_cvr_head import check_labels, train_head
+from learn.training.train_cvr_head import History, check_labels, train_head
 from learn.training.train_recommender import train
 
 
@@ -95,8 +96,7 @@ class Run:
         need the same sizes and the same encoder, but may come from other data, since towers know items only by text.
         """
         settings = self.settings
-        if settings.pch.item_tower == "content":
-            raise ValueError('pch.item_tower = "content" has no item tower to serve; `learn study` can compare it')
+        self.check_towers()
         # Read now, because encoder and data may have changed on disk by the time training ends.
         origin, own = self._origin(), self._generation()
         first_towers = None if start is None else self.towers_of(start)
@@ -115,9 +115,15 @@ class Run:
             # These belong to the towers that are replaced here.
             self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
             lineage = [*(first_towers["lineage"] if first_towers else []), own]
-            _save(self.folder / "towers.pt", model.pch, sizes, origin, lineage)
+            _save(self.folder / "towers.pt", model.pch, sizes, {"origin": origin, "lineage": lineage})
             self._remove("checkpoint.pt")
         data_parallel.stop()
+
+    def check_towers(self) -> None:
+        """Raises ValueError for settings of towers that cannot be trained or served."""
+        if self.settings.pch.item_tower == "content":
+            raise ValueError('pch.item_tower = "content" has no item tower to serve; `learn study` can compare it')
+        check_actions(self.settings.pch)
 
     def towers(self) -> Pch:
         """The towers that `train` wrote, or those that `cvr` tuned, if it did."""
@@ -142,7 +148,8 @@ class Run:
                     f"{past['split']} held out, but this run holds out {own['split']}, so they may have seen its test "
                     "events; use the same split in both runs"
                 )
-        found = {"encoder": saved["origin"]["encoder"], **saved["sizes"]}
+        # Sizes that an earlier version did not know have their defaults.
+        found = {"encoder": saved["origin"]["encoder"], **asdict(PchConfig(**saved["sizes"]))}
         for name, wanted in {"encoder": self._origin()["encoder"], **asdict(self.settings.pch)}.items():
             # The same encoder gives the same content_dim; the other settings here have no weights and may differ.
             is_free = name in ("content_dim", "dropout", "item_tower") or (
@@ -188,8 +195,9 @@ class Run:
         head, figures = train_head(self.settings.cvr, sizes, pch, content, dataset, self.split(dataset))
         if self.settings.cvr.tune_towers:
             lineage = self._load(self.folder / "towers.pt", "train")["lineage"]
-            _save(self.folder / "tuned.pt", pch, pch.config, self._origin(), lineage)
-        _save(self.folder / "cvr.pt", head, sizes, self._origin())
+            _save(self.folder / "tuned.pt", pch, pch.config, {"origin": self._origin(), "lineage": lineage})
+        facts = {"origin": self._origin(), "history": self.settings.cvr.history}
+        _save(self.folder / "cvr.pt", head, sizes, facts)
         _report(self.folder / "cvr.json", figures)
 
     def head(self) -> CvrHead:
@@ -198,6 +206,10 @@ class Run:
         head = CvrHead(CvrConfig(**saved["sizes"]))
         head.load_state_dict(saved["weights"])
         return head.eval()
+
+    def keeps(self) -> History:
+        """Which of a user's earlier items the head was trained on; in the settings, if an earlier version saved it."""
+        return self._load(self.folder / "cvr.pt", "cvr").get("history", self.settings.cvr.history)
 
     def cases(self, n_users: int) -> Iterator[verify_server.Case]:
         """Requests for `n_users` of the run's users, each with the answer that PyTorch computes.
@@ -254,7 +266,8 @@ class Run:
         if started_from := self.started_from():
             facts = facts | {"started_from": list(started_from)}
         facts = facts | {"metrics": {name: _rounded(value) for name, value in figures.items()}}
-        shipped_bundle.write_default(self.source.loaded(), self.towers(), self.head(), facts, out, label)
+        trained = shipped_bundle.Trained(self.source.loaded(), self.towers(), self.head(), self.keeps())
+        shipped_bundle.write_default(trained, facts, out, label)
 
 
 def prepare_config(wanted: PrepareSettings, split: data.SplitConfig | data.TimeSplitConfig) -> data.PrepareConfig:
@@ -288,10 +301,8 @@ def _there(path: Path, step: str) -> Path:
     return path
 
 
-def _save(
-    path: Path, module: torch.nn.Module, sizes: Any, origin: dict[str, Any], lineage: list[dict[str, Any]] | None = None
-) -> None:
-    saved = {"sizes": asdict(sizes), "origin": origin, "lineage": lineage, "weights": module.state_dict()}
+def _save(path: Path, module: torch.nn.Module, sizes: Any, facts: dict[str, Any]) -> None:
+    saved = {"sizes": asdict(sizes), "weights": module.state_dict()} | facts
     with replacing(path) as partial:
         torch.save(saved, partial)
 

@@ -13,6 +13,8 @@ MODELS = Path(__file__).parents[1]
 FIXTURES = MODELS.parent / "tests" / "fixtures"
 FIXTURE = FIXTURES / "bundle"
 DEFAULT = MODELS / "default"
+# Of format 1, written by `bundle.write` of commit c6fdc2b, the last that wrote this format.
+OLD_BUNDLE = Path(__file__).parent / "serving" / "data" / "format_1"
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +31,8 @@ def small_pch(**changes) -> Pch:
     with torch.no_grad():
         for parameter in pch.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
+        if pch.actions is not None:
+            pch.actions.weight[0] = 0.0  # As in training, which never moves the vector of an unknown action.
     return pch.eval()
 
 

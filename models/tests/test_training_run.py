@@ -9,7 +9,7 @@ from conftest import write_movielens
 from live_server import serving
 
 from learn.cli import main
-from learn.serving import bundle, fixture_bundles
+from learn.serving import bundle_check, fixture_bundles
 from research import record_files
 from research.ranking.result_files import RankingStudy
 
@@ -28,16 +28,19 @@ def test_all_commands_work_with_a_custom_encoder_and_refuse_mismatched_inputs(tm
     manifest = tomllib.loads((tmp_path / "out" / "manifest.toml").read_text())
     assert (manifest["name"], manifest["version"]) == ("own", "7")
     assert manifest["encoder"]["dim"] == 32
+    assert manifest["history"] == {"actions": [], "keeps": "all", "order": "oldest_first"}
     # The encoder's weights are a file of the bundle that the graph links to; no file is fetched from a package.
     assert not any("pypi" in entry for entry in manifest["files"])
     sizes = {entry["path"]: entry["bytes"] for entry in manifest["files"]}
     assert sizes["model.safetensors"] > 2 * sizes["encoder.onnx"]
     assert manifest["provenance"]["data"] == "made up"
     assert manifest["provenance"]["metrics"]["n_users"] == 12
-    bundle.verify(tmp_path / "out")
+    bundle_check.verify(tmp_path / "out")
 
     towers = (tmp_path / "run" / "towers.pt").read_bytes()
-    (tmp_path / "tuned.toml").write_text("[cvr]\ntune_towers = true\nepochs = 1\n[train]\nsteps = 3\n")
+    (tmp_path / "tuned.toml").write_text(
+        "[cvr]\ntune_towers = true\nhistory = 'liked'\nepochs = 1\n[train]\nsteps = 3\n"
+    )
     config = ["--config", str(tmp_path / "tuned.toml"), "--threads", "1"]
     for _ in range(2):
         assert main(["cvr", *map(str, run_options[2:]), *config]) == 0
@@ -50,7 +53,8 @@ def test_all_commands_work_with_a_custom_encoder_and_refuse_mismatched_inputs(tm
     assert not torch.equal(
         tuned["projection.weight"], torch.load(tmp_path / "run" / "towers.pt")["weights"]["projection.weight"]
     )
-    bundle.verify(tmp_path / "out")
+    bundle_check.verify(tmp_path / "out")
+    _check_what_the_manifest_says_of_histories(tmp_path, list(map(str, run_options[2:] + bundle_options)), config)
     # Towers that were trained for one split are not evaluated on another.
     (tmp_path / "other.toml").write_text("[split]\nn_test = 2\n")
     assert main(["evaluate", *map(str, run_options[2:]), "--config", str(tmp_path / "other.toml")]) == 1
@@ -59,6 +63,27 @@ def test_all_commands_work_with_a_custom_encoder_and_refuse_mismatched_inputs(tm
     # Training new towers removes the tuned towers and the head, which belong to the old towers.
     assert main(["train", *map(str, run_options[2:]), *config]) == 0
     assert not (tmp_path / "run" / "tuned.pt").exists() and not (tmp_path / "run" / "cvr.pt").exists()
+
+
+def _check_what_the_manifest_says_of_histories(tmp_path, export_options, config):
+    """The head's training decides, not the settings of the export, unless an earlier version trained the head."""
+
+    def keeps():
+        return tomllib.loads((tmp_path / "out" / "manifest.toml").read_text())["history"]["keeps"]
+
+    assert keeps() == "liked"
+    assert main(["export", *export_options, "--threads", "1"]) == 0
+    assert keeps() == "liked"
+    # An earlier version wrote files without these two entries.
+    for name in ("towers.pt", "tuned.pt", "cvr.pt"):
+        saved = torch.load(tmp_path / "run" / name)
+        saved["sizes"].pop("actions", None)
+        saved.pop("history", None)
+        torch.save(saved, tmp_path / "run" / name)
+    assert main(["export", *export_options, "--threads", "1"]) == 0
+    assert keeps() == "all"
+    assert main(["export", *export_options, *config]) == 0
+    assert keeps() == "liked"
 
 
 def _write_encoder_with_seed_1(folder):
@@ -177,7 +202,7 @@ def test_a_csv_log_becomes_a_bundle_a_ranking_model_and_a_report(tmp_path, capsy
     config = ["--config", str(tmp_path / "shop.toml")]
     bundle_options = ["--out", str(tmp_path / "bundle"), "--name", "shop"]
     assert main(["all", "--data", str(tmp_path / "in"), *run_options, *bundle_options, *config]) == 0
-    bundle.verify(tmp_path / "bundle")
+    bundle_check.verify(tmp_path / "bundle")
     # The server returns the vectors that PyTorch computes for users of this run.
     with serving(tmp_path / "bundle", tmp_path) as server:
         verify = ["verify", "--server", server.grpc, "--admin", server.admin, "--users", "5", *run_options, *config]
@@ -216,6 +241,23 @@ def test_an_error_that_the_user_can_fix_is_printed_on_one_line(tmp_path, capsys)
     assert main(["prepare", "--data", str(tmp_path / "nowhere"), "--run", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("learn: ") and "nowhere" in error and error.count("\n") == 1
+
+
+def test_actions_are_refused_before_anything_is_encoded_because_they_would_stay_untrained(tmp_path, capsys):
+    ratings = [(u, (u * 3 + i) % 9 + 1, 5.0 if (u + i) % 2 else 2.0, i) for u in range(1, 7) for i in range(6)]
+    write_movielens(tmp_path / "in", ratings, [(i, f"Film {i}", "Drama") for i in range(1, 10)])
+    run_options = ["--run", str(tmp_path / "run"), "--config", str(tmp_path / "actions.toml")]
+    (tmp_path / "actions.toml").write_text("[pch]\nactions = ['like', 'love']\n")
+    assert main(["prepare", "--data", str(tmp_path / "in"), *run_options]) == 1
+    assert "actions has 'love', but must be some of view, click, like" in capsys.readouterr().err
+    (tmp_path / "actions.toml").write_text("[pch]\nactions = ['like', 'view']\n")
+    for step in (["all", "--data", str(tmp_path / "in"), "--out", str(tmp_path / "out")], ["train"]):
+        assert main([*step, *run_options]) == 1
+        assert capsys.readouterr().err.endswith(
+            "learn: pch.actions is ['like', 'view'], but training reads no actions from the log yet, so the towers "
+            "would not learn what they mean; leave pch.actions out\n"
+        )
+    assert (tmp_path / "run" / "data").exists() and not (tmp_path / "run" / "cache").exists()
 
 
 def test_a_log_without_both_labels_is_refused_before_anything_is_trained(tmp_path, capsys):

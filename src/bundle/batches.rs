@@ -7,13 +7,13 @@
 
 use super::{
     BundleError, Manifest,
-    golden::{Golden, MAX_ABSOLUTE, MIN_COSINE, StageReport},
+    golden::{Golden, StageReport},
 };
 use crate::{
     content::EncoderModel,
-    domain::{ItemText, Vector, all_finite, cosine},
+    domain::{ItemText, Tolerance, Vector, all_finite, cosine},
     inference::Graph,
-    towers::{TowerGraphs, fusion, fusion::FusionDims, item_tower, user_tower, user_tower::UserDims},
+    towers::{TowerGraphs, fusion, fusion::FusionDims, item_tower, user_tower, user_tower::History},
 };
 
 /// Texts from one word to about a hundred. Longer ones would make the check of a large encoder slow.
@@ -44,7 +44,8 @@ impl BatchCheck {
         }
         let absolute = beside.iter().zip(alone).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         let cosine = if beside == alone || alone.len() == 1 { 1.0 } else { cosine(beside, alone) };
-        if absolute > MAX_ABSOLUTE || cosine.is_nan() || cosine <= MIN_COSINE {
+        let Tolerance { absolute: max_absolute, cosine: min_cosine } = Tolerance::SINGLE_PRECISION;
+        if absolute > max_absolute || cosine.is_nan() || cosine <= min_cosine {
             return Err(BundleError::DependsOnBatch { graph: self.graph, absolute, cosine });
         }
         self.report.n_vectors += 1;
@@ -79,14 +80,23 @@ pub(super) fn check_towers(
     let mut item_check = BatchCheck::new("item tower", "item in batches");
     let mut user_check = BatchCheck::new("user tower", "user in batches");
     let mut cvr_check = BatchCheck::new("CVR graph", "mid_emb in batches");
-    let items = item_tower::embed(graphs, &contents, manifest.item_tower.dim)?;
-    for (content, item) in contents.iter().zip(&items) {
-        let alone = item_tower::embed(graphs, std::slice::from_ref(content), manifest.item_tower.dim)?;
-        item_check.compare(item, &alone.concat())?;
+    let record_dims = manifest.item_tower.record_dims();
+    let records = item_tower::embed(graphs, &contents, record_dims)?;
+    for (content, record) in contents.iter().zip(&records) {
+        let alone = item_tower::embed(graphs, std::slice::from_ref(content), record_dims)?.concat();
+        let (item, adapted) = record.split_at(record_dims.item);
+        item_check.compare(item, &alone[..record_dims.item])?;
+        item_check.compare(adapted, &alone[record_dims.item..])?;
     }
-    let dims = UserDims { content: manifest.encoder.dim, user: manifest.user_tower.dim };
-    let histories: Vec<Vec<f32>> =
-        (0..=contents.len().min(manifest.user_tower.max_history)).map(|n_items| contents[..n_items].concat()).collect();
+    let (items, adapted): (Vec<&[f32]>, Vec<&[f32]>) =
+        records.iter().map(|record| record.split_at(record_dims.item)).unzip();
+    let dims = manifest.user_dims();
+    // Neighbours with other actions, so that a tower that mixes them up is found.
+    let actions: Vec<i64> = (0..=manifest.history.actions.len() as i64).cycle().take(adapted.len()).collect();
+    let history =
+        |n_items: usize| History { adapted: adapted[..n_items].concat(), actions: actions[..n_items].to_vec() };
+    let longest = adapted.len().min(manifest.user_tower.max_history);
+    let histories: Vec<History> = (0..=longest).map(history).collect();
     let users = user_tower::embed(graphs, histories.clone(), dims)?;
     for (history, user) in histories.iter().zip(users.chunks_exact(dims.user)) {
         user_check.compare(user, &user_tower::embed(graphs, vec![history.clone()], dims)?)?;

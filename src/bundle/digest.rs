@@ -14,22 +14,23 @@ pub fn encoder_digest(manifest: &Manifest) -> EncoderDigest {
     EncoderDigest::from_sha256(hasher)
 }
 
-/// The digest of everything that a user embedding depends on besides the texts.
+/// The digest of everything that a user embedding depends on besides the history's texts and actions. The user tower reads what
+/// the item tower made of each item.
 pub fn user_tower_digest(manifest: &Manifest) -> TowerDigest {
-    let tower = &manifest.user_tower;
-    digest_of_tower(manifest, Part::UserTower, &tower.inputs, &tower.outputs)
+    let mut hasher = part_hasher(manifest, Part::UserTower);
+    hasher.update(tower_digest(manifest).as_bytes());
+    hash_ports(&mut hasher, &manifest.user_tower.inputs, &manifest.user_tower.outputs);
+    for action in &manifest.history.actions {
+        hash_str(&mut hasher, action.as_str());
+    }
+    TowerDigest::from_sha256(hasher)
 }
 
-/// The digest of everything that an item embedding depends on besides the text.
+/// The digest of everything that an item record depends on besides the text.
 pub fn tower_digest(manifest: &Manifest) -> TowerDigest {
-    let tower = &manifest.item_tower;
-    digest_of_tower(manifest, Part::ItemTower, &tower.inputs, &tower.outputs)
-}
-
-fn digest_of_tower(manifest: &Manifest, part: Part, inputs: &[String], outputs: &[String]) -> TowerDigest {
-    let mut hasher = part_hasher(manifest, part);
+    let mut hasher = part_hasher(manifest, Part::ItemTower);
     hasher.update(encoder_digest(manifest).as_bytes());
-    hash_ports(&mut hasher, inputs, outputs);
+    hash_ports(&mut hasher, &manifest.item_tower.inputs, &manifest.item_tower.outputs);
     TowerDigest::from_sha256(hasher)
 }
 

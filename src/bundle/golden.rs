@@ -5,17 +5,12 @@
 use super::{BundleError, Manifest, files};
 use crate::{
     content::EncoderModel,
-    domain::{ItemText, Vector, cosine},
+    domain::{Action, ActionCodes, ItemText, Tolerance, Vector, cosine},
     inference::{Graph, GraphError},
-    towers::{TowerGraphs, fusion, fusion::FusionDims, item_tower, user_tower, user_tower::UserDims},
+    towers::{TowerGraphs, fusion, fusion::FusionDims, item_tower, user_tower, user_tower::History},
 };
 use serde::Deserialize;
 use std::{fmt, path::Path};
-
-/// The largest allowed difference of a single value, in single precision.
-pub const MAX_ABSOLUTE: f32 = 1e-4;
-/// The cosine of two vectors must be greater than this, in single precision.
-pub const MIN_COSINE: f64 = 0.99999;
 
 /// The golden vectors, written by the trainer from PyTorch.
 #[derive(Debug, Deserialize)]
@@ -34,12 +29,16 @@ struct GoldenItem {
     token_ids: Vec<i64>,
     content: Vec<f32>,
     item: Vec<f32>,
+    adapted: Vec<f32>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct GoldenUser {
     history: Vec<usize>,
+    /// One per history item, or none at all.
+    #[serde(default)]
+    actions: Vec<Action>,
     user: Vec<f32>,
 }
 
@@ -81,15 +80,22 @@ impl fmt::Display for Mismatch {
 }
 
 /// Collects the comparisons of one stage.
-struct StageCheck(StageReport);
+struct StageCheck {
+    report: StageReport,
+    tolerance: Tolerance,
+}
 
 impl StageCheck {
     fn new(stage: &'static str) -> Self {
-        StageCheck(StageReport { stage, n_vectors: 0, max_absolute: 0.0, min_cosine: 1.0 })
+        StageCheck::within(Tolerance::SINGLE_PRECISION, stage)
+    }
+
+    fn within(tolerance: Tolerance, stage: &'static str) -> Self {
+        StageCheck { report: StageReport { stage, n_vectors: 0, max_absolute: 0.0, min_cosine: 1.0 }, tolerance }
     }
 
     fn compare(&mut self, index: usize, found: &[f32], expected: &[f32]) -> Result<(), Mismatch> {
-        let subject = || format!("{} {index}", self.0.stage);
+        let subject = || format!("{} {index}", self.report.stage);
         let mismatch = |problem: String| Err(Mismatch { subject: subject(), problem });
         if found.len() != expected.len() {
             return mismatch(format!("has {} values, golden has {}", found.len(), expected.len()));
@@ -104,14 +110,15 @@ impl StageCheck {
         let absolute = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         let cosine = if expected.len() > 1 { cosine(found, expected) } else { 1.0 };
         // The cosine with a zero vector is NaN, which counts as a mismatch.
-        if absolute > MAX_ABSOLUTE || cosine.is_nan() || cosine <= MIN_COSINE {
+        let Tolerance { absolute: max_absolute, cosine: min_cosine } = self.tolerance;
+        if absolute > max_absolute || cosine.is_nan() || cosine <= min_cosine {
             return mismatch(format!(
-                "differs from golden by {absolute:.2e} (at most {MAX_ABSOLUTE:.0e}), cosine {cosine:.6} (above {MIN_COSINE})"
+                "differs from golden by {absolute:.2e} (at most {max_absolute:.0e}), cosine {cosine:.6} (above {min_cosine})"
             ));
         }
-        self.0.n_vectors += 1;
-        self.0.max_absolute = self.0.max_absolute.max(absolute);
-        self.0.min_cosine = self.0.min_cosine.min(cosine);
+        self.report.n_vectors += 1;
+        self.report.max_absolute = self.report.max_absolute.max(absolute);
+        self.report.min_cosine = self.report.min_cosine.min(cosine);
         Ok(())
     }
 }
@@ -132,6 +139,10 @@ pub fn parse(json: &[u8], path: &Path) -> Result<Golden, BundleError> {
         || golden.pairs.iter().any(|pair| pair.user >= n_users)
     {
         return Err(invalid("an index is out of range".to_owned()));
+    }
+    let has_its_actions = |user: &GoldenUser| user.actions.is_empty() || user.actions.len() == user.history.len();
+    if !golden.users.iter().all(has_its_actions) {
+        return Err(invalid("a user has neither no actions nor one per history item".to_owned()));
     }
     if n_items == 0 || n_users == 0 || golden.pairs.is_empty() {
         return Err(invalid("it has no items, no users or no pairs, at least one of each is required".to_owned()));
@@ -156,12 +167,16 @@ impl Golden {
     }
 
     /// Compares content embeddings, one per golden item, with the golden ones.
-    pub fn check_contents<'a>(&self, found: impl Iterator<Item = &'a [f32]>) -> Result<StageReport, BundleError> {
-        let mut stage = StageCheck::new("content");
+    pub fn check_contents<'a>(
+        &self,
+        found: impl Iterator<Item = &'a [f32]>,
+        tolerance: Tolerance,
+    ) -> Result<StageReport, BundleError> {
+        let mut stage = StageCheck::within(tolerance, "content");
         for (i, (found, item)) in found.zip(&self.items).enumerate() {
             stage.compare(i, found, &item.content)?;
         }
-        Ok(stage.0)
+        Ok(stage.report)
     }
 }
 
@@ -171,7 +186,8 @@ pub fn check_towers(
     manifest: &Manifest,
     towers: &mut TowerGraphs,
 ) -> Result<Vec<StageReport>, BundleError> {
-    let mut reports = vec![check_items(golden, manifest, towers)?, check_users(golden, manifest, towers)?];
+    let mut reports = Vec::from(check_items(golden, manifest, towers)?);
+    reports.push(check_users(golden, manifest, towers)?);
     reports.extend(check_pairs(golden, manifest, towers)?);
     Ok(reports)
 }
@@ -196,9 +212,9 @@ pub fn check_tokens(golden: &Golden, model: &EncoderModel) -> Result<StageReport
             }
             .into());
         }
-        stage.0.n_vectors += 1;
+        stage.report.n_vectors += 1;
     }
-    Ok(stage.0)
+    Ok(stage.report)
 }
 
 /// Runs every golden text's token ids through the encoder. Returns the report and the computed content embeddings.
@@ -207,7 +223,7 @@ pub fn check_content(
     model: &EncoderModel,
     graph: &mut Graph,
 ) -> Result<(StageReport, Vec<Vector>), BundleError> {
-    let mut stage = StageCheck::new("content");
+    let mut stage = StageCheck::within(model.tolerance, "content");
     let mut computed = Vec::with_capacity(golden.items.len());
     // Once in one batch and once one by one: a graph whose results depend on padding could pass one of the two.
     let batch: Vec<&[i64]> = golden.items.iter().map(|item| item.token_ids.as_slice()).collect();
@@ -218,31 +234,41 @@ pub fn check_content(
         stage.compare(i, &alone, &item.content)?;
         computed.push(alone.into());
     }
-    Ok((stage.0, computed))
+    Ok((stage.report, computed))
 }
 
-fn check_items(golden: &Golden, manifest: &Manifest, graphs: &mut TowerGraphs) -> Result<StageReport, BundleError> {
-    let mut stage = StageCheck::new("item");
+fn check_items(
+    golden: &Golden,
+    manifest: &Manifest,
+    graphs: &mut TowerGraphs,
+) -> Result<[StageReport; 2], BundleError> {
+    let (mut items, mut adapted) = (StageCheck::new("item"), StageCheck::new("adapted"));
     let contents: Vec<Vector> = golden.items.iter().map(|item| item.content.as_slice().into()).collect();
-    let items = item_tower::embed(graphs, &contents, manifest.item_tower.dim)?;
-    for (i, (found, item)) in items.iter().zip(&golden.items).enumerate() {
-        stage.compare(i, found, &item.item)?;
+    let dims = manifest.item_tower.record_dims();
+    let records = item_tower::embed(graphs, &contents, dims)?;
+    for (i, (record, golden)) in records.iter().zip(&golden.items).enumerate() {
+        items.compare(i, &record[..dims.item], &golden.item)?;
+        adapted.compare(i, &record[dims.item..], &golden.adapted)?;
     }
-    Ok(stage.0)
+    Ok([items.report, adapted.report])
 }
 
 fn check_users(golden: &Golden, manifest: &Manifest, graphs: &mut TowerGraphs) -> Result<StageReport, BundleError> {
     let mut stage = StageCheck::new("user");
-    let dims = UserDims { content: manifest.encoder.dim, user: manifest.user_tower.dim };
-    let history = |user: &GoldenUser| user.history.iter().flat_map(|j| &golden.items[*j].content).copied().collect();
-    let histories: Vec<Vec<f32>> = golden.users.iter().map(history).collect();
+    let dims = manifest.user_dims();
+    let codes = ActionCodes::of(&manifest.history.actions);
+    let history = |user: &GoldenUser| History {
+        adapted: user.history.iter().flat_map(|j| &golden.items[*j].adapted).copied().collect(),
+        actions: codes.map_or_else(Vec::new, |codes| codes.of_history(&user.actions, user.history.len())),
+    };
+    let histories: Vec<History> = golden.users.iter().map(history).collect();
     // Once in one batch and once one by one: a tower that reads another user's items, or padding, could pass the latter.
     let together = user_tower::embed(graphs, histories.clone(), dims)?;
     for (i, (history, user)) in histories.into_iter().zip(&golden.users).enumerate() {
         stage.compare(i, &together[i * dims.user..(i + 1) * dims.user], &user.user)?;
         stage.compare(i, &user_tower::embed(graphs, vec![history], dims)?, &user.user)?;
     }
-    Ok(stage.0)
+    Ok(stage.report)
 }
 
 fn check_pairs(
@@ -265,7 +291,7 @@ fn check_pairs(
             cvr.compare(i, &fused.cvr[row..=row], &[pair.cvr])?;
         }
     }
-    Ok([mid_emb.0, cvr.0])
+    Ok([mid_emb.report, cvr.report])
 }
 
 impl From<Mismatch> for BundleError {

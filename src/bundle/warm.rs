@@ -4,9 +4,9 @@
 use super::{BundleError, Manifest, golden::Golden};
 use crate::{
     content::EncoderModel,
-    domain::{Vector, all_finite},
+    domain::{RecordDims, Vector, all_finite},
     inference::Graph,
-    towers::{TowerGraphs, fusion, fusion::FusionDims, item_tower, user_tower, user_tower::UserDims},
+    towers::{TowerGraphs, fusion, fusion::FusionDims, item_tower, user_tower, user_tower::History},
 };
 
 /// Candidates per run.
@@ -30,23 +30,29 @@ pub(super) fn run(
     }
     let contents: Vec<Vector> = golden.contents().map(Vector::from).collect();
     let batch: Vec<Vector> = contents.iter().cycle().take(item_tower::BATCH).cloned().collect();
-    let history: Vec<f32> =
-        contents.iter().cycle().take(manifest.user_tower.max_history).flat_map(|v| v.iter().copied()).collect();
-    let dims = UserDims { content: manifest.encoder.dim, user: manifest.user_tower.dim };
-    let fusion_dims = FusionDims { embedding: dims.user, mid: manifest.cvr.dim };
+    let user_dims = manifest.user_dims();
+    let fusion_dims = FusionDims { embedding: user_dims.user, mid: manifest.cvr.dim };
     for graphs in towers {
-        let items = item_tower::embed(graphs, &batch, manifest.item_tower.dim)?;
-        for item in &items {
-            check_finite("item tower", item)?;
+        let record_dims = manifest.item_tower.record_dims();
+        let records = item_tower::embed(graphs, &batch, record_dims)?;
+        for record in &records {
+            check_finite("item tower", record)?;
         }
-        let user = user_tower::embed(graphs, vec![history.clone()], dims)?;
+        let history = longest_history(&records, manifest.user_tower.max_history, record_dims);
+        let user = user_tower::embed(graphs, vec![history], user_dims)?;
         check_finite("user tower", &user)?;
-        let candidates: Vec<f32> = items.iter().cycle().take(CANDIDATES).flat_map(|v| v.iter().copied()).collect();
+        let items = records.iter().cycle().take(CANDIDATES).map(|record| &record[..record_dims.item]);
+        let candidates: Vec<f32> = items.flatten().copied().collect();
         let fused = fusion::fuse(graphs, &user, &candidates, &[0; CANDIDATES], fusion_dims)?;
         check_finite("cvr", &fused.mid_emb.data)?;
         check_finite("cvr", &fused.cvr)?;
     }
     Ok(())
+}
+
+fn longest_history(records: &[Vector], n_items: usize, dims: RecordDims) -> History {
+    let adapted = records.iter().cycle().take(n_items).flat_map(|record| &record[dims.item..]).copied().collect();
+    History { adapted, actions: vec![0; n_items] }
 }
 
 fn check_finite(stage: &'static str, values: &[f32]) -> Result<(), BundleError> {

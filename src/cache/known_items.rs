@@ -92,7 +92,7 @@ impl KnownItems {
     }
 
     /// Resolves each item of one list. See [`KnownItems::resolve_lists`].
-    pub fn resolve(&self, items: Vec<Item>, priority: Priority) -> Vec<Result<KnownItem, RowStatus>> {
+    pub fn resolve(&self, items: Vec<Item<'_>>, priority: Priority) -> Vec<Result<KnownItem, RowStatus>> {
         let [resolved] = self.resolve_lists([items], priority);
         resolved
     }
@@ -104,7 +104,7 @@ impl KnownItems {
     /// asked for.
     pub fn resolve_lists<const N: usize>(
         &self,
-        lists: [Vec<Item>; N],
+        lists: [Vec<Item<'_>>; N],
         priority: Priority,
     ) -> [Vec<Result<KnownItem, RowStatus>>; N] {
         let hash_key = self.hash_key();
@@ -116,10 +116,10 @@ impl KnownItems {
     }
 
     /// Remembers the texts of a list, and leaves the ids that came without text to be resolved.
-    fn remember_texts(&self, hash_key: HashKey, items: Vec<Item>, priority: Priority) -> PartlyResolved {
+    fn remember_texts(&self, hash_key: HashKey, items: Vec<Item<'_>>, priority: Priority) -> PartlyResolved {
         let mut list = PartlyResolved { rows: Vec::with_capacity(items.len()), ids: Vec::new(), places: Vec::new() };
         for item in items {
-            let id = hash_key.hash(&item.id);
+            let id = hash_key.hash(item.id);
             list.rows.push(match item.text {
                 Some(Ok(text)) => Ok(self.remember(id, text, priority)),
                 Some(Err(_fault)) => Err(RowStatus::InvalidItem),
@@ -236,13 +236,13 @@ fn entry_bytes(text: &ItemText) -> u64 {
 mod tests {
     use super::*;
 
-    fn item(id: &str, title: Option<&str>) -> Item {
+    fn item<'a>(id: &'a str, title: Option<&str>) -> Item<'a> {
         let text = title.map(ItemText::titled);
         let check = |text: ItemText| item_text::check(&text, 5).map(|()| text);
-        Item { id: id.to_owned(), text: text.map(check) }
+        Item { id, text: text.map(check) }
     }
 
-    fn titles(known: &KnownItems, items: Vec<Item>) -> Vec<Result<String, RowStatus>> {
+    fn titles(known: &KnownItems, items: Vec<Item<'_>>) -> Vec<Result<String, RowStatus>> {
         let title =
             |item: KnownItem| known.text(&item).map_or_else(|| "forgotten".to_owned(), |text| text.title().to_owned());
         known.resolve(items, Priority::Request).into_iter().map(|r| r.map(title)).collect()

@@ -1,7 +1,7 @@
 //! The caches of the process: embeddings by everything they depend on, and item texts by id.
 //!
 //! [`Caches`] holds all four and is shared by requests, operators' calls and snapshots. [`bounded`] is the implementation of
-//! three of them: [`vectors`] keeps content and item embeddings, [`known_items`] keeps the texts. [`users`] keeps user
+//! three of them: [`vectors`] keeps content embeddings and item records, [`known_items`] keeps the texts. [`users`] keeps user
 //! embeddings, which expire. [`snapshot`] writes the caches to files and reads them back.
 //!
 //! Not here: computing a missing entry (`content`, `towers`) and deciding when to compute it (`pipeline`).
@@ -25,7 +25,7 @@ use vectors::VectorCache;
 pub struct CacheLimits {
     /// Bytes of content embeddings.
     pub content_bytes: u64,
-    /// Bytes of item embeddings.
+    /// Bytes of item records.
     pub item_bytes: u64,
     /// Bytes of user embeddings.
     pub user_bytes: u64,
@@ -40,7 +40,7 @@ pub struct CacheLimits {
 pub struct Caches {
     /// Content embeddings, by encoder and text.
     pub contents: VectorCache<ContentKey>,
-    /// Item embeddings, by item tower and text.
+    /// Item records, by item tower and text.
     pub items: VectorCache<ItemKey>,
     /// User embeddings, by user tower and history.
     pub users: UserCache,
@@ -66,7 +66,7 @@ pub struct Usage {
 pub enum CacheName {
     /// Content embeddings.
     Content,
-    /// Item embeddings.
+    /// Item records.
     Item,
     /// User embeddings.
     User,

@@ -1,7 +1,7 @@
 //! User embeddings of running sessions: the pages of one session send the same history again and again.
 //!
-//! A user embedding depends on the user tower, the encoder, and the history's texts in their order. Its key is a digest of all
-//! of these, so an entry is never stale: it is exactly what the tower would compute. An entry is worth keeping only as long as a
+//! A user embedding depends on the towers, the encoder, and the history's texts and actions in their order. Its key is a digest of
+//! all of these, so an entry is never stale: it is exactly what the tower would compute. An entry is worth keeping only as long as a
 //! session lasts, so it expires after ten minutes without a reader. A request looks up one user, so moka's strict LRU order and
 //! expiry cost nothing here.
 
@@ -20,15 +20,30 @@ const TIME_TO_IDLE: Duration = Duration::from_secs(600);
 /// allocator's rounding. Measured with `benches/micro/cache_memory.rs`.
 const ENTRY_OVERHEAD: usize = 340;
 
-impl UserKey {
-    /// The key of a history, oldest item first, under a user tower whose digest covers the encoder.
-    pub fn of<'a>(tower: TowerDigest, history: impl Iterator<Item = &'a TextDigest>) -> Self {
+/// Computes the [`UserKey`] of a history.
+#[derive(Debug)]
+pub struct HistoryHasher {
+    /// All that is hashed, because BLAKE3 is several times faster on one long input than on many short ones.
+    hashed: Vec<u8>,
+}
+
+impl HistoryHasher {
+    /// Starts the history of a user tower; `tower` covers the encoder and the item tower, too.
+    pub fn new(tower: TowerDigest) -> Self {
+        HistoryHasher { hashed: tower.as_bytes().to_vec() }
+    }
+
+    /// Adds the next newer item, and the code of its action if the tower reads actions.
+    pub fn add(&mut self, text: TextDigest, action: Option<u8>) {
+        // An item has the same width in all histories of a tower, so different histories never feed the same bytes to the hash.
+        self.hashed.extend_from_slice(text.as_bytes());
+        self.hashed.extend(action);
+    }
+
+    /// The key of the history.
+    pub fn finish(self) -> UserKey {
         let mut hasher = blake3::Hasher::new();
-        hasher.update(tower.as_bytes());
-        // All digests have the same width, so different histories never feed the same bytes to the hash.
-        for text in history {
-            hasher.update(text.as_bytes());
-        }
+        hasher.update(&self.hashed);
         UserKey::from_blake3(&hasher)
     }
 }
@@ -105,14 +120,23 @@ mod tests {
     #[test]
     fn a_key_depends_on_tower_items_and_order() {
         let key = |tower, titles: &[&str]| {
-            let history: Vec<TextDigest> = titles.iter().map(|title| text(title)).collect();
-            UserKey::of(TowerDigest::from_bytes([tower; 16]), history.iter())
+            let mut key = HistoryHasher::new(TowerDigest::from_bytes([tower; 16]));
+            titles.iter().for_each(|title| key.add(text(title), None));
+            key.finish()
         };
         let known = key(1, &["a", "b"]);
         assert_eq!(known, key(1, &["a", "b"]));
         for other in [key(2, &["a", "b"]), key(1, &["b", "a"]), key(1, &["a"]), key(1, &["a", "b", "b"]), key(1, &[])] {
             assert_ne!(known, other);
         }
+        let with_actions = |actions: [u8; 2]| {
+            let mut key = HistoryHasher::new(TowerDigest::from_bytes([1; 16]));
+            key.add(text("a"), Some(actions[0]));
+            key.add(text("b"), Some(actions[1]));
+            key.finish()
+        };
+        assert_eq!(with_actions([1, 2]), with_actions([1, 2]));
+        assert_ne!(with_actions([1, 2]), with_actions([2, 1]));
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! `midemb bundle inspect|verify`: bundles without a server.
 
 use crate::{
-    bundle::{self, digest, golden::StageReport, load::read_manifest},
+    bundle::{self, Manifest, digest, golden::StageReport, load::read_manifest, manifest::EncoderSpec},
     cli::terminal::table,
     config::library_from_environment,
+    content::encoder::Batching,
+    domain::Tolerance,
     inference::{ProviderChoice, Runtime},
 };
 use std::path::{Path, PathBuf};
@@ -40,16 +42,17 @@ fn inspect(folder: &Path) -> anyhow::Result<()> {
     println!("encoder digest  {}", digest::encoder_digest(manifest));
     println!("tower digest    {}", digest::tower_digest(manifest));
     println!("item text       at most {} tokens of: {}", manifest.item_text.max_tokens, manifest.item_text.template);
+    println!("encoder         {}", describe_encoder(manifest));
+    println!("history         {}", describe_history(manifest));
     let mut graphs = table(&["graph", "file", "inputs", "outputs", "width"]);
     let mut add_graph = |name: &str, file: &str, inputs: &[String], outputs: &[String], dim: usize| {
         graphs.add_row([name, file, &inputs.join(", "), &outputs.join(", "), &dim.to_string()]);
     };
-    let (encoder, user_tower) = (&manifest.encoder, &manifest.user_tower);
+    let (encoder, user_tower, item_tower) = (&manifest.encoder, &manifest.user_tower, &manifest.item_tower);
     add_graph("encoder", &encoder.file, &encoder.inputs, &encoder.outputs, encoder.dim);
     add_graph("user tower", &user_tower.file, &user_tower.inputs, &user_tower.outputs, user_tower.dim);
-    for (name, graph) in [("item tower", &manifest.item_tower), ("cvr", &manifest.cvr)] {
-        add_graph(name, &graph.file, &graph.inputs, &graph.outputs, graph.dim);
-    }
+    add_graph("item tower", &item_tower.file, &item_tower.inputs, &item_tower.outputs, item_tower.dim);
+    add_graph("cvr", &manifest.cvr.file, &manifest.cvr.inputs, &manifest.cvr.outputs, manifest.cvr.dim);
     println!("\n{graphs}\n");
     let mut files = table(&["file", "bytes", "sha256", "fetched from"]);
     for file in &manifest.files {
@@ -58,6 +61,24 @@ fn inspect(folder: &Path) -> anyhow::Result<()> {
     println!("{files}\n");
     print!("{}", toml::to_string(&manifest.provenance)?);
     Ok(())
+}
+
+fn describe_encoder(manifest: &Manifest) -> String {
+    let EncoderSpec { precision, batching, tolerance, .. } = &manifest.encoder;
+    let batching = match batching {
+        Batching::Together => "texts share runs",
+        Batching::Alone => "one text per run",
+    };
+    let Tolerance { absolute, cosine } = tolerance;
+    let precision = precision.as_str();
+    format!("{precision}, {batching}, golden within {absolute:.0e} and cosine {cosine}")
+}
+
+fn describe_history(manifest: &Manifest) -> String {
+    let (n_items, keeps) = (manifest.user_tower.max_history, manifest.history.keeps.as_str());
+    let actions: Vec<&str> = manifest.history.actions.iter().map(|action| action.as_str()).collect();
+    let actions = if actions.is_empty() { "none".to_owned() } else { actions.join(", ") };
+    format!("the newest {n_items} items, oldest first; trained on {keeps} items of a user; actions: {actions}")
 }
 
 fn verify(folder: &Path, library: Option<&Path>) -> anyhow::Result<()> {

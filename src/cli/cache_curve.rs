@@ -1,7 +1,7 @@
 //! `midemb cache-curve`: how often caches of several sizes would hit, from the server's own cache code and without a server.
 //!
-//! Requests are looked up as the server looks them up: candidates in the item cache; those that it misses and the history in
-//! the content cache, each text once per request; and what the content cache misses is encoded and put into both. Both caches
+//! Requests are looked up as the server looks them up: history and candidates in the item cache; what it misses in the content
+//! cache, each text once per request; and what the content cache misses is encoded and put into both. Both caches
 //! have room for the same number of items. Every user counts as new: later pages of a session, whose history is not looked up
 //! again, cost less than the curve says.
 
@@ -44,9 +44,9 @@ pub(super) struct Args {
     /// The width of content embeddings.
     #[arg(long, default_value_t = 384)]
     content_dim: usize,
-    /// The width of item embeddings.
-    #[arg(long, default_value_t = 64)]
-    item_dim: usize,
+    /// The width of item records: an item embedding and an adapted content embedding.
+    #[arg(long, default_value_t = 128)]
+    record_dim: usize,
     /// Another seed draws other requests.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -76,7 +76,7 @@ impl Args {
     }
 
     fn item_mb(&self, n_entries: usize) -> f64 {
-        megabytes(n_entries, VectorCache::<ItemKey>::entry_bytes(self.item_dim))
+        megabytes(n_entries, VectorCache::<ItemKey>::entry_bytes(self.record_dim))
     }
 }
 
@@ -192,17 +192,18 @@ fn simulate(requests: &[Request], n_entries: usize) -> Point {
     let n_requests = requests.len() - n_warm_up;
     let mut point = Point { n_entries, n_requests, item: Lookups::default(), content: Lookups::default() };
     for (i, Request { history, candidates }) in requests.iter().enumerate() {
-        let missing_items = missing(&items, candidates, item_key);
-        let needed_contents = distinct(history.iter().chain(&missing_items).copied());
+        let texts: Vec<TextDigest> = history.iter().chain(candidates).copied().collect();
+        let missing_items = missing(&items, &texts, item_key);
+        let needed_contents = distinct(missing_items.iter().copied());
         let missing_contents = missing(&contents, &needed_contents, content_key);
         if i >= n_warm_up {
-            point.item.count(candidates.len(), missing_items.len());
+            point.item.count(texts.len(), missing_items.len());
             point.content.count(needed_contents.len(), missing_contents.len());
         }
         for text in &missing_contents {
             contents.insert(content_key(text), Arc::clone(&vector));
         }
-        for text in &missing_items {
+        for text in &needed_contents {
             items.insert(item_key(text), Arc::clone(&vector));
         }
     }

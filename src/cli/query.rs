@@ -7,7 +7,7 @@ use super::{
 use anyhow::{Context, ensure};
 use midemb_client::{
     Client, Matrix,
-    proto::{GetMidEmbRequest, GetMidEmbResponse, ModelRef, Output, RowStatus, Tensor},
+    proto::{Action, GetMidEmbRequest, GetMidEmbResponse, ModelRef, Output, RowStatus, Tensor},
 };
 use serde::Serialize;
 use std::{
@@ -26,7 +26,11 @@ pub(super) struct Args {
     /// How many items from the start of the file are the user's history, oldest first; the rest are the candidates.
     #[arg(long, default_value_t = 8)]
     history: usize,
-    /// The user's id.
+    /// What the user did with the history items, oldest first, such as `click,like,purchase`: one action for all of them, or one
+    /// each. Known are unspecified, view, click, like, dislike, share, cart, purchase and skip.
+    #[arg(long, value_name = "ACTIONS", value_delimiter = ',', value_parser = parse_action)]
+    history_actions: Vec<Action>,
+    /// The user's id; empty for a visitor without one.
     #[arg(long, default_value = "demo-user")]
     user: String,
     /// The model's name. Without it the server routes by user.
@@ -57,6 +61,7 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
         }
         message
     };
+    let history_actions = one_per_item(&args.history_actions, n_history)?;
     let request = GetMidEmbRequest {
         user_id: args.user.clone(),
         history: history.iter().map(message).collect(),
@@ -64,6 +69,7 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
         model: args.model.clone(),
         outputs: [Output::MidEmb, Output::Cvr, Output::UserEmb, Output::ItemEmb].map(i32::from).to_vec(),
         dtype: 0,
+        history_actions: history_actions.into_iter().map(i32::from).collect(),
     };
     let client = Client::connect([args.server.as_str()]).await?;
     let start = Instant::now();
@@ -75,6 +81,28 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
         page.print(args.rows);
     }
     Ok(())
+}
+
+fn parse_action(name: &str) -> Result<Action, String> {
+    let action = Action::from_str_name(&format!("ACTION_{}", name.to_uppercase()));
+    action.ok_or_else(|| {
+        "it is not an action, use unspecified, view, click, like, dislike, share, cart, purchase or skip".to_owned()
+    })
+}
+
+/// The actions of a history of `n_items`: none, one for all, or one each.
+fn one_per_item(actions: &[Action], n_items: usize) -> anyhow::Result<Vec<Action>> {
+    match *actions {
+        [action] => Ok(vec![action; n_items]),
+        _ => {
+            let n_actions = actions.len();
+            ensure!(
+                n_actions == 0 || n_actions == n_items,
+                "--history-actions names {n_actions} actions for {n_items} history items: give one for all, or one each"
+            );
+            Ok(actions.to_vec())
+        }
+    }
 }
 
 /// A page of candidates and its answer, with every tensor read.

@@ -123,13 +123,13 @@ keys! {
         "cache.content_mb",
         "1024",
         1..=1 << 20,
-        "Memory for content embeddings (about 1.7 KB per item at 384 dimensions). They cost the most to compute again, so raise this first.",
+        "Memory for content embeddings (about 1.7 KB per item at 384 dimensions). They are read for items without a record, and for all items after a push of new towers, which then need no run of the language model.",
     );
     CACHE_ITEM_MB: Key<u64> = megabytes(
         "cache.item_mb",
-        "256",
+        "512",
         1..=1 << 20,
-        "Memory for item embeddings (about 0.4 KB per item at 64 dimensions).",
+        "Memory for item records (about 0.7 KB per item at 64 + 64 dimensions). A request reads nothing else of an item that has one, so raise this first.",
     );
     CACHE_USER_MB: Key<u64> = megabytes(
         "cache.user_mb",

@@ -7,12 +7,13 @@ use super::{
 };
 use crate::{
     domain::{
-        EncoderDigest, ItemText, Priority, all_finite,
+        EncoderDigest, ItemText, Priority, Tolerance, all_finite,
         item_text::{Template, TemplateError},
     },
     inference::{Graph, GraphError, Input, Provider, background::give_way, job::run_guarded},
     telemetry::events::{self, QueueStay},
 };
+use serde::Deserialize;
 use std::{
     io, mem,
     sync::Arc,
@@ -36,6 +37,17 @@ pub enum EncodeError {
     Graph(#[from] GraphError),
 }
 
+/// Which texts may share a run of the encoder.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Batching {
+    /// Any: a text's vector does not depend on its batch.
+    #[default]
+    Together,
+    /// Each text has a run of its own, because the graph scales its activations over the whole batch.
+    Alone,
+}
+
 /// Everything that turns text into vectors except the graph, of which each thread has its own.
 #[derive(Debug)]
 pub struct EncoderModel {
@@ -47,6 +59,10 @@ pub struct EncoderModel {
     pub pad_id: i64,
     /// `C`, the width of a content embedding.
     pub dim: usize,
+    /// Which texts may share a run.
+    pub batching: Batching,
+    /// How far its vectors may be from the golden ones.
+    pub tolerance: Tolerance,
     /// Identifies the encoder in cache keys.
     pub digest: EncoderDigest,
 }
@@ -64,6 +80,19 @@ impl EncoderModel {
 
     /// Runs the graph over one batch of token ids. Returns `[n, C]`, row-major, L2-normalised by the graph.
     pub fn encode(&self, graph: &mut Graph, batch: &[&[i64]]) -> Result<Vec<f32>, GraphError> {
+        match self.batching {
+            Batching::Together => self.run(graph, batch),
+            Batching::Alone => {
+                let mut vectors = Vec::with_capacity(batch.len() * self.dim);
+                for ids in batch {
+                    vectors.extend(self.run(graph, &[ids])?);
+                }
+                Ok(vectors)
+            }
+        }
+    }
+
+    fn run(&self, graph: &mut Graph, batch: &[&[i64]]) -> Result<Vec<f32>, GraphError> {
         let n_columns = batch.iter().map(|ids| ids.len()).max().unwrap_or(0);
         let mut ids = vec![self.pad_id; batch.len() * n_columns];
         let mut mask = vec![0_i64; batch.len() * n_columns];

@@ -3,7 +3,8 @@
 use super::*;
 use crate::{
     cache::CacheLimits,
-    domain::{EncoderDigest, IdKey, ItemText, TextDigest, item_text::Template},
+    content::encoder::Batching,
+    domain::{EncoderDigest, IdKey, ItemText, TextDigest, Tolerance, item_text::Template},
     inference::Provider,
 };
 use std::{
@@ -120,7 +121,15 @@ fn idle_encoder() -> Encoder {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bundle/tokenizer.json");
     let tokenizer = Tokenizer::parse(&std::fs::read(&path).unwrap(), &path, 48).unwrap();
     let template = Template::new("{{ title }}").unwrap();
-    let model = EncoderModel { template, tokenizer, pad_id: 0, dim: 4, digest: EncoderDigest::from_bytes([7; 16]) };
+    let model = EncoderModel {
+        template,
+        tokenizer,
+        pad_id: 0,
+        dim: 4,
+        batching: Batching::Together,
+        tolerance: Tolerance::default(),
+        digest: EncoderDigest::from_bytes([7; 16]),
+    };
     Encoder::start(model, Vec::new(), Provider::Cpu).unwrap()
 }
 

@@ -31,11 +31,11 @@ pub type TextDigest = Digest<Text>;
 /// Covers everything that a content embedding depends on besides the text: graph, weights, tokenizer, template, token limit.
 pub type EncoderDigest = Digest<Encoder>;
 
-/// Covers everything that an item or user embedding depends on besides the texts: the tower and the encoder. The context tells
-/// whether the user tower or the item tower is meant.
+/// Covers everything that an item record or a user embedding depends on besides the items' texts: the towers and the encoder. The
+/// context tells which of the two is meant.
 pub type TowerDigest = Digest<Tower>;
 
-/// Covers everything that a user embedding depends on: the user tower, and the history's texts in their order.
+/// Covers everything that a user embedding depends on: the towers, and the history's texts and actions in their order.
 pub type UserKey = Digest<History>;
 
 /// A keyed hash of an item's id. Comparable only within one process and those that restored its snapshots.
@@ -53,7 +53,7 @@ pub struct EmbeddingKey<Part> {
 /// The cache key of a content embedding.
 pub type ContentKey = EmbeddingKey<Encoder>;
 
-/// The cache key of an item embedding.
+/// The cache key of an item record.
 pub type ItemKey = EmbeddingKey<Tower>;
 
 /// An item whose text is known. The text itself is fetched only if it has to be encoded.

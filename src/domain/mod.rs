@@ -3,28 +3,49 @@
 //! Nothing here depends on protobuf, ONNX or a cache. Invariant: a [`MidEmbRequest`] was validated by `wire::decode`, so its
 //! ids are not empty and its sizes are within the configured limits.
 
+pub mod action;
 pub mod bounded_text;
 pub mod digest;
 pub mod error;
 pub mod ids;
 pub mod item_text;
+pub mod tolerance;
 
+pub use action::{Action, ActionCodes};
 pub use digest::Digest;
 pub use ids::{
     ContentKey, EmbeddingKey, EncoderDigest, IdKey, ItemKey, KnownItem, Priority, TextDigest, TowerDigest, UserKey,
 };
 pub use item_text::{ItemText, TextFault, TextFields};
+pub use tolerance::Tolerance;
 
 use std::{fmt, sync::Arc, time::Instant};
 
 /// One embedding, shared by the caches and the requests that read it.
 pub type Vector = Arc<[f32]>;
 
+/// The widths of the two parts of an item record, which is everything that a request reads of an item: its item embedding, then
+/// what the user tower reads of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RecordDims {
+    /// `E`, the width of an item embedding.
+    pub item: usize,
+    /// `D`, the width of an adapted content embedding, the user tower's input.
+    pub adapted: usize,
+}
+
+impl RecordDims {
+    /// The number of values in a record.
+    pub fn width(self) -> usize {
+        self.item + self.adapted
+    }
+}
+
 /// One history item or candidate: an id and, if the caller sent it, the text.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Item {
+pub struct Item<'a> {
     /// The caller's stable id, never empty.
-    pub id: String,
+    pub id: &'a str,
     /// The text, or why it cannot be used; `None` if the caller expects the server to know the id.
     pub text: Option<Result<ItemText, TextFault>>,
 }
@@ -81,7 +102,7 @@ pub enum RowStatus {
 }
 
 impl RowStatus {
-    /// Every status, in the order of the wire's enum.
+    /// Every status, in the order of the enum.
     pub const ALL: [RowStatus; 7] = [
         RowStatus::Ok,
         RowStatus::UnknownItem,
@@ -112,17 +133,19 @@ impl fmt::Display for RowStatus {
     }
 }
 
-/// One validated `GetMidEmb` request.
+/// One validated `GetMidEmb` request. It borrows from its message.
 #[derive(Debug, Clone)]
-pub struct MidEmbRequest {
-    /// Decides which model answers if `model` is `None`.
-    pub user_id: String,
+pub struct MidEmbRequest<'a> {
+    /// Decides which model answers if `model` is `None`. Empty for a visitor without an id.
+    pub user_id: &'a str,
     /// Oldest first.
-    pub history: Vec<Item>,
+    pub history: Vec<Item<'a>>,
+    /// What the user did with each history item; empty if the caller did not say.
+    pub history_actions: Vec<Action>,
     /// At least one.
-    pub candidates: Vec<Item>,
+    pub candidates: Vec<Item<'a>>,
     /// The model's name; `None` lets the router choose by user.
-    pub model: Option<String>,
+    pub model: Option<&'a str>,
     /// What to return.
     pub outputs: Outputs,
     /// When the response must be ready to send.

@@ -102,7 +102,7 @@ pub fn check_wait(wait: Duration, remaining: Duration) -> Result<(), Error> {
 pub struct Deadlines {
     /// Content embeddings that are not ready by then are left out of the answer.
     pub encode_by: Instant,
-    /// Item embeddings that are not ready by then are left out of the answer.
+    /// Item records that are not ready by then are left out of the answer.
     pub embed_by: Instant,
     /// The answer must leave the pipeline by then.
     pub answer_by: Instant,

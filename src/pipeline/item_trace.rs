@@ -173,8 +173,8 @@ struct ItemToTrace {
 
 impl ItemsToTrace {
     /// Copies the items' ids, before resolving takes the items.
-    pub fn from_ids(items: &[Item]) -> Self {
-        ItemsToTrace(items.iter().map(|item| ItemToTrace { id: item.id.clone(), digest: None }).collect())
+    pub fn from_ids(items: &[Item<'_>]) -> Self {
+        ItemsToTrace(items.iter().map(|item| ItemToTrace { id: item.id.to_owned(), digest: None }).collect())
     }
 
     /// Adds the text digests of the resolved items, one entry per item in the same order.
@@ -265,13 +265,13 @@ mod tests {
     };
     use std::os::unix::fs::PermissionsExt;
 
-    fn resolve(known: &KnownItems, items: Vec<Item>) -> ItemsToTrace {
+    fn resolve(known: &KnownItems, items: Vec<Item<'_>>) -> ItemsToTrace {
         let to_trace = ItemsToTrace::from_ids(&items);
         to_trace.with_digests(&known.resolve(items, Priority::Request))
     }
 
-    fn item(id: &str, title: Option<&str>) -> Item {
-        Item { id: id.to_owned(), text: title.map(|title| Ok(ItemText::titled(title))) }
+    fn item<'a>(id: &'a str, title: Option<&str>) -> Item<'a> {
+        Item { id, text: title.map(|title| Ok(ItemText::titled(title))) }
     }
 
     #[test]

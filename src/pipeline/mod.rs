@@ -1,12 +1,12 @@
 //! One request, one line per stage. Start here.
 //!
 //! ```text
-//! admit ──> route ──> resolve text ──> user cache ──> content (history) ──┐
-//!                                 └──> item cache ──> content ──> item tower ──> score ──> answer
+//! resolve text ──> route ──> user cache ──> item cache ──all found────────────────────> score ──> answer
+//!                                                └─missing─> content ─> item tower ──┘
 //! ```
 //!
-//! [`admission`] admits requests and splits their deadlines, `candidates` and `user` prepare the two sides of a request, and
-//! `score` runs the towers and the CVR head. [`warm_up`] and [`replay`] fill the caches ahead of traffic, `shadow` compares
+//! [`admission`] admits requests and splits their deadlines, `user` looks up the user, `items` finds the record of every item, and
+//! `score` runs the user tower and the CVR head. [`warm_up`] and [`replay`] fill the caches ahead of traffic, `shadow` compares
 //! models, and [`item_trace`] records which items requests ask for.
 //!
 //! Invariants:
@@ -16,9 +16,10 @@
 //! - A shadow scores a request after its answer has been computed, and no caller waits for it.
 
 pub mod admission;
-mod candidates;
 pub mod item_trace;
+mod items;
 pub mod replay;
+mod rows;
 mod score;
 mod shadow;
 mod user;
@@ -26,11 +27,11 @@ pub mod warm_up;
 
 use crate::content::EncoderGate;
 use crate::{
-    bundle::{Model, Registry},
+    bundle::{Model, Registry, registry::RoutingKey},
     cache::Caches,
     content::{Content, Contents},
     domain::{
-        Item, KnownItem, MidEmbRequest, MidEmbResponse, Outputs, Priority, RowStatus, Vector,
+        Action, KnownItem, MidEmbRequest, MidEmbResponse, Outputs, Priority, RowStatus, Vector,
         error::{Error, ShedReason},
     },
     telemetry::events,
@@ -40,7 +41,6 @@ use item_trace::{ItemsToTrace, Recorder};
 use score::ScoreJob;
 use shadow::Shadows;
 use std::{sync::Arc, time::Instant};
-use user::User;
 
 /// The state that all requests share.
 #[derive(Debug)]
@@ -63,14 +63,26 @@ struct Waits<'a> {
 /// One entry per item: the item where its text was sent or is known, otherwise its row's status.
 type Resolved = Vec<Result<KnownItem, RowStatus>>;
 
-/// One entry per row: its vector, or the status that says why it has none.
-type Rows = Vec<Result<Vector, RowStatus>>;
+/// One entry per item: its record, or the status that says why it has none.
+type Records = Vec<Result<Vector, RowStatus>>;
+
+/// A request whose items are resolved. Holds nothing of its message.
+#[derive(Debug)]
+pub struct ResolvedRequest {
+    model: Option<String>,
+    routing_key: RoutingKey,
+    page: Page,
+    outputs: Outputs,
+    deadline: Instant,
+}
 
 /// The part of a request that a model reads.
 #[derive(Debug, Clone)]
 struct Page {
     /// Oldest first.
     history: Resolved,
+    /// One per history item, or none at all.
+    history_actions: Vec<Action>,
     candidates: Resolved,
 }
 
@@ -110,22 +122,39 @@ impl Pipeline {
         self.admission.admit()
     }
 
+    /// Looks up the texts of items that were sent as ids, and remembers the texts that were sent.
+    pub fn resolve(&self, request: MidEmbRequest<'_>) -> ResolvedRequest {
+        let start = Instant::now();
+        let MidEmbRequest { user_id, history, history_actions, candidates, model, outputs, deadline } = request;
+        let routing_key = RoutingKey::new(user_id, history.iter().map(|item| item.id));
+        let trace = self.trace.as_deref().filter(|trace| !trace.has_ended());
+        let to_trace =
+            trace.map(|trace| (trace, ItemsToTrace::from_ids(&history), ItemsToTrace::from_ids(&candidates)));
+        let [history, candidates] = self.caches.known_items.resolve_lists([history, candidates], Priority::Request);
+        if let Some((trace, history_ids, candidate_ids)) = to_trace {
+            trace.record(history_ids.with_digests(&history), candidate_ids.with_digests(&candidates));
+        }
+        events::stage_finished("resolve", start);
+        let page = Page { history, history_actions, candidates };
+        ResolvedRequest { model: model.map(str::to_owned), routing_key, page, outputs, deadline }
+    }
+
     /// Answers one admitted request. Calls `on_routed` with the model that answers as soon as it is chosen.
     ///
     /// Cancel-safe: queued encoding continues and its result is cached; scoring is skipped.
     pub async fn get_mid_emb(
         self: &Arc<Self>,
         permit: Permit,
-        request: MidEmbRequest,
+        request: ResolvedRequest,
         on_routed: impl FnOnce(&Model),
     ) -> Result<MidEmbResponse, Error> {
-        let deadlines = Deadlines::split(Instant::now(), request.deadline);
+        let ResolvedRequest { model, routing_key, page, outputs, deadline } = request;
+        let deadlines = Deadlines::split(Instant::now(), deadline);
         let models = self.registry.current()?;
-        let model = models.route(request.model.as_deref(), &request.user_id)?;
+        let model = models.route(model.as_deref(), &routing_key)?;
         on_routed(model);
-        let page = self.resolve(request.history, request.candidates);
-        let shadows = Shadows::reserve(models.shadows_of(model, &request.user_id), &page, request.outputs);
-        let answer = self.answer(model, page, request.outputs, Waits { deadlines, gate: &permit }).await?;
+        let shadows = Shadows::reserve(models.shadows_of(model, &routing_key), &page, outputs);
+        let answer = self.answer(model, page, outputs, Waits { deadlines, gate: &permit }).await?;
         shadows.compare(self, &answer);
         Ok(answer)
     }
@@ -138,29 +167,13 @@ impl Pipeline {
         outputs: Outputs,
         waits: Waits<'_>,
     ) -> Result<MidEmbResponse, Error> {
-        let Page { history, candidates } = page.limit_history(model.manifest.user_tower.max_history);
-        let (user, mut candidates) = tokio::try_join!(
-            async { Ok(self.embed_history(model, history, waits).await) },
-            self.embed_candidates(model, candidates, waits),
-        )?;
-        let User { history, source } = user;
-        let job = ScoreJob::new(source, &mut candidates, outputs);
+        let page = page.limit_history(model.manifest.user_tower.max_history);
+        let user = self.look_up_user(model, &page);
+        let mut items = self.embed_items(model, &page, &user, waits).await?;
+        let user = user.into_source(model, &page, &mut items.history);
+        let job = ScoreJob::new(user, &mut items.candidates, outputs);
         let scores = job.run(model, waits.deadlines.answer_by, &self.caches.users).await?;
-        Ok(scores.into_response(model, history, candidates))
-    }
-
-    /// Looks up the texts of items that were sent as ids, and remembers the texts that were sent.
-    fn resolve(&self, history: Vec<Item>, candidates: Vec<Item>) -> Page {
-        let start = Instant::now();
-        let trace = self.trace.as_deref().filter(|trace| !trace.has_ended());
-        let to_trace =
-            trace.map(|trace| (trace, ItemsToTrace::from_ids(&history), ItemsToTrace::from_ids(&candidates)));
-        let [history, candidates] = self.caches.known_items.resolve_lists([history, candidates], Priority::Request);
-        if let Some((trace, history_ids, candidate_ids)) = to_trace {
-            trace.record(history_ids.with_digests(&history), candidate_ids.with_digests(&candidates));
-        }
-        events::stage_finished("resolve", start);
-        Page { history, candidates }
+        Ok(scores.into_response(model, items))
     }
 }
 
@@ -170,6 +183,11 @@ impl Page {
         let n_too_old = self.history.len().saturating_sub(max_history);
         self.history[..n_too_old].fill(Err(RowStatus::NotUsed));
         self
+    }
+
+    /// What the user did with the history item at `position`.
+    fn action(&self, position: usize) -> Action {
+        self.history_actions.get(position).copied().unwrap_or_default()
     }
 }
 
@@ -197,7 +215,10 @@ fn no_row_ready(statuses: &[RowStatus], shed_for: Option<ShedReason>) -> Option<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{cache::CacheLimits, domain::ItemText};
+    use crate::{
+        cache::CacheLimits,
+        domain::{Item, ItemText},
+    };
     use std::time::Duration;
 
     fn pipeline() -> Arc<Pipeline> {
@@ -216,17 +237,19 @@ mod tests {
         let pipeline = pipeline();
         for _ in 0..2 {
             let request = MidEmbRequest {
-                user_id: "u".to_owned(),
+                user_id: "u",
                 history: Vec::new(),
-                candidates: vec![Item { id: "a".to_owned(), text: None }],
+                history_actions: Vec::new(),
+                candidates: vec![Item { id: "a", text: None }],
                 model: None,
                 outputs: Outputs::default(),
                 deadline: Instant::now() + Duration::from_secs(1),
             };
+            let request = pipeline.resolve(request);
             let answer = pipeline.get_mid_emb(pipeline.admit().unwrap(), request, |_| ()).await;
             assert!(matches!(answer, Err(Error::Unavailable(_))), "{answer:?}");
         }
-        let warm_up = pipeline.remember(vec![Item { id: "a".to_owned(), text: Some(Ok(ItemText::titled("a"))) }]);
+        let warm_up = pipeline.remember(vec![Item { id: "a", text: Some(Ok(ItemText::titled("a"))) }]);
         assert!(matches!(pipeline.warm(warm_up).await, Err(Error::Unavailable(_))));
         assert!(matches!(pipeline.check_admission(Instant::now()), Err(Error::Unavailable(_))));
     }

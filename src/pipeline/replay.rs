@@ -1,8 +1,7 @@
 //! Replay: fills the item cache for a model that is about to serve with the items that are hot for the models that serve now.
 //!
-//! If the encoder stays the same, every content embedding is already cached, under the same key, and only the item tower has to
-//! run, which takes seconds for a whole catalogue. With a new encoder the texts are encoded again, as warm-up, which yields to
-//! traffic. Time may run out, so the hottest items come first. A replay inserts its items into the cache's main queue and
+//! If the encoder stays the same, content embeddings are still cached, under the same keys, and only the item tower has to run for
+//! these items, which takes seconds for a whole catalogue. Other texts are encoded again, as warm-up, which yields to traffic. Time may run out, so the hottest items come first. A replay inserts its items into the cache's main queue and
 //! uses at most half of the cache: the models that serve now need the rest, and after a rollback their hottest items are
 //! still cached.
 
@@ -68,23 +67,14 @@ impl Pipeline {
     pub fn hot_items(&self, model: &Model, n_models: u64) -> Vec<KnownItem> {
         let Ok(models) = self.registry.current() else { return Vec::new() };
         let towers: HashSet<_> = models.all().map(|served| served.tower_digest).collect();
-        let encoders: HashSet<_> = models.all().map(|served| served.encoder.digest()).collect();
-        let item_keys = self.caches.items.hottest_keys().into_iter();
-        let item_texts = item_keys.filter(|key| towers.contains(&key.part)).map(|key| key.text).collect();
-        let texts: Vec<TextDigest> = if encoders.contains(&model.encoder.digest()) {
-            item_texts
-        } else {
-            // Texts of history items are in the content cache only, because histories need no item embeddings.
-            let content_keys = self.caches.contents.hottest_keys().into_iter();
-            let content_texts = content_keys.filter(|key| encoders.contains(&key.part)).map(|key| key.text);
-            interleave(item_texts, content_texts.collect())
-        };
+        let keys = self.caches.items.hottest_keys().into_iter();
+        let texts = keys.filter(|key| towers.contains(&key.part)).map(|key| key.text);
         let is_cached =
             |text: &TextDigest| self.caches.items.contains(&ItemKey { part: model.tower_digest, text: *text });
-        let entry_bytes = VectorCache::<ItemKey>::entry_bytes(model.manifest.item_tower.dim);
+        let entry_bytes = VectorCache::<ItemKey>::entry_bytes(model.manifest.item_tower.record_dims().width());
         let max_items = self.caches.items.measure().max_bytes / 2 / n_models.max(1) / entry_bytes;
         let mut seen = HashSet::new();
-        let selected = texts.into_iter().filter(|text| seen.insert(*text) && !is_cached(text)).take(max_items as usize);
+        let selected = texts.filter(|text| seen.insert(*text) && !is_cached(text)).take(max_items as usize);
         let known = self.caches.known_items.hottest().into_iter();
         let known: HashMap<TextDigest, KnownItem> = known.map(|item| (item.digest, item)).collect();
         // An item whose text is no longer known can still be embedded if its content embedding is cached.
@@ -108,7 +98,8 @@ impl Pipeline {
         if vectors.len() < items.len() {
             return Err(BundleError::EncoderBusy);
         }
-        golden.check_contents(vectors.into_iter().map(|vector| &vector[..])).map(|_report| ())
+        let found = vectors.into_iter().map(|vector| &vector[..]);
+        golden.check_contents(found, encoder.model().tolerance).map(|_report| ())
     }
 
     /// Caches the content embeddings that a new encoder computed for the golden texts.
@@ -116,29 +107,5 @@ impl Pipeline {
         for (text, content) in contents {
             self.caches.contents.insert_ahead(ContentKey { part: encoder, text }, content);
         }
-    }
-}
-
-/// The elements of `a` and `b` in turn, then the rest of the longer one.
-fn interleave<T>(a: Vec<T>, b: Vec<T>) -> Vec<T> {
-    let mut both = Vec::with_capacity(a.len() + b.len());
-    let (mut a, mut b) = (a.into_iter(), b.into_iter());
-    loop {
-        let pair = [a.next(), b.next()];
-        if pair.iter().all(Option::is_none) {
-            return both;
-        }
-        both.extend(pair.into_iter().flatten());
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::interleave;
-
-    #[test]
-    fn two_lists_take_turns_until_both_are_empty() {
-        assert_eq!(interleave(vec![1, 3, 5, 6], vec![2, 4]), [1, 2, 3, 4, 5, 6]);
-        assert_eq!(interleave(Vec::<u8>::new(), vec![2]), [2]);
     }
 }

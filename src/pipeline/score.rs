@@ -1,10 +1,6 @@
 //! Scoring: the user tower and the CVR MLP run in one job on an inference thread.
 
-use super::{
-    admission::shed,
-    candidates::Candidates,
-    user::{HistoryUse, UserSource},
-};
+use super::{admission::shed, items::PageItems, rows::Rows, user::UserSource};
 use crate::{
     bundle::Model,
     cache::users::UserCache,
@@ -24,7 +20,7 @@ use std::{sync::Arc, time::Instant};
 /// The inputs of one scoring job.
 pub(super) struct ScoreJob {
     user: UserSource,
-    /// `[n, E]`: the candidates that have an embedding.
+    /// `[n, E]`: the candidates that have a record.
     items: Vec<f32>,
     outputs: Outputs,
 }
@@ -37,8 +33,12 @@ pub(super) struct Scores {
 }
 
 impl ScoreJob {
-    pub(super) fn new(user: UserSource, candidates: &mut Candidates, outputs: Outputs) -> Self {
-        let items = if outputs.needs_fusion() { candidates.ready_items(outputs) } else { Vec::new() };
+    pub(super) fn new(user: UserSource, candidates: &mut Rows, outputs: Outputs) -> Self {
+        let items = match outputs {
+            _ if !outputs.needs_fusion() => Vec::new(),
+            Outputs { item_emb: true, .. } => candidates.ready(),
+            _ => candidates.take_ready(),
+        };
         ScoreJob { user, items, outputs }
     }
 
@@ -56,7 +56,7 @@ impl ScoreJob {
         }
         let (user, key) = match user {
             UserSource::Cached(user) => (UserInput::Known(user), None),
-            UserSource::History { contents, key } => (UserInput::History(contents), key),
+            UserSource::History { history, key } => (UserInput::History(history), key),
         };
         match model.towers.run_together(&model.scoring, answer_by, ScoreInput { user, items }).await {
             Ok(Ok(Score { user, fused })) => {
@@ -79,24 +79,10 @@ impl ScoreJob {
     }
 }
 
-impl Candidates {
-    /// The embeddings of all rows that are OK, back to back. If every row is OK and the caller does not want the item
-    /// embeddings, the whole matrix is moved out instead of copied.
-    fn ready_items(&mut self, outputs: Outputs) -> Vec<f32> {
-        let is_ready = |status: &RowStatus| *status == RowStatus::Ok;
-        if self.statuses.iter().all(is_ready) {
-            let items = &mut self.items.data;
-            return if outputs.item_emb { items.clone() } else { std::mem::take(items) };
-        }
-        let ready = self.statuses.iter().enumerate().filter(|(_, status)| is_ready(status));
-        ready.flat_map(|(row, _)| self.items.row(row)).copied().collect()
-    }
-}
-
 impl Scores {
     /// The answer: one row per candidate, all zeros where the candidate has no vector.
-    pub(super) fn into_response(self, model: &Model, history: HistoryUse, candidates: Candidates) -> MidEmbResponse {
-        let Candidates { mut statuses, items } = candidates;
+    pub(super) fn into_response(self, model: &Model, items: PageItems) -> MidEmbResponse {
+        let PageItems { history, candidates: Rows { mut statuses, values: item_embs, .. } } = items;
         let was_scored: Vec<bool> = statuses.iter().map(|status| *status == RowStatus::Ok).collect();
         let mid_dim = model.manifest.cvr.dim;
         let fused = self.fused.unwrap_or(Fused { mid_emb: Matrix::zeros(0, mid_dim), cvr: Vec::new() });
@@ -107,11 +93,11 @@ impl Scores {
         let cvr_column = Matrix { n_cols: 1, data: fused.cvr };
         MidEmbResponse {
             model: model.reference.clone(),
-            item_emb: item_emb.then(|| zero_rows_not_ok(items, &statuses)),
+            item_emb: item_emb.then(|| zero_rows_not_ok(item_embs, &statuses)),
             cvr: cvr.then(|| scatter(cvr_column, &was_scored, &statuses).data),
             mid_emb: mid_emb.then(|| scatter(fused.mid_emb, &was_scored, &statuses)),
             user_emb: self.user.filter(|_| user_emb).map(|user| user.to_vec()),
-            n_history_used: history.n_used,
+            n_history_used: history.statuses.iter().filter(|status| **status == RowStatus::Ok).count(),
             history_statuses: history.statuses,
             statuses,
         }

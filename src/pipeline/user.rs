@@ -1,29 +1,12 @@
-//! The user's side of a request: a cached user embedding, or the content embeddings that the user tower reads.
+//! The user's side of a request: a user embedding that is cached, or the history that the user tower reads.
 
-use super::{Pipeline, Resolved, Waits, candidates::Distinct, vector_or_status};
+use super::{Page, Pipeline, rows::Rows};
 use crate::{
     bundle::Model,
-    content::EmbedRequest,
-    domain::{Priority, RowStatus, UserKey, Vector},
-    telemetry::events,
+    cache::users::HistoryHasher,
+    domain::{Action, RowStatus, UserKey, Vector},
+    towers::user_tower::History,
 };
-use std::time::Instant;
-
-/// The user's side of a request, ready to be scored.
-pub(super) struct User {
-    /// Reported to the caller.
-    pub(super) history: HistoryUse,
-    /// Where the user embedding comes from.
-    pub(super) source: UserSource,
-}
-
-/// How much of the history the user embedding is based on.
-pub(super) struct HistoryUse {
-    /// One status per item sent, in order.
-    pub(super) statuses: Vec<RowStatus>,
-    /// Number of items that the user embedding is based on.
-    pub(super) n_used: usize,
-}
 
 /// Where the user embedding comes from.
 pub(super) enum UserSource {
@@ -31,67 +14,47 @@ pub(super) enum UserSource {
     Cached(Vector),
     /// The user tower has to run.
     History {
-        /// `[n, C]`, oldest first.
-        contents: Vec<f32>,
-        /// The key to cache the result under; none if an item has no vector, because the key stands for the complete history.
+        /// Oldest first.
+        history: History,
+        /// The key to cache the result under; none if an item has no record, because the key stands for the complete history.
         key: Option<UserKey>,
     },
 }
 
-impl Pipeline {
-    /// Prepares the user's side of a request. History items without a vector in time are left out, and their statuses say
-    /// so.
-    pub(super) async fn embed_history(&self, model: &Model, history: Resolved, waits: Waits<'_>) -> User {
-        let start = Instant::now();
-        let key = UserKey::of(model.user_tower_digest, history.iter().flatten().map(|known| &known.digest));
-        let user = match self.caches.users.get(&key) {
-            Some(user) => {
-                let statuses = history.iter().map(|row| row.as_ref().err().copied().unwrap_or(RowStatus::Ok)).collect();
-                User { history: HistoryUse::new(statuses), source: UserSource::Cached(user) }
-            }
-            None => self.gather_history(model, history, key, waits).await,
-        };
-        events::stage_finished("history", start);
-        user
-    }
+/// What is known of the user before any item is looked up.
+pub(super) struct User {
+    /// The key of the user's complete history.
+    key: UserKey,
+    /// The user embedding, if an earlier page of the session computed it.
+    pub(super) cached: Option<Vector>,
+}
 
-    async fn gather_history(&self, model: &Model, history: Resolved, key: UserKey, waits: Waits<'_>) -> User {
-        let distinct = Distinct::of(history.iter().flatten());
-        let request = EmbedRequest {
-            items: &distinct.items,
-            priority: Priority::Request,
-            until: waits.deadlines.encode_by,
-            gate: waits.gate,
-        };
-        let embedded = self.contents.embed(&model.encoder, request).await;
-        let mut positions = distinct.positions.into_iter();
-        let mut contents = Vec::with_capacity(history.len() * model.manifest.encoder.dim);
-        let mut statuses = Vec::with_capacity(history.len());
-        for row in &history {
-            let vector = match row {
-                Ok(_) => {
-                    positions.next().and_then(|i| embedded.get(i)).map_or(Err(RowStatus::Failed), vector_or_status)
-                }
-                Err(status) => Err(*status),
-            };
-            match vector {
-                Ok(vector) => {
-                    contents.extend_from_slice(&vector);
-                    statuses.push(RowStatus::Ok);
-                }
-                Err(status) => statuses.push(status),
+impl Pipeline {
+    pub(super) fn look_up_user(&self, model: &Model, page: &Page) -> User {
+        let mut key = HistoryHasher::new(model.user_tower_digest);
+        for (position, known) in page.history.iter().enumerate() {
+            if let Ok(known) = known {
+                key.add(known.digest, model.action_codes.map(|codes| codes.code(page.action(position))));
             }
         }
-        let history_use = HistoryUse::new(statuses);
-        let is_complete = history_use.n_used == history.iter().flatten().count();
-        let source = UserSource::History { contents, key: is_complete.then_some(key) };
-        User { history: history_use, source }
+        let key = key.finish();
+        User { key, cached: self.caches.users.get(&key) }
     }
 }
 
-impl HistoryUse {
-    fn new(statuses: Vec<RowStatus>) -> Self {
-        let n_used = statuses.iter().filter(|status| **status == RowStatus::Ok).count();
-        HistoryUse { statuses, n_used }
+impl User {
+    /// Where the user embedding comes from, if `rows` hold what was found of the history. A history item without a record is left
+    /// out.
+    pub(super) fn into_source(self, model: &Model, page: &Page, rows: &mut Rows) -> UserSource {
+        if let Some(user) = self.cached {
+            return UserSource::Cached(user);
+        }
+        let is_used = |position: &usize| rows.statuses[*position] == RowStatus::Ok;
+        let used = (0..page.history.len()).filter(is_used);
+        let actions: Vec<Action> = used.map(|position| page.action(position)).collect();
+        let is_complete = actions.len() == page.history.iter().flatten().count();
+        let codes = model.action_codes.map(|codes| codes.of_history(&actions, actions.len()));
+        let history = History { adapted: rows.take_ready(), actions: codes.unwrap_or_default() };
+        UserSource::History { history, key: is_complete.then_some(self.key) }
     }
 }

@@ -1,12 +1,15 @@
 //! Warm-up: texts arrive ahead of traffic, are remembered under their ids, and are encoded and embedded for every model.
 
-use super::{Pipeline, candidates::Distinct};
+use super::{Pipeline, items::Distinct};
 use crate::{
     bundle::Model,
     content::{Content, EmbedRequest, Open},
-    domain::{Item, ItemKey, KnownItem, Priority, WarmSummary, error::Error},
+    domain::{Item, ItemKey, KnownItem, Priority, RowStatus, WarmSummary, error::Error},
 };
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 /// The number of items that one warm-up call processes at a time. It keeps the models that serve until they are done, and a swap
 /// waits for whoever keeps models.
@@ -36,9 +39,9 @@ pub(super) enum WarmOutcome {
 
 impl Pipeline {
     /// Remembers the texts of a warm-up, each as the newest text for its id. [`Pipeline::warm`] encodes them.
-    pub fn remember(&self, items: Vec<Item>) -> WarmUp {
+    pub fn remember(&self, items: Vec<Item<'_>>) -> WarmUp {
         let n_items = items.len();
-        let is_valid = |item: &Item| item.text.is_some() && !item.id.is_empty();
+        let is_valid = |item: &Item<'_>| item.text.is_some() && !item.id.is_empty();
         let resolved = self.caches.known_items.resolve(items.into_iter().filter(is_valid).collect(), Priority::WarmUp);
         WarmUp { n_items, known: resolved.into_iter().flatten().collect() }
     }
@@ -72,35 +75,25 @@ impl Pipeline {
 
     /// Fills the caches for one model; returns one outcome per item.
     pub(super) async fn warm_model(&self, model: &Model, known: &[KnownItem]) -> Vec<WarmOutcome> {
-        let Distinct { items, positions } = Distinct::of(known.iter());
+        let is_missing =
+            |item: &&KnownItem| !self.caches.items.contains(&ItemKey { part: model.tower_digest, text: item.digest });
+        let missing = Distinct::of(known.iter().filter(is_missing));
         let until = Instant::now() + PATIENCE;
-        let request = EmbedRequest { items: &items, priority: Priority::WarmUp, until, gate: &Open };
+        let request = EmbedRequest { items: &missing.items, priority: Priority::WarmUp, until, gate: &Open };
         let contents = self.contents.embed(&model.encoder, request).await;
-        let mut is_embedded = Vec::with_capacity(items.len());
-        let mut missing = Vec::new();
-        let (mut missing_items, mut missing_contents) = (Vec::new(), Vec::new());
-        for (i, item) in items.iter().enumerate() {
-            let is_cached = self.caches.items.contains(&ItemKey { part: model.tower_digest, text: item.digest });
-            is_embedded.push(is_cached);
-            if !is_cached {
-                missing.push(i);
-                missing_items.push(item.clone());
-                missing_contents.push(contents[i].clone());
-            }
+        let records = self.run_item_tower(model, request, &contents).await;
+        let records = records.unwrap_or_else(|_shed| vec![Err(RowStatus::Shed); contents.len()]);
+        let mut computed = HashMap::with_capacity(missing.items.len());
+        for ((item, content), record) in missing.items.iter().zip(&contents).zip(&records) {
+            let outcome = match content {
+                _ if record.is_err() => WarmOutcome::Failed,
+                // A joined item is counted by the call that encodes it.
+                Content::Cached(_) | Content::Joined(_) => WarmOutcome::Cached,
+                Content::Encoded(_) => WarmOutcome::Encoded,
+                _ => WarmOutcome::Failed,
+            };
+            computed.insert(item.digest, outcome);
         }
-        let request = EmbedRequest { items: &missing_items, priority: Priority::WarmUp, until, gate: &Open };
-        if let Ok(rows) = self.run_item_tower(model, request, &missing_contents).await {
-            for (i, row) in missing.into_iter().zip(rows) {
-                is_embedded[i] = row.is_ok();
-            }
-        }
-        let outcome = |i: usize| match &contents[i] {
-            _ if !is_embedded[i] => WarmOutcome::Failed,
-            // A joined item is counted by the call that encodes it.
-            Content::Cached(_) | Content::Joined(_) => WarmOutcome::Cached,
-            Content::Encoded(_) => WarmOutcome::Encoded,
-            _ => WarmOutcome::Failed,
-        };
-        positions.into_iter().map(outcome).collect()
+        known.iter().map(|item| computed.get(&item.digest).copied().unwrap_or(WarmOutcome::Cached)).collect()
     }
 }

@@ -66,7 +66,7 @@ metrics! {
     REQUESTS = "midemb_requests_total", Kind::Counter, "method,code,model,version,digest";
     /// Time from a call's headers to its response, in seconds, including reading and decoding the message.
     REQUEST_DURATION = "midemb_request_duration_seconds", Kind::Histogram(SECONDS), "method,model,version,digest";
-    /// Time in one stage of a request (resolve, history, content, item_tower, user_tower, cvr) or of a batch (tokenize, encode), in seconds.
+    /// Time in one stage of a request (resolve, items, content, item_tower, user_tower, cvr) or of a batch (tokenize, encode), in seconds.
     STAGE_DURATION = "midemb_stage_duration_seconds", Kind::Histogram(SECONDS), "stage";
     /// Cache look-ups by result: hit, miss, or coalesced (another call was already encoding the item). The results add up to all look-ups.
     CACHE_LOOKUPS = "midemb_cache_lookups_total", Kind::Counter, "cache,result";

@@ -1,4 +1,4 @@
-//! PCH (preference comprehension) and the CVR head: content embeddings in; user embeddings, item embeddings and mid-embs out.
+//! PCH (preference comprehension) and the CVR head: content embeddings in; item records, user embeddings and mid-embs out.
 //!
 //! [`user_tower`], [`item_tower`] and [`fusion`] each run one graph on a pool thread. [`scoring`] is the job of a hot request:
 //! user tower, then CVR graph. Each pool thread owns a [`TowerGraphs`], all three small graphs, so that a hot request crosses
@@ -14,9 +14,9 @@ use crate::inference::{Graph, Pool};
 /// The three graphs that score requests. Every pool thread has its own.
 #[derive(Debug)]
 pub struct TowerGraphs {
-    /// History to user embedding.
+    /// History of adapted items to user embedding.
     pub user: Graph,
-    /// Content to item embedding.
+    /// Content to item record.
     pub item: Graph,
     /// User and items to mid-emb.
     pub cvr: Graph,

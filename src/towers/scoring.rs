@@ -7,7 +7,7 @@
 use super::{
     TowerGraphs,
     fusion::{Fused, FusionDims, fuse},
-    user_tower,
+    user_tower::{self, History, UserDims},
 };
 use crate::{
     domain::{Matrix, Vector},
@@ -19,10 +19,8 @@ use std::{sync::Arc, time::Instant};
 /// The widths of the tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ScoreDims {
-    /// `C`, the width of content embeddings.
-    pub content: usize,
-    /// `E`, the width of user and item embeddings.
-    pub user: usize,
+    /// What the user tower reads, and `E`, the width of user and item embeddings.
+    pub user: UserDims,
     /// `M`, the width of mid-embs.
     pub mid: usize,
 }
@@ -41,8 +39,8 @@ pub struct ScoreInput {
 pub enum UserInput {
     /// It is already known: `[E]`.
     Known(Vector),
-    /// The user tower computes it from this history: `[l, C]`, oldest first, empty for a new user.
-    History(Vec<f32>),
+    /// The user tower computes it from this history, which is empty for a new user.
+    History(History),
 }
 
 /// The result of scoring one request.
@@ -74,14 +72,14 @@ fn score(graphs: &mut TowerGraphs, input: ScoreInput, dims: ScoreDims) -> Result
     if items.is_empty() {
         return Ok(Score { user, fused: None });
     }
-    let rows = vec![0; items.len() / dims.user];
+    let rows = vec![0; items.len() / dims.user.user];
     let fused = run_cvr(graphs, &user, &items, &rows, dims)?;
     Ok(Score { user, fused: Some(fused) })
 }
 
 fn score_together(graphs: &mut TowerGraphs, inputs: &[ScoreInput], dims: ScoreDims) -> Result<Vec<Score>, GraphError> {
     let users = embed_users(graphs, inputs, dims)?;
-    let n_items = |input: &ScoreInput| input.items.len() / dims.user;
+    let n_items = |input: &ScoreInput| input.items.len() / dims.user.user;
     let mut rows: Vec<i64> = Vec::new();
     for (row, input) in (0..).zip(inputs) {
         rows.extend(std::iter::repeat_n(row, n_items(input)));
@@ -106,14 +104,14 @@ fn score_together(graphs: &mut TowerGraphs, inputs: &[ScoreInput], dims: ScoreDi
 
 /// The user embedding `[E]` of each input, in order.
 fn embed_users(graphs: &mut TowerGraphs, inputs: &[ScoreInput], dims: ScoreDims) -> Result<Vec<Vector>, GraphError> {
-    let mut histories: Vec<Vec<f32>> = Vec::new();
+    let mut histories: Vec<History> = Vec::new();
     for input in inputs {
         if let UserInput::History(history) = &input.user {
             histories.push(history.clone());
         }
     }
     let embedded = if histories.is_empty() { Vec::new() } else { run_user_tower(graphs, histories, dims)? };
-    let mut embedded = embedded.chunks_exact(dims.user);
+    let mut embedded = embedded.chunks_exact(dims.user.user);
     let mut users = Vec::with_capacity(inputs.len());
     for input in inputs {
         users.push(match &input.user {
@@ -133,10 +131,10 @@ fn take_first(values: &mut &[f32], n: usize) -> Vec<f32> {
 }
 
 /// Returns the user embeddings, `[b, E]`.
-fn run_user_tower(graphs: &mut TowerGraphs, histories: Vec<Vec<f32>>, dims: ScoreDims) -> Result<Vec<f32>, GraphError> {
+fn run_user_tower(graphs: &mut TowerGraphs, histories: Vec<History>, dims: ScoreDims) -> Result<Vec<f32>, GraphError> {
     let start = Instant::now();
     events::batch_ran("user_tower", histories.len());
-    let users = user_tower::embed(graphs, histories, user_tower::UserDims { content: dims.content, user: dims.user })?;
+    let users = user_tower::embed(graphs, histories, dims.user)?;
     events::stage_finished("user_tower", start);
     Ok(users)
 }
@@ -150,7 +148,7 @@ fn run_cvr(
 ) -> Result<Fused, GraphError> {
     let start = Instant::now();
     events::batch_ran("cvr", rows.len());
-    let fused = fuse(graphs, users, items, rows, FusionDims { embedding: dims.user, mid: dims.mid })?;
+    let fused = fuse(graphs, users, items, rows, FusionDims { embedding: dims.user.user, mid: dims.mid })?;
     events::stage_finished("cvr", start);
     Ok(fused)
 }

@@ -287,7 +287,10 @@ fn export(caches: &Caches, model: &Model, kind: VectorKind, out: &mut ChunkWrite
     let manifest = &model.manifest;
     match kind {
         VectorKind::Content => snapshot::export(out, &caches.contents, model.encoder.digest(), manifest.encoder.dim),
-        VectorKind::Item => snapshot::export(out, &caches.items, model.tower_digest, manifest.item_tower.dim),
+        VectorKind::Item => {
+            let width = manifest.item_tower.record_dims().width();
+            snapshot::export(out, &caches.items, model.tower_digest, width)
+        }
     }
 }
 

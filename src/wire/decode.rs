@@ -11,7 +11,7 @@ use crate::{
     config::settings::Limits,
     domain::error::{Error, FieldViolation},
     domain::{
-        DType, Item, ItemText, MidEmbRequest, Outputs,
+        Action, DType, Item, ItemText, MidEmbRequest, Outputs,
         item_text::{self, TextFault},
     },
 };
@@ -23,9 +23,9 @@ use std::{
 
 /// A checked request and the element type of its answer.
 #[derive(Debug)]
-pub struct Decoded {
+pub struct Decoded<'a> {
     /// The pipeline's input.
-    pub request: MidEmbRequest,
+    pub request: MidEmbRequest<'a>,
     /// The element type that `wire::encode` writes tensors in.
     pub dtype: DType,
 }
@@ -56,13 +56,10 @@ impl Violations {
 }
 
 /// Checks a `GetMidEmbRequest` against the contract and `limits`.
-pub fn request(message: &RawMessage, deadline: Instant, limits: &Limits) -> Result<Decoded, Error> {
+pub fn request<'a>(message: &'a RawMessage, deadline: Instant, limits: &Limits) -> Result<Decoded<'a>, Error> {
     let parts = Parts::read(message, limits).map_err(malformed)?;
     let outputs = parts.outputs.wanted();
     let mut violations = Violations::default();
-    if parts.user_id.is_empty() {
-        violations.add("user_id", "is empty");
-    }
     if parts.candidates.n == 0 {
         violations.add("candidates", "is empty, at least one is required");
     }
@@ -70,16 +67,23 @@ pub fn request(message: &RawMessage, deadline: Instant, limits: &Limits) -> Resu
     parts.history.check_count(limits.max_history, &mut violations);
     parts.candidates.check_ids(&mut violations);
     parts.history.check_ids(&mut violations);
-    for violation in parts.outputs.violations.0 {
+    let n_actions = parts.history_actions.n;
+    if n_actions != 0 && n_actions != parts.history.n {
+        let description =
+            format!("has {n_actions} entries, it must be empty or have one per history item ({})", parts.history.n);
+        violations.add("history_actions", description);
+    }
+    for violation in parts.outputs.violations.0.into_iter().chain(parts.history_actions.violations.0) {
         violations.add(violation.field, violation.description);
     }
     let dtype = dtype(parts.dtype, &mut violations);
     violations.finish()?;
     let request = MidEmbRequest {
-        user_id: parts.user_id.to_owned(),
+        user_id: parts.user_id,
         history: parts.history.items,
+        history_actions: parts.history_actions.actions,
         candidates: parts.candidates.items,
-        model: Some(parts.model).filter(|name| !name.is_empty()).map(str::to_owned),
+        model: Some(parts.model).filter(|name| !name.is_empty()),
         outputs,
         deadline,
     };
@@ -87,7 +91,7 @@ pub fn request(message: &RawMessage, deadline: Instant, limits: &Limits) -> Resu
 }
 
 /// The items of a `WarmItemsRequest`. Their ids are not checked here.
-pub fn warm_items(message: &RawMessage, limits: &Limits) -> Result<Vec<Item>, Error> {
+pub fn warm_items<'a>(message: &'a RawMessage, limits: &Limits) -> Result<Vec<Item<'a>>, Error> {
     let mut items = Vec::new();
     for field in Fields::of(&message.0) {
         let field = field.map_err(malformed)?;
@@ -114,22 +118,24 @@ fn malformed(fault: Malformed) -> Error {
 /// The fields of a `GetMidEmbRequest`.
 struct Parts<'a> {
     user_id: &'a str,
-    history: Items,
-    candidates: Items,
+    history: Items<'a>,
+    candidates: Items<'a>,
     model: &'a str,
     outputs: WantedOutputs,
     dtype: i32,
+    history_actions: HistoryActions,
 }
 
 impl<'a> Parts<'a> {
     fn read(message: &'a RawMessage, limits: &Limits) -> Result<Self, Malformed> {
         let mut parts = Parts {
             user_id: "",
-            history: Items::new("history", limits.max_history),
-            candidates: Items::new("candidates", limits.max_candidates),
+            history: Items::new("history", limits.max_history, message),
+            candidates: Items::new("candidates", limits.max_candidates, message),
             model: "",
             outputs: WantedOutputs::default(),
             dtype: 0,
+            history_actions: HistoryActions { max: limits.max_history, ..HistoryActions::default() },
         };
         for field in Fields::of(&message.0) {
             let field = field?;
@@ -140,6 +146,7 @@ impl<'a> Parts<'a> {
                 4 => parts.model = field.text()?,
                 5 => field.each_number(|value| parts.outputs.add(value))?,
                 6 => parts.dtype = field.number_value()?,
+                7 => field.each_number(|value| parts.history_actions.add(value))?,
                 // A field of a newer contract.
                 _ => {}
             }
@@ -149,19 +156,25 @@ impl<'a> Parts<'a> {
 }
 
 /// One list of items. What is beyond its bound is counted and not stored.
-struct Items {
+struct Items<'a> {
     name: &'static str,
     max: usize,
+    /// The size of the whole message.
+    n_message_bytes: usize,
     n: usize,
-    items: Vec<Item>,
+    items: Vec<Item<'a>>,
 }
 
-impl Items {
-    fn new(name: &'static str, max: usize) -> Self {
-        Items { name, max, n: 0, items: Vec::new() }
+impl<'a> Items<'a> {
+    fn new(name: &'static str, max: usize, message: &RawMessage) -> Self {
+        Items { name, max, n_message_bytes: message.0.len(), n: 0, items: Vec::new() }
     }
 
-    fn push(&mut self, message: &[u8], max_text_bytes: usize) -> Result<(), Malformed> {
+    fn push(&mut self, message: &'a [u8], max_text_bytes: usize) -> Result<(), Malformed> {
+        if self.n == 0 {
+            // Items have similar sizes: as many as would fit into the message.
+            self.items.reserve((self.n_message_bytes / message.len().max(1)).min(self.max));
+        }
         self.n += 1;
         if self.n <= self.max {
             self.items.push(item(message, max_text_bytes)?);
@@ -182,7 +195,7 @@ impl Items {
     }
 }
 
-fn item(message: &[u8], max_text_bytes: usize) -> Result<Item, Malformed> {
+fn item(message: &[u8], max_text_bytes: usize) -> Result<Item<'_>, Malformed> {
     let mut id = "";
     let mut text: Option<Cow<'_, [u8]>> = None;
     for field in Fields::of(message) {
@@ -204,7 +217,7 @@ fn item(message: &[u8], max_text_bytes: usize) -> Result<Item, Malformed> {
         }
     }
     let text = text.map(|message| item_text(&message, max_text_bytes)).transpose()?;
-    Ok(Item { id: id.to_owned(), text })
+    Ok(Item { id, text })
 }
 
 /// Checks that `message` is a message of its own: two halves of a field are none, although together they would be.
@@ -267,6 +280,46 @@ impl WantedOutputs {
 
     fn wanted(&self) -> Outputs {
         if self.n == 0 { Outputs { mid_emb: true, ..Outputs::default() } } else { self.outputs }
+    }
+}
+
+/// What a request says the user did with the history items. Entries beyond the bound are counted and not stored.
+#[derive(Default)]
+struct HistoryActions {
+    max: usize,
+    n: usize,
+    actions: Vec<Action>,
+    violations: Violations,
+}
+
+impl HistoryActions {
+    /// Adds one value. False if no more need to be read.
+    fn add(&mut self, value: i32) -> bool {
+        match proto::Action::try_from(value) {
+            Ok(action) if self.n < self.max => self.actions.push(self::action(action)),
+            Ok(_) => {}
+            Err(_) if self.violations.is_full() => return false,
+            Err(_) => {
+                let field = format!("history_actions[{}]", self.n);
+                self.violations.add(field, format!("{value} is not an action, use 0 to 8"));
+            }
+        }
+        self.n += 1;
+        true
+    }
+}
+
+fn action(action: proto::Action) -> Action {
+    match action {
+        proto::Action::Unspecified => Action::Unspecified,
+        proto::Action::View => Action::View,
+        proto::Action::Click => Action::Click,
+        proto::Action::Like => Action::Like,
+        proto::Action::Dislike => Action::Dislike,
+        proto::Action::Share => Action::Share,
+        proto::Action::Cart => Action::Cart,
+        proto::Action::Purchase => Action::Purchase,
+        proto::Action::Skip => Action::Skip,
     }
 }
 

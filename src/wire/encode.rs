@@ -1,7 +1,7 @@
 //! From answers to messages.
 
 use super::proto;
-use crate::domain::{DType, Matrix, MidEmbResponse, ModelRef, RowStatus, WarmSummary};
+use crate::domain::{Action, DType, Matrix, MidEmbResponse, ModelRef, RowStatus, WarmSummary};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use tonic::codegen::Bytes;
 
@@ -28,6 +28,21 @@ pub fn response(response: MidEmbResponse, dtype: DType) -> proto::GetMidEmbRespo
 pub fn model(model: &ModelRef) -> proto::ModelRef {
     let ModelRef { name, version, digest } = model.clone();
     proto::ModelRef { name, version, digest }
+}
+
+/// The wire's enum value of an action.
+pub fn action(action: Action) -> proto::Action {
+    match action {
+        Action::Unspecified => proto::Action::Unspecified,
+        Action::View => proto::Action::View,
+        Action::Click => proto::Action::Click,
+        Action::Like => proto::Action::Like,
+        Action::Dislike => proto::Action::Dislike,
+        Action::Share => proto::Action::Share,
+        Action::Cart => proto::Action::Cart,
+        Action::Purchase => proto::Action::Purchase,
+        Action::Skip => proto::Action::Skip,
+    }
 }
 
 /// The answer to `WarmItems`.

@@ -4,7 +4,8 @@ use super::{
     answer,
     body::HeldRoom,
     budget::Held,
-    decode, drain_began, encode,
+    decode::{self, Decoded},
+    drain_began, encode,
     layer::CallContext,
     proto,
     raw::RawMessage,
@@ -109,16 +110,20 @@ impl MidEmbService for MidEmb {
         // Whoever waits for a turn is not in flight yet.
         let turn = self.turn(&message).await;
         let permit = self.pipeline.admit().map_err(&to_status)?;
-        let decode = move |message: &RawMessage, limits: &Limits| decode::request(message, deadline, limits);
-        let decoded = self.decode(message, turn, held, decode).await.map_err(&to_status)?;
-        let n_items = decoded.request.history.len() + decoded.request.candidates.len();
-        let n_decoded_bytes = n_message_bytes + ITEM_BYTES * n_items as u64;
-        let decoded_bytes = self.budgets.decoded.take(&context.peer.shares.decoded, n_decoded_bytes);
-        let _decoded_bytes = decoded_bytes.ok_or_else(|| to_status(shed(ShedReason::Decoded)))?;
+        let (pipeline, budget, share) =
+            (Arc::clone(&self.pipeline), self.budgets.decoded.clone(), context.peer.shares.decoded.clone());
+        let decode = move |message: &RawMessage, limits: &Limits| {
+            let Decoded { request, dtype } = decode::request(message, deadline, limits)?;
+            let n_items = request.history.len() + request.candidates.len();
+            let n_decoded_bytes = n_message_bytes + ITEM_BYTES * n_items as u64;
+            let decoded_bytes = budget.take(&share, n_decoded_bytes).ok_or_else(|| shed(ShedReason::Decoded))?;
+            Ok((pipeline.resolve(request), dtype, decoded_bytes))
+        };
+        let (request, dtype, _decoded_bytes) = self.decode(message, turn, held, decode).await.map_err(&to_status)?;
         let on_routed = |model: &Model| context.set_model(&model.reference);
-        let answer = self.pipeline.get_mid_emb(permit, decoded.request, on_routed).await.map_err(&to_status)?;
+        let answer = self.pipeline.get_mid_emb(permit, request, on_routed).await.map_err(&to_status)?;
         let statuses = answer.statuses.clone();
-        let mut response = Response::new(encode::response(answer, decoded.dtype));
+        let mut response = Response::new(encode::response(answer, dtype));
         let n_bytes = response.get_ref().encoded_len() as u64;
         let held = self.budgets.unsent.take(&context.peer.shares.unsent, n_bytes);
         answer::hold(&mut response, held.ok_or_else(|| to_status(shed(ShedReason::UnsentAnswers)))?);
@@ -150,8 +155,11 @@ impl MidEmbService for MidEmb {
                         // Here rather than in the task, to keep the stream's order: the newest text of an id wins.
                         let room = room.take();
                         let turn = self.turn(&chunk).await;
-                        let items = self.decode(chunk, turn, (), decode::warm_items).await.map_err(&to_status)?;
-                        let warm_up = self.pipeline.remember(items);
+                        let pipeline = Arc::clone(&self.pipeline);
+                        let remember = move |chunk: &RawMessage, limits: &Limits| {
+                            decode::warm_items(chunk, limits).map(|items| pipeline.remember(items))
+                        };
+                        let warm_up = self.decode(chunk, turn, (), remember).await.map_err(&to_status)?;
                         let pipeline = Arc::clone(&self.pipeline);
                         warming.spawn(async move {
                             let warmed = pipeline.warm(warm_up).await;
@@ -209,6 +217,9 @@ fn info(model: &Model) -> proto::ModelInfo {
         max_history: manifest.user_tower.max_history as u32,
         max_tokens: manifest.item_text.max_tokens as u32,
         provider: model.provider.as_str().to_owned(),
+        adapted_dim: manifest.item_tower.adapted_dim as u32,
+        history_actions: manifest.history.actions.iter().map(|action| encode::action(*action).into()).collect(),
+        history_keeps: manifest.history.keeps.as_str().to_owned(),
         ..proto::ModelInfo::default()
     }
 }

@@ -25,6 +25,7 @@ from stubs import generate_stubs
 ABSOLUTE, COSINE = 1e-4, 0.99999
 FIELDS = ("title", "category", "brand", "price")
 LISTS = ("keywords", "attributes")
+ACTIONS = ["unspecified", "view", "click", "like", "dislike", "share", "cart", "purchase", "skip"]
 
 
 class Bundle:
@@ -51,13 +52,18 @@ class Bundle:
         ids = np.array([self.tokenizer.encode(self.template.render(**text)).ids], dtype=np.int64)
         return self.run("encoder", ids, np.ones_like(ids))[0][0]
 
-    def user(self, history: list[dict]) -> np.ndarray:
-        newest = history[-self.manifest["user_tower"]["max_history"] :]
-        content = np.zeros((1, max(len(newest), 1), self.manifest["encoder"]["dim"]), dtype=np.float32)
-        mask = np.zeros(content.shape[:2], dtype=np.int64)
-        for i, text in enumerate(newest):
-            content[0, i], mask[0, i] = self.content(text), 1
-        return self.run("user_tower", content, mask)[0][0]
+    def user(self, history: list[dict], actions: list[str]) -> np.ndarray:
+        max_history = self.manifest["user_tower"]["max_history"]
+        newest = list(zip(history, actions, strict=True))[-max_history:]
+        adapted = np.zeros((1, max(len(newest), 1), self.manifest["item_tower"]["adapted_dim"]), dtype=np.float32)
+        mask, action = np.zeros(adapted.shape[:2], dtype=np.int64), np.zeros(adapted.shape[:2], dtype=np.int64)
+        trained = self.manifest["history"]["actions"]
+        for i, (text, done) in enumerate(newest):
+            adapted[0, i] = self.run("item_tower", self.content(text)[None])[1][0]
+            mask[0, i] = 1
+            # Actions that the tower was not trained with read as unspecified.
+            action[0, i] = trained.index(done) + 1 if done in trained else 0
+        return self.run("user_tower", adapted, mask, *([action] if trained else []))[0][0]
 
     def item(self, text: dict) -> np.ndarray:
         return self.run("item_tower", self.content(text)[None])[0][0]
@@ -109,17 +115,19 @@ def message(pb, text: dict, item_id: str):
 def verify(pb, stub, bundle: Bundle, n_history: int, n_candidates: int) -> None:
     """Send one request and recompute every row of its answer."""
     history, candidates = texts(n_history, seed=n_history), texts(n_candidates, seed=100 + n_history)
+    actions = [str(np.random.default_rng(i).choice(ACTIONS)) for i in range(n_history)]
     request = pb.GetMidEmbRequest(
         user_id=f"python-{n_history}",
         history=[message(pb, text, f"h-{n_history}-{i}") for i, text in enumerate(history)],
         candidates=[message(pb, text, f"c-{n_history}-{i}") for i, text in enumerate(candidates)],
         outputs=[pb.OUTPUT_MID_EMB, pb.OUTPUT_CVR, pb.OUTPUT_USER_EMB, pb.OUTPUT_ITEM_EMB],
         dtype=pb.DTYPE_F32,
+        history_actions=[pb.Action.Value(f"ACTION_{action.upper()}") for action in actions],
     )
     answer = stub.GetMidEmb(request, timeout=60)
     assert list(answer.statuses) == [pb.ROW_STATUS_OK] * n_candidates, answer.statuses
     assert answer.history_used == min(n_history, bundle.manifest["user_tower"]["max_history"])
-    user = bundle.user(history)
+    user = bundle.user(history, actions)
     assert_near("user_emb", array(answer.user_emb), user)
     mid_embs, cvrs, items = array(answer.mid_emb), array(answer.cvr), array(answer.item_emb)
     assert mid_embs.shape == (n_candidates, bundle.manifest["cvr"]["dim"])

@@ -78,7 +78,14 @@ async fn requests_that_break_the_contract_name_the_field_and_the_bound() {
     let one = |field: &str, description: &str| vec![(field.to_owned(), description.to_owned())];
     let cases = [
         (GetMidEmbRequest { candidates: vec![], ..valid() }, one("candidates", "is empty, at least one is required")),
-        (GetMidEmbRequest { user_id: String::new(), ..valid() }, one("user_id", "is empty")),
+        (
+            GetMidEmbRequest { history: films("h", 2), history_actions: vec![1], ..valid() },
+            one("history_actions", "has 1 entries, it must be empty or have one per history item (2)"),
+        ),
+        (
+            GetMidEmbRequest { history: films("h", 2), history_actions: vec![1, 9], ..valid() },
+            one("history_actions[1]", "9 is not an action, use 0 to 8"),
+        ),
         (GetMidEmbRequest { candidates: vec![film("", "x")], ..valid() }, one("candidates[0].id", "is empty")),
         (
             GetMidEmbRequest { history: vec![film("a", "x"), film("", "y")], ..valid() },
@@ -101,7 +108,7 @@ async fn requests_that_break_the_contract_name_the_field_and_the_bound() {
         assert_serves(&server).await;
     }
     let refused = ["method=\"GetMidEmb\"", "code=\"INVALID_ARGUMENT\""];
-    assert_eq!(server.scrape().sum("midemb_requests_total", &refused), 9.0);
+    assert_eq!(server.scrape().sum("midemb_requests_total", &refused), 10.0);
 }
 
 #[tokio::test]

@@ -37,15 +37,15 @@ async fn the_second_identical_request_runs_no_encoder_and_look_ups_add_up() {
         let (cache, result) = (format!("cache=\"{cache}\""), format!("result=\"{result}\""));
         scrape.sum("midemb_cache_lookups_total", &[&cache, &result])
     };
-    // Per request: one look-up of the user and 20 of item embeddings. The first request also looks up 25 content embeddings: 5
-    // for the history of the unknown user, and 20 for the candidates that missed.
+    // The first request looks up the user, the records of 5 history items and 20 candidates, and the content embeddings of those
+    // that missed. The second one finds the user, so its history is not looked up, and never touches content.
     assert_eq!(lookups(&cold, "user", "miss"), 1.0);
     assert_eq!(lookups(&warm, "user", "hit"), 1.0);
-    assert_eq!(lookups(&cold, "item", "miss"), 20.0);
+    assert_eq!(lookups(&cold, "item", "miss"), 25.0);
     assert_eq!(lookups(&warm, "item", "hit"), 20.0);
     assert_eq!(lookups(&warm, "content", "miss"), 25.0);
     assert_eq!(warm.sum("midemb_cache_lookups_total", &["cache=\"user\""]), 2.0);
-    assert_eq!(warm.sum("midemb_cache_lookups_total", &["cache=\"item\""]), 40.0);
+    assert_eq!(warm.sum("midemb_cache_lookups_total", &["cache=\"item\""]), 45.0);
     assert_eq!(warm.sum("midemb_cache_lookups_total", &["cache=\"content\""]), 25.0);
     assert_eq!(warm.sum("midemb_rows_total", &["status=\"ok\""]), 40.0);
     let answered = ["method=\"GetMidEmb\"", "code=\"OK\"", "model=\"learn\""];

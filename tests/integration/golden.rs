@@ -4,9 +4,12 @@ use crate::harness::{PATIENCE, Server, eventually, films, fixture, floats, page,
 use midemb::{
     bundle,
     bundle::LoadOptions,
-    domain::TextFields,
+    domain::{Action, ActionCodes, TextFields},
     inference::{ProviderChoice, Runtime},
-    towers::scoring::{Score, ScoreDims, ScoreInput, UserInput, score_all},
+    towers::{
+        scoring::{Score, ScoreDims, ScoreInput, UserInput, score_all},
+        user_tower::History,
+    },
 };
 use midemb_client::proto::{self, FlushCacheRequest, Item};
 use serde::Deserialize;
@@ -22,13 +25,15 @@ struct Golden {
 #[derive(Deserialize)]
 struct GoldenItem {
     text: TextFields,
-    content: Vec<f32>,
     item: Vec<f32>,
+    adapted: Vec<f32>,
 }
 
 #[derive(Deserialize)]
 struct GoldenUser {
     history: Vec<usize>,
+    #[serde(default)]
+    actions: Vec<Action>,
     user: Vec<f32>,
 }
 
@@ -62,7 +67,9 @@ async fn over_the_wire(bundle: &Path) {
     let items: Vec<Item> = golden.items.iter().enumerate().map(|(i, item)| golden_item(i, item)).collect();
     for (i, user) in golden.users.iter().enumerate() {
         let history = user.history.iter().map(|j| items[*j].clone()).collect();
-        let answer = client.get_mid_emb(page(history, items.clone())).await.unwrap().into_inner();
+        let history_actions = user.actions.iter().map(|action| *action as i32).collect();
+        let request = proto::GetMidEmbRequest { history_actions, ..page(history, items.clone()) };
+        let answer = client.get_mid_emb(request).await.unwrap().into_inner();
         assert!(statuses(&answer).iter().all(|status| *status == "OK"), "{:?}", statuses(&answer));
         assert_eq!(answer.history_used as usize, user.history.len());
         assert_near(&format!("user {i}"), &floats(&answer.user_emb), &user.user);
@@ -104,7 +111,7 @@ fn every_stage_of_both_bundles_is_within_tolerance() {
         let (_, reports) = bundle::verify(&folder, runtime()).unwrap();
         let stages: Vec<&str> = reports.iter().map(|report| report.stage).collect();
         let (batched, golden): (Vec<&str>, Vec<&str>) = stages.iter().partition(|stage| stage.ends_with(" in batches"));
-        assert_eq!(golden, ["token_ids", "content", "item", "user", "mid_emb", "cvr"]);
+        assert_eq!(golden, ["token_ids", "content", "item", "adapted", "user", "mid_emb", "cvr"]);
         assert_eq!(batched.len(), 4, "{batched:?}");
         for report in reports {
             assert!(report.n_vectors >= 4, "{report:?}");
@@ -124,19 +131,23 @@ async fn requests_that_are_scored_together_get_what_each_gets_alone() {
         let files = bundle::load::check_files(&folder, None).unwrap();
         let model = bundle::load(files, &options, runtime(), &[], &|_| ()).unwrap().start().unwrap().model;
         let manifest = &model.manifest;
-        let dims = ScoreDims { content: manifest.encoder.dim, user: manifest.user_tower.dim, mid: manifest.cvr.dim };
-        let content = |j: &usize| golden.items[*j].content.clone();
+        let dims = ScoreDims { user: manifest.user_dims(), mid: manifest.cvr.dim };
+        let codes = ActionCodes::of(&manifest.history.actions);
+        let history_of = |user: &GoldenUser| History {
+            adapted: user.history.iter().flat_map(|j| golden.items[*j].adapted.clone()).collect(),
+            actions: codes.map_or_else(Vec::new, |codes| codes.of_history(&user.actions, user.history.len())),
+        };
         let mut inputs: Vec<ScoreInput> = Vec::new();
         for (i, user) in golden.users.iter().enumerate() {
-            let history = user.history.iter().flat_map(content).collect();
+            let history = history_of(user);
             let items = golden.items.iter().take(i + 1).flat_map(|item| item.item.clone()).collect();
             inputs.push(ScoreInput { user: UserInput::History(history), items });
             let items = golden.items[0].item.clone();
             inputs.push(ScoreInput { user: UserInput::Known(user.user.clone().into()), items });
         }
-        let history = golden.users[0].history.iter().flat_map(content).collect();
+        let history = history_of(&golden.users[0]);
         inputs.push(ScoreInput { user: UserInput::History(history), items: Vec::new() });
-        inputs.push(ScoreInput { user: UserInput::History(Vec::new()), items: golden.items[0].item.clone() });
+        inputs.push(ScoreInput { user: UserInput::History(History::default()), items: golden.items[0].item.clone() });
         assert!(golden.users.iter().any(|user| user.history.len() > 1), "no history needs padding");
 
         let all = inputs.clone();
@@ -152,7 +163,7 @@ async fn requests_that_are_scored_together_get_what_each_gets_alone() {
             match (alone.fused, together.fused) {
                 (Some(alone), Some(together)) => {
                     assert_near(&format!("mid_emb of request {i}"), &together.mid_emb.data, &alone.mid_emb.data);
-                    assert_eq!(together.cvr.len(), inputs[i].items.len() / dims.user);
+                    assert_eq!(together.cvr.len(), inputs[i].items.len() / dims.user.user);
                     for (a, b) in together.cvr.iter().zip(&alone.cvr) {
                         assert_near("cvr", &[*a], &[*b]);
                     }

@@ -2,6 +2,7 @@
 //! over sockets. They are one test binary, so that there is one to link.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, reason = "a failed step has to fail its test")]
 
+mod actions;
 mod admin_guard;
 mod architecture;
 mod bad_input;

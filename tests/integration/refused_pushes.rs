@@ -51,7 +51,7 @@ fn broken_files() -> Vec<BrokenFiles> {
     };
     let remove = |file: &'static str| broken(move |b| std::fs::remove_file(b.path(file)).unwrap());
     let half = |file: &'static str| broken(move |b| truncate(&b.path(file)));
-    let format = |b: &BrokenBundle| b.edit("manifest.toml", |m| m.replace("format = 1", "format = 2"));
+    let format = |b: &BrokenBundle| b.edit("manifest.toml", |m| m.replace("format = 2", "format = 1"));
     let history =
         |b: &BrokenBundle| b.edit("manifest.toml", |m| m.replace("max_history = 8\n", "max_history = 10000000\n"));
     vec![
@@ -64,7 +64,7 @@ fn broken_files() -> Vec<BrokenFiles> {
             "a format that this server does not read",
             broken(format),
             "digests",
-            "format is 2, this server reads format 1",
+            "format is 1, this server reads format 2",
         ),
         (
             "a history that does not fit into memory",

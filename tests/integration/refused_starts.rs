@@ -124,8 +124,8 @@ fn a_manifest_with_a_path_outside_its_folder_or_an_unknown_key() {
     bundle.edit("manifest.toml", |manifest| format!("colour = 1\n{manifest}"));
     assert_refused(&bundle, "unknown field `colour`");
     let bundle = BrokenBundle::new();
-    bundle.edit("manifest.toml", |manifest| manifest.replace("format = 1", "format = 2"));
-    assert_refused(&bundle, "format is 2, this server reads format 1");
+    bundle.edit("manifest.toml", |manifest| manifest.replace("format = 2", "format = 1"));
+    assert_refused(&bundle, "format is 1, this server reads format 2: `python -m learn upgrade BUNDLE --out NEW`");
     let bundle = BrokenBundle::new();
     bundle.edit("manifest.toml", |manifest| manifest.replace("part = \"item_tower\"", "part = \"cvr\""));
     assert_refused(&bundle, "\"item_tower.onnx\" is listed as part cvr, it is used as item_tower");
@@ -147,7 +147,7 @@ fn swapped_graphs_are_found_even_with_matching_digests() {
     let bundle = BrokenBundle::new();
     let item = std::fs::read(bundle.path("item_tower.onnx")).unwrap();
     bundle.replace("user_tower.onnx", &item);
-    assert_refused(&bundle, "user_tower.onnx has no input named \"mask\"");
+    assert_refused(&bundle, "user_tower.onnx has no input named \"adapted\"");
 }
 
 #[test]

@@ -141,7 +141,7 @@ impl Client {
         let deadline = Deadline::after(deadline);
         let first = self.page(request, Texts::Unsent, None, deadline).await?;
         let resend = Resend::of(request, &first.sent, &first.answer);
-        let Some(again) = resend.request(request) else { return Ok(first.answer) };
+        let Some(again) = resend.request(request, &first.answer) else { return Ok(first.answer) };
         match self.page(&again, Texts::All, Some(first.replica), deadline).await {
             Ok(second) => Ok(resend.merge(first.answer, second.answer)),
             // The first answer has usable rows, which the error would throw away.
@@ -170,6 +170,7 @@ impl Client {
                     model: request.model.clone(),
                     outputs: request.outputs.clone(),
                     dtype: request.dtype,
+                    history_actions: request.history_actions.clone(),
                 },
             };
             let call = async { replica.service().get_mid_emb(deadline.request(sent.clone())).await };

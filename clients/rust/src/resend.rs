@@ -32,16 +32,21 @@ impl Resend {
     }
 
     /// The second request, with every text that the caller gave. It has to be sent with all of them, as it may go to another
-    /// replica, which may not know the items either.
-    pub(crate) fn request(&self, asked: &GetMidEmbRequest) -> Option<GetMidEmbRequest> {
+    /// replica, which may not know the items either. It names the model of the first answer, because a visitor without an id may
+    /// get another one each time.
+    pub(crate) fn request(&self, asked: &GetMidEmbRequest, first: &GetMidEmbResponse) -> Option<GetMidEmbRequest> {
+        let mut again = asked.clone();
         match self {
-            Resend::Nothing => None,
-            Resend::Page => Some(asked.clone()),
-            Resend::Candidates(places) => Some(GetMidEmbRequest {
-                candidates: places.iter().map(|place| asked.candidates[*place].clone()).collect(),
-                ..asked.clone()
-            }),
+            Resend::Nothing => return None,
+            Resend::Page => {}
+            Resend::Candidates(places) => {
+                again.candidates = places.iter().map(|place| asked.candidates[*place].clone()).collect();
+            }
         }
+        if let Some(model) = &first.model {
+            again.model.clone_from(&model.name);
+        }
+        Some(again)
     }
 
     /// One answer of the two. Where they cannot be put together, the first one.
@@ -143,7 +148,7 @@ mod tests {
         };
         let n_rows = rows.len() as u32;
         GetMidEmbResponse {
-            model: Some(ModelRef { digest: model.to_owned(), ..ModelRef::default() }),
+            model: Some(ModelRef { name: format!("served-{model}"), digest: model.to_owned(), ..ModelRef::default() }),
             statuses: rows.iter().map(|(status, _)| (*status).into()).collect(),
             history_statuses: vec![RowOk.into()],
             mid_emb: tensor(vec![n_rows, 2], rows.iter().flat_map(|(_, x)| [*x, -x]).collect()),
@@ -164,8 +169,9 @@ mod tests {
         let first = answer("m", &[(RowOk, 1.0), (UnknownItem, 0.0), (UnknownItem, 0.0), (UnknownItem, 0.0)]);
         let resend = Resend::of(&asked, &sent, &first);
         assert_eq!(resend, Resend::Candidates(vec![1]));
-        let again = resend.request(&asked).unwrap();
+        let again = resend.request(&asked, &first).unwrap();
         assert_eq!((again.candidates, again.history), (vec![item("b", Some("two"))], asked.history.clone()));
+        assert_eq!(again.model, "served-m", "a visitor without an id may be answered by another model");
 
         let unknown_history = GetMidEmbResponse { history_statuses: vec![UnknownItem.into()], ..first.clone() };
         assert_eq!(Resend::of(&asked, &sent, &unknown_history), Resend::Page);

@@ -7,6 +7,11 @@ One set of weights is both user tower and item tower (variant 1 of the LEARN pap
 output at the last item, or at the start token if the history is empty. The item embedding is the output at the item in
 the sequence [start, item].
 
+Towers with `PchConfig.actions` also read what the user did with each item of a history: `actions` [b,l] holds 0 for an
+unknown action, else 1 + the action's position in that setting, and a learned vector per action is added to the adapted
+item. That of 0 is zero, so a history without actions has the same states as in towers without actions. An item alone
+has no action.
+
 Three methods run the same layers, and tests check that they agree:
 - `states` computes every position, for training.
 - `last` computes only what the last position needs: in the last layer, one query and one feed-forward row.
@@ -18,12 +23,17 @@ Padding is on the right, so the causal mask already hides it from every real pos
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# What a user can do with an item, in the order of the enum Action of the wire contract.
+ACTIONS = ("view", "click", "like", "dislike", "share", "cart", "purchase", "skip")
+# The name of an action that is not known.
+UNSPECIFIED = "unspecified"
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,28 @@ class PchConfig:
     # "unit": outputs have length 1, and training divides scores by a temperature. "raw": scores are plain dot products.
     output: Literal["unit", "raw"] = "unit"
     dropout: float = 0.1
+    # The actions that the user tower tells apart, some of `ACTIONS`.
+    actions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # A list, from a TOML file or a saved table, becomes a tuple.
+        object.__setattr__(self, "actions", tuple(self.actions))
+        unknown = [name for name in self.actions if name not in ACTIONS]
+        if unknown:
+            raise ValueError(f"actions has {', '.join(map(repr, unknown))}, but must be some of {', '.join(ACTIONS)}")
+        if len(set(self.actions)) != len(self.actions):
+            raise ValueError(f"actions is {list(self.actions)}, but each action may be named only once")
+
+    def recorded(self) -> dict[str, Any]:
+        """The sizes as results of studies store them: without `actions` where there are none, as in older results."""
+        sizes = asdict(self)
+        if not self.actions:
+            del sizes["actions"]
+        return sizes
+
+    def action_number(self, name: str) -> int:
+        """The number by which `Pch` knows an action; 0 for an unknown action and for one that is not in `actions`."""
+        return 1 + self.actions.index(name) if name in self.actions else 0
 
 
 class Block(nn.Module):
@@ -109,30 +141,35 @@ class Pch(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(config.width)
         self.projection = nn.Linear(config.width, config.out_dim)
+        self.actions = None
+        if config.actions:
+            self.actions = nn.Embedding(1 + len(config.actions), config.width, padding_idx=0)
+            with torch.no_grad():
+                self.actions.weight.mul_(0.02)
 
     def adapt(self, content: Tensor) -> Tensor:
         """Content embeddings [...,C] -> inputs of the transformer, [...,D]."""
         return self.adaptor(content)
 
-    def states(self, content: Tensor) -> Tensor:
-        """Content [b,l,C] -> the output at the start token and at every item, [b,l+1,E]."""
-        return self.states_from_adapted(self.adapt(content))
+    def states(self, content: Tensor, actions: Tensor | None = None) -> Tensor:
+        """Content [b,l,C], actions [b,l] -> the output at the start token and at every item, [b,l+1,E]."""
+        return self.states_from_adapted(self.adapt(content), actions)
 
-    def states_from_adapted(self, items: Tensor) -> Tensor:
+    def states_from_adapted(self, items: Tensor, actions: Tensor | None = None) -> Tensor:
         """Like `states`, for items [b,l,D] that have already been through `adapt`."""
-        x = self._embed(items)
+        x = self._embed(items, actions)
         mask = self._causal_mask(x)
         for block in self.blocks:
             x = block(x, *block.keys_values(x), mask)
         return self.output(self._project(x))
 
-    def last(self, content: Tensor, mask: Tensor) -> Tensor:
+    def last(self, content: Tensor, mask: Tensor, actions: Tensor | None = None) -> Tensor:
         """Content [b,l,C], mask [b,l] (1 = item, 0 = padding on the right) -> the output at the last item, [b,E]."""
-        return self.last_from_adapted(self.adapt(content), mask)
+        return self.last_from_adapted(self.adapt(content), mask, actions)
 
-    def last_from_adapted(self, items: Tensor, mask: Tensor) -> Tensor:
+    def last_from_adapted(self, items: Tensor, mask: Tensor, actions: Tensor | None = None) -> Tensor:
         """Like `last`, for items [b,l,D] that have already been through `adapt`."""
-        x = self._embed(items)
+        x = self._embed(items, actions)
         causal = self._causal_mask(x)
         *earlier, final = self.blocks
         for block in earlier:
@@ -174,7 +211,11 @@ class Pch(nn.Module):
             x = block(x, *pairs[-1], None)
         return pairs
 
-    def _embed(self, items: Tensor) -> Tensor:
+    def _embed(self, items: Tensor, actions: Tensor | None) -> Tensor:
+        if actions is not None:
+            if self.actions is None:
+                raise ValueError("these towers read no actions; leave `actions` out, or set PchConfig.actions")
+            items = items + self.actions(actions)
         x = torch.cat([self.start.expand(items.shape[0], 1, -1), items], dim=1)
         if self.positions is not None:
             x = x + self.positions[: x.shape[1]]

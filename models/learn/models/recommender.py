@@ -20,6 +20,15 @@ from learn.models.pch import Pch, PchConfig
 Ids = Literal["none", "tied", "separate"]
 
 
+def check_actions(sizes: PchConfig) -> None:
+    """Raises ValueError for towers that read actions, because no recommender passes them any in training."""
+    if sizes.actions:
+        raise ValueError(
+            f"pch.actions is {list(sizes.actions)}, but training reads no actions from the log yet, so the towers "
+            "would not learn what they mean; leave pch.actions out"
+        )
+
+
 class Recommender(nn.Module, ABC):
     """A sequence model over a catalogue of I items.
 
@@ -70,6 +79,7 @@ class Learn(Recommender):
 
     def __init__(self, pch: Pch, content: Tensor, method: Method = "scale", ids: Ids = "none") -> None:
         super().__init__()
+        check_actions(pch.config)
         self.pch, self.config, self.max_history = pch, pch.config, pch.config.max_history
         self.standardisation = fit(content, method)
         self.register_buffer("content", self.standardisation.apply(content), persistent=False)
@@ -146,6 +156,7 @@ class IdTowers(Recommender):
 
     def __init__(self, pch: Pch, n_items: int) -> None:
         super().__init__()
+        check_actions(pch.config)
         self.pch, self.config, self.max_history = pch, pch.config, pch.config.max_history
         # There is no text, so the model has no adaptor.
         self.pch.adaptor = nn.Identity()

@@ -1,5 +1,8 @@
 """Towers and CVR head as the server runs them: modules with exactly the ports that the bundle format names.
 
+Both towers begin with the same adaptor. The item tower returns its output beside the item embedding, the server caches
+both, and the user tower reads histories from it.
+
 The golden vectors of a bundle are computed by these modules (for the encoder, by `learn.content.encoder_graph`).
 `tower_export` writes the same functions as ONNX, and tests compare both with the golden vectors.
 """
@@ -13,27 +16,32 @@ from learn.models.pch import Pch
 
 
 class UserTowerGraph(nn.Module):
-    """content [b,l,C], mask [b,l] -> user [b,E]."""
+    """adapted [b,l,D], mask [b,l], and for towers with actions action [b,l] -> user [b,E]."""
 
     def __init__(self, pch: Pch) -> None:
         super().__init__()
         self.pch = pch
 
-    def forward(self, content: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, adapted: Tensor, mask: Tensor, action: Tensor | None = None) -> Tensor:
         """The user embedding: the state after the newest item of each history."""
-        return self.pch.last(content, mask)
+        return self.pch.last_from_adapted(adapted, mask, action)
 
 
 class ItemTowerGraph(nn.Module):
-    """content [n,C] -> item [n,E]."""
+    """content [n,C] -> item [n,E], adapted [n,D]."""
 
     def __init__(self, pch: Pch) -> None:
         super().__init__()
         self.pch = pch
 
-    def forward(self, content: Tensor) -> Tensor:
-        """The item embedding: PCH on each item alone."""
-        return self.pch.alone(content)
+    def forward(self, content: Tensor) -> tuple[Tensor, Tensor]:
+        """The item embedding, PCH on each item alone; and what the user tower reads of the item.
+
+        The latter is the adaptor's output without its mean, which every LayerNorm of the user tower would subtract.
+        """
+        adapted = self.pch.adapt(content)
+        item = self.pch.output(self.pch.alone_before_output(adapted))
+        return item, adapted - adapted.mean(dim=-1, keepdim=True)
 
 
 class CvrGraph(nn.Module):

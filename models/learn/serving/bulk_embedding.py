@@ -1,8 +1,11 @@
-"""Computes content and item embeddings of a whole catalogue offline, with a bundle's own files, as Parquet.
+"""Computes content embeddings and item records of a whole catalogue offline, with a bundle's own files, as Parquet.
 
     OUT/job.json                  the job's inputs and settings; a different job in the same folder is refused
-    OUT/part-000000.parquet       one shard, with columns id, text_digest, content, item
+    OUT/part-000000.parquet       one shard, with columns id, text_digest, content, record
     OUT/rejects-000000.jsonl      the rows of that shard that were left out, each with its id and the reason
+
+An item record is what the item tower computes: the item embedding, then what the user tower reads of the item. The
+metadata of a part says how long each of the two is (`item_dim`, `adapted_dim`) and which bundle computed them.
 
 A part is written under a temporary name, synced and renamed, after its rejects. A job that was killed therefore
 continues with the missing parts, and parts and rejects together have as many rows as the catalogue. Each shard is read,
@@ -32,6 +35,7 @@ from learn.serving.digests import N_BYTES, bundle_digest, read_manifest, text_di
 from learn.serving.item_shards import Item, Reject, Shard
 
 JOB = "job.json"
+RECORD = "record"
 CONTENT_DTYPES = {"float16": np.float16, "float32": np.float32}
 
 
@@ -169,8 +173,8 @@ class ShardEmbedder:
         place = {digest: position for position, digest in enumerate(dict.fromkeys(digests))}
         unique = dict(zip(digests, (item.text for item in items), strict=True))
         content, faults, n_tokens = self.graphs.content([unique[digest] for digest in place])
-        item = self.graphs.item(content)
-        for row in np.flatnonzero(~np.isfinite(item).all(axis=1)):
+        record = self.graphs.record(content)
+        for row in np.flatnonzero(~np.isfinite(record).all(axis=1)):
             faults.setdefault(int(row), "the item tower returned a vector that is not finite")
         rows = [place[digest] for digest in digests]
         kept = [n for n, row in enumerate(rows) if row not in faults]
@@ -179,9 +183,10 @@ class ShardEmbedder:
             "id": pa.array([items[n].id for n in kept], pa.string()),
             "text_digest": pa.array([digests[n] for n in kept], pa.binary(N_BYTES)),
             "content": _vectors(content[at].astype(CONTENT_DTYPES[self.config.content_dtype])),
-            "item": _vectors(item[at]),
+            RECORD: _vectors(record[at]),
         }
-        table = pa.table(columns).replace_schema_metadata(self.graphs.digests)
+        dims = {"item_dim": str(self.graphs.item_dim), "adapted_dim": str(self.graphs.adapted_dim)}
+        table = pa.table(columns).replace_schema_metadata(self.graphs.digests | dims)
         return table, [(items[n], faults[row]) for n, row in enumerate(rows) if row in faults], n_tokens
 
 

@@ -1,4 +1,4 @@
-"""Computes text -> content embedding -> item embedding from a bundle's own files, as a server does.
+"""Computes text -> content embedding -> item record from a bundle's own files, as a server does.
 
 ONNX Runtime runs the graphs, the manifest's template and tokenizer produce prompts and token ids, and rows are padded
 on the right. No PyTorch model is needed, so any machine that has the bundle folder can run it.
@@ -63,7 +63,8 @@ class BundleGraphs:
             "encoder_digest": encoder_digest(manifest),
             "tower_digest": tower_digest(manifest),
         }
-        self.content_dim, self.item_dim = manifest["encoder"]["dim"], manifest["item_tower"]["dim"]
+        self.content_dim = manifest["encoder"]["dim"]
+        self.item_dim, self.adapted_dim = manifest["item_tower"]["dim"], manifest["item_tower"]["adapted_dim"]
         self._tokenizer = Tokenizer.from_file(str(bundle / manifest["encoder"]["tokenizer"]))
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # As in the server: "[SEP]" in a title is text like any other.
@@ -88,14 +89,15 @@ class BundleGraphs:
             self._encode(ids, rows, vectors, faults)
         return vectors, faults, sum(map(len, ids))
 
-    def item(self, content: np.ndarray) -> np.ndarray:
-        """Maps content [n,C] to item embeddings [n,E] in fp32."""
+    def record(self, content: np.ndarray) -> np.ndarray:
+        """Maps content [n,C] to item records [n,E+D] in fp32: the item embedding, then the adapted item."""
         spec = self.manifest["item_tower"]
-        pieces = [
-            self._item_tower.run(spec["outputs"], {spec["inputs"][0]: content[begin : begin + TOWER_ITEMS]})[0]
-            for begin in range(0, len(content), TOWER_ITEMS)
-        ]
-        return np.concatenate(pieces) if pieces else np.empty((0, self.item_dim), dtype=np.float32)
+        records = np.empty((len(content), self.item_dim + self.adapted_dim), dtype=np.float32)
+        for begin in range(0, len(content), TOWER_ITEMS):
+            piece = slice(begin, begin + TOWER_ITEMS)
+            outputs = self._item_tower.run(spec["outputs"], {spec["inputs"][0]: content[piece]})
+            records[piece] = np.concatenate(outputs, axis=1)
+        return records
 
     def _encode(self, ids: list[list[int]], rows: list[int], vectors: np.ndarray, faults: dict[int, str]) -> None:
         try:

@@ -1,7 +1,8 @@
 """Computes the digests that are a server's cache keys.
 
-A server caches content embeddings under (encoder digest, text digest) and item embeddings under (tower digest, text
-digest), which `src/domain/item_text.rs` and src/bundle/digest.rs define. A live server reports its digests through
+A server caches content embeddings under (encoder digest, text digest) and item records under (tower digest, text
+digest), which `src/domain/item_text.rs` and src/bundle/digest.rs define. An item record is the item embedding [E], then
+what the user tower reads of the item [D]. A live server reports its digests through
 GetModelInfo, and `learn verify` compares them with these.
 """
 
@@ -16,18 +17,22 @@ from typing import Any
 from blake3 import blake3
 
 from learn.data.item_text import LIST_FIELDS, STRING_FIELDS, ItemText
+from learn.serving.bundle_format import FORMAT, MANIFEST
 
-MANIFEST = "manifest.toml"
 N_BYTES = 16
 
 
 def read_manifest(bundle: Path) -> dict[str, Any]:
-    """Reads a bundle's manifest; raises FileNotFoundError or ValueError with the path."""
+    """Reads a bundle's manifest; raises FileNotFoundError, or ValueError with the path, also for another format."""
     path = bundle / MANIFEST
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        manifest = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from error
+    if (found := manifest.get("format")) != FORMAT:
+        advice = f"convert it with `learn upgrade {bundle} --out {bundle}`" if found == 1 else "use a newer `learn`"
+        raise ValueError(f"{path} has format {found!r}, but this program reads format {FORMAT}: {advice}")
+    return manifest
 
 
 def text_digest(text: ItemText) -> bytes:
@@ -56,7 +61,7 @@ def encoder_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def tower_digest(manifest: Mapping[str, Any]) -> str:
-    """Digests everything except the text that an item embedding depends on; 32 hex digits."""
+    """Digests everything except the text that an item record depends on; 32 hex digits."""
     hasher = _of_part(manifest, "item_tower")
     hasher.update(_encoder(manifest))
     _add_ports(hasher, manifest["item_tower"])

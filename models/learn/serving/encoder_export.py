@@ -1,4 +1,4 @@
-"""Exports the encoder to ONNX without any trace of the build machine; also names the inputs and outputs of all graphs.
+"""Exports the encoder to ONNX without any trace of the build machine.
 
 PyTorch's exporter writes the encoder, because encoders have many architectures. The towers and the head have one
 architecture each, and `tower_export` writes them.
@@ -41,6 +41,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from learn.content.encoder_graph import EncoderGraph
 from learn.serving import gemm_rewrite
+from learn.serving.bundle_format import ENCODER, Signature
 
 # The first opset with Gelu; LayerNormalization came earlier. Each of them stays one node.
 OPSET = 20
@@ -49,21 +50,6 @@ LINK_FROM_BYTES = 1024
 INLINE_UP_TO_BYTES = 64 << 20
 GRAPH, WEIGHTS = "encoder.onnx", "encoder.weights"
 _NUMPY_TYPES = {"F32": "<f4", "F16": "<f2"}
-
-
-@dataclass(frozen=True)
-class Signature:
-    """Names of a graph's inputs and outputs, and of its dynamic axes."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    axes: tuple[tuple[str, ...], ...]
-
-
-ENCODER = Signature(("input_ids", "attention_mask"), ("content",), (("b", "s"), ("b", "s")))
-USER_TOWER = Signature(("content", "mask"), ("user",), (("b", "l"), ("b", "l")))
-ITEM_TOWER = Signature(("content",), ("item",), (("n",),))
-CVR = Signature(("user", "item", "row"), ("mid_emb", "cvr"), (("b",), ("n",), ("n",)))
 
 
 def write_encoder(graph: EncoderGraph, folder: Path, checkpoint: Sequence[Path] = ()) -> None:

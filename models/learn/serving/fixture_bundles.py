@@ -4,14 +4,15 @@ All dimensions differ, so that a test fails if two of them are swapped. The enco
 purpose: the shipped bundle covers BERT's shape.
 
 There are three bundles, so that a server can reload from one to another. `retrained` has the encoder of `bundle`, byte
-for byte, and other towers, so content embeddings of one are valid for the other. `reencoded` also has another encoder.
+for byte, and other towers, so content embeddings of one are valid for the other. `reencoded` also has another encoder,
+and its user tower reads no actions.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from learn.serving.bundle import Bundle, write
 VOCABULARY = 512
 MAX_TOKENS = 48
 SPECIAL = ("<pad>", "<s>")
+SIZES = PchConfig(content_dim=32, adaptor_hidden=24, width=40, layers=2, heads=2, ffn=48, out_dim=16, max_history=8)
+ACTION_SCALE = 10.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Recipe:
     seed: int
     # Seed of the towers and the head; without it they continue the encoder's sequence of random numbers.
     towers_seed: int | None = None
+    actions: tuple[str, ...] = ("click", "like", "dislike", "purchase")
 
     def provenance(self) -> dict[str, str | int]:
         """Returns the manifest's provenance table."""
@@ -49,7 +53,7 @@ FIRST = Recipe(version="1", seed=20240506)
 RECIPES = {
     "bundle": FIRST,
     "retrained": Recipe(version="2", seed=FIRST.seed, towers_seed=20240507),
-    "reencoded": Recipe(version="3", seed=20240508),
+    "reencoded": Recipe(version="3", seed=20240508, actions=()),
 }
 
 ITEMS = (
@@ -114,10 +118,10 @@ def build(tokenizer_path: Path, recipe: Recipe = FIRST) -> Bundle:
     encoder = ceg.wrap("random", encoder_model(), tokenizer_path, MAX_TOKENS, SPECIAL.index("<pad>"))
     if recipe.towers_seed is not None:
         torch.manual_seed(recipe.towers_seed)
-    pch = Pch(
-        PchConfig(content_dim=32, adaptor_hidden=24, width=40, layers=2, heads=2, ffn=48, out_dim=16, max_history=8)
-    )
+    pch = Pch(SIZES)
     head = CvrHead(CvrConfig(in_dim=16, fuse_dim=20, mid_dim=12))
+    if recipe.actions:
+        pch = _with_actions(pch, recipe.actions)
     return Bundle(
         name="fixture",
         version=recipe.version,
@@ -127,6 +131,19 @@ def build(tokenizer_path: Path, recipe: Recipe = FIRST) -> Bundle:
         golden_items=ITEMS,
         provenance=recipe.provenance(),
     )
+
+
+def _with_actions(pch: Pch, actions: tuple[str, ...]) -> Pch:
+    """Returns the same towers with random vectors for actions.
+
+    They are drawn last, so the other weights of a seed do not depend on them, and scaled up, so that no rounding error
+    looks like another action.
+    """
+    towers = Pch(replace(pch.config, actions=actions))
+    towers.load_state_dict(pch.state_dict(), strict=False)
+    with torch.no_grad():
+        towers.actions.weight.mul_(ACTION_SCALE)
+    return towers
 
 
 # Texts that a template, a JSON reader or a tokenizer may handle wrongly, and several combinations of missing fields.

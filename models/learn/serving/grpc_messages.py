@@ -6,6 +6,7 @@ import functools
 import importlib
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,8 @@ PROTO = Path(__file__).parents[3] / "proto"
 FILE = "midemb/v1/midemb.proto"
 # The keys are the numbers of the enum DType.
 DTYPES = {1: np.dtype("<f4"), 2: np.dtype("<f2"), 3: np.dtype(ml_dtypes.bfloat16)}
+# All names of the enum Action begin with it.
+ACTION_PREFIX = "ACTION_"
 DTYPE_NUMBERS = {"f32": 1, "f16": 2, "bf16": 3}
 
 
@@ -40,6 +43,19 @@ def item(identifier: str, text: ItemText) -> Any:
     """Returns an `Item` message with the text."""
     messages, _services = stubs()
     return messages.Item(id=identifier, text=messages.ItemText(**text.to_json()))
+
+
+def action_numbers(names: Sequence[str]) -> list[int]:
+    """Converts actions, such as "like" and "unspecified", to numbers of the enum Action."""
+    messages, _services = stubs()
+    return [messages.Action.Value(f"{ACTION_PREFIX}{name.upper()}") for name in names]
+
+
+def action_names(numbers: Sequence[int]) -> list[str]:
+    """Converts numbers of the enum Action to names; a number that it does not have becomes its digits."""
+    messages, _services = stubs()
+    known = {value: name.removeprefix(ACTION_PREFIX).lower() for name, value in messages.Action.items()}
+    return [known.get(number, str(number)) for number in numbers]
 
 
 def array(tensor: Any) -> np.ndarray:

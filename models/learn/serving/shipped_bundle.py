@@ -16,6 +16,7 @@ from learn.data.item_text import ItemText
 from learn.models.cvr import CvrHead
 from learn.models.pch import Pch
 from learn.serving.bundle import Bundle, Fetched, write
+from learn.serving.bundle_format import Keeps
 
 NAME = "learn-minilm-ml-small"
 MAX_TOKENS = 128
@@ -48,16 +49,28 @@ class Label:
     version: str = "1"
 
 
-def write_default(encoder: Encoder, pch: Pch, head: CvrHead, facts: Mapping[str, Any], out: Path, label: Label) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """The models of a run, and which of a user's earlier items the head was trained on."""
+
+    encoder: Encoder
+    pch: Pch
+    head: CvrHead
+    keeps: Keeps
+
+
+def write_default(trained: Trained, facts: Mapping[str, Any], out: Path, label: Label) -> None:
     """Writes and verifies a trained bundle. `facts` are data and metrics; `built_with` is added to them."""
+    encoder = trained.encoder
     bundle = Bundle(
         name=label.name,
         version=label.version,
         encoder=encoder,
-        pch=pch.eval(),
-        head=head.eval(),
+        pch=trained.pch.eval(),
+        head=trained.head.eval(),
         golden_items=GOLDEN_ITEMS,
         provenance=built_with(encoder) | dict(facts),
+        keeps=trained.keeps,
         fetched=FETCHED if encoder.name == minilm.NAME else {},
     )
     write(bundle, out)

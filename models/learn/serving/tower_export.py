@@ -9,6 +9,8 @@ the weights, once, in fp64. Every step is exact except for rounding, and tests c
   attention unchanged, as the weights sum to 1, and moves into the bias of the output.
 - The user tower's last layer has one query, q = Wq h. Its scores q . (Wk x) equal (Wk^T Wq h) . x, and its mixture of
   values equals Wv (sum of p x). So that layer computes neither keys nor values of the history.
+- Both towers begin with the same adaptor. The item tower has it and returns its output, centred, for the server to
+  cache; the user tower reads that, and so starts at the history's adapted items.
 - The item tower attends to two positions, and a softmax over two is a sigmoid of the difference of their scores. The
   start token is a constant, so the difference is q . (k - k_start), and the mixture is v_start + p (v - v_start).
 
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 
 from learn.models.cvr import CvrHead
 from learn.models.pch import Block, Pch, query_scale
-from learn.serving.encoder_export import CVR, ITEM_TOWER, USER_TOWER, Signature
+from learn.serving.bundle_format import CVR, ITEM_TOWER, Signature, user_tower
 
 # The first opset with Attention and RMSNormalization, and the IR version that came with it.
 OPSET = 23
@@ -46,11 +48,11 @@ Product = tuple[Tensor, Tensor | None]
 
 @torch.no_grad()
 def user_tower_model(pch: Pch) -> ModelProto:
-    """Returns the graph of `Pch.last`: content [b,l,C], mask [b,l] -> user [b,E]."""
+    """Returns the graph of `Pch.last_from_adapted`: adapted [b,l,D], mask [b,l], perhaps action [b,l] -> user [b,E]."""
     pch = _in_fp64(pch)
     config, g = pch.config, _Graph()
-    n_users = g("Shape", "content", start=0, end=1)
-    length = g("Add", g("Shape", "content", start=1, end=2), g.integers(1))  # of the sequence [start, items]
+    n_users = g("Shape", "adapted", start=0, end=1)
+    length = g("Add", g("Shape", "adapted", start=1, end=2), g.integers(1))  # of the sequence [start, items]
     sequences = g("Concat", n_users, g.integers(-1, config.width), axis=0)
 
     def by_user(rows: str) -> str:
@@ -59,7 +61,9 @@ def user_tower_model(pch: Pch) -> ModelProto:
     def flat(values: str, width: int = config.width) -> str:
         return g("Reshape", values, g.integers(-1, width))
 
-    items = by_user(_adapt(g, pch, flat("content", config.content_dim)))
+    items = "adapted"
+    if pch.actions is not None:
+        items = g("Add", items, g("Gather", g.constant(_centred(pch.actions.weight)), "action", axis=0))
     start = _centred(pch.start)
     if pch.positions is not None:
         positions = _centred(pch.positions)
@@ -85,19 +89,21 @@ def user_tower_model(pch: Pch) -> ModelProto:
     mixed = flat(g("MatMul", g("Softmax", scores, axis=-1), h), last.heads * config.width)
     x = g("Add", g("GatherND", x, at, batch_dims=1), g.product(mixed, _absorbed_out(last)))
     _finish(g, pch, _feed_forward(g, last, x), "user")
-    return g.model(USER_TOWER, [[*USER_TOWER.axes[0], config.content_dim], USER_TOWER.axes[1]], [["b", config.out_dim]])
+    signature = user_tower(config.actions)
+    adapted, *others = signature.axes
+    return g.model(signature, [[*adapted, config.width], *others], [["b", config.out_dim]])
 
 
 @torch.no_grad()
 def item_tower_model(pch: Pch) -> ModelProto:
-    """Returns the graph of `Pch.alone`: content [n,C] -> item [n,E]."""
+    """Returns the graph of `Pch.alone` and of the adaptor: content [n,C] -> item [n,E], adapted [n,D]."""
     if pch.config.item_tower == "content":
         raise ValueError(
             "item tower variant (3), content itself, is for comparison only and has no graph, so it cannot be exported"
         )
     pch = _in_fp64(pch)
     g = _Graph()
-    x = _adapt(g, pch, "content")
+    x = _adapt(g, pch, "content", into="adapted")
     if pch.positions is not None:
         x = g("Add", x, g.constant(_centred(pch.positions[1])))
     # One column per head, with a 1 for each of the head's dimensions.
@@ -116,7 +122,8 @@ def item_tower_model(pch: Pch) -> ModelProto:
         x = g("Add", x, g.product(mixed, _centred_product(out_weight, out_bias + out_weight @ start_value)))
         x = _feed_forward(g, block, x)
     _finish(g, pch, x, "item")
-    return g.model(ITEM_TOWER, [["n", pch.config.content_dim]], [["n", pch.config.out_dim]])
+    outputs = [["n", pch.config.out_dim], ["n", pch.config.width]]
+    return g.model(ITEM_TOWER, [["n", pch.config.content_dim]], outputs)
 
 
 @torch.no_grad()
@@ -191,12 +198,12 @@ def _absorbed_out(block: Block) -> Product:
     return torch.cat([o @ v for o, v in zip(weight.chunk(block.heads, dim=1), value, strict=True)], dim=1), bias
 
 
-def _adapt(g: _Graph, pch: Pch, content: str) -> str:
+def _adapt(g: _Graph, pch: Pch, content: str, into: str) -> str:
     """Applies the adaptor, [r,C] -> [r,D]; the mean of each row is 0."""
     if pch.config.adaptor == "linear":
-        return g.product(content, _centred_product(*_linear(pch.adaptor[0])))
+        return g.product(content, _centred_product(*_linear(pch.adaptor[0])), into=into)
     first, _, second = pch.adaptor
-    return g.product(g.gelu(g.product(content, _linear(first))), _centred_product(*_linear(second)))
+    return g.product(g.gelu(g.product(content, _linear(first))), _centred_product(*_linear(second)), into=into)
 
 
 def _feed_forward(g: _Graph, block: Block, x: str) -> str:
@@ -276,5 +283,5 @@ class _Graph:
 
 
 def _port(name: str, shape: Iterable[int | str]) -> onnx.ValueInfoProto:
-    kind = TensorProto.INT64 if name in {"mask", "row"} else TensorProto.FLOAT
+    kind = TensorProto.INT64 if name in {"mask", "action", "row"} else TensorProto.FLOAT
     return helper.make_tensor_value_info(name, kind, list(shape))

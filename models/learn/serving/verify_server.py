@@ -5,8 +5,9 @@ with PyTorch, or computed here by a run's own encoder, towers and head. Each cas
 second response comes from its caches. The responses are compared with the expected vectors, one output line per stage:
 
     content     content embeddings, from an export of the server's content cache; needs an admin address
+    adapted     what the user tower reads of an item, from an export of the server's item records; needs one, too
     item_emb    the item tower's output for the server's own content
-    user_emb    the user tower's output for the server's own content
+    user_emb    the user tower's output for the server's own item records, and the actions that were sent with them
     mid_emb     the CVR head's mid-emb for these two
     cvr         the CVR head's probability
 
@@ -35,7 +36,11 @@ if TYPE_CHECKING:
     from learn.models.cvr import CvrHead
     from learn.models.pch import Pch
 
-STAGES = ("content", "item_emb", "user_emb", "mid_emb", "cvr")
+STAGES = ("content", "adapted", "item_emb", "user_emb", "mid_emb", "cvr")
+# Stages whose vectors are not in responses, but in exports of the server's caches, in fp32.
+CACHED_STAGES = ("content", "adapted")
+# The seed of the actions in the requests of a run; half of its requests have some.
+ACTIONS_SEED = 20240509
 # The error that rounding to the wire's dtype may add: for a value of 1 half a unit in the last place, 2**-11 or 2**-8,
 # doubled because mid-embs reach 2. Cosines of whole vectors lose far less.
 WIRE_ABSOLUTE = {"f32": 0.0, "f16": 2.0**-10, "bf16": 2.0**-7}
@@ -49,7 +54,7 @@ class VerifyConfig:
 
     # HOST:PORT of the server's `server.listen`.
     server: str
-    # HOST:PORT of the server's `admin.listen`, for the stage `content`; it must need neither TLS nor credentials.
+    # HOST:PORT of the server's `admin.listen`, for `CACHED_STAGES`; it must need neither TLS nor credentials.
     admin: str | None = None
     # The name that the model is served under; empty selects the only model.
     model: str = ""
@@ -75,6 +80,9 @@ class Case:
     mid_emb: np.ndarray  # [n,M]; a row of NaN is not compared
     cvr: np.ndarray  # [n]; a NaN is not compared
     content: np.ndarray | None = None  # [n,C]
+    adapted: np.ndarray | None = None  # [n,D]
+    # What the user did with each history item: names of `learn.models.pch.ACTIONS`, or "unspecified".
+    actions: Sequence[str] = ()
 
 
 @dataclass
@@ -104,8 +112,8 @@ class Drift:
             self.min_cosine = min(self.min_cosine, float(cosines.min()))
 
     def is_within(self, config: VerifyConfig) -> bool:
-        """Whether the stage is within tolerances plus the wire's rounding; content is read from the cache in fp32."""
-        dtype = "f32" if self.stage == "content" else config.dtype
+        """Whether the stage is within tolerances plus the wire's rounding; what is read from caches is not rounded."""
+        dtype = "f32" if self.stage in CACHED_STAGES else config.dtype
         absolute = config.absolute + WIRE_ABSOLUTE[dtype]
         return self.max_absolute <= absolute and self.min_cosine >= config.cosine - WIRE_COSINE[dtype]
 
@@ -132,7 +140,8 @@ class Report:
         lines += [f"{'stage':10} {'n':>7} {'max abs error':>14} {'min cosine':>12}"]
         for drift in self.drifts:
             if drift.n == 0:
-                why = "not on the wire: give an admin address" if drift.stage == "content" else "nothing to compare"
+                is_out_of_reach = drift.stage in CACHED_STAGES and config.admin is None
+                why = "not on the wire: give an admin address" if is_out_of_reach else "nothing to compare"
                 lines.append(f"{drift.stage:10} {0:7} {why}")
                 continue
             verdict = "" if drift.is_within(config) else "  OUT OF TOLERANCE"
@@ -151,15 +160,18 @@ def verify(config: VerifyConfig, cases: Iterable[Case], bundle: Path | None = No
         report = Report(f"{info.model.name} {info.model.version} ({info.model.digest[:12]})")
         if bundle is not None:
             report.faults += _facts(info, bundle)
-        contents = {}
+        known: dict[str, dict[bytes, np.ndarray]] = {stage: {} for stage in CACHED_STAGES}
         for number, case in enumerate(cases):
             for turn in ("cold", "cached"):
                 answer = stub.GetMidEmb(_request(case, config, number), timeout=config.timeout_seconds)
                 _compare(report, case, answer, (info, turn))
-            if case.content is not None:
-                contents |= dict(zip(map(digests.text_digest, case.candidates), case.content, strict=True))
-    if config.admin is not None and contents:
-        _compare_content(report, config, info.model.name, contents)
+            for stage, vectors in (("content", case.content), ("adapted", case.adapted)):
+                if vectors is not None:
+                    known[stage] |= dict(zip(map(digests.text_digest, case.candidates), vectors, strict=True))
+    if config.admin is not None:
+        for stage, vectors in known.items():
+            if vectors:
+                _compare_cached(report.of(stage), report, vectors, _exported(config, info, stage))
     return report
 
 
@@ -185,7 +197,9 @@ def golden_cases(bundle: Path) -> Iterator[Case]:
     manifest = digests.read_manifest(bundle)
     golden = json.loads((bundle / manifest["golden"]["file"]).read_text())
     texts = [ItemText.from_json(entry["text"]) for entry in golden["items"]]
-    content, item_emb = (np.array([entry[key] for entry in golden["items"]], np.float32) for key in ("content", "item"))
+    content, adapted, item_emb = (
+        np.array([entry[key] for entry in golden["items"]], np.float32) for key in ("content", "adapted", "item")
+    )
     for number, user in enumerate(golden["users"]):
         mid_emb = np.full((len(texts), manifest["cvr"]["dim"]), np.nan, np.float32)
         cvr = np.full(len(texts), np.nan, np.float32)
@@ -193,8 +207,18 @@ def golden_cases(bundle: Path) -> Iterator[Case]:
             if pair["user"] == number:
                 mid_emb[pair["item"]], cvr[pair["item"]] = pair["mid_emb"], pair["cvr"]
         history = [texts[position] for position in user["history"]]
-        user_emb = np.array(user["user"], np.float32)
-        yield Case(f"golden user {number}", history, texts, user_emb, item_emb, mid_emb, cvr, content)
+        yield Case(
+            f"golden user {number}",
+            history,
+            texts,
+            np.array(user["user"], np.float32),
+            item_emb,
+            mid_emb,
+            cvr,
+            content,
+            adapted,
+            tuple(user.get("actions", ())),
+        )
 
 
 @dataclass(frozen=True)
@@ -211,33 +235,44 @@ def torch_cases(
 ) -> Iterator[Case]:
     """Yields one case per page of (history, candidates), positions in `texts`, with the vectors that PyTorch computes.
 
-    The texts are encoded page by page.
+    The texts are encoded page by page. For towers that read actions, every other page has random ones.
     """
     import torch
 
     from learn.data.item_text import render
+    from learn.models.pch import ACTIONS, UNSPECIFIED
     from learn.models.served_graphs import CvrGraph, ItemTowerGraph, UserTowerGraph
 
     user_tower, item_tower, cvr_graph = UserTowerGraph(towers.pch), ItemTowerGraph(towers.pch), CvrGraph(towers.head)
     modules = [module.eval() for module in (user_tower, item_tower, cvr_graph)]
+    sizes, rng = towers.pch.config, np.random.default_rng(ACTIONS_SEED)
     for number, (history, candidates) in enumerate(pages):
-        window = list(history)[-towers.pch.config.max_history :]
+        has_actions = bool(sizes.actions) and number % 2 == 0
+        actions = rng.choice([UNSPECIFIED, *ACTIONS], len(history)).tolist() if has_actions else []
+        window = list(history)[-sizes.max_history :]
         content = torch.from_numpy(towers.encoder.encode([render(texts[p]) for p in [*window, *candidates]]))
-        seen, shown = content[: len(window)], content[len(window) :]
         with torch.inference_mode():
-            mask = torch.ones(1, max(len(window), 1), dtype=torch.int64) * bool(window)
-            user = modules[0](seen[None] if window else torch.zeros(1, 1, content.shape[1]), mask)
-            item = modules[1](shown)
-            mid_emb, cvr = modules[2](user, item, torch.zeros(len(item), dtype=torch.int64))
+            item, adapted = modules[1](content)
+            # An empty history is one item of padding.
+            seen = adapted[: len(window)] if window else torch.zeros(1, sizes.width)
+            mask = torch.ones(1, len(seen), dtype=torch.int64) * bool(window)
+            action = None
+            if has_actions and window:
+                action = torch.tensor([[sizes.action_number(name) for name in actions[-len(window) :]]])
+            user = modules[0](seen[None], mask, action)
+            shown = item[len(window) :]
+            mid_emb, cvr = modules[2](user, shown, torch.zeros(len(shown), dtype=torch.int64))
         yield Case(
             f"page {number}",
             [texts[position] for position in history],
             [texts[position] for position in candidates],
             user[0].numpy(),
-            item.numpy(),
+            shown.numpy(),
             mid_emb.numpy(),
             cvr.numpy(),
-            shown.numpy(),
+            content[len(window) :].numpy(),
+            adapted[len(window) :].numpy(),
+            actions,
         )
 
 
@@ -266,9 +301,12 @@ def _facts(info: Any, bundle: Path) -> list[str]:
         "content_dim": (info.content_dim, manifest["encoder"]["dim"]),
         "user_dim": (info.user_dim, manifest["user_tower"]["dim"]),
         "item_dim": (info.item_dim, manifest["item_tower"]["dim"]),
+        "adapted_dim": (info.adapted_dim, manifest["item_tower"]["adapted_dim"]),
         "mid_dim": (info.mid_dim, manifest["cvr"]["dim"]),
         "max_history": (info.max_history, manifest["user_tower"]["max_history"]),
         "max_tokens": (info.max_tokens, manifest["item_text"]["max_tokens"]),
+        "history_actions": (grpc_messages.action_names(info.history_actions), manifest["history"]["actions"]),
+        "history_keeps": (info.history_keeps, manifest["history"]["keeps"]),
     }
     return [f"{name} is {got!r}, but {bundle} has {want!r}" for name, (got, want) in expected.items() if got != want]
 
@@ -280,6 +318,7 @@ def _request(case: Case, config: VerifyConfig, number: int) -> Any:
     return messages.GetMidEmbRequest(
         user_id=f"verify-{number}",
         history=[item(text) for text in case.history],
+        history_actions=grpc_messages.action_numbers(case.actions),
         candidates=[item(text) for text in case.candidates],
         model=config.model,
         outputs=[messages.OUTPUT_MID_EMB, messages.OUTPUT_CVR, messages.OUTPUT_USER_EMB, messages.OUTPUT_ITEM_EMB],
@@ -306,18 +345,27 @@ def _compare(report: Report, case: Case, answer: Any, turn: tuple[Any, str]) -> 
     report.of("cvr").add(grpc_messages.array(answer.cvr)[:, None], case.cvr[:, None])
 
 
-def _compare_content(report: Report, config: VerifyConfig, model: str, contents: dict[bytes, np.ndarray]) -> None:
-    """Exports the server's content cache and compares the embeddings of the texts that were sent."""
+def _exported(config: VerifyConfig, info: Any, stage: str) -> dict[bytes, np.ndarray]:
+    """Exports the server's cache of a stage: text digest -> vector."""
     messages, services = grpc_messages.stubs()
-    request = messages.ExportCacheRequest(cache="content", model=model)
+    cache = "item" if stage == "adapted" else stage
+    request = messages.ExportCacheRequest(cache=cache, model=info.model.name)
     with grpc.insecure_channel(config.admin) as channel:
         chunks = services.AdminServiceStub(channel).ExportCache(request, timeout=config.timeout_seconds)
         exported = safetensors.numpy.load(b"".join(chunk.data for chunk in chunks))
-    rows = {digest.tobytes(): row for row, digest in enumerate(exported["text_digests"])}
-    missing = [digest for digest in contents if digest not in rows]
-    if missing:
-        report.faults.append(f"{len(missing)} of {len(contents)} texts are not in the server's content cache")
-    found = [digest for digest in contents if digest in rows]
+    vectors = exported["vectors"]
+    if stage == "adapted":
+        vectors = vectors[:, info.item_dim :]  # An item record is [item | adapted].
+    return {digest.tobytes(): vector for digest, vector in zip(exported["text_digests"], vectors, strict=True)}
+
+
+def _compare_cached(
+    drift: Drift, report: Report, known: dict[bytes, np.ndarray], exported: dict[bytes, np.ndarray]
+) -> None:
+    """Compares the vectors of the texts that were sent with those in the server's cache."""
+    found = [digest for digest in known if digest in exported]
+    if len(found) < len(known):
+        n_missing = len(known) - len(found)
+        report.faults.append(f"{drift.stage}: {n_missing} of {len(known)} texts are not in the server's cache")
     if found:
-        got = exported["vectors"][[rows[digest] for digest in found]]
-        report.of("content").add(got, np.stack([contents[digest] for digest in found]))
+        drift.add(*(np.stack([vectors[digest] for digest in found]) for vectors in (exported, known)))

@@ -7,8 +7,9 @@ Training respects time. The head learns from each user's training events, each p
 it. The epoch with the best AUC on the validation events is kept, and its head is measured once on the test events.
 
 The user tower reads either every item that the user met or only the liked ones (`CvrTrainConfig.history`). Both can be
-served, because the server's caller decides which items it sends as history. The value of each item cannot be served:
-the tower's only inputs are content embeddings and a mask.
+served, because the server's caller decides which items it sends as history; the bundle's manifest says which (`keeps`).
+The value of each item cannot be served. Towers can read what the user did with an item (`PchConfig.actions`), but this
+training does not read it from the log yet.
 """
 
 from __future__ import annotations

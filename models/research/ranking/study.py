@@ -255,7 +255,9 @@ def _digest(events: Events, content: Tensor) -> str:
 
 def _recorded_config(config: RankConfig) -> dict[str, Any]:
     """The settings that a run depends on. The rest is left out, so that seeds and arms can be added to a study."""
-    return as_read({name: value for name, value in asdict(config).items() if name not in ("study", "seeds", "arms")})
+    recorded = {name: value for name, value in asdict(config).items() if name not in ("study", "seeds", "arms")}
+    recorded["mid"]["pch"] = config.mid.pch.recorded()
+    return as_read(recorded)
 
 
 def _is_done(out: Path, arm: str, seed: int, config: RankConfig, table: Table) -> bool:

@@ -240,7 +240,11 @@ def run_config(study: Study, arm: Arm) -> dict[str, Any]:
     """The settings that a run depends on, without its seed and content, as its file records them."""
     recorded = {key: value for key, value in asdict(arm).items() if key in ("kind", "content", "standardise", "ids")}
     # Defaults are written out, so that a run with other defaults counts as another run.
-    recorded["sizes"] = asdict(strict(_SIZES[arm.kind], arm.sizes, "sizes")) if arm.kind in _SIZES else {}
+    sizes = strict(_SIZES[arm.kind], arm.sizes, "sizes") if arm.kind in _SIZES else None
+    if isinstance(sizes, PchConfig):
+        recorded["sizes"] = sizes.recorded()
+    else:
+        recorded["sizes"] = {} if sizes is None else asdict(sizes)
     training = asdict(study.train) | arm.train
     del training["seed"]
     return as_read({"arm": recorded, "train": training, "split": asdict(study.chosen_split())})

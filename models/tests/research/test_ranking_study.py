@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import MODELS
 
 from learn.data import Dataset, Sequence
 from learn.data.item_text import ItemText
@@ -150,6 +151,15 @@ def test_labels_of_the_test_part_do_not_change_scores(study, world, tmp_path):
     for arm in CONFIG.arms:
         first, again = (run_of(folder, arm, 1) for folder in (out, tmp_path))
         assert first.score_rank.tolist() == again.score_rank.tolist()
+
+
+def test_the_committed_results_record_the_same_sizes_as_new_ones():
+    """Otherwise a study that is continued would refuse its own results as those of another config."""
+    path = MODELS / "results" / "ranking-ml-latest-small" / "mid_emb-seed1.npz"
+    committed = record_files.read(path, RankingRun).config["mid"]["pch"]
+    assert committed.keys() == ranking_study._recorded_config(CONFIG)["mid"]["pch"].keys()
+    with_actions = replace(CONFIG, mid=replace(MID, pch=replace(SIZES, actions=("like",))))
+    assert ranking_study._recorded_config(with_actions)["mid"]["pch"]["actions"] == ["like"]
 
 
 def test_invalid_configs_and_data_are_refused_with_the_reason(world, tmp_path):

@@ -11,7 +11,7 @@ from conftest import MODELS
 from learn import data
 from learn.run_settings import read_settings
 from research.retrieval import result_files
-from research.retrieval.study import Inputs, only, read_study, run_study
+from research.retrieval.study import Inputs, only, read_study, run_config, run_study
 
 TOML = """
 study = "tiny"
@@ -127,6 +127,15 @@ def test_a_finished_study_that_is_split_by_time_is_not_run_again(tmp_path, input
     assert len(before) == 3
     run_study(study, inputs, tmp_path / "results", n_workers=1)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize("name", ["learn-text", "learn-id", "sasrec"])
+def test_the_committed_results_count_as_results_of_the_committed_config(name):
+    """Otherwise a study that is continued would train all of its models again."""
+    study = read_study(MODELS / "configs" / "ml-latest-small.toml")
+    record = result_files.read_run(result_files.run_path(MODELS / "results", study.study, name, 1))
+    now = run_config(study, study.models[name])
+    assert {key: record.config[key] for key in now} == now
 
 
 def test_an_ablation_runs_without_its_reference(tmp_path, inputs):

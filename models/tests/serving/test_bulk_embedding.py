@@ -18,12 +18,20 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import safetensors.numpy
-from conftest import FIXTURE
+from conftest import FIXTURE, OLD_BUNDLE
 from live_server import serving
 
 from learn.data import DataError
 from learn.data.item_text import ItemText
-from learn.serving import bulk_embedding, cache_snapshot, digests, fixture_bundles, grpc_messages, item_shards
+from learn.serving import (
+    bulk_embedding,
+    bundle_inference,
+    cache_snapshot,
+    digests,
+    fixture_bundles,
+    grpc_messages,
+    item_shards,
+)
 from learn.serving.bulk_embedding import BulkConfig, RayConfig
 from learn.serving.bundle_inference import BundleGraphs, GraphsConfig
 
@@ -95,11 +103,35 @@ def test_vectors_match_the_golden_vectors_of_the_bundle(tmp_path):
     bulk_embedding.embed_catalogue(job(tmp_path))
     table = read_parts(tmp_path / "out")
     golden = json.loads((FIXTURE / "golden.json").read_text())["items"]
-    for column in ("content", "item"):
-        want = np.array([entry[column] for entry in golden], np.float32)
-        np.testing.assert_allclose(vectors(table, column), want, atol=1e-5)
+    content, item, adapted = (np.array([e[key] for e in golden], np.float32) for key in ("content", "item", "adapted"))
+    np.testing.assert_allclose(vectors(table, "content"), content, atol=1e-5)
+    np.testing.assert_allclose(vectors(table, "record"), np.concatenate([item, adapted], axis=1), atol=1e-5)
+    assert table.schema.names == ["id", "text_digest", "content", "record"]
     assert table.schema.field("content").type == pa.list_(pa.float32(), 32)
-    assert table.schema.field("item").type == pa.list_(pa.float32(), 16)
+    assert table.schema.field("record").type == pa.list_(pa.float32(), 16 + 40)
+    manifest = digests.read_manifest(FIXTURE)
+    assert table.schema.metadata == {
+        b"item_dim": b"16",
+        b"adapted_dim": b"40",
+        b"bundle_digest": digests.bundle_digest(FIXTURE).encode(),
+        b"encoder_digest": digests.encoder_digest(manifest).encode(),
+        b"tower_digest": digests.tower_digest(manifest).encode(),
+    }
+
+
+def test_records_do_not_depend_on_how_many_items_the_tower_reads_at_once(monkeypatch):
+    graphs = BundleGraphs(FIXTURE, ON_CPU)
+    content = np.random.default_rng(0).standard_normal((7, 32), dtype=np.float32)
+    at_once = graphs.record(content)
+    monkeypatch.setattr(bundle_inference, "TOWER_ITEMS", 3)
+    np.testing.assert_allclose(graphs.record(content), at_once, atol=1e-6)
+    assert at_once.shape == (7, 16 + 40) and graphs.record(content[:0]).shape == (0, 16 + 40)
+
+
+def test_a_bundle_of_format_1_is_refused(tmp_path):
+    folder = shutil.copytree(OLD_BUNDLE, tmp_path / "bundle")
+    with pytest.raises(ValueError, match=r"has format 1, but this program reads format 2: convert it with `learn upg"):
+        bulk_embedding.embed_catalogue(job(tmp_path, bundle=folder))
 
 
 def test_only_content_is_written_in_fp16(tmp_path):
@@ -108,7 +140,7 @@ def test_only_content_is_written_in_fp16(tmp_path):
     half, exact = read_parts(tmp_path / "out"), read_parts(tmp_path / "exact")
     assert half.schema.field("content").type == pa.list_(pa.float16(), 32)
     np.testing.assert_allclose(vectors(half, "content"), vectors(exact, "content"), rtol=2**-11, atol=1e-7)
-    np.testing.assert_array_equal(vectors(half, "item"), vectors(exact, "item"))
+    np.testing.assert_array_equal(vectors(half, "record"), vectors(exact, "record"))
 
 
 def write_parquet(path, n_items, row_group_size):
@@ -230,11 +262,15 @@ def test_a_job_on_ray_writes_the_same_rows(tmp_path):
 # --- what a server imports -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "dim"), [("content", 32), ("item", 16)])
-def test_snapshot_files_have_the_vectors_digests_and_header_for_the_import(tmp_path, monkeypatch, kind, dim):
+@pytest.mark.parametrize(
+    ("kind", "column", "dim", "n_bytes"), [("content", "content", 32, 2 * 32), ("item", "record", 56, 4 * 56)]
+)
+def test_snapshot_files_have_the_vectors_digests_and_header_for_the_import(
+    tmp_path, monkeypatch, kind, column, dim, n_bytes
+):
     bulk_embedding.embed_catalogue(job(tmp_path, content_dtype="float16"))
-    # Limits a file to seven rows of content in fp16 or of item embeddings in fp32.
-    monkeypatch.setattr(cache_snapshot, "FILE_BYTES", 7 * (64 + 16))
+    # Limits a file to seven rows of content in fp16 or of item records in fp32.
+    monkeypatch.setattr(cache_snapshot, "FILE_BYTES", 7 * (n_bytes + 16))
     last = sorted((tmp_path / "out").glob("part-*.parquet"))[-1]
     last.rename(tmp_path / "kept")
     with pytest.raises(DataError, match=r"of \d+ parts exist; run `learn embed` for the rest"):
@@ -246,7 +282,7 @@ def test_snapshot_files_have_the_vectors_digests_and_header_for_the_import(tmp_p
     assert [len(tensors["vectors"]) for tensors in found] == [7, 7, 6]
     table = read_parts(tmp_path / "out")
     got = np.concatenate([tensors["vectors"] for tensors in found]).astype(np.float32)
-    np.testing.assert_array_equal(got, vectors(table, kind))
+    np.testing.assert_array_equal(got, vectors(table, column))
     got_digests = b"".join(tensors["text_digests"].tobytes() for tensors in found)
     assert got_digests == b"".join(table["text_digest"].to_pylist())
     raw = files[2].read_bytes()
@@ -281,6 +317,25 @@ def test_a_snapshot_never_mixes_parts_of_two_bundles(tmp_path):
         cache_snapshot.snapshot(tmp_path, tmp_path / "snapshot", "content")
 
 
+def test_parts_of_an_earlier_version_have_content_but_no_records(tmp_path):
+    """Turns parts into what `learn embed` wrote for format 1: a column `item` without what the user tower reads."""
+    bulk_embedding.embed_catalogue(job(tmp_path))
+    want = vectors(read_parts(tmp_path / "out"), "content")
+    for path in (tmp_path / "out").glob("part-*.parquet"):
+        table = pq.read_table(path)
+        items = pa.array([record[:16] for record in table["record"].to_pylist()], pa.list_(pa.float32(), 16))
+        pq.write_table(table.drop_columns("record").append_column("item", items), path)
+    with pytest.raises(DataError) as caught:
+        cache_snapshot.snapshot(tmp_path / "out", tmp_path / "snapshot", "item")
+    assert str(caught.value) == (
+        f"{tmp_path}/out/part-000000.parquet, column item: an earlier version of `learn embed` wrote this part, "
+        "without what the user tower reads of an item; embed the catalogue again, in an empty folder"
+    )
+    # Content does not depend on the towers.
+    (file,) = cache_snapshot.snapshot(tmp_path / "out", tmp_path / "snapshot", "content")
+    np.testing.assert_array_equal(safetensors.numpy.load_file(file)["vectors"], want)
+
+
 def request_mid_emb(server, n_items):
     """Requests mid-embs for a page of catalogue items with their texts; the first three are also the history."""
     messages, services = grpc_messages.stubs()
@@ -292,25 +347,40 @@ def request_mid_emb(server, n_items):
     return grpc_messages.array(answer.mid_emb)
 
 
-@pytest.mark.parametrize("content_dtype", ["float32", "float16"])
-def test_a_server_with_imported_caches_encodes_nothing(tmp_path, content_dtype):
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    """The mid-embs of a server that encodes the items itself."""
+    with serving(FIXTURE, tmp_path_factory.mktemp("cold")) as server:
+        found = request_mid_emb(server, 20)
+        assert server.metric("midemb_batch_tokens_count") > 0
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kinds", "content_dtype", "atol"),
+    [
+        (["item"], "float32", 1e-5),
+        (["content"], "float32", 1e-5),
+        # The inputs of the towers are rounded, unless there are records, which are not.
+        (["content"], "float16", 5e-3),
+        (["content", "item"], "float16", 1e-5),
+    ],
+)
+def test_a_server_with_imported_caches_encodes_nothing(tmp_path, computed, kinds, content_dtype, atol):
     bulk_embedding.embed_catalogue(job(tmp_path, content_dtype=content_dtype))
-    files = [path for kind in ("content", "item") for path in cache_snapshot.snapshot(tmp_path / "out", tmp_path, kind)]
+    files = [path for kind in kinds for path in cache_snapshot.snapshot(tmp_path / "out", tmp_path, kind)]
     with serving(FIXTURE, tmp_path) as server:
         output = server.import_cache(*files)
-        assert "content, 20 entries, 0 skipped" in output and "item, 20 entries, 0 skipped" in output
+        assert all(f"{kind}, 20 entries, 0 skipped" in output for kind in kinds)
         imported = request_mid_emb(server, 20)
         assert server.metric("midemb_batch_tokens_count") == 0
-        for cache, n_hits in (("content", 3), ("item", 15)):
-            hits = server.metric("midemb_cache_lookups_total", cache=cache, result="hit")
-            misses = server.metric("midemb_cache_lookups_total", cache=cache, result="miss")
-            assert hits >= n_hits and misses == 0
-    (tmp_path / "cold").mkdir()
-    with serving(FIXTURE, tmp_path / "cold") as server:
-        computed = request_mid_emb(server, 20)
-        assert server.metric("midemb_batch_tokens_count") > 0
-    # With fp16 content, the inputs of the user tower are rounded.
-    np.testing.assert_allclose(imported, computed, atol=1e-5 if content_dtype == "float32" else 5e-3)
+        # Records need no content.
+        cache = "item" if "item" in kinds else "content"
+        hits, misses = (
+            server.metric("midemb_cache_lookups_total", cache=cache, result=result) for result in ("hit", "miss")
+        )
+        assert hits >= 15 and misses == 0
+    np.testing.assert_allclose(imported, computed, atol=atol)
 
 
 def test_shards_are_the_same_with_or_without_a_final_newline(tmp_path):

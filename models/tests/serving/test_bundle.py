@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -16,7 +17,8 @@ from conftest import DEFAULT, FIXTURE, FIXTURES
 
 from learn.content.encoder_graph import cast_weights
 from learn.data.item_text import ItemText, render, template_source
-from learn.serving import bundle, fixture_bundles, tolerances
+from learn.models.pch import ACTIONS, UNSPECIFIED
+from learn.serving import bundle, bundle_check, bundle_format, fixture_bundles, tolerances
 
 NAMES = list(fixture_bundles.RECIPES)
 FOLDERS = pytest.mark.parametrize("folder", [*(FIXTURES / name for name in NAMES), DEFAULT], ids=[*NAMES, "default"])
@@ -40,7 +42,7 @@ def test_digests_match_and_every_file_is_listed(folder):
     absent = absent_files(folder)
     for entry in files:
         if entry["path"] not in absent:
-            assert bundle.sha256(folder / entry["path"]) == entry["sha256"], entry["path"]
+            assert bundle_format.sha256(folder / entry["path"]) == entry["sha256"], entry["path"]
             assert (folder / entry["path"]).stat().st_size == entry["bytes"]
     assert {path.name for path in folder.iterdir()} - EXTRA == {entry["path"] for entry in files} - absent
     assert {entry["part"] for entry in files} == {"encoder", "user_tower", "item_tower", "cvr", "golden"}
@@ -50,11 +52,13 @@ def test_digests_match_and_every_file_is_listed(folder):
 def test_the_manifest_agrees_with_the_files(folder):
     manifest = read_manifest(folder)
     golden = json.loads((folder / manifest["golden"]["file"]).read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
+    assert manifest["encoder"]["precision"] == "fp32"
     assert manifest["item_text"]["template"] == template_source()
     for item in golden["items"]:
         assert len(item["content"]) == manifest["encoder"]["dim"]
         assert len(item["item"]) == manifest["item_tower"]["dim"] == manifest["user_tower"]["dim"]
+        assert len(item["adapted"]) == manifest["item_tower"]["adapted_dim"]
         assert len(item["token_ids"]) <= manifest["item_text"]["max_tokens"]
         assert item["prompt"] == render(ItemText.from_json(item["text"]))
     assert all(len(pair["mid_emb"]) == manifest["cvr"]["dim"] for pair in golden["pairs"])
@@ -66,17 +70,68 @@ def test_the_manifest_agrees_with_the_files(folder):
 
 
 @FOLDERS
+def test_the_ports_are_those_of_the_graphs(folder):
+    manifest = read_manifest(folder)
+    for part in ("encoder", "item_tower", "user_tower", "cvr"):
+        graph = onnx.load(folder / manifest[part]["file"], load_external_data=False).graph
+        assert [port.name for port in graph.input] == manifest[part]["inputs"]
+        assert [port.name for port in graph.output] == manifest[part]["outputs"]
+    assert manifest["item_tower"]["outputs"] == ["item", "adapted"]
+    actions = manifest["history"]["actions"]
+    assert manifest["user_tower"]["inputs"] == ["adapted", "mask", *(["action"] if actions else [])]
+
+
+def test_only_reencoded_reads_no_actions():
+    manifests = {name: read_manifest(FIXTURES / name) for name in NAMES}
+    listed = ["click", "like", "dislike", "purchase"]
+    assert {name: manifest["history"]["actions"] for name, manifest in manifests.items()} == {
+        "bundle": listed,
+        "retrained": listed,
+        "reencoded": [],
+    }
+    assert {(m["history"]["keeps"], m["history"]["order"]) for m in manifests.values()} == {("all", "oldest_first")}
+
+
+@pytest.mark.parametrize("name", ["bundle", "retrained"])
+def test_golden_users_have_every_kind_of_action_and_none(name):
+    users = json.loads((FIXTURES / name / "golden.json").read_text())["users"]
+    listed = read_manifest(FIXTURES / name)["history"]["actions"]
+    acting = [user for user in users if "actions" in user]
+    assert all(len(user["actions"]) == len(user["history"]) for user in acting)
+    sent = {action for user in acting for action in user["actions"]}
+    assert {*listed, UNSPECIFIED} < sent <= {*ACTIONS, UNSPECIFIED}
+    # A batch of them is padded, and one history occurs with two lists of actions and without any.
+    assert len({len(user["history"]) for user in acting}) > 2
+    by_history = {}
+    for user in users:
+        by_history.setdefault(tuple(user["history"]), []).append(np.array(user["user"]))
+    assert len(by_history[1, 2, 3]) == 3
+    for vectors in by_history.values():
+        for a, b in itertools.combinations(vectors, 2):
+            # So far beyond the tolerance that one cannot pass for another.
+            assert np.abs(a - b).max() > 100 * tolerances.ABSOLUTE
+
+
+def test_towers_that_tell_all_actions_apart_have_golden_users_for_that():
+    users = bundle._histories(9, replace(fixture_bundles.SIZES, actions=ACTIONS))
+    acting = [tuple(user["actions"]) for user in users if "actions" in user]
+    assert len(set(acting)) == len(acting) and {action for actions in acting for action in actions} == {*ACTIONS}
+    assert not any("actions" in user for user in bundle._histories(9, fixture_bundles.SIZES))
+
+
+@FOLDERS
 def test_the_committed_bundle_reproduces_its_golden_vectors(folder, tmp_path):
     if absent_files(folder):
         pytest.skip("the encoder's files are missing; `make setup` fetches them")
-    bundle.verify(folder)
+    bundle_check.verify(folder)
 
 
 def test_the_default_item_tower_reproduces_its_golden_vectors_without_the_encoder():
     golden = json.loads((DEFAULT / "golden.json").read_text())
     content = np.array([item["content"] for item in golden["items"]], np.float32)
-    (got,) = bundle.session(DEFAULT / "item_tower.onnx").run(None, {"content": content})
-    bundle.compare("item tower", got, np.array([item["item"] for item in golden["items"]], np.float32))
+    item, adapted = bundle_check.session(DEFAULT / "item_tower.onnx").run(None, {"content": content})
+    for got, key in ((item, "item"), (adapted, "adapted")):
+        bundle_check.compare(key, got, np.array([item[key] for item in golden["items"]], np.float32))
 
 
 def test_committed_bundles_stay_small():
@@ -161,12 +216,13 @@ def golden_vectors(name, part, key):
 
 
 def golden_inputs(name):
-    """Returns texts, histories and pairs, without the golden outputs."""
+    """Returns texts, histories without actions and their pairs, without the golden outputs."""
     golden = json.loads((FIXTURES / name / "golden.json").read_text())
+    silent = [number for number, user in enumerate(golden["users"]) if "actions" not in user]
     return (
         [(item["text"], item["token_ids"]) for item in golden["items"]],
-        [user["history"] for user in golden["users"]],
-        [(pair["user"], pair["item"]) for pair in golden["pairs"]],
+        [golden["users"][number]["history"] for number in silent],
+        [(pair["user"], pair["item"]) for pair in golden["pairs"] if pair["user"] in silent],
     )
 
 
@@ -174,8 +230,17 @@ def golden_inputs(name):
 def test_the_golden_vectors_of_two_fixtures_differ_far_beyond_the_tolerance(name, other):
     assert golden_inputs(name) == golden_inputs(other)
     # At a hundred times the tolerance, no rounding error can make the output of one bundle pass for that of another.
-    for part, key in (("items", "item"), ("users", "user"), ("pairs", "mid_emb"), ("pairs", "cvr")):
-        difference = np.abs(golden_vectors(name, part, key) - golden_vectors(other, part, key)).max(axis=1)
+    for part, key in (
+        ("items", "item"),
+        ("items", "adapted"),
+        ("users", "user"),
+        ("pairs", "mid_emb"),
+        ("pairs", "cvr"),
+    ):
+        # Golden users without actions, and their pairs, come first.
+        vectors = [golden_vectors(folder, part, key) for folder in (name, other)]
+        n_rows = min(map(len, vectors))
+        difference = np.abs(vectors[0][:n_rows] - vectors[1][:n_rows]).max(axis=1)
         assert difference.min() > 100 * tolerances.ABSOLUTE, key
 
 
@@ -188,11 +253,50 @@ def test_every_text_has_tokens_in_the_fixture_tokenizer(tmp_path):
 
 def test_a_bundle_that_differs_from_its_golden_vectors_is_refused(tmp_path):
     folder = shutil.copytree(FIXTURE, tmp_path / "bundle")
+    untouched = (folder / "golden.json").read_text()
+    for part, key, stage in (
+        ("items", "content", "encoder"),
+        ("items", "item", "item tower"),
+        ("items", "adapted", "adaptor"),
+        ("users", "user", "user tower"),
+        ("pairs", "mid_emb", "mid-emb"),
+    ):
+        golden = json.loads(untouched)
+        golden[part][2][key][3] += 3e-4
+        (folder / "golden.json").write_text(json.dumps(golden))
+        with pytest.raises(ValueError, match=f"^{stage}: differs from PyTorch"):
+            bundle_check.verify(folder)
+
+
+def test_golden_actions_are_read_and_so_are_those_that_the_manifest_does_not_list(tmp_path):
+    folder = shutil.copytree(FIXTURE, tmp_path / "bundle")
     golden = json.loads((folder / "golden.json").read_text())
-    golden["users"][2]["user"][3] += 3e-4
-    (folder / "golden.json").write_text(json.dumps(golden))
-    with pytest.raises(ValueError, match="user tower: differs from PyTorch"):
-        bundle.verify(folder)
+    number = next(n for n, user in enumerate(golden["users"]) if "view" in user.get("actions", ()))
+    actions = golden["users"][number]["actions"]
+    place = actions.index("view")
+    for action, is_the_same in (("skip", True), (UNSPECIFIED, True), ("dislike", False)):
+        actions[place] = action
+        (folder / "golden.json").write_text(json.dumps(golden))
+        if is_the_same:
+            bundle_check.verify(folder)
+        else:
+            with pytest.raises(ValueError, match="user tower: differs from PyTorch"):
+                bundle_check.verify(folder)
+
+
+def test_a_user_tower_that_is_wrong_for_one_user_alone_is_found(tmp_path, monkeypatch):
+    """Its graph cannot be, but ONNX Runtime may use another kernel for a single row."""
+
+    class WrongAlone(bundle_check._Graph):
+        def run(self, *inputs):
+            outputs = super().run(*inputs)
+            if self._table["outputs"] == ["user"] and len(inputs[0]) == 1:
+                outputs[0] = outputs[0] + 1e-3
+            return outputs
+
+    monkeypatch.setattr(bundle_check, "_Graph", WrongAlone)
+    with pytest.raises(ValueError, match="user tower, each user alone: differs from PyTorch"):
+        bundle_check.verify(FIXTURE)
 
 
 def test_a_failed_write_leaves_the_old_bundle_and_no_partial_files(tmp_path):
@@ -216,7 +320,7 @@ def test_files_that_only_the_replaced_bundle_listed_are_removed(tmp_path):
     bundle.write(fixture_bundles.build(tmp_path / "tokenizer.json"), folder)
     # A file that no manifest lists belongs to somebody else, so it is kept.
     assert not (folder / "encoder.weights").exists() and (folder / "notes.txt").exists()
-    bundle.verify(folder)
+    bundle_check.verify(folder)
 
 
 @pytest.mark.parametrize(
@@ -225,16 +329,25 @@ def test_files_that_only_the_replaced_bundle_listed_are_removed(tmp_path):
 def test_compare_accepts_only_vectors_within_the_tolerances(got, ok):
     got, want = np.array([got], np.float32), np.array([[1.0, 2.0]], np.float32)
     if ok:
-        bundle.compare("x", got, want)
+        bundle_check.compare("x", got, want)
     else:
         with pytest.raises(ValueError, match="x: differs"):
-            bundle.compare("x", got, want)
+            bundle_check.compare("x", got, want)
 
 
 def test_numbers_read_back_from_json_as_the_same_fp32():
     values = torch.randn(100) * 10.0 ** torch.randint(-6, 6, (100,)).float()
-    again = torch.tensor(json.loads(json.dumps(bundle.numbers(values))), dtype=torch.float32)
+    again = torch.tensor(json.loads(json.dumps(bundle_format.numbers(values))), dtype=torch.float32)
     assert torch.equal(again, values)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "fp32"), (torch.float16, "fp16")])
+def test_the_manifest_has_the_precision_of_the_weights_and_what_the_head_was_trained_on(tmp_path, dtype, precision):
+    built = fixture_bundles.build(tmp_path / "tokenizer.json")
+    cast_weights(built.encoder.graph, dtype)
+    manifest = bundle.manifest(replace(built, keeps="liked"), tmp_path)
+    assert manifest["encoder"]["precision"] == precision
+    assert manifest["history"]["keeps"] == "liked"
 
 
 def test_golden_content_of_fp16_weights_is_computed_in_fp32(tmp_path):

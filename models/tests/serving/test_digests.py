@@ -50,8 +50,22 @@ def test_each_digest_covers_exactly_its_part_of_the_bundle():
         other = first | {"item_text": first["item_text"] | changed}
         assert digests.encoder_digest(other) != digests.encoder_digest(first)
         assert digests.tower_digest(other) != digests.tower_digest(first)
+    # Records with and without what the user tower reads are not the same, but the content that they come from is.
+    other = first | {"item_tower": first["item_tower"] | {"outputs": ["item"]}}
+    assert digests.tower_digest(other) != digests.tower_digest(first)
+    assert digests.encoder_digest(other) == digests.encoder_digest(first)
     raw = (FIXTURES / "bundle" / "manifest.toml").read_bytes()
     assert digests.bundle_digest(FIXTURES / "bundle") == hashlib.sha256(raw).hexdigest()
+
+
+def test_the_tower_digest_matches_hand_built_bytes():
+    manifest = digests.read_manifest(FIXTURES / "bundle")
+    (file,) = (entry for entry in manifest["files"] if entry["part"] == "item_tower")
+    strings = [file["path"], file["sha256"]]
+    raw = b"".join(struct.pack("<Q", len(s)) + s.encode() for s in strings)
+    raw += bytes.fromhex(digests.encoder_digest(manifest))
+    raw += b"".join(struct.pack("<Q", len(s)) + s.encode() for s in ("content", "item", "adapted"))
+    assert digests.tower_digest(manifest) == hashlib.sha256(raw).hexdigest()[:32]
 
 
 def test_a_missing_or_malformed_manifest_is_an_error(tmp_path):
@@ -60,3 +74,18 @@ def test_a_missing_or_malformed_manifest_is_an_error(tmp_path):
     (tmp_path / "manifest.toml").write_text("format = ")
     with pytest.raises(ValueError, match=r"manifest\.toml: "):
         digests.read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("format = 1", "format 1, but this program reads format 2: convert it with `learn upgrade {0} --out {0}`"),
+        ("format = 3", "format 3, but this program reads format 2: use a newer `learn`"),
+        ("name = 'x'", "format None, but this program reads format 2: use a newer `learn`"),
+    ],
+)
+def test_a_manifest_of_another_format_is_refused_with_what_to_do(tmp_path, line, advice):
+    (tmp_path / "manifest.toml").write_text(line)
+    with pytest.raises(ValueError) as caught:
+        digests.read_manifest(tmp_path)
+    assert str(caught.value) == f"{tmp_path}/manifest.toml has {advice.format(tmp_path)}"

@@ -27,7 +27,7 @@ from transformers import (
 
 from learn.content import baichuan
 from learn.content.encoder_graph import EncoderGraph, cast_weights
-from learn.serving import bundle, encoder_export
+from learn.serving import bundle_check, bundle_format, digests, encoder_export
 
 GRAPHS = ("encoder.onnx", "user_tower.onnx", "item_tower.onnx", "cvr.onnx")
 COMMON = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4}
@@ -96,7 +96,7 @@ def ragged_batch(lengths, side):
 
 
 def run(path, *arrays):
-    session = bundle.session(path)
+    session = bundle_check.session(path)
     names = [port.name for port in session.get_inputs()]
     return session.run(None, {name: np.asarray(array) for name, array in zip(names, arrays, strict=True)})
 
@@ -233,7 +233,9 @@ def test_graphs_have_no_trace_of_the_machine_that_exported_them(folder, name):
 
 @pytest.mark.parametrize("folder", [FIXTURE, DEFAULT], ids=["fixture", "default"])
 def test_axes_are_dynamic_and_ports_are_named_as_the_format_specifies(folder):
-    signatures = (encoder_export.ENCODER, encoder_export.USER_TOWER, encoder_export.ITEM_TOWER, encoder_export.CVR)
+    actions = digests.read_manifest(folder)["history"]["actions"]
+    user_tower = bundle_format.user_tower(actions)
+    signatures = (bundle_format.ENCODER, user_tower, bundle_format.ITEM_TOWER, bundle_format.CVR)
     for name, signature in zip(GRAPHS, signatures, strict=True):
         graph = onnx.load(folder / name, load_external_data=False).graph
         assert tuple(port.name for port in graph.input) == signature.inputs

@@ -10,7 +10,7 @@ import torch
 from conftest import DEFAULT
 from onnx import numpy_helper, parser
 
-from learn.serving import bundle, gemm_rewrite
+from learn.serving import bundle_check, gemm_rewrite
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LEADING_SIZES = ((1, 1), (1, 6), (3, 5), (4, 1), (0, 3), (2, 0))
@@ -182,7 +182,7 @@ def test_sessions_share_the_weights_of_the_shipped_encoder():
     }
     ids = torch.randint(1000, 20000, (3, 9)).numpy()
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    (want,) = bundle.session(path).run(None, feeds)
+    (want,) = bundle_check.session(path).run(None, feeds)
     for _ in range(2):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1

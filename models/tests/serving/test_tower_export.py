@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -10,7 +12,7 @@ import torch
 from conftest import DEFAULT, FIXTURE, small_pch
 
 from learn.models.cvr import CvrConfig, CvrHead
-from learn.models.pch import Pch, PchConfig
+from learn.models.pch import ACTIONS, Pch, PchConfig
 from learn.models.served_graphs import CvrGraph, ItemTowerGraph, UserTowerGraph
 from learn.serving import tower_export
 
@@ -19,8 +21,18 @@ GRAPHS = ("user_tower.onnx", "item_tower.onnx", "cvr.onnx")
 # Every configuration that the export treats differently. With one layer, no layer precedes the last.
 VARIANTS = pytest.mark.parametrize(
     "changes",
-    [{}, {"positions": "learned"}, {"output": "raw"}, {"layers": 1}, {"heads": 4}, {"heads": 1}],
-    ids=["plain", "positions", "raw", "one-layer", "four-heads", "one-head"],
+    [
+        {},
+        {"positions": "learned"},
+        {"output": "raw"},
+        {"layers": 1},
+        {"heads": 4},
+        {"heads": 1},
+        {"adaptor": "linear"},
+        {"actions": ACTIONS},
+        {"actions": ("like",), "positions": "learned", "layers": 1},
+    ],
+    ids=["plain", "positions", "raw", "one-layer", "four-heads", "one-head", "linear", "actions", "actions-positions"],
 )
 
 
@@ -32,8 +44,15 @@ def run(model, *arrays):
     return session.run(None, {name: np.asarray(array) for name, array in zip(names, arrays, strict=True)})
 
 
-def histories(lengths, width):
-    return torch.randn(len(lengths), width, 12), (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
+def histories(pch, lengths, width):
+    """Returns content [b,l,C], and the inputs of the user tower: adapted [b,l,D], mask [b,l], perhaps action [b,l]."""
+    content = torch.randn(len(lengths), width, 12)
+    mask = (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
+    _item, adapted = ItemTowerGraph(pch)(content.flatten(0, 1))
+    inputs = [adapted.detach().unflatten(0, mask.shape), mask]
+    if pch.config.actions:
+        inputs.append(torch.randint(0, 1 + len(pch.config.actions), mask.shape) * mask)
+    return content, inputs
 
 
 def op_types(model):
@@ -46,22 +65,36 @@ def test_the_user_tower_graph_matches_pytorch(changes):
     model = tower_export.user_tower_model(pch)
     # Histories that are empty, short or of the maximum length, alone or in a batch, and padded more than needed.
     for lengths, width in (([1], 1), ([0], 1), ([9], 9), ([4, 0, 9, 1], 9), ([2, 2], 6), ([0, 0], 3)):
-        content, mask = histories(lengths, width)
-        (got,) = run(model, content, mask)
-        np.testing.assert_allclose(got, UserTowerGraph(pch)(content, mask).detach(), **CLOSE)
-        naive = pch.states(content)[torch.arange(len(lengths)), torch.tensor(lengths)]
+        content, inputs = histories(pch, lengths, width)
+        (got,) = run(model, *inputs)
+        np.testing.assert_allclose(got, UserTowerGraph(pch)(*inputs).detach(), **CLOSE)
+        naive = pch.states(content, *inputs[2:])[torch.arange(len(lengths)), torch.tensor(lengths)]
         np.testing.assert_allclose(got, naive.detach(), **CLOSE)
 
 
 def test_the_user_tower_graph_ignores_padding_and_other_users():
-    model = tower_export.user_tower_model(small_pch())
-    content, mask = histories([3, 6, 0], 9)
-    (together,) = run(model, content, mask)
-    noisy = torch.where(mask[..., None] == 1, content, torch.full_like(content, 7.0))
-    np.testing.assert_allclose(run(model, noisy, mask)[0], together, **CLOSE)
+    pch = small_pch(actions=("like", "skip"))
+    model = tower_export.user_tower_model(pch)
+    _content, (adapted, mask, action) = histories(pch, [3, 6, 0], 9)
+    (together,) = run(model, adapted, mask, action)
+    noisy = torch.where(mask[..., None] == 1, adapted, torch.randn_like(adapted))
+    np.testing.assert_allclose(run(model, noisy, mask, action + 2 * (1 - mask))[0], together, **CLOSE)
     for row, length in enumerate((3, 6)):
-        (alone,) = run(model, content[row : row + 1, :length], mask[row : row + 1, :length])
+        (alone,) = run(model, *(part[row : row + 1, :length] for part in (adapted, mask, action)))
         np.testing.assert_allclose(alone[0], together[row], **CLOSE)
+
+
+def test_an_unknown_action_adds_nothing_to_an_item_of_the_user_tower():
+    pch = small_pch(actions=("like", "skip"))
+    _content, (adapted, mask, action) = histories(pch, [3, 6, 0, 9], 9)
+    with_actions = tower_export.user_tower_model(pch)
+    (table,) = (t for t in with_actions.graph.initializer if list(t.dims) == [3, 16])
+    table = onnx.numpy_helper.to_array(table)
+    assert not table[0].any() and np.abs(table.mean(axis=1)).max() < 1e-6 < np.abs(table[1:]).max()
+    pch.config, pch.actions = replace(pch.config, actions=()), None
+    (want,) = run(tower_export.user_tower_model(pch), adapted, mask)
+    np.testing.assert_array_equal(run(with_actions, adapted, mask, torch.zeros_like(mask))[0], want)
+    assert np.abs(run(with_actions, adapted, mask, action)[0] - want)[[0, 1, 3]].max(axis=1).min() > 1e-3
 
 
 @VARIANTS
@@ -70,9 +103,11 @@ def test_the_item_tower_graph_matches_pytorch(changes):
     model = tower_export.item_tower_model(pch)
     for n_items in (1, 2, 7):
         content = torch.randn(n_items, 12)
-        (got,) = run(model, content)
-        np.testing.assert_allclose(got, ItemTowerGraph(pch)(content).detach(), **CLOSE)
-        np.testing.assert_allclose(got, pch.states(content[:, None])[:, 1].detach(), **CLOSE)
+        item, adapted = run(model, content)
+        want_item, want_adapted = ItemTowerGraph(pch)(content)
+        np.testing.assert_allclose(item, want_item.detach(), **CLOSE)
+        np.testing.assert_allclose(adapted, want_adapted.detach(), **CLOSE)
+        np.testing.assert_allclose(item, pch.states(content[:, None])[:, 1].detach(), **CLOSE)
 
 
 def test_the_cvr_graph_matches_pytorch():
@@ -86,14 +121,12 @@ def test_the_cvr_graph_matches_pytorch():
         np.testing.assert_allclose(cvr, want_cvr.detach(), **CLOSE)
 
 
-def test_towers_with_a_linear_adaptor_match_pytorch():
-    pch = small_pch(adaptor="linear")
-    content, mask = histories([5, 2], 5)
-    (got,) = run(tower_export.user_tower_model(pch), content, mask)
-    np.testing.assert_allclose(got, pch.last(content, mask).detach(), **CLOSE)
-    (got,) = run(tower_export.item_tower_model(pch), content[0])
-    np.testing.assert_allclose(got, pch.alone(content[0]).detach(), **CLOSE)
-    assert pch.start.dtype == torch.float32 and pch.start.requires_grad
+def test_the_export_leaves_the_module_as_it_is():
+    pch = small_pch(actions=("like",))
+    tower_export.user_tower_model(pch)
+    tower_export.item_tower_model(pch)
+    assert pch.start.dtype == pch.actions.weight.dtype == torch.float32
+    assert pch.start.requires_grad and pch.actions.weight.requires_grad
 
 
 def test_an_item_tower_that_is_the_content_itself_has_no_graph():
@@ -105,8 +138,8 @@ def test_the_last_layer_of_the_user_tower_computes_no_keys_or_values():
     pch = small_pch(layers=3)
     found = op_types(tower_export.user_tower_model(pch))
     assert found.count("Attention") == 2
-    # Two products of the adaptor, six of each earlier layer, four of the last layer, and the projection.
-    assert found.count("Gemm") == 2 + 6 * 2 + 4 + 1
+    # Six products of each earlier layer, four of the last layer, and the projection.
+    assert found.count("Gemm") == 6 * 2 + 4 + 1
     assert "LayerNormalization" not in found and "Erf" not in found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from conftest import FIXTURE, FIXTURES
 from live_server import serving
 
-from learn.serving import fixture_bundles, grpc_messages, verify_server
+from learn.data.item_text import render
+from learn.serving import digests, fixture_bundles, grpc_messages, verify_server
 from learn.serving.verify_server import Case, Drift, Towers, VerifyConfig
 
 PAGES = [([], [0, 1]), ([2], [3]), ([5, 4, 3, 2, 1, 0, 1, 2, 3, 4], [6, 7, 8, 0])]
@@ -37,12 +39,15 @@ def test_the_server_reproduces_the_golden_vectors(server, dtype, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("learn 1 (") and "OUT OF" not in shown
     rows = dict(re.findall(r"^(\w+) +(\d+) +[\d.e-]+ ", shown, re.MULTILINE))
-    # The content of nine items is read once, from the cache; five users and all items are compared cold and cached.
-    n_pairs = sum(bool(np.isfinite(cvr)) for case in verify_server.golden_cases(FIXTURE) for cvr in case.cvr)
+    # Content and records of nine items are read once, from the caches; users and items are compared cold and cached.
+    cases = list(verify_server.golden_cases(FIXTURE))
+    assert len(cases) == 9 and sum(bool(case.actions) for case in cases) == 4
+    n_pairs = sum(bool(np.isfinite(cvr)) for case in cases for cvr in case.cvr)
     assert rows == {
         "content": "9",
-        "item_emb": str(2 * 5 * 9),
-        "user_emb": str(2 * 5),
+        "adapted": "9",
+        "item_emb": str(2 * 9 * 9),
+        "user_emb": str(2 * 9),
         "mid_emb": str(2 * n_pairs),
         "cvr": str(2 * n_pairs),
     }
@@ -53,7 +58,8 @@ def test_the_server_matches_the_towers_of_a_run(server, towers):
     config = VerifyConfig(server.grpc, admin=server.admin)
     report = verify_server.verify(config, cases)
     assert report.is_good(config), report.table(config)
-    assert [drift.n for drift in report.drifts] == [6, 2 * 7, 2 * 3, 2 * 7, 2 * 7]
+    assert [bool(case.actions) for case in cases] == [False, False, True]
+    assert [drift.n for drift in report.drifts] == [6, 6, 2 * 7, 2 * 3, 2 * 7, 2 * 7]
     # Both sides compute in fp32: they differ in the last digits only, and a difference of 0 would mean a copy.
     assert 0 < max(drift.max_absolute for drift in report.drifts) < 2e-5
 
@@ -70,17 +76,28 @@ def test_other_towers_are_reported_from_the_first_output_that_differs(server, ca
     shown = capsys.readouterr().out
     off = re.findall(r"^(\w+) .*OUT OF TOLERANCE$", shown, re.MULTILINE)
     # The encoder is the same in both bundles, so content is within the tolerance.
-    assert off == ["item_emb", "user_emb", "mid_emb", "cvr"]
+    assert off == ["adapted", "item_emb", "user_emb", "mid_emb", "cvr"]
     assert f"fault: version is '1', but {FIXTURES / 'retrained'} has '{other.version}'" in shown
     faults = re.findall(r"^fault: (\w+) is", shown, re.MULTILINE)
     assert faults == ["version", "digest", "tower_digest"]
 
 
-def test_without_an_admin_address_content_is_reported_as_not_compared(server):
+def test_without_an_admin_address_what_is_only_in_caches_is_reported_as_not_compared(server):
     config = VerifyConfig(server.grpc)
     report = verify_server.verify(config, verify_server.golden_cases(FIXTURE))
     assert report.is_good(config)
-    assert "not on the wire: give an admin address" in report.table(config)
+    for stage in ("content", "adapted"):
+        assert re.search(rf"^{stage} +0 not on the wire: give an admin address$", report.table(config), re.MULTILINE)
+
+
+def test_a_server_that_read_other_actions_is_found_in_the_user_embedding(server, towers):
+    (case,) = verify_server.torch_cases(towers, fixture_bundles.ITEMS, [PAGES[2]])
+    config = VerifyConfig(server.grpc)
+    assert verify_server.verify(config, [case]).is_good(config)
+    for actions in ((), ["dislike"] * len(case.history)):
+        report = verify_server.verify(config, [dataclasses.replace(case, actions=actions)])
+        off = [drift.stage for drift in report.drifts if not drift.is_within(config)]
+        assert off[0] == "user_emb" and not report.faults
 
 
 def test_rows_that_are_not_ok_are_a_fault(server, towers):
@@ -96,6 +113,88 @@ def test_rows_that_are_not_ok_are_a_fault(server, towers):
 def test_a_model_name_that_is_not_served_is_an_error(server):
     with pytest.raises(ValueError, match="serves learn, but no model 'other'"):
         verify_server.verify(VerifyConfig(server.grpc, model="other"), [])
+
+
+# --- without a server ------------------------------------------------------------------------------------------------
+
+
+def model_info(bundle):
+    """What a server of this bundle says about it, without digests."""
+    messages, _services = grpc_messages.stubs()
+    manifest = digests.read_manifest(bundle)
+    return messages.ModelInfo(
+        content_dim=manifest["encoder"]["dim"],
+        user_dim=manifest["user_tower"]["dim"],
+        item_dim=manifest["item_tower"]["dim"],
+        adapted_dim=manifest["item_tower"]["adapted_dim"],
+        mid_dim=manifest["cvr"]["dim"],
+        max_history=manifest["user_tower"]["max_history"],
+        max_tokens=manifest["item_text"]["max_tokens"],
+        history_actions=[messages.Action.Value(f"ACTION_{a.upper()}") for a in manifest["history"]["actions"]],
+        history_keeps=manifest["history"]["keeps"],
+    )
+
+
+def test_facts_about_histories_and_records_are_compared_with_the_manifest():
+    def faults(info):
+        lines = verify_server._facts(info, FIXTURE)
+        return [line for line in lines if "digest" not in line and not line.startswith("version")]
+
+    info = model_info(FIXTURE)
+    assert faults(info) == []
+    info.adapted_dim, info.history_keeps = 41, "liked"
+    info.history_actions[1] = 9
+    assert faults(info) == [
+        f"adapted_dim is 41, but {FIXTURE} has 40",
+        f"history_actions is ['click', '9', 'dislike', 'purchase'], but {FIXTURE} has "
+        "['click', 'like', 'dislike', 'purchase']",
+        f"history_keeps is 'liked', but {FIXTURE} has 'all'",
+    ]
+    without = model_info(FIXTURES / "reencoded")
+    assert not without.history_actions and [line.split(" ")[0] for line in faults(without)] == ["history_actions"]
+
+
+def test_a_request_has_one_action_per_history_item_or_none(towers):
+    messages, _services = grpc_messages.stubs()
+    requests = [
+        verify_server._request(case, VerifyConfig("x"), 0)
+        for case in (
+            *verify_server.golden_cases(FIXTURE),
+            *verify_server.torch_cases(towers, fixture_bundles.ITEMS, PAGES),
+        )
+    ]
+    golden = json.loads((FIXTURE / "golden.json").read_text())["users"]
+    for user, request in zip(golden, requests, strict=False):
+        names = [messages.Action.Name(number).removeprefix("ACTION_").lower() for number in request.history_actions]
+        assert names == user.get("actions", [])
+        assert len(request.history) == len(user["history"])
+    assert all(len(request.history_actions) in (0, len(request.history)) for request in requests)
+    assert messages.ACTION_UNSPECIFIED in requests[8].history_actions and len(requests[-1].history_actions) == 10
+
+
+def test_expected_vectors_of_a_run_depend_on_the_actions_of_the_items_that_the_tower_reads(towers):
+    history = [0, 1, 2, 3, 4, 5, 6, 7, 8, 0]  # The towers read the last eight.
+    pages = [(history, [1]), (history, [1]), (history, [1])]
+    first, silent, second = verify_server.torch_cases(towers, fixture_bundles.ITEMS, pages)
+    assert first.actions != second.actions and not silent.actions
+    assert np.abs(first.user_emb - second.user_emb).max() > 1e-2 < np.abs(first.user_emb - silent.user_emb).max()
+    (again, *_rest) = verify_server.torch_cases(towers, fixture_bundles.ITEMS, pages[:1])
+    assert again.actions == first.actions
+    np.testing.assert_array_equal(again.user_emb, first.user_emb)
+    # The same by hand: content -> adapted items, whose actions are numbered by the towers' own setting.
+    numbers = {name: number for number, name in enumerate(("click", "like", "dislike", "purchase"), start=1)}
+    texts = [render(fixture_bundles.ITEMS[position]) for position in history[2:]]
+    action = torch.tensor([[numbers.get(name, 0) for name in first.actions[2:]]])
+    with torch.no_grad():
+        content = torch.from_numpy(towers.encoder.encode(texts))[None]
+        want = towers.pch.last(content, torch.ones(1, 8, dtype=torch.int64), action)
+    np.testing.assert_allclose(first.user_emb, want[0], atol=1e-6)
+
+
+def test_towers_without_actions_get_none(towers):
+    silent = dataclasses.replace(towers, pch=fixture_bundles.Pch(fixture_bundles.SIZES).eval())
+    cases = verify_server.torch_cases(silent, fixture_bundles.ITEMS, PAGES)
+    assert not any(case.actions for case in cases)
 
 
 def test_an_unreachable_server_is_reported(capsys):
@@ -148,3 +247,4 @@ def test_a_case_does_not_depend_on_its_other_candidates(towers):
     (alone,) = verify_server.torch_cases(towers, fixture_bundles.ITEMS, [([1, 2], [4])])
     np.testing.assert_allclose(case.mid_emb[1], alone.mid_emb[0], atol=1e-6)
     np.testing.assert_allclose(case.content[1], alone.content[0], atol=1e-6)
+    np.testing.assert_allclose(case.adapted[1], alone.adapted[0], atol=1e-6)

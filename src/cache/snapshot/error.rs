@@ -61,7 +61,7 @@ pub enum ReadError {
     /// The vectors belong to an encoder or tower that no served model uses.
     #[error("no served model uses its {} vectors, of {digest}", kind.as_str())]
     Foreign {
-        /// Content or item embeddings.
+        /// Content embeddings or item records.
         kind: Kind,
         /// The digest of the encoder or tower.
         digest: String,

@@ -175,13 +175,13 @@ mod tests {
         };
         let caches = Arc::new(Caches::new(limits));
         let text = ItemText::titled("a");
-        caches.known_items.resolve(vec![Item { id: "a".to_owned(), text: Some(Ok(text)) }], Priority::WarmUp);
+        caches.known_items.resolve(vec![Item { id: "a", text: Some(Ok(text)) }], Priority::WarmUp);
         SnapshotKeeper::new(caches, folder.to_path_buf())
     }
 
     fn served() -> Vec<Served> {
         let (encoder, tower) = (Digest::from_bytes([1; 16]), Digest::from_bytes([2; 16]));
-        vec![Served { encoder, content_dim: 4, tower, item_dim: 2 }]
+        vec![Served { encoder, content_dim: 4, tower, record_dim: 2 }]
     }
 
     /// Replicas that share a folder used to remove each other's snapshots without a word.

@@ -10,7 +10,7 @@
 //! | kind | tensors | metadata of this kind |
 //! |---|---|---|
 //! | `content` | `vectors` F32 `[n, dim]`, `text_digests` U8 `[n, 16]` | `digest` (the encoder's, in hex), `dim` |
-//! | `item` | the same | `digest` (the tower's, in hex), `dim` |
+//! | `item` | the same; a vector is an item record: item embedding, then adapted content | `digest` (the tower's, in hex), `dim` |
 //! | `known_items` | `text_ends` U64 `[n]`, `id_keys` U8 `[n, 16]`, `texts` U8 (concatenated JSON) | `id_hash_key` |
 //!
 //! Every part has the metadata `format` = `midemb-vectors`, `format_version` = `1`, `kind`, `n`, `made_by` and `checksum`, and
@@ -58,8 +58,8 @@ pub struct Served {
     pub content_dim: usize,
     /// The digest of its item tower.
     pub tower: TowerDigest,
-    /// The width of an item embedding.
-    pub item_dim: usize,
+    /// The width of an item record.
+    pub record_dim: usize,
 }
 
 /// The kind of entries in a part.
@@ -67,7 +67,7 @@ pub struct Served {
 pub enum Kind {
     /// Content embeddings of one encoder.
     Content,
-    /// Item embeddings of one tower.
+    /// Item records of one tower.
     Item,
     /// Texts by item id.
     KnownItems,
@@ -105,7 +105,7 @@ impl VectorSource for ids::Tower {
 pub struct Counts {
     /// Content embeddings.
     pub n_contents: u64,
-    /// Item embeddings.
+    /// Item records.
     pub n_items: u64,
     /// Texts by item id.
     pub n_known_items: u64,

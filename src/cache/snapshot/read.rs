@@ -53,7 +53,7 @@ pub(super) fn take(bytes: &[u8], caches: &Caches, served: &[Served]) -> Result<I
 fn take_part(part: &Part<'_>, caches: &Caches, served: &[Served]) -> Result<Imported, ReadError> {
     match part.kind()? {
         Kind::Content => take_vectors(part, &caches.contents, served.iter().map(|s| (s.encoder, s.content_dim))),
-        Kind::Item => take_vectors(part, &caches.items, served.iter().map(|s| (s.tower, s.item_dim))),
+        Kind::Item => take_vectors(part, &caches.items, served.iter().map(|s| (s.tower, s.record_dim))),
         Kind::KnownItems => take_known_items(part, &caches.known_items),
     }
 }

@@ -13,7 +13,7 @@ const SERVED: Served = Served {
     encoder: EncoderDigest::from_bytes([0xe1; 16]),
     content_dim: 6,
     tower: TowerDigest::from_bytes([0x70; 16]),
-    item_dim: 3,
+    record_dim: 3,
 };
 const OLD_ENCODER: EncoderDigest = EncoderDigest::from_bytes([0xe0; 16]);
 
@@ -41,7 +41,8 @@ impl Caches {
             let (content, item) = (content_key(i), item_key(i));
             caches.contents.insert_ahead(content, vector(i, 6));
             caches.items.insert_ahead(item, vector(i, 3));
-            let known = Item { id: format!("id-{i}"), text: Some(Ok(text(i))) };
+            let id = format!("id-{i}");
+            let known = Item { id: &id, text: Some(Ok(text(i))) };
             assert!(caches.known_items.resolve(vec![known], Priority::WarmUp)[0].is_ok());
             for _ in 0..i % 3 {
                 assert!(caches.contents.get(&content).is_some() && caches.items.get(&item).is_some());
@@ -53,7 +54,8 @@ impl Caches {
 
     /// The digest of the text that is known under the id of entry `i`.
     fn known_text(&self, i: usize) -> Option<TextDigest> {
-        let items = vec![Item { id: format!("id-{i}"), text: None }];
+        let id = format!("id-{i}");
+        let items = vec![Item { id: &id, text: None }];
         self.known_items.resolve(items, Priority::Request).remove(0).ok().map(|known| known.digest)
     }
 

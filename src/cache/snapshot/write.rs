@@ -40,7 +40,7 @@ impl<'a> PartsWriter<'a> {
 
     pub(super) fn write(mut self, caches: &Caches, served: &[Served]) -> Result<Counts, SnapshotError> {
         self.write_vectors(&caches.contents, served.iter().map(|served| (served.encoder, served.content_dim)))?;
-        self.write_vectors(&caches.items, served.iter().map(|served| (served.tower, served.item_dim)))?;
+        self.write_vectors(&caches.items, served.iter().map(|served| (served.tower, served.record_dim)))?;
         self.write_known_items(&caches.known_items)?;
         Ok(self.counts)
     }
@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn texts_are_looked_up_when_they_are_written() {
         let known = KnownItems::new(1 << 20, 100);
-        let item = |id: &str| Item { id: id.to_owned(), text: Some(Ok(ItemText::titled(id))) };
+        let item = |id| Item { id, text: Some(Ok(ItemText::titled(id))) };
         known.resolve(vec![item("a"), item("b"), item("c")], Priority::Request);
         let (_hash_key, mut texts) = hottest_texts(&known);
         assert!(texts.next().is_some());

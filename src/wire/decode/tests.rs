@@ -45,7 +45,8 @@ fn violations(message: proto::GetMidEmbRequest) -> Vec<String> {
 
 #[test]
 fn the_defaults_are_mid_emb_in_f32_from_the_routed_model() {
-    let decoded = request(&raw(&valid()), Instant::now(), &LIMITS).unwrap();
+    let message = raw(&valid());
+    let decoded = request(&message, Instant::now(), &LIMITS).unwrap();
     assert_eq!(decoded.dtype, DType::F32);
     assert_eq!(decoded.request.model, None);
     assert_eq!(decoded.request.outputs, Outputs { mid_emb: true, ..Outputs::default() });
@@ -59,17 +60,20 @@ fn every_violation_names_its_field_and_its_limit() {
         candidates: vec![item("a"), item(""), item("c"), item("d")],
         outputs: vec![1, 99, 0],
         dtype: 99,
+        history_actions: vec![1, -1, 3, 9],
         ..Default::default()
     };
     assert_eq!(
         violations(message),
         [
-            "user_id: is empty",
             "candidates: has 4 items, at most 3 are allowed",
             "history: has 3 items, at most 2 are allowed",
             "candidates[1].id: is empty",
+            "history_actions: has 4 entries, it must be empty or have one per history item (3)",
             "outputs[1]: 99 is not an output, use 1 to 4",
             "outputs[2]: 0 is not an output, use 1 to 4",
+            "history_actions[1]: -1 is not an action, use 0 to 8",
+            "history_actions[3]: 9 is not an action, use 0 to 8",
             "dtype: 99 is not an element type, use 0 to 3",
         ]
     );
@@ -96,10 +100,10 @@ fn timeouts_are_parsed_as_grpc_defines_them() {
 }
 
 /// The bytes that a decoded list of items occupies.
-fn item_bytes(items: &[Item]) -> usize {
+fn item_bytes(items: &[Item<'_>]) -> usize {
     let text_bytes =
-        |item: &Item| item.text.as_ref().and_then(|text| text.as_ref().ok()).map_or(0, ItemText::heap_bytes);
-    items.iter().map(|item| size_of::<Item>() + item.id.capacity() + text_bytes(item)).sum()
+        |item: &Item<'_>| item.text.as_ref().and_then(|text| text.as_ref().ok()).map_or(0, ItemText::heap_bytes);
+    items.iter().map(|item| size_of::<Item<'_>>() + text_bytes(item)).sum()
 }
 
 #[test]
@@ -173,22 +177,36 @@ fn number(known: RangeInclusive<i32>) -> impl Strategy<Value = i32> {
 fn message() -> impl Strategy<Value = proto::GetMidEmbRequest> {
     let model = prop_oneof![Just(String::new()), text(6)];
     let outputs = prop::collection::vec(number(1..=4), 0..5);
-    (id(), item_list(0..=LIMITS.max_history), item_list(1..=LIMITS.max_candidates), model, outputs, number(0..=3))
-        .prop_map(|(user_id, history, candidates, model, outputs, dtype)| proto::GetMidEmbRequest {
-            user_id,
-            history,
-            candidates,
-            model,
-            outputs,
-            dtype,
+    let (history, candidates) = (item_list(0..=LIMITS.max_history), item_list(1..=LIMITS.max_candidates));
+    (
+        id(),
+        history,
+        candidates,
+        model,
+        outputs,
+        number(0..=3),
+        prop::collection::vec(number(0..=8), 0..5),
+        any::<bool>(),
+    )
+        .prop_map(|(user_id, history, candidates, model, outputs, dtype, mut history_actions, one_each)| {
+            if one_each {
+                history_actions.resize(history.len(), 3);
+            }
+            proto::GetMidEmbRequest { user_id, history, candidates, model, outputs, dtype, history_actions }
         })
 }
 
 /// The fields that violate the contract of `midemb.proto`, written down apart from the code under test.
 fn violated_fields(message: &proto::GetMidEmbRequest) -> BTreeSet<String> {
     let mut fields = BTreeSet::new();
-    if message.user_id.is_empty() {
-        fields.insert("user_id".to_owned());
+    let n_actions = message.history_actions.len();
+    if n_actions > 0 && n_actions != message.history.len() {
+        fields.insert("history_actions".to_owned());
+    }
+    for (i, action) in message.history_actions.iter().enumerate() {
+        if !(0..=8).contains(action) {
+            fields.insert(format!("history_actions[{i}]"));
+        }
     }
     if !(1..=LIMITS.max_candidates).contains(&message.candidates.len()) {
         fields.insert("candidates".to_owned());
@@ -216,7 +234,7 @@ fn violated_fields(message: &proto::GetMidEmbRequest) -> BTreeSet<String> {
     fields
 }
 
-fn assert_same_items(found: &[Item], sent: &[proto::Item]) {
+fn assert_same_items(found: &[Item<'_>], sent: &[proto::Item]) {
     assert_eq!(found.len(), sent.len());
     for (found, sent) in found.iter().zip(sent) {
         assert_eq!(found.id, sent.id);
@@ -233,10 +251,12 @@ fn assert_same_items(found: &[Item], sent: &[proto::Item]) {
     }
 }
 
-fn assert_same_request(decoded: &Decoded, sent: &proto::GetMidEmbRequest) {
+fn assert_same_request(decoded: &Decoded<'_>, sent: &proto::GetMidEmbRequest) {
     let request = &decoded.request;
     assert_eq!(request.user_id, sent.user_id);
-    assert_eq!(request.model.as_deref().unwrap_or_default(), sent.model);
+    assert_eq!(request.model.unwrap_or_default(), sent.model);
+    let actions: Vec<i32> = request.history_actions.iter().map(|action| *action as i32).collect();
+    assert_eq!(actions, sent.history_actions);
     assert_same_items(&request.history, &sent.history);
     assert_same_items(&request.candidates, &sent.candidates);
     let has = |number: i32| sent.outputs.contains(&number);
@@ -250,7 +270,8 @@ fn assert_same_request(decoded: &Decoded, sent: &proto::GetMidEmbRequest) {
 /// What prost decodes is decoded to the same request. What it refuses is refused, unless the fault is in a part that is not
 /// looked at.
 fn assert_decodes_as_prost_does(bytes: &[u8]) {
-    let decoded = request(&RawMessage(bytes.to_vec().into()), Instant::now(), &LIMITS);
+    let message = RawMessage(bytes.to_vec().into());
+    let decoded = request(&message, Instant::now(), &LIMITS);
     if let Ok(sent) = proto::GetMidEmbRequest::decode(bytes) {
         match decoded {
             Ok(decoded) => assert_same_request(&decoded, &sent),
@@ -275,7 +296,8 @@ fn a_message_in_an_unusual_form_is_read_as_protobuf_says() {
     bytes.extend(twice);
     bytes.extend([0x28, 1, 0xf8, 0x07, 5, 0x28, 2]);
     assert!(proto::GetMidEmbRequest::decode(bytes.as_slice()).is_ok());
-    let decoded = request(&RawMessage(bytes.into()), Instant::now(), &LIMITS).unwrap().request;
+    let message = RawMessage(bytes.into());
+    let decoded = request(&message, Instant::now(), &LIMITS).unwrap().request;
     let text = decoded.candidates[0].text.as_ref().unwrap().as_ref().unwrap();
     assert_eq!((text.title(), text.keywords().collect::<Vec<_>>()), ("last", vec!["k"]));
     assert_eq!(decoded.outputs, Outputs { mid_emb: true, cvr: true, ..Outputs::default() });

@@ -1,0 +1,108 @@
+"""Runs a bundle's graphs with ONNX Runtime and compares them with its golden vectors, as a server does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from learn.padding import pad
+from learn.serving.bundle_format import action_numbers
+from learn.serving.digests import read_manifest
+from learn.serving.tolerances import ABSOLUTE, COSINE
+
+
+def verify(folder: Path) -> None:
+    """Runs the graphs on the golden inputs, in other batches than the trainer's; raises ValueError for a difference."""
+    verify_encoder(folder)
+    verify_towers(folder)
+
+
+def verify_encoder(folder: Path) -> None:
+    """Compares the golden items' content, computed from their token ids in one batch."""
+    manifest, golden = _read(folder)
+    ids, mask = pad([item["token_ids"] for item in golden["items"]], manifest["encoder"]["pad_id"])
+    (content,) = _Graph(folder, manifest["encoder"]).run(ids, mask)
+    compare("encoder", content, _vectors(golden["items"], "content"))
+
+
+def verify_towers(folder: Path) -> None:
+    """Compares every stage after the encoder; each stage reads the golden vectors of the one before.
+
+    The user tower runs once for all golden users together and once for each of them alone.
+    """
+    manifest, golden = _read(folder)
+    items, users, pairs = golden["items"], golden["users"], golden["pairs"]
+    want_item, want_adapted = _vectors(items, "item"), _vectors(items, "adapted")
+    want_user = _vectors(users, "user")
+    item, adapted = _Graph(folder, manifest["item_tower"]).run(_vectors(items, "content"))
+    compare("item tower", item, want_item)
+    compare("adaptor", adapted, want_adapted)
+
+    user_tower = _Graph(folder, manifest["user_tower"])
+    (together,) = user_tower.run(*_histories(manifest, users, want_adapted))
+    compare("user tower", together, want_user)
+    alone = [user_tower.run(*_histories(manifest, [user], want_adapted))[0] for user in users]
+    compare("user tower, each user alone", np.concatenate(alone), want_user)
+
+    chosen = np.array([pair["item"] for pair in pairs])
+    row = np.array([pair["user"] for pair in pairs], np.int64)
+    mid_emb, cvr = _Graph(folder, manifest["cvr"]).run(want_user, want_item[chosen], row)
+    compare("mid-emb", mid_emb, _vectors(pairs, "mid_emb"))
+    compare("cvr", cvr[:, None], _vectors(pairs, "cvr")[:, None])
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the manifest and the golden vectors."""
+    manifest = read_manifest(folder)
+    return manifest, json.loads((folder / manifest["golden"]["file"]).read_text(encoding="utf-8"))
+
+
+def _vectors(entries: list[dict[str, Any]], key: str) -> np.ndarray:
+    return np.array([entry[key] for entry in entries], np.float32)
+
+
+def _histories(manifest: Mapping[str, Any], users: list[dict[str, Any]], adapted: np.ndarray) -> list[np.ndarray]:
+    """Returns the inputs of the user tower for these golden users, padded to the longest history."""
+    rows, mask = pad([user["history"] for user in users])
+    inputs = [adapted[rows] * mask[..., None].astype(np.float32), mask]
+    if manifest["history"]["actions"]:
+        numbers = [action_numbers(manifest, user.get("actions", [])) for user in users]
+        inputs.append(pad(numbers, least=mask.shape[1])[0])
+    return inputs
+
+
+class _Graph:
+    """One graph of a bundle, called with its inputs in the order of the manifest."""
+
+    def __init__(self, folder: Path, table: Mapping[str, Any]) -> None:
+        self._table = table
+        self._session = session(folder / table["file"])
+
+    def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        """Returns the outputs in the order of the manifest."""
+        return self._session.run(self._table["outputs"], dict(zip(self._table["inputs"], inputs, strict=True)))
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    """Returns a CPU session with one thread that logs errors only."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def compare(what: str, got: np.ndarray, want: np.ndarray) -> None:
+    """Raises ValueError unless every row of [n,d] is within both tolerances."""
+    if got.shape != want.shape:
+        raise ValueError(f"{what}: the shape is {got.shape}, expected {want.shape}")
+    error = float(np.abs(got - want).max())
+    norms = np.linalg.norm(got, axis=1) * np.linalg.norm(want, axis=1)
+    cosine = float(((got * want).sum(axis=1) / np.maximum(norms, 1e-30)).min())
+    # The comparison is written so that a NaN fails it.
+    if not (error <= ABSOLUTE and cosine >= COSINE):
+        raise ValueError(f"{what}: differs from PyTorch by {error:.3g}, cosine {cosine:.7f}")

@@ -1,0 +1,140 @@
+//! What a user did with the items of the history, and visitors without an id.
+
+use crate::harness::{
+    Server, config, films, fixture, floats, history_statuses, midemb, page, reencoded, retrained, run_to_end, shipped,
+    statuses,
+};
+use midemb_client::proto::{Action, GetMidEmbRequest, GetMidEmbResponse, GetModelInfoRequest, Item};
+use std::collections::BTreeSet;
+
+const UNKNOWN: &str = "never seen";
+
+async fn ask(server: &Server, history: Vec<Item>, actions: &[Action]) -> GetMidEmbResponse {
+    let history_actions = actions.iter().map(|action| i32::from(*action)).collect();
+    let request = GetMidEmbRequest { history_actions, ..page(history, films("c", 2)) };
+    server.client().await.get_mid_emb(request).await.unwrap().into_inner()
+}
+
+#[tokio::test]
+async fn a_model_reads_the_actions_that_it_was_trained_with() {
+    use Action::{Click, Dislike, Like, Purchase, Unspecified, View};
+    let server = Server::start();
+    let history = films("h", 2);
+    let info = server.client().await.get_model_info(GetModelInfoRequest {}).await.unwrap().into_inner();
+    assert_eq!(info.models[0].history_actions().collect::<Vec<_>>(), [Click, Like, Dislike, Purchase]);
+    assert_eq!((info.models[0].adapted_dim, info.models[0].history_keeps.as_str()), (40, "all"));
+
+    let none = ask(&server, history.clone(), &[]).await;
+    for (actions, is_same) in [
+        ([Unspecified, Unspecified], true),
+        // The fixture was not trained with views.
+        ([View, View], true),
+        ([Like, Unspecified], false),
+        ([Unspecified, Like], false),
+        ([Like, Dislike], false),
+        ([Dislike, Like], false),
+    ] {
+        // Twice, as the second answer reads the user cache.
+        for turn in ["computed", "cached"] {
+            let answer = ask(&server, history.clone(), &actions).await;
+            assert_eq!(answer.user_emb == none.user_emb, is_same, "{actions:?}, {turn}");
+            assert_eq!(answer.mid_emb == none.mid_emb, is_same, "{actions:?}, {turn}");
+            assert_eq!(answer.item_emb, none.item_emb, "an action reached a candidate");
+        }
+    }
+    let user_runs = server.scrape().sum("midemb_batch_items_count", &["stage=\"user_tower\""]);
+    assert_eq!(user_runs, 5.0, "one run for no action and one for each of the four other histories");
+}
+
+/// An action stays with its item when others are left out.
+#[tokio::test]
+async fn an_item_that_is_not_used_takes_its_action_with_it() {
+    use Action::{Dislike, Like, Purchase};
+    let server = Server::start();
+    let [first, second] = <[Item; 2]>::try_from(films("h", 2)).unwrap();
+    let unknown = Item { id: UNKNOWN.to_owned(), text: None };
+    let with_unknown = vec![first.clone(), unknown, second.clone()];
+    let answer = ask(&server, with_unknown, &[Like, Dislike, Purchase]).await;
+    assert_eq!(history_statuses(&answer), ["OK", "UNKNOWN_ITEM", "OK"]);
+    let without = ask(&server, vec![first, second], &[Like, Purchase]).await;
+    assert_eq!(answer.user_emb, without.user_emb);
+
+    // The fixture reads the newest 8 items.
+    let long = films("long", 11);
+    let actions: Vec<Action> = [Like, Dislike, Purchase].into_iter().cycle().take(11).collect();
+    let newest = ask(&server, long[3..].to_vec(), &actions[3..]).await;
+    let all = ask(&server, long, &actions).await;
+    assert_eq!((all.history_used, newest.history_used), (8, 8));
+    assert_eq!(all.user_emb, newest.user_emb);
+}
+
+#[tokio::test]
+async fn a_model_without_actions_takes_calls_that_send_them() {
+    for bundle in [reencoded(), shipped()] {
+        let server = Server::start_with(&bundle, "");
+        let info = server.client().await.get_model_info(GetModelInfoRequest {}).await.unwrap().into_inner();
+        assert_eq!(info.models[0].history_actions, [0; 0]);
+        let without = ask(&server, films("h", 2), &[]).await;
+        let with = ask(&server, films("h", 2), &[Action::Like, Action::Dislike]).await;
+        assert_eq!((&with.user_emb, statuses(&with)), (&without.user_emb, vec!["OK"; 2]));
+        assert_eq!(server.scrape().sum("midemb_cache_lookups_total", &["cache=\"user\"", "result=\"hit\""]), 1.0);
+    }
+}
+
+/// A visitor without an id is the coldest start of all.
+#[tokio::test]
+async fn a_visitor_without_an_id_is_routed_by_history_and_without_one_at_random() {
+    let (folder, file) = config(&fixture(), "");
+    let (one, other) = (std::fs::read_to_string(&file).unwrap(), retrained().display().to_string());
+    std::fs::write(&file, format!("{one}share = 50\n[[models]]\nname = \"other\"\nbundle = {other:?}\nshare = 50\n"))
+        .unwrap();
+    let server = Server::start_from(folder, file);
+    let mut client = server.client().await;
+    let mut models_of = async |history: Vec<Item>| {
+        let mut names = BTreeSet::new();
+        for _ in 0..40 {
+            let request = GetMidEmbRequest { user_id: String::new(), ..page(history.clone(), films("c", 1)) };
+            let answer = client.get_mid_emb(request).await.unwrap().into_inner();
+            assert_eq!((statuses(&answer), floats(&answer.user_emb).len()), (vec!["OK"], 16));
+            names.insert(answer.model.unwrap().name);
+        }
+        names
+    };
+    let mut by_history = BTreeSet::new();
+    for i in 0..20 {
+        let names = models_of(films(&format!("h{i}"), 3)).await;
+        assert_eq!(names.len(), 1, "the same history was answered by {names:?}");
+        by_history.extend(names);
+    }
+    let both = BTreeSet::from(["learn".to_owned(), "other".to_owned()]);
+    assert_eq!((by_history, models_of(vec![]).await), (both.clone(), both));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn query_sends_actions() {
+    let server = Server::start();
+    let query = |more: &[&str]| {
+        let items = shipped().join("sample_items.jsonl");
+        let mut command = midemb();
+        command.args(["query", "--server", &server.grpc, "--json", "--history", "3", "--items"]).arg(items).args(more);
+        run_to_end(&mut command)
+    };
+    let user_emb = |more: &[&str]| {
+        let output = query(more);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()["user_emb"].clone()
+    };
+    let none = user_emb(&[]);
+    let liked = user_emb(&["--history-actions", "like", "--user", ""]);
+    assert_ne!(liked, none);
+    assert_eq!(user_emb(&["--history-actions", "like,LIKE,like"]), liked);
+    assert_ne!(user_emb(&["--history-actions", "like,like,purchase"]), liked);
+    for (actions, reason) in [
+        ("like,purchase", "--history-actions names 2 actions for 3 history items: give one for all, or one each"),
+        ("love", "it is not an action, use unspecified, view, click"),
+    ] {
+        let output = query(&["--history-actions", actions]);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && stderr.contains(reason), "{stderr}");
+    }
+}
