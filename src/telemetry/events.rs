@@ -1,6 +1,6 @@
 //! One function per event. It updates the metrics and, where an operator should know, writes a log line.
 
-use super::{names, recorder, series::Owner};
+use super::{handles, names, recorder, series::Owner};
 use crate::{
     domain::error::{Error, ShedReason},
     domain::{ModelRef, RowStatus},
@@ -35,7 +35,7 @@ pub fn request_failed(method: &'static str, error: &Error) {
 
 /// A stage that began at `start` ended.
 pub fn stage_finished(stage: &'static str, start: Instant) {
-    histogram!(names::STAGE_DURATION, "stage" => stage).record(start.elapsed());
+    handles::record(names::STAGE_DURATION, ("stage", stage), start.elapsed().as_secs_f64());
 }
 
 /// The results of a request's look-ups in one cache. They add up to the number of look-ups.
@@ -54,7 +54,7 @@ pub fn cache_looked_up(cache: &'static str, lookups: Lookups) {
     let Lookups { n_hits, n_misses, n_coalesced } = lookups;
     for (result, n) in [("hit", n_hits), ("miss", n_misses), ("coalesced", n_coalesced)] {
         if n > 0 {
-            counter!(names::CACHE_LOOKUPS, "cache" => cache, "result" => result).increment(n);
+            handles::increment(names::CACHE_LOOKUPS, [("cache", cache), ("result", result)], n);
         }
     }
 }
@@ -72,17 +72,20 @@ pub fn cache_measured(cache: &'static str, n_entries: u64, n_bytes: u64) {
 
 /// A response with these candidate rows is about to be sent.
 pub fn rows_answered(statuses: &[RowStatus]) {
-    for status in RowStatus::ALL {
-        let n = statuses.iter().filter(|s| **s == status).count();
+    let mut n_rows = [0; RowStatus::ALL.len()];
+    for status in statuses {
+        n_rows[*status as usize] += 1;
+    }
+    for (status, n) in RowStatus::ALL.into_iter().zip(n_rows) {
         if n > 0 {
-            counter!(names::ROWS, "status" => status.as_str()).increment(n as u64);
+            counter!(names::ROWS, "status" => status.as_str()).increment(n);
         }
     }
 }
 
 /// A graph ran over `n_items` items.
 pub fn batch_ran(stage: &'static str, n_items: usize) {
-    histogram!(names::BATCH_ITEMS, "stage" => stage).record(n_items as f64);
+    handles::record(names::BATCH_ITEMS, ("stage", stage), n_items as f64);
 }
 
 /// The encoder ran over `n_tokens` tokens, padding included.
@@ -102,7 +105,7 @@ pub struct QueueStay {
 impl QueueStay {
     /// A job joins `queue`.
     pub fn begin(queue: &'static str) -> Self {
-        gauge!(names::QUEUE_DEPTH, "queue" => queue).increment(1.0);
+        handles::add(names::QUEUE_DEPTH, ("queue", queue), 1.0);
         QueueStay { queue, joined: Instant::now(), refused: false }
     }
 
@@ -114,11 +117,11 @@ impl QueueStay {
 
 impl Drop for QueueStay {
     fn drop(&mut self) {
-        gauge!(names::QUEUE_DEPTH, "queue" => self.queue).decrement(1.0);
+        handles::add(names::QUEUE_DEPTH, ("queue", self.queue), -1.0);
         if self.refused {
             return;
         }
-        histogram!(names::QUEUE_WAIT, "queue" => self.queue).record(self.joined.elapsed());
+        handles::record(names::QUEUE_WAIT, ("queue", self.queue), self.joined.elapsed().as_secs_f64());
     }
 }
 

@@ -30,6 +30,11 @@ pub struct Recorder {
 /// What the process-wide recorder keeps.
 static INSTALLED: OnceLock<Arc<Series>> = OnceLock::new();
 
+/// Whether the process has its recorder.
+pub(super) fn is_installed() -> bool {
+    INSTALLED.get().is_some()
+}
+
 /// Histograms keep their samples until they are drained. A server that nobody scrapes must not grow.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 

@@ -93,13 +93,32 @@ pub struct Fields<'a> {
     rest: &'a [u8],
 }
 
+/// The bit by which a varint says that it goes on.
+const CONTINUES: u8 = 0x80;
+
 impl<'a> Fields<'a> {
     /// The fields of `message`.
     pub fn of(message: &'a [u8]) -> Self {
         Fields { rest: message }
     }
 
+    /// The next field, if it has a length and both its key and its length take one byte, as almost all of a page of ids do.
+    fn next_short_field(&mut self) -> Option<Field<'a>> {
+        const HAS_LENGTH: u8 = WireType::LengthDelimited as u8;
+        let [key, n_bytes, rest @ ..] = self.rest else { return None };
+        let (number, wire_type) = (key >> 3, key & 7);
+        if (key | n_bytes) & CONTINUES != 0 || wire_type != HAS_LENGTH || number == 0 {
+            return None;
+        }
+        let (bytes, rest) = rest.split_at_checked(usize::from(*n_bytes))?;
+        self.rest = rest;
+        Some(Field { number: u32::from(number), value: Value::Bytes(bytes) })
+    }
+
     fn next_field(&mut self) -> Result<Field<'a>, Malformed> {
+        if let Some(field) = self.next_short_field() {
+            return Ok(field);
+        }
         let (number, wire_type) = decode_key(&mut self.rest).map_err(|_error| Malformed::Damaged)?;
         let value = match wire_type {
             WireType::Varint => Value::Varint(self.varint()?),
