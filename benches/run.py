@@ -1,12 +1,17 @@
 #!/usr/bin/env python3
-"""Runs every scenario of `midemb-bench` with the floors and two peers, as docs/performance.md describes.
+"""Runs every scenario of `midemb-bench` with the floors and the peers, as docs/performance.md describes.
 
-    make bench                       (or: .venv/bin/python benches/run.py)  five rounds, about ten minutes
+    make bench                       (or: .venv/bin/python benches/run.py)  five rounds, about thirteen minutes
     .venv/bin/python benches/run.py --rounds 1 --write benches/results/2026-11-24-cpu.md
 
 Each round measures everything once, one after the other, so that the machine's load affects all alike. Figures are
 medians over the rounds, with the lowest and the highest; ratios are taken within a round. CPU time is user plus system
 time of the whole server process; Triton's includes its models' processes.
+
+In W1, midemb is measured again before each peer and before the graphs, as the machine's speed changes within a round,
+too. A ratio is that of two runs that follow each other, and midemb's own figure is the median of its runs. The peers
+run with the graphs of format 2, as midemb does, and with those of format 1, which had the adaptor in the user tower.
+Triton is sent ids as strings, as midemb is, and as integers, which cost it less.
 """
 
 import argparse
@@ -18,8 +23,10 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,10 +43,16 @@ W4_RATE = 100
 BUSY = ["--concurrency", "8"]
 CURVES = {"candidates": [50, 500, 1000, 2000, 4000], "history": [1, 20, 40, 80]}
 CURVE_ITEMS = 4000
-# Cache sizes in MB for content and item embeddings; those of the 3000 items take 4.7 and 1.1 MB.
+# Cache sizes in MB for content embeddings and item records; those of the 3000 items take 4.7 and 1.8 MB.
 CACHE_SIZES = [(1, 1), (2, 1), (4, 1), (8, 2)]
 ZIPF = ["--items", "3000", "--candidates", "50", "--history", "20", "--requests", "400"]
 
+# Values of the peers' options: the formats of the graphs, and what Triton is sent for an item.
+FORMATS, ID_KINDS = ("1", "2"), ("strings", "integers")
+# Measures W1 on one server, given more arguments of `midemb-bench w1-hot`.
+HotBench = Callable[..., dict]
+# Adds a figure of one round to the report.
+Note = Callable[[str, float], None]
 Figures = dict[str, list[float]]
 
 
@@ -55,8 +68,12 @@ def bench(server: Server, scenario: str, *more: str) -> list[dict]:
     return run_json(str(BENCH), scenario, "--json", *addresses, *more)
 
 
-def floor(script: str) -> dict:
-    return run_json(sys.executable, str(PEERS / script), "--bundle", str(BUNDLE))[0]
+def hot(server: Server, *more: str) -> dict:
+    return bench(server, "w1-hot", *more)[0]
+
+
+def floor(script: str, *more: str) -> dict:
+    return run_json(sys.executable, str(PEERS / script), "--bundle", str(BUNDLE), *more)[0]
 
 
 def triton_bench(triton: tuple[str, str], *more: str) -> dict:
@@ -80,33 +97,74 @@ def peer(script: str, *more: str) -> Iterator[tuple[str, str]]:
         process.wait(timeout=30)
 
 
-def one_round(ours: Server, peer: Server, triton_peer: tuple[str, str], figures: Figures) -> None:
-    def note(name: str, value: float) -> None:
-        figures[name].append(value)
+@contextmanager
+def hot_peers() -> Iterator[dict[str, HotBench]]:
+    """Starts W1's peers and yields, by the peer's name in the report, what measures W1 on it."""
+    peers: dict[str, HotBench] = {}
+    with ExitStack() as running:
+        for graphs in FORMATS:
+            python = running.enter_context(peer("python_server.py", "--format", graphs, "--proto", str(ROOT / "proto")))
+            peers[python_name(graphs)] = partial(hot, Server(*python))
+        for graphs, ids in product(FORMATS, ID_KINDS):
+            triton = running.enter_context(peer("triton_server.py", "--format", graphs, "--ids", ids))
+            peers[triton_name(graphs, ids)] = partial(triton_bench, triton, "--ids", ids)
+        yield peers
 
-    hot, python = bench(ours, "w1-hot", *BUSY)[0], bench(peer, "w1-hot", *BUSY)[0]
-    triton = triton_bench(triton_peer, *BUSY)
-    graphs = floor("graphs.py")
-    hot_at_2, python_at_2 = bench(ours, "w1-hot")[0], bench(peer, "w1-hot")[0]
-    triton_at_2 = triton_bench(triton_peer)
-    pages = bench(ours, "w1-hot", "--pages", "8", *BUSY)[0]
-    note("W1 midemb, CPU ms per request", hot["server_cpu_ms"])
-    note("W1 Python server, CPU ms per request", python["server_cpu_ms"])
-    note("W1 Triton, CPU ms per request", triton["server_cpu_ms"])
-    note("W1 midemb, 2 requests at once, CPU ms per request", hot_at_2["server_cpu_ms"])
-    note("W1 Python server, 2 requests at once, CPU ms per request", python_at_2["server_cpu_ms"])
-    note("W1 Triton, 2 requests at once, CPU ms per request", triton_at_2["server_cpu_ms"])
+
+def python_name(graphs: str) -> str:
+    return f"Python server, format-{graphs} graphs"
+
+
+def triton_name(graphs: str, ids: str) -> str:
+    return f"Triton, format-{graphs} graphs, {ids.removesuffix('s')} ids"
+
+
+# What midemb may cost at most, as a share of a peer's cost.
+GOALS = {triton_name(graphs, ids): goal for graphs, goal in (("1", 0.40), ("2", 0.70)) for ids in ID_KINDS}
+GRAPHS_GOAL = 1.60
+# W1 with two requests at once, which shows what waking up costs, is measured on these peers only.
+MEASURED_AT_2 = (python_name("2"), triton_name("2", "strings"))
+
+
+def hot_round(ours: Server, peers: dict[str, HotBench], note: Note) -> None:
+    """Measures W1 on every server, and on ours again before each peer and before the graphs."""
+    own, busy = {}, {}
+    for name, measure in peers.items():
+        own[name], busy[name] = hot(ours, *BUSY), measure(*BUSY)
+    beside_graphs = hot(ours, *BUSY)
+    floors = {graphs: floor("graphs.py", "--format", graphs) for graphs in ("2", "1")}
+    own_at_2, at_2 = hot(ours), {name: peers[name]() for name in MEASURED_AT_2}
+    pages = hot(ours, "--pages", "8", *BUSY)
+
+    own_runs = [*own.values(), beside_graphs]
+    note("W1 midemb, CPU ms per request", median_of("server_cpu_ms", own_runs))
+    for name in peers:
+        note(f"W1 {name}, CPU ms per request", busy[name]["server_cpu_ms"])
+    note("W1 midemb, 2 requests at once, CPU ms per request", own_at_2["server_cpu_ms"])
+    for name in MEASURED_AT_2:
+        note(f"W1 {name}, 2 requests at once, CPU ms per request", at_2[name]["server_cpu_ms"])
     note("W1 midemb, sessions of 8 pages, CPU ms per request", pages["server_cpu_ms"])
-    note("W1 midemb, requests per second", hot["good_per_second"])
-    note("W1 Python server, requests per second", python["good_per_second"])
-    note("W1 Triton, requests per second", triton["good_per_second"])
-    note("W1 the two graphs in a bare loop, CPU ms", graphs["graphs_ms"])
-    note("W1 their matrix products alone, CPU ms", graphs["products_ms"])
-    note("W1 midemb / graphs (goal 1.10)", hot["server_cpu_ms"] / graphs["graphs_ms"])
-    note("W1 midemb / products (goal 1.35)", hot["server_cpu_ms"] / graphs["products_ms"])
-    note("W1 midemb / Python server (goal 0.65)", hot["server_cpu_ms"] / python["server_cpu_ms"])
-    note("W1 midemb / Triton (goal 0.75)", hot["server_cpu_ms"] / triton["server_cpu_ms"])
+    note("W1 midemb, requests per second", median_of("good_per_second", own_runs))
+    for name in peers:
+        note(f"W1 {name}, requests per second", busy[name]["good_per_second"])
+    for graphs in FORMATS:
+        note(f"W1 the two graphs of format {graphs} in a bare loop, CPU ms", floors[graphs]["graphs_ms"])
+        note(f"W1 the matrix products of format {graphs} alone, CPU ms", floors[graphs]["products_ms"])
 
+    for name in peers:
+        goal = f" (goal {GOALS[name]:.2f})" if name in GOALS else ""
+        note(f"W1 midemb / {name}{goal}", own[name]["server_cpu_ms"] / busy[name]["server_cpu_ms"])
+    cpu_ms = beside_graphs["server_cpu_ms"]
+    note(f"W1 midemb / graphs of format 2 (goal {GRAPHS_GOAL:.2f})", cpu_ms / floors["2"]["graphs_ms"])
+    note("W1 midemb / matrix products of format 2", cpu_ms / floors["2"]["products_ms"])
+
+
+def median_of(figure: str, runs: list[dict]) -> float:
+    return statistics.median(run[figure] for run in runs)
+
+
+def other_scenarios(ours: Server, note: Note) -> None:
+    """Measures W2 to W6."""
     cold, loop = bench(ours, "w2-cold")[0], floor("encoder.py")
     note("W2 midemb, cold items per second", cold["good_per_second"])
     note("W2 midemb, CPU ms per item", cold["server_cpu_ms"])
@@ -135,7 +193,7 @@ def one_round(ours: Server, peer: Server, triton_peer: tuple[str, str], figures:
 def curve(ours: Server, axis: str) -> list[tuple[int, float]]:
     def cpu_ms(value: int) -> float:
         size = ["--items", str(CURVE_ITEMS), "--requests", "400", f"--{axis}", str(value)]
-        return bench(ours, "w1-hot", *size)[0]["server_cpu_ms"]
+        return hot(ours, *size)["server_cpu_ms"]
 
     return [(value, cpu_ms(value)) for value in CURVES[axis]]
 
@@ -194,11 +252,15 @@ def main() -> None:
         if not program.exists():
             sys.exit(f"{program} is missing: run `make {target}`")
     figures: Figures = defaultdict(list)
-    python_peer = peer("python_server.py", "--proto", str(ROOT / "proto"))
-    with serving() as ours, python_peer as python, peer("triton_server.py") as triton:
+
+    def note(name: str, value: float) -> None:
+        figures[name].append(value)
+
+    with serving() as ours, hot_peers() as peers:
         for i in range(args.rounds):
             print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
-            one_round(ours, Server(*python), triton, figures)
+            hot_round(ours, peers, note)
+            other_scenarios(ours, note)
         print("curves", file=sys.stderr)
         curves = {axis: curve(ours, axis) for axis in CURVES}
     text = report(figures, curves, cache_curve(), args.rounds)

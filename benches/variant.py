@@ -37,6 +37,7 @@ from onnx import ModelProto, external_data_helper, numpy_helper
 NOISE = 0.05
 # A matrix with at least this many values is a layer's weight. Smaller ones may be masks or tables.
 LARGE = 1024
+FORMAT = 2
 MANIFEST = "manifest.toml"
 GRAPHS = ("user_tower", "item_tower", "cvr")
 
@@ -88,9 +89,10 @@ def recompute(golden: dict, folder: Path, manifest: dict) -> None:
     user_tower, item_tower, cvr = (Graph(folder, manifest[name]) for name in GRAPHS)
     items, users = golden["items"], golden["users"]
     for item in items:
-        item["item"] = numbers(item_tower(row(item["content"]))[0][0])
+        embedding, adapted = item_tower(row(item["content"]))
+        item["item"], item["adapted"] = numbers(embedding[0]), numbers(adapted[0])
     for user in users:
-        user["user"] = numbers(user_tower(*history([items[index] for index in user["history"]], manifest))[0][0])
+        user["user"] = numbers(user_tower(*history(user, items, manifest))[0][0])
     for pair in golden["pairs"]:
         owner = np.zeros(1, np.int64)
         mid_emb, probability = cvr(row(users[pair["user"]]["user"]), row(items[pair["item"]]["item"]), owner)
@@ -102,11 +104,26 @@ def row(values: list[float]) -> np.ndarray:
     return np.array([values], np.float32)
 
 
-def history(items: list[dict], manifest: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Returns content [1,l,C] and mask [1,l]; an empty history is one masked position."""
-    if not items:
-        return np.zeros((1, 1, manifest["encoder"]["dim"]), np.float32), np.zeros((1, 1), np.int64)
-    return np.array([[item["content"] for item in items]], np.float32), np.ones((1, len(items)), np.int64)
+def history(user: dict, items: list[dict], manifest: dict) -> list[np.ndarray]:
+    """Returns the user tower's inputs: adapted [1,l,D], mask [1,l] and, if the manifest lists actions, action [1,l].
+
+    An empty history is one masked position. The golden file has no actions for users of whose actions none is known.
+    """
+    n = len(user["history"])
+    adapted = np.zeros((1, max(n, 1), manifest["item_tower"]["adapted_dim"]), np.float32)
+    mask, action = np.zeros(adapted.shape[:2], np.int64), np.zeros(adapted.shape[:2], np.int64)
+    if n > 0:
+        adapted[0] = [items[index]["adapted"] for index in user["history"]]
+        mask[0] = 1
+    if names := user.get("actions"):
+        action[0] = action_numbers(names, manifest)
+    return [adapted, mask, action] if manifest["history"]["actions"] else [adapted, mask]
+
+
+def action_numbers(names: list[str], manifest: dict) -> list[int]:
+    """Returns each action's number: 1 for the first that the manifest lists; 0 for one that it does not list."""
+    known = manifest["history"]["actions"]
+    return [known.index(name) + 1 if name in known else 0 for name in names]
 
 
 def numbers(values: np.ndarray) -> list[float]:
@@ -184,6 +201,8 @@ def main() -> None:
         sys.exit(f"{args.out} is not empty: give a new or empty folder")
     text = (args.bundle / MANIFEST).read_text()
     manifest = tomllib.loads(text)
+    if manifest["format"] != FORMAT:
+        sys.exit(f"{args.bundle / MANIFEST} has format {manifest['format']}, but this program reads format {FORMAT}")
     write_files(args.bundle, args.out, manifest, args.seed)
     text = relabel(text, args.version, args.out, provenance(manifest, args.seed))
     assert tomllib.loads(text)["version"] == args.version

@@ -1,6 +1,6 @@
 """Measures the floor of W1: a bundle's user tower and CVR graph in a bare loop, and their products, on one thread.
 
-    python benches/peers/graphs.py --bundle models/default [--history 80] [--candidates 500] [--runs 400]
+    python benches/peers/graphs.py --bundle models/default [--format 2] [--history 80] [--candidates 500] [--runs 400]
 
 Prints one JSON object with the CPU milliseconds (of this whole process) per request:
 
@@ -8,6 +8,9 @@ Prints one JSON object with the CPU milliseconds (of this whole process) per req
 - `products_ms`: only the matrix products of these two graphs, with the shapes that ONNX Runtime's profile reports, as
   MatMul nodes whose weights are constants where the graph's are. An Attention node counts as its two products, over all
   positions. There is no bias, activation, norm or softmax.
+
+The user tower of the bundle reads adapted items. With `--format 1` it is the one of format 1 (`format_1.py`), which has
+the adaptor in it and reads content embeddings.
 
 Neither figure includes a server's other work: wire format, cache, gathering of vectors.
 """
@@ -24,13 +27,24 @@ from pathlib import Path
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime reads it while it is imported.
 
+import format_1
 import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+GRAPHS = ("item_tower", "user_tower", "cvr")
 PRODUCTS = {"MatMul", "FusedMatMul", "Gemm"}
 OPSET = 20
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one request asks for, and the format of the graphs that answer it."""
+
+    n_history: int
+    n_candidates: int
+    format: int
 
 
 @dataclass(frozen=True)
@@ -56,29 +70,37 @@ def session(model: str | bytes, settings: onnxruntime.SessionOptions | None = No
 class Graphs:
     """The two graphs of a hot request, with inputs for them."""
 
-    def __init__(self, folder: Path, n_history: int, n_candidates: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, workload: Workload) -> None:
         self.manifest = tomllib.loads((folder / "manifest.toml").read_text())
+        self.models: dict[str, str | bytes] = {name: str(folder / self.manifest[name]["file"]) for name in GRAPHS}
         random = np.random.default_rng(1)
-        content = random.standard_normal((1, n_history, self.manifest["encoder"]["dim"])).astype(np.float32)
-        content /= np.linalg.norm(content, axis=-1, keepdims=True)
-        items = random.standard_normal((n_candidates, self.manifest["item_tower"]["dim"])).astype(np.float32)
-        items /= np.linalg.norm(items, axis=-1, keepdims=True)
-        user = random.standard_normal((1, self.manifest["user_tower"]["dim"])).astype(np.float32)
+        content = _unit_rows(random, workload.n_history, self.manifest["encoder"]["dim"])
+        items = _unit_rows(random, workload.n_candidates, self.manifest["item_tower"]["dim"])
+        user = _unit_rows(random, 1, self.manifest["user_tower"]["dim"])
+        mask = np.ones((1, workload.n_history), np.int64)
+        # All actions are 0, which means that none is known.
+        actions = [np.zeros_like(mask)] if self.manifest["history"]["actions"] else []
+        vectors = self._adapted(content)
+        if workload.format == 1:
+            vectors = content
+            self.models["user_tower"] = format_1.user_tower(folder).SerializeToString()
+            self.manifest["user_tower"]["inputs"] = format_1.inputs(self.manifest)
         self.feeds = {
-            "user_tower": self._feed("user_tower", content, np.ones((1, n_history), np.int64)),
-            "cvr": self._feed("cvr", user, items, np.zeros(n_candidates, np.int64)),
+            "user_tower": self._feed("user_tower", vectors[None], mask, *actions),
+            "cvr": self._feed("cvr", user, items, np.zeros(workload.n_candidates, np.int64)),
         }
 
     def _feed(self, graph: str, *inputs: np.ndarray) -> dict[str, np.ndarray]:
         return dict(zip(self.manifest[graph]["inputs"], inputs, strict=True))
 
-    def path(self, graph: str) -> str:
-        return str(self.folder / self.manifest[graph]["file"])
+    def _adapted(self, content: np.ndarray) -> np.ndarray:
+        """Maps content [n,C] to adapted items [n,D]."""
+        output = self.manifest["item_tower"]["outputs"][1]
+        return session(self.models["item_tower"]).run([output], self._feed("item_tower", content))[0]
 
     def loop(self) -> Callable[[], object]:
         """Returns a function that runs both graphs for one request; the CVR graph reads the user tower's output."""
-        tower, cvr = session(self.path("user_tower")), session(self.path("cvr"))
+        tower, cvr = session(self.models["user_tower"]), session(self.models["cvr"])
         tower_feed, cvr_feed = self.feeds["user_tower"], dict(self.feeds["cvr"])
         user_name = self.manifest["cvr"]["inputs"][0]
 
@@ -98,7 +120,7 @@ class Graphs:
             settings.enable_profiling = True
             settings.profile_file_prefix = f"{folder}/profile"
             settings.optimized_model_filepath = f"{folder}/optimized.onnx"
-            profiled = session(self.path(graph), settings)
+            profiled = session(self.models[graph], settings)
             profiled.run(None, self.feeds[graph])
             events = json.loads(Path(profiled.end_profiling()).read_text())
             weights = _weights(f"{folder}/optimized.onnx")
@@ -117,6 +139,11 @@ class Graphs:
             elif arguments.get("op_name") == "Attention":
                 found.extend(_attention(shapes, heads[node]))
         return found
+
+
+def _unit_rows(random: np.random.Generator, n: int, dim: int) -> np.ndarray:
+    rows = random.standard_normal((n, dim)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
 def _heads(path: str) -> dict[str, int]:
@@ -194,11 +221,12 @@ def cpu_ms(once: Callable[[], object], runs: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--format", type=int, choices=[1, 2], default=2, help="format of the graphs")
     parser.add_argument("--history", type=int, default=80)
     parser.add_argument("--candidates", type=int, default=500)
     parser.add_argument("--runs", type=int, default=400)
     args = parser.parse_args()
-    graphs = Graphs(args.bundle, args.history, args.candidates)
+    graphs = Graphs(args.bundle, Workload(args.history, args.candidates, args.format))
     products = graphs.products()
     result = {
         "graphs_ms": cpu_ms(graphs.loop(), args.runs),

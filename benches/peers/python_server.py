@@ -1,9 +1,12 @@
 """A peer as a team would write it first: grpcio and onnxruntime in Python, with midemb's contract, bundle and work.
 
-    python benches/peers/python_server.py --bundle models/default --proto proto [--threads 2]
+    python benches/peers/python_server.py --bundle models/default --proto proto [--format 2] [--threads 2]
 
 Answers `GetMidEmb` (ids only, F32, mid-emb) and `WarmItems`, and serves the `process_*` metrics for the benchmark.
 Prints one line, `serving GRPC METRICS`, when it is ready, and stops on SIGTERM.
+
+It keeps the item tower's adapted items for its user tower to read, as midemb does. With `--format 1` it runs the user
+tower of format 1 (`format_1.py`), which reads content embeddings.
 
 It is written to be fast for Python: one session per thread on one core each, vectors in two matrices that are gathered
 by row number, and tensors sent without conversion. The features that it lacks make it faster: it has no deadlines, no
@@ -21,6 +24,7 @@ from pathlib import Path
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime reads it while it is imported.
 
+import format_1
 import grpc
 import jinja2
 import numpy as np
@@ -32,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "clients"
 from stubs import generate_stubs
 
 FIELDS = ("title", "category", "brand", "price", "keywords", "attributes")
+GRAPHS = ("encoder", "item_tower", "user_tower", "cvr")
 ENCODE_AT_ONCE = 16
 OK, UNKNOWN_ITEM = 1, 2
 ROWS = 1 << 16
@@ -40,9 +45,13 @@ ROWS = 1 << 16
 class Model:
     """A bundle's graphs. Every thread has its own sessions."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, format: int) -> None:
         self.manifest = tomllib.loads((folder / "manifest.toml").read_text())
+        self.format = format
+        self.graphs: dict[str, str | bytes] = {name: str(folder / self.manifest[name]["file"]) for name in GRAPHS}
+        if format == 1:
+            self.graphs["user_tower"] = format_1.user_tower(folder).SerializeToString()
+            self.manifest["user_tower"]["inputs"] = format_1.inputs(self.manifest)
         self.template = jinja2.Environment(autoescape=False).from_string(self.manifest["item_text"]["template"])
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / self.manifest["encoder"]["tokenizer"]))
         self.tokenizer.encode_special_tokens = True
@@ -56,8 +65,8 @@ class Model:
         if graph not in sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = options.inter_op_num_threads = 1
-            path = str(self.folder / spec["file"])
-            sessions[graph] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            model = self.graphs[graph]
+            sessions[graph] = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         return sessions[graph].run(spec["outputs"], dict(zip(spec["inputs"], inputs, strict=True)))
 
     def content(self, texts: list) -> np.ndarray:
@@ -66,6 +75,20 @@ class Model:
         ids = np.array([row.ids for row in encoded], dtype=np.int64)
         mask = np.array([row.attention_mask for row in encoded], dtype=np.int64)
         return self.run("encoder", ids, mask)[0]
+
+    def history_dim(self) -> int:
+        """Returns the width of what the user tower reads of an item."""
+        return self.manifest["encoder"]["dim"] if self.format == 1 else self.manifest["item_tower"]["adapted_dim"]
+
+    def item(self, content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Maps content [n,C] to item embeddings [n,E] and to what the user tower reads of each item."""
+        item, adapted = self.run("item_tower", content)
+        return item, content if self.format == 1 else adapted
+
+    def user(self, history: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Maps a history [1,l,C or D] and its mask [1,l] to a user embedding [1,E]. No action is known."""
+        actions = [np.zeros_like(mask)] if self.manifest["history"]["actions"] else []
+        return self.run("user_tower", history, mask, *actions)[0]
 
 
 class Peer:
@@ -76,7 +99,7 @@ class Peer:
         manifest = model.manifest
         self.max_history = manifest["user_tower"]["max_history"]
         self.row_of: dict[str, int] = {}
-        self.contents = np.zeros((ROWS, manifest["encoder"]["dim"]), dtype=np.float32)
+        self.history_vectors = np.zeros((ROWS, model.history_dim()), dtype=np.float32)
         self.items = np.zeros((ROWS, manifest["item_tower"]["dim"]), dtype=np.float32)
 
     def WarmItems(self, chunks, context):
@@ -90,8 +113,8 @@ class Peer:
                 first = len(self.row_of)
                 if first + len(batch) > ROWS:
                     context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"this peer keeps at most {ROWS} items")
-                self.contents[first : first + len(batch)] = content
-                self.items[first : first + len(batch)] = self.model.run("item_tower", content)[0]
+                rows = slice(first, first + len(batch))
+                self.items[rows], self.history_vectors[rows] = self.model.item(content)
                 self.row_of.update((item.id, first + i) for i, item in enumerate(batch))
                 n_encoded += len(batch)
         return self.pb.WarmItemsResponse(items=n_items, encoded=n_encoded, already_cached=n_items - n_encoded)
@@ -100,9 +123,10 @@ class Peer:
         history = [self.row_of[item.id] for item in request.history[-self.max_history :] if item.id in self.row_of]
         rows = [self.row_of.get(item.id) for item in request.candidates]
         known = [row for row in rows if row is not None]
-        content = self.contents[history][None] if history else np.zeros((1, 1, self.contents.shape[1]), np.float32)
-        mask = np.full(content.shape[:2], 1 if history else 0, dtype=np.int64)
-        (user,) = self.model.run("user_tower", content, mask)
+        no_history = np.zeros((1, 1, self.history_vectors.shape[1]), np.float32)
+        vectors = self.history_vectors[history][None] if history else no_history
+        mask = np.full(vectors.shape[:2], 1 if history else 0, dtype=np.int64)
+        user = self.model.user(vectors, mask)
         mid_emb, _ = self.model.run("cvr", user, self.items[known], np.zeros(len(known), dtype=np.int64))
         if len(known) < len(rows):
             scattered = np.zeros((len(rows), mid_emb.shape[1]), np.float32)
@@ -120,10 +144,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--proto", type=Path, required=True)
+    parser.add_argument("--format", type=int, choices=[1, 2], default=2, help="format of the graphs")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     pb, pb_grpc = generate_stubs(args.proto)
-    service = type("Service", (Peer, pb_grpc.MidEmbServiceServicer), {})(Model(args.bundle), pb)
+    service = type("Service", (Peer, pb_grpc.MidEmbServiceServicer), {})(Model(args.bundle, args.format), pb)
     server = grpc.server(ThreadPoolExecutor(args.threads), options=[("grpc.max_receive_message_length", 64 << 20)])
     pb_grpc.add_MidEmbServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -1,11 +1,12 @@
 """Sends the workload of `midemb-bench w1-hot` to the Triton peer in KServe's protocol, as a closed loop.
 
-    python benches/peers/triton_bench.py --server GRPC --pid PID --bundle models/default [--requests 2000]
+    python benches/peers/triton_bench.py --server GRPC --pid PID --bundle models/default [--ids strings]
 
-GRPC and PID are the values that `triton_server.py` prints. Warms made-up items with random unit vectors instead of the
-encoder's, compares one response with onnxruntime's result in this process, then sends newly drawn histories and
-candidates. Prints one JSON object with the keys of `midemb-bench --json`; `server_*` are sums over Triton and the
-processes of its models (resident memory counts shared pages once per process).
+GRPC and PID are the values that `triton_server.py` prints; `--ids` must be what it was started with. Warms made-up
+items with random unit vectors instead of the encoder's, compares one response with onnxruntime's result in this process
+(of the bundle's own graphs; those of format 1 give the same), then sends newly drawn histories and candidates. Prints
+one JSON object with the keys of `midemb-bench --json`; `server_*` are sums over Triton and the processes of its models
+(resident memory counts shared pages once per process).
 
 Requests are serialized before the clock starts and responses are not parsed, so that this client costs little.
 """
@@ -47,22 +48,39 @@ def infer_request(model: str, *tensors: Tensor) -> bytes:
     return message.SerializeToString()
 
 
+def string_id(i: int) -> bytes:
+    """Returns an id as long as those of `midemb-bench`, as an element of a BYTES tensor."""
+    item = f"hot-{i}".encode()
+    return struct.pack("<I", len(item)) + item
+
+
+def integer_id(i: int) -> bytes:
+    """Returns an id as an element of an INT64 tensor. A catalogue's ids are not its row numbers, nor are these."""
+    return struct.pack("<q", 1_000_000_007 * (i + 1))
+
+
+# `--ids`: the protocol's data type and the function that returns the `i`-th id.
+ID_TYPES = {"strings": ("BYTES", string_id), "integers": ("INT64", integer_id)}
+
+
 @dataclass(frozen=True)
 class Items:
-    """Made-up items. The same ids have the same vectors in every run."""
+    """Made-up items. The same ids, which are elements of a tensor of `id_type`, have the same vectors in every run."""
 
+    id_type: str
     ids: list[bytes]
     contents: np.ndarray
 
     @classmethod
-    def made_up(cls, n: int, dim: int) -> "Items":
+    def made_up(cls, n: int, dim: int, kind: str) -> "Items":
         contents = np.random.default_rng(1).standard_normal((n, dim), dtype=np.float32)
         contents /= np.linalg.norm(contents, axis=-1, keepdims=True)
-        return cls([f"hot-{i}".encode() for i in range(n)], contents)
+        id_type, id_of = ID_TYPES[kind]
+        return cls(id_type, [id_of(i) for i in range(n)], contents)
 
     def tensor(self, name: str, rows: Iterable[int]) -> Tensor:
         chosen = [self.ids[row] for row in rows]
-        return name, "BYTES", (len(chosen),), b"".join(struct.pack("<I", len(item)) + item for item in chosen)
+        return name, self.id_type, (len(chosen),), b"".join(chosen)
 
     def warm_requests(self) -> Iterator[bytes]:
         for start in range(0, len(self.ids), WARM_AT_ONCE):
@@ -77,13 +95,18 @@ class Items:
 def expected(folder: Path, manifest: dict, history: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """Returns the expected MID_EMB for the content embeddings of one request."""
 
-    def run(graph: str, *inputs: np.ndarray) -> np.ndarray:
+    def run(graph: str, *inputs: np.ndarray) -> list[np.ndarray]:
         spec = manifest[graph]
         session = onnxruntime.InferenceSession(str(folder / spec["file"]), providers=["CPUExecutionProvider"])
-        return session.run(spec["outputs"], dict(zip(spec["inputs"], inputs, strict=True)))[0]
+        return session.run(spec["outputs"], dict(zip(spec["inputs"], inputs, strict=True)))
 
-    user = run("user_tower", history[None], np.ones((1, len(history)), np.int64))
-    return run("cvr", user, run("item_tower", candidates), np.zeros(len(candidates), np.int64))
+    mask = np.ones((1, len(history)), np.int64)
+    # All actions are 0, which means that none is known.
+    actions = [np.zeros_like(mask)] if manifest["history"]["actions"] else []
+    _, adapted = run("item_tower", history)
+    items, _ = run("item_tower", candidates)
+    (user,) = run("user_tower", adapted[None], mask, *actions)
+    return run("cvr", user, items, np.zeros(len(candidates), np.int64))[0]
 
 
 def check(answer: bytes, wanted: np.ndarray) -> None:
@@ -145,7 +168,7 @@ def send(infer: grpc.UnaryUnaryMultiCallable, requests: Iterable[bytes], concurr
 
 def measure(args: argparse.Namespace, infer: grpc.UnaryUnaryMultiCallable) -> dict:
     manifest = tomllib.loads((args.bundle / "manifest.toml").read_text())
-    items, random = Items.made_up(args.items, manifest["encoder"]["dim"]), np.random.default_rng()
+    items, random = Items.made_up(args.items, manifest["encoder"]["dim"], args.ids), np.random.default_rng()
     draw = lambda n: random.choice(args.items, n, replace=False)  # noqa: E731
     for request in items.warm_requests():
         infer(request)
@@ -183,6 +206,7 @@ def main() -> None:
     parser.add_argument("--server", required=True)
     parser.add_argument("--pid", type=int, required=True)
     parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--ids", choices=ID_TYPES, default="strings", help="what is sent for an item")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, default=2)
     parser.add_argument("--history", type=int, default=80)

@@ -2,12 +2,14 @@
 
 `triton_server.py` copies this file into a model repository; it is not run by hand.
 
-- `items` takes IDS [n] and their content embeddings CONTENT [n, D], runs the item tower and stores content and item
-  embeddings in a folder;
+- `items` takes IDS [n] and their content embeddings CONTENT [n, C], runs the item tower, and stores in a folder what it
+  returns for each item: the item embedding and the adapted item, which the user tower reads. In format 1 the user tower
+  reads the content embedding, so that is stored instead of the adapted item;
 - `mid_emb` takes HISTORY [h] and CANDIDATES [n], ids only, and returns MID_EMB [n, M].
 
-Every instance is its own process. It reads the folder into its memory when it finds an unknown id, so a request of the
-hot workload uses only a dict and two matrices, as in `python_server.py`.
+The ids are strings or integers, as the models' configuration says. Every instance is its own process. It reads the
+folder into its memory when it finds an unknown id, so a request of the hot workload uses only a dict and two matrices,
+as in `python_server.py`.
 """
 
 import json
@@ -25,48 +27,79 @@ ITEMS, MID_EMB = "items", "mid_emb"
 
 
 class Graphs:
-    """A bundle's graphs, with one session of one thread per graph."""
+    """A bundle's graphs, with one session of one thread per graph.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `parameters` are those of the model's configuration: the bundle's folder, and the file of the user tower if that is
+    of format 1.
+    """
+
+    def __init__(self, parameters: dict[str, str]) -> None:
+        folder = Path(parameters["bundle"])
         self.manifest = tomllib.loads((folder / "manifest.toml").read_text())
+        self.files = {graph: folder / self.manifest[graph]["file"] for graph in ("item_tower", "user_tower", "cvr")}
+        self.format = 2
+        if "format_1_user_tower" in parameters:
+            self.format = 1
+            self.files["user_tower"] = Path(parameters["format_1_user_tower"])
+            self.manifest["user_tower"]["inputs"][0] = self.manifest["item_tower"]["inputs"][0]
         self.sessions: dict[str, onnxruntime.InferenceSession] = {}
 
     def load(self, graph: str) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        path = str(self.folder / self.manifest[graph]["file"])
+        path = str(self.files[graph])
         self.sessions[graph] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(self, graph: str, *inputs: np.ndarray) -> list[np.ndarray]:
         spec = self.manifest[graph]
         return self.sessions[graph].run(spec["outputs"], dict(zip(spec["inputs"], inputs, strict=True)))
 
+    def history_dim(self) -> int:
+        """Returns the width of what the user tower reads of an item."""
+        return self.manifest["encoder"]["dim"] if self.format == 1 else self.manifest["item_tower"]["adapted_dim"]
+
+    def item(self, content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Maps content [n,C] to item embeddings [n,E] and to what the user tower reads of each item."""
+        item, adapted = self.run("item_tower", content)
+        return item, content if self.format == 1 else adapted
+
+    def user(self, history: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Maps a history [1,l,C or D] and its mask [1,l] to a user embedding [1,E]. No action is known."""
+        actions = [np.zeros_like(mask)] if self.manifest["history"]["actions"] else []
+        return self.run("user_tower", history, mask, *actions)[0]
+
+
+# What a client sends for an item: BYTES or INT64 in Triton's protocol.
+Id = bytes | int
+
 
 class Store:
-    """Ids with their content and item embeddings, one row per id; one process writes them and others read them."""
+    """Ids with the item embeddings and what the user tower reads, one row per id.
 
-    def __init__(self, folder: Path, content_dim: int, item_dim: int) -> None:
+    One process writes them and others read them.
+    """
+
+    def __init__(self, folder: Path, item_dim: int, history_dim: int) -> None:
         self.file = folder / "vectors.npz"
-        self.row_of: dict[bytes, int] = {}
-        self.contents = np.zeros((0, content_dim), np.float32)
+        self.row_of: dict[Id, int] = {}
         self.items = np.zeros((0, item_dim), np.float32)
+        self.history_vectors = np.zeros((0, history_dim), np.float32)
 
-    def add(self, ids: list[bytes], contents: np.ndarray, items: np.ndarray) -> None:
+    def add(self, ids: list[Id], items: np.ndarray, history_vectors: np.ndarray) -> None:
         self.row_of.update((item, len(self.row_of) + i) for i, item in enumerate(ids))
-        self.contents = np.concatenate([self.contents, contents])
         self.items = np.concatenate([self.items, items])
+        self.history_vectors = np.concatenate([self.history_vectors, history_vectors])
         # The file is renamed once it is complete, so that no reader sees a part of it.
         whole = self.file.with_name("unfinished.npz")
-        np.savez(whole, ids=np.array(list(self.row_of)), contents=self.contents, items=self.items)
+        np.savez(whole, ids=np.array(list(self.row_of)), items=self.items, history_vectors=self.history_vectors)
         os.replace(whole, self.file)
 
     def read(self) -> None:
         with np.load(self.file) as vectors:
             self.row_of = {item: row for row, item in enumerate(vectors["ids"].tolist())}
-            self.contents, self.items = vectors["contents"], vectors["items"]
+            self.items, self.history_vectors = vectors["items"], vectors["history_vectors"]
 
-    def rows(self, ids: list[bytes]) -> list[int]:
+    def rows(self, ids: list[Id]) -> list[int]:
         """Returns the ids' rows; a KeyError, which fails the request, means that an id was never sent to `items`."""
         try:
             return [self.row_of[item] for item in ids]
@@ -79,12 +112,12 @@ class TritonPythonModel:
     """One instance of either model, as Triton's Python backend calls it."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        parameters = json.loads(args["model_config"])["parameters"]
-        self.graphs = Graphs(Path(parameters["bundle"]["string_value"]))
+        entries = json.loads(args["model_config"])["parameters"]
+        parameters = {name: entry["string_value"] for name, entry in entries.items()}
+        self.graphs = Graphs(parameters)
         manifest = self.graphs.manifest
         self.max_history = manifest["user_tower"]["max_history"]
-        dims = manifest["encoder"]["dim"], manifest["item_tower"]["dim"]
-        self.store = Store(Path(parameters["store"]["string_value"]), *dims)
+        self.store = Store(Path(parameters["store"]), manifest["item_tower"]["dim"], self.graphs.history_dim())
         self.answer = {ITEMS: self.keep_items, MID_EMB: self.mid_emb}[args["model_name"]]
         for graph in {ITEMS: ["item_tower"], MID_EMB: ["user_tower", "cvr"]}[args["model_name"]]:
             self.graphs.load(graph)
@@ -96,17 +129,16 @@ class TritonPythonModel:
         ids, contents = tensor(request, "IDS").tolist(), tensor(request, "CONTENT")
         new = [i for i, item in enumerate(ids) if item not in self.store.row_of]
         if new:
-            (items,) = self.graphs.run("item_tower", contents[new])
-            self.store.add([ids[i] for i in new], contents[new], items)
+            self.store.add([ids[i] for i in new], *self.graphs.item(contents[new]))
         return triton.Tensor("KEPT", np.array([len(self.store.row_of)], np.int64))
 
     def mid_emb(self, request):
         history = self.store.rows(tensor(request, "HISTORY").tolist()[-self.max_history :])
         candidates = self.store.rows(tensor(request, "CANDIDATES").tolist())
-        no_history = np.zeros((1, 1, self.store.contents.shape[1]), np.float32)
-        content = self.store.contents[history][None] if history else no_history
-        mask = np.full(content.shape[:2], 1 if history else 0, np.int64)
-        (user,) = self.graphs.run("user_tower", content, mask)
+        no_history = np.zeros((1, 1, self.store.history_vectors.shape[1]), np.float32)
+        vectors = self.store.history_vectors[history][None] if history else no_history
+        mask = np.full(vectors.shape[:2], 1 if history else 0, np.int64)
+        user = self.graphs.user(vectors, mask)
         mid_emb, _ = self.graphs.run("cvr", user, self.store.items[candidates], np.zeros(len(candidates), np.int64))
         return triton.Tensor("MID_EMB", mid_emb)
 

@@ -1,6 +1,6 @@
 """A peer from standard software: Triton with a Python-backend model, with midemb's bundle and work.
 
-    python benches/peers/triton_server.py --bundle models/default [--instances 2]
+    python benches/peers/triton_server.py --bundle models/default [--format 2] [--ids strings] [--instances 2]
 
 Writes a model repository (`triton_model.py`, twice) to a temporary folder and runs the `tritonserver` of the package
 nvidia-pytriton on a free loopback port. Prints one line, `serving GRPC PID`, when it is ready. On SIGTERM it stops
@@ -9,11 +9,15 @@ Triton and ends. `triton_bench.py` is its client.
 It is set up to be fast: one instance per core, one thread each, no batching (so no waiting for a batch), no HTTP, no
 metrics, no tracing. The features that it lacks make it faster: those in `python_server.py`, and also all statuses.
 
-Ids are BYTES tensors with one element per id, as the protocol intends. Triton decodes these in Python, which takes 0.3
-CPU ms for 580 ids; a client that joins them into one element, which is a custom format, saves most of that.
+It keeps the item tower's adapted items for its user tower to read, as midemb does. With `--format 1` it runs the user
+tower of format 1 (`format_1.py`), which reads content embeddings.
 
-Uses the standard library only. Any Python can start it; it then continues with the Python of `benches/.venv-triton`
-(`make bench-setup`), because Triton's Python backend is built for numpy 1 and everything else here uses numpy 2.
+With `--ids strings`, ids are BYTES tensors with one element per id, as the protocol intends. Triton decodes these in
+Python, which takes 0.3 CPU ms for 580 ids. With `--ids integers` they are INT64 tensors, which need no decoding;
+midemb's ids are always strings.
+
+Any Python can start it; it then continues with the Python of `benches/.venv-triton` (`make bench-setup`), because
+Triton's Python backend is built for numpy 1 and everything else here uses numpy 2.
 """
 
 import argparse
@@ -28,6 +32,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 START_WITHIN_SECONDS = 60
@@ -36,12 +41,24 @@ MODEL = Path(__file__).with_name("triton_model.py")
 ENVIRONMENT = Path(__file__).resolve().parents[1] / ".venv-triton"
 INSTALL = "make bench-setup"
 
-# Model name: (inputs, outputs), where each tensor is (name, type, dims).
-ID = "TYPE_STRING", "-1"
+# Triton's data type of the ids.
+ID_TYPES = {"strings": "TYPE_STRING", "integers": "TYPE_INT64"}
+ID = "ID"
+# Model name: (inputs, outputs), where each tensor is (name, type, dims). The type ID stands for one of ID_TYPES.
 MODELS = {
-    "items": ([("IDS", *ID), ("CONTENT", "TYPE_FP32", "-1, -1")], [("KEPT", "TYPE_INT64", "1")]),
-    "mid_emb": ([("HISTORY", *ID), ("CANDIDATES", *ID)], [("MID_EMB", "TYPE_FP32", "-1, -1")]),
+    "items": ([("IDS", ID, "-1"), ("CONTENT", "TYPE_FP32", "-1, -1")], [("KEPT", "TYPE_INT64", "1")]),
+    "mid_emb": ([("HISTORY", ID, "-1"), ("CANDIDATES", ID, "-1")], [("MID_EMB", "TYPE_FP32", "-1, -1")]),
 }
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is served, and how."""
+
+    bundle: Path
+    format: int
+    id_type: str
+    instances: int
 
 
 class Failed(Exception):
@@ -73,8 +90,11 @@ def link_backend(folder: Path, triton: Path) -> None:
         (folder / file.name).symlink_to(file)
 
 
-def tensors(kind: str, entries: list[tuple[str, str, str]]) -> str:
-    fields = (f'{{ name: "{name}" data_type: {dtype} dims: [ {dims} ] }}' for name, dtype, dims in entries)
+def tensors(kind: str, entries: list[tuple[str, str, str]], id_type: str) -> str:
+    fields = (
+        f'{{ name: "{name}" data_type: {id_type if dtype == ID else dtype} dims: [ {dims} ] }}'
+        for name, dtype, dims in entries
+    )
     return f"{kind} [ {', '.join(fields)} ]"
 
 
@@ -82,20 +102,26 @@ def parameter(key: str, value: Path) -> str:
     return f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
 
 
-def write_model(folder: Path, bundle: Path, store: Path, instances: int) -> None:
+def write_model(folder: Path, id_type: str, instances: int, parameters: dict[str, Path]) -> None:
     inputs, outputs = MODELS[folder.name]
     (folder / "1").mkdir(parents=True)
     shutil.copy(MODEL, folder / "1" / "model.py")
     config = [
         'backend: "python"',
         "max_batch_size: 0",
-        tensors("input", inputs),
-        tensors("output", outputs),
+        tensors("input", inputs, id_type),
+        tensors("output", outputs, id_type),
         f"instance_group [ {{ kind: KIND_CPU count: {instances} }} ]",
-        parameter("bundle", bundle),
-        parameter("store", store),
+        *(parameter(key, value) for key, value in parameters.items()),
     ]
     (folder / "config.pbtxt").write_text("\n".join(config) + "\n")
+
+
+def write_user_tower(bundle: Path, file: Path) -> None:
+    """Writes the user tower of format 1."""
+    import format_1  # It imports onnx, which only the Python of `ENVIRONMENT` is sure to have.
+
+    file.write_bytes(format_1.user_tower(bundle).SerializeToString())
 
 
 def environment(triton: Path) -> dict[str, str]:
@@ -113,12 +139,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(folder: Path, bundle: Path, instances: int, port: int, log: Path) -> subprocess.Popen:
+def start(folder: Path, setup: Setup, port: int, log: Path) -> subprocess.Popen:
     triton, store = package(), folder / "store"
     store.mkdir()
     link_backend(folder / "backends" / "python", triton)
-    write_model(folder / "models" / "items", bundle, store, 1)
-    write_model(folder / "models" / "mid_emb", bundle, store, instances)
+    parameters = {"bundle": setup.bundle, "store": store}
+    if setup.format == 1:
+        parameters["format_1_user_tower"] = folder / "user_tower.onnx"
+        write_user_tower(setup.bundle, parameters["format_1_user_tower"])
+    write_model(folder / "models" / "items", setup.id_type, 1, parameters)
+    write_model(folder / "models" / "mid_emb", setup.id_type, setup.instances, parameters)
     command = [
         str(triton / "bin" / "tritonserver"),
         f"--model-repository={folder / 'models'}",
@@ -158,9 +188,9 @@ def stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def serve(bundle: Path, instances: int, folder: Path) -> None:
+def serve(setup: Setup, folder: Path) -> None:
     log, port = folder / "log", free_port()
-    process = start(folder, bundle, instances, port, log)
+    process = start(folder, setup, port, log)
     try:
         wait_until_ready(process, port)
         print(f"serving 127.0.0.1:{port} {process.pid}", flush=True)
@@ -175,6 +205,8 @@ def serve(bundle: Path, instances: int, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--format", type=int, choices=[1, 2], default=2, help="format of the graphs")
+    parser.add_argument("--ids", choices=ID_TYPES, default="strings", help="what clients send for an item")
     parser.add_argument("--instances", type=int, default=2)
     args = parser.parse_args()
     python = ENVIRONMENT / "bin" / "python"
@@ -184,7 +216,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         with tempfile.TemporaryDirectory(prefix="midemb-triton-") as folder:
-            serve(args.bundle.resolve(), args.instances, Path(folder))
+            setup = Setup(args.bundle.resolve(), args.format, ID_TYPES[args.ids], args.instances)
+            serve(setup, Path(folder))
     except Failed as failed:
         sys.exit(str(failed))
 
