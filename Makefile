@@ -12,7 +12,7 @@
 #   make bench-reload 200 pushes under load, with every answer checked: about three minutes
 #   make bench-hostile hot requests beside peers that misbehave: about six minutes
 #   make soak         a server with small caches under mixed traffic for SOAK_MINUTES, then checks that nothing grew or leaked
-#   make bench        every scenario beside lower bounds and two peers, five rounds: about ten minutes
+#   make bench        every scenario beside lower bounds and peers, five rounds: about a quarter of an hour
 #   make train-setup  a virtual environment with PyTorch (6 GB)
 #   make train        train and export a bundle from DATA, a MovieLens folder, into OUT
 #   make train-test   the offline half's tests

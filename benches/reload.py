@@ -30,9 +30,10 @@ LISTENERS = ("server.listen", "admin.listen", "telemetry.metrics_listen")
 
 
 def variant(seed: int) -> Path:
-    """Returns a variant's folder. A folder without a manifest, which is written last, is incomplete and replaced."""
+    """Returns a variant's folder. One without a manifest, which is written last, or older than the bundle is replaced."""
     folder = FOLDER / f"variant-{seed}"
-    if not (folder / "manifest.toml").exists():
+    written, base = folder / "manifest.toml", BUNDLE / "manifest.toml"
+    if not written.exists() or written.stat().st_mtime < base.stat().st_mtime:
         shutil.rmtree(folder, ignore_errors=True)
         script = str(ROOT / "benches" / "variant.py")
         arguments = ["--bundle", str(BUNDLE), "--out", str(folder), "--version", f"reload-{seed}", "--seed", str(seed)]

@@ -1,7 +1,10 @@
 //! Digests: derives the digests that the caches key vectors by from the manifest.
 
 use super::manifest::{FileSpec, Manifest, Part};
-use crate::domain::{EncoderDigest, TowerDigest};
+use crate::{
+    content::encoder::Batching,
+    domain::{EncoderDigest, TowerDigest},
+};
 use sha2::{Digest, Sha256};
 
 /// The digest of everything that a content embedding depends on besides the text.
@@ -11,6 +14,10 @@ pub fn encoder_digest(manifest: &Manifest) -> EncoderDigest {
     hasher.update((manifest.item_text.max_tokens as u64).to_le_bytes());
     hasher.update(manifest.encoder.pad_id.to_le_bytes());
     hash_ports(&mut hasher, &manifest.encoder.inputs, &manifest.encoder.outputs);
+    // A graph that scales its activations over the whole batch gives other vectors in batches.
+    if manifest.encoder.batching == Batching::Alone {
+        hash_str(&mut hasher, "alone");
+    }
     EncoderDigest::from_sha256(hasher)
 }
 

@@ -117,7 +117,9 @@ impl KnownItems {
 
     /// Remembers the texts of a list, and leaves the ids that came without text to be resolved.
     fn remember_texts(&self, hash_key: HashKey, items: Vec<Item<'_>>, priority: Priority) -> PartlyResolved {
-        let mut list = PartlyResolved { rows: Vec::with_capacity(items.len()), ids: Vec::new(), places: Vec::new() };
+        let n = items.len();
+        let mut list =
+            PartlyResolved { rows: Vec::with_capacity(n), ids: Vec::with_capacity(n), places: Vec::with_capacity(n) };
         for item in items {
             let id = hash_key.hash(item.id);
             list.rows.push(match item.text {

@@ -98,7 +98,7 @@ async fn the_shipped_bundle_answers_as_pytorch_did() {
 }
 
 /// ONNX Runtime allows one environment per process.
-fn runtime() -> &'static Runtime {
+pub(crate) fn runtime() -> &'static Runtime {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
     RUNTIME.get_or_init(|| Runtime::load(None, ProviderChoice::Cpu).unwrap())
 }

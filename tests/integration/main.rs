@@ -4,6 +4,7 @@
 
 mod actions;
 mod admin_guard;
+mod allocations;
 mod architecture;
 mod bad_input;
 mod batch_dependence;

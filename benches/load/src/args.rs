@@ -77,6 +77,10 @@ pub(crate) struct Args {
     /// Send every item's text with every request.
     #[arg(long)]
     pub(crate) send_text: bool,
+    /// Ask for cvr alone, whose answers are small. w5-overload does: a load generator on the server's own cores would otherwise be
+    /// overloaded before the server is.
+    #[arg(long)]
+    pub(crate) cvr_only: bool,
     /// Requests in a row with the same history, as the pages of one session have.
     #[arg(long, default_value_t = 1)]
     pub(crate) pages: u64,

@@ -154,13 +154,14 @@ impl Bench<'_> {
 
     pub(crate) async fn w5_overload(&self) -> anyhow::Result<Vec<Phase>> {
         self.prepare().await?;
-        let closed = Args { rate: None, deadline_ms: None, concurrency: 8, ..self.args.clone() };
+        let closed = Args { rate: None, deadline_ms: None, concurrency: 8, cvr_only: true, ..self.args.clone() };
         let capacity = self.phase("capacity, closed loop", &closed).await?;
         let rate = OVERLOAD * capacity.goodput();
         let open = Args {
             rate: Some(rate),
             deadline_ms: Some(self.args.deadline_ms.unwrap_or(OVERLOAD_DEADLINE_MS)),
             requests: (self.args.requests as f64 * OVERLOAD) as u64,
+            cvr_only: true,
             ..self.args.clone()
         };
         let overload = self.phase("three times that, open loop", &open).await?;

@@ -7,7 +7,7 @@ use hdrhistogram::Histogram;
 use midemb_client::{
     Channel, Code, Error, Status,
     proto::{
-        GetMidEmbRequest, GetMidEmbResponse, Item, RowStatus, WarmItemsRequest,
+        GetMidEmbRequest, GetMidEmbResponse, Item, Output, RowStatus, WarmItemsRequest,
         mid_emb_service_client::MidEmbServiceClient,
     },
 };
@@ -139,7 +139,14 @@ pub(crate) fn draw_page(args: &Args, items: &[Item], rng: &mut Rng) -> GetMidEmb
         if args.send_text { chosen.cloned().collect() } else { chosen.map(id_alone).collect() }
     };
     let (history, candidates) = (draw(args.history), draw(args.candidates));
-    GetMidEmbRequest { user_id: format!("bench-user-{}", rng.u32(..)), history, candidates, ..Default::default() }
+    let outputs = if args.cvr_only { vec![Output::Cvr.into()] } else { Vec::new() };
+    GetMidEmbRequest {
+        user_id: format!("bench-user-{}", rng.u32(..)),
+        history,
+        candidates,
+        outputs,
+        ..Default::default()
+    }
 }
 
 /// The answers of one phase, counted.

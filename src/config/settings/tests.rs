@@ -283,7 +283,7 @@ fn changes_that_need_a_restart_are_named() {
         found,
         [
             "server.listen: cannot change from \"127.0.0.1:50051\" to \"127.0.0.1:9\" without a restart",
-            "cache.item_mb: cannot change from \"256\" to \"1\" without a restart",
+            "cache.item_mb: cannot change from \"512\" to \"1\" without a restart",
         ]
     );
 }

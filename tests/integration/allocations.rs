@@ -1,0 +1,94 @@
+//! How often the path of a hot request allocates, from the message's bytes to the answer's, on the thread that serves it.
+
+use crate::{
+    golden::runtime,
+    harness::{PATIENCE, films, fixture, ids, page},
+};
+use midemb::{
+    bundle::{self, LoadOptions, ModelSet, ServedModel},
+    cache::{CacheLimits, Caches},
+    config::settings::Limits,
+    pipeline::Pipeline,
+    wire::{decode, encode, raw::RawMessage},
+};
+use midemb_client::proto::GetMidEmbRequest;
+use prost::Message;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+const LIMITS: Limits = Limits {
+    max_candidates: 10_000,
+    max_history: 1000,
+    max_text_bytes: 8192,
+    max_message_bytes: 16 << 20,
+    max_in_flight: 256,
+    max_encoding: 1024,
+    read: Duration::from_secs(5),
+    write: Duration::from_secs(5),
+    max_receiving_bytes: 256 << 20,
+    max_decoded_bytes: 512 << 20,
+    max_unsent_bytes: 256 << 20,
+    max_warm_up_bytes: 256 << 20,
+    default_deadline: PATIENCE,
+};
+
+fn pipeline() -> Arc<Pipeline> {
+    let caches = CacheLimits {
+        content_bytes: 16 << 20,
+        item_bytes: 16 << 20,
+        user_bytes: 16 << 20,
+        known_items_bytes: 16 << 20,
+        max_text_bytes: LIMITS.max_text_bytes,
+    };
+    let pipeline = Arc::new(Pipeline::new(Arc::new(Caches::new(caches)), LIMITS.max_in_flight, LIMITS.max_encoding));
+    let options = LoadOptions { served_name: "learn".to_owned(), n_threads: 1, batch_requests: 0 };
+    let files = bundle::load::check_files(&fixture(), None).unwrap();
+    let model = Arc::new(bundle::load(files, &options, runtime(), &[], &|_| ()).unwrap().start().unwrap().model);
+    pipeline.registry.install(Arc::new(ModelSet::new(vec![ServedModel { model, share: 100 }], Vec::new(), "")));
+    pipeline
+}
+
+/// Decodes a message, answers it, encodes the answer.
+/// Returns how many history items were used.
+fn answer(pipeline: &Arc<Pipeline>, tasks: &tokio::runtime::Runtime, message: &RawMessage) -> usize {
+    let decoded = decode::request(message, Instant::now() + PATIENCE, &LIMITS).unwrap();
+    let request = pipeline.resolve(decoded.request);
+    let permit = pipeline.admit().unwrap();
+    let answer = tasks.block_on(pipeline.get_mid_emb(permit, request, |_model| ())).unwrap();
+    let n_history_used = answer.n_history_used;
+    encode::response(answer, decoded.dtype).encode_to_vec();
+    n_history_used
+}
+
+/// The fewest allocations of several requests with as many items, each of a user that was never seen: a cache's housekeeping is
+/// nobody's request.
+fn n_allocations(pipeline: &Arc<Pipeline>, tasks: &tokio::runtime::Runtime, n_candidates: usize) -> u64 {
+    let raw = |page: GetMidEmbRequest| RawMessage(page.encode_to_vec().into());
+    let (history, candidates) = (films("h", 8), films("c", n_candidates));
+    answer(pipeline, tasks, &raw(page(history.clone(), candidates.clone())));
+    let mut fewest = u64::MAX;
+    for i in 1..8 {
+        let mut history = ids(&history);
+        history.rotate_left(i);
+        let outputs = vec![1];
+        let hot = raw(GetMidEmbRequest { outputs, ..page(history, ids(&candidates)) });
+        let mut answered = None;
+        let measured = allocation_counter::measure(|| answered = Some(answer(pipeline, tasks, &hot)));
+        assert_eq!(answered, Some(8));
+        fewest = fewest.min(measured.count_total);
+    }
+    fewest
+}
+
+/// Ids are read in place and records are copied once, so a page of a thousand items allocates as often as one of ten.
+#[test]
+fn a_hot_request_allocates_as_often_for_a_large_page_as_for_a_small_one() {
+    let (pipeline, tasks) = (pipeline(), tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap());
+    // What the first requests of a process leave behind is nobody's, either.
+    n_allocations(&pipeline, &tasks, 100);
+    let (small, large) = (n_allocations(&pipeline, &tasks, 10), n_allocations(&pipeline, &tasks, 1000));
+    assert_eq!(small, large, "allocations for 10 and for 1000 candidates");
+    assert!(large <= 50, "{large} allocations");
+}
