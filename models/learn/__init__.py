@@ -8,6 +8,7 @@ test_architecture.py). Code that only studies and the report need is in the pack
     content          from text to vectors
         ceg              prompt -> content embedding, by a frozen encoder
         encoder_graph    the encoder as the server runs it
+        graph_encoder    an encoder that is an ONNX graph already, run by ONNX Runtime
         language_model   a checkpoint's folder -> the model (baichuan: one more layout; minilm: the shipped encoder)
         batching         rows of unequal length -> batches with little padding
         embedding_store  a catalogue's embeddings on disk
@@ -34,6 +35,7 @@ test_architecture.py). Code that only studies and the report need is in the pack
     serving
         bundle_format    ports, entries of the manifest, and how a finished bundle is put in place
         encoder_export   the encoder -> ONNX (gemm_rewrite: its products read weights as they are stored)
+        int8_encoder     the encoder's graph in int8, made once per run (quantise: how)
         tower_export     the towers and the head -> ONNX, written node by node
         bundle           ONNX, tokenizer and golden vectors -> a checked folder (bundle_check: the check)
         shipped_bundle   the contents and the manifest of the shipped bundle

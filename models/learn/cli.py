@@ -74,6 +74,11 @@ def _common() -> argparse.ArgumentParser:
     dtypes = ("float32", "float16", "bfloat16")
     common.add_argument("--dtype", choices=dtypes, help="dtype of the encoder's weights; overrides the config")
     common.add_argument(
+        "--encoder-precision",
+        choices=("float", "int8"),
+        help="int8: quantise the encoder and train on its content; overrides the config",
+    )
+    common.add_argument(
         "--seed",
         type=int,
         help="seed of towers and head; overrides the config; for rank, the only seed (default: 1 to 5)",
@@ -189,8 +194,12 @@ def _add_serving(commands: argparse._SubParsersAction, common: argparse.Argument
     verify.add_argument(
         "--wire", choices=("f32", "f16", "bf16"), default="f32", help="dtype of the vectors in the responses"
     )
-    verify.add_argument("--absolute", type=float, default=ABSOLUTE, help="largest accepted difference of any entry")
-    verify.add_argument("--cosine", type=float, default=COSINE, help="smallest accepted cosine of any vector")
+    verify.add_argument(
+        "--absolute", type=float, help=f"largest accepted difference of any entry (default: {ABSOLUTE}, wider for int8)"
+    )
+    verify.add_argument(
+        "--cosine", type=float, help=f"smallest accepted cosine of any vector (default: {COSINE}, lower for int8)"
+    )
     verify.add_argument("--users", type=int, default=20, help="number of users of the run whose histories are sent")
     verify.set_defaults(run_command=_verify)
 
@@ -209,6 +218,8 @@ def _run(arguments: Arguments):
         settings = replace(settings, train=replace(settings.train, steps=arguments.steps))
     if arguments.dtype is not None:
         settings = replace(settings, encoder=replace(settings.encoder, dtype=arguments.dtype))
+    if arguments.encoder_precision is not None:
+        settings = replace(settings, encoder=replace(settings.encoder, precision=arguments.encoder_precision))
     return Run(arguments.run, arguments.encoder, settings)
 
 
@@ -308,14 +319,24 @@ def _upgrade(arguments: Arguments) -> None:
 
 
 def _verify(arguments: Arguments) -> int:
+    from learn.serving import tolerances
+    from learn.serving.digests import read_manifest
     from learn.serving.verify_server import VerifyConfig, golden_cases, verify_and_print
 
-    config = VerifyConfig(
-        arguments.server, arguments.admin, arguments.model, arguments.wire, arguments.absolute, arguments.cosine
+    if arguments.bundle is not None:
+        default = tolerances.of_content(read_manifest(arguments.bundle))
+    else:
+        run = _run(arguments)
+        is_float = run.settings.encoder.precision == "float"
+        default = tolerances.Tolerance() if is_float else tolerances.INT8
+    tolerance = tolerances.Tolerance(
+        default.absolute if arguments.absolute is None else arguments.absolute,
+        default.cosine if arguments.cosine is None else arguments.cosine,
     )
+    config = VerifyConfig(arguments.server, arguments.admin, arguments.model, arguments.wire, tolerance)
     if arguments.bundle is not None:
         return verify_and_print(config, golden_cases(arguments.bundle), arguments.bundle)
-    return verify_and_print(config, _run(arguments).cases(arguments.users))
+    return verify_and_print(config, run.cases(arguments.users))
 
 
 def _fixture(arguments: Arguments) -> None:

@@ -43,6 +43,12 @@ class EncoderSettings:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     # "auto" uses CUDA if it is available; else name a device: "cpu", "cuda:1" and so on.
     device: str = "auto"
+    # "int8": the quantised graph that `export` writes also computes the content that towers are trained on. It runs on
+    # the CPU. "float": in `dtype`.
+    precision: Literal["float", "int8"] = "float"
+    # A bundle whose int8 graph is used again, so that the content which servers have cached stays valid. Empty: the
+    # graph is made anew, with ranges measured on this run's catalogue.
+    int8_from: str = ""
     # dtype of the embeddings on disk.
     storage: Literal["float32", "float16"] = "float32"
 

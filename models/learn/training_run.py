@@ -1,7 +1,8 @@
 """One training run as a folder: each step reads the results of earlier steps from it and writes its own.
 
     data/            the prepared data set                 (prepare)
-    cache/           content embeddings, by digest         (encode)
+    cache/           content embeddings, by digest, and    (encode)
+                     the encoder's graph if it is in int8
     train.jsonl      one line per check                    (train)
     checkpoint.pt    where a stopped training resumes      (train)
     towers.pt        sizes and weights of the towers, and  (train)
@@ -34,13 +35,14 @@ from torch import Tensor
 from learn import data
 from learn.atomic_file import replacing
 from learn.content import ceg, embedding_store
+from learn.content.graph_encoder import GraphEncoder
 from learn.data.item_text import ItemText, render
 from learn.evaluation import full_ranking
 from learn.models.cvr import CvrConfig, CvrHead
 from learn.models.pch import Pch, PchConfig
 from learn.models.recommender import Learn, check_actions
 from learn.run_settings import PrepareSettings, Settings
-from learn.serving import shipped_bundle, verify_server
+from learn.serving import int8_encoder, shipped_bundle, verify_server
 from learn.training import data_parallel
 from learn.training.train_cvr_head import History, check_labels, train_head
 from learn.training.train_recommender import train
@@ -77,11 +79,16 @@ class Run:
         return data.split(dataset.sequences, self.settings.chosen_split())
 
     @cached_property
-    def source(self) -> ceg.EncoderFolder:
-        """The frozen language model, not loaded yet."""
+    def source(self) -> ceg.EncoderFolder | GraphEncoder:
+        """The frozen language model, not loaded yet; in int8, its graph, which is made if it is not in cache/."""
         wanted = self.settings.encoder
         load_config = ceg.LoadConfig(device=wanted.device, dtype=wanted.dtype)
-        return ceg.EncoderFolder(self.encoder, wanted.max_tokens, load_config)
+        folder = ceg.EncoderFolder(self.encoder, wanted.max_tokens, load_config)
+        if wanted.precision == "float":
+            return folder
+        if wanted.int8_from:
+            return int8_encoder.reused(Path(wanted.int8_from), folder, self.folder / "cache")
+        return int8_encoder.of_run(folder, self.dataset().texts, self.folder / "cache")
 
     def content(self, dataset: data.Dataset) -> Tensor:
         """Content embeddings of the catalogue, fp32 [I,C]. Only items that are not in cache/ are encoded."""

@@ -45,33 +45,17 @@ class LoadConfig:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """A frozen model with its tokenizer, in memory.
+class TextEncoder:
+    """What every encoder does with its tokenizer: prompts -> token ids -> batches -> vectors."""
 
-    `weights`, `config_path` and `tokenizer_path` are the files that it was loaded from.
-    """
-
-    name: str
-    graph: EncoderGraph
     tokenizer: Tokenizer
-    tokenizer_path: Path
-    max_tokens: int
     pad_id: int
     dim: int
-    weights: tuple[Path, ...] = ()
-    config_path: Path | None = None
-    batching: BatchConfig = field(default_factory=BatchConfig)
+    batching: BatchConfig
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return next(self.graph.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return next(self.graph.parameters()).dtype
+    def embed(self, input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Content embeddings [b,C] fp32 of padded token ids [b,s]."""
+        raise NotImplementedError
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids with special tokens, truncated to `max_tokens`, without padding."""
@@ -98,13 +82,46 @@ class Encoder:
         for rows in batches([len(row) for row in ids], self.batching):
             if not ids[rows[0]]:
                 raise ValueError(f"prompt {rows[0]} has no tokens, so it has no embedding; give it some text")
-            input_ids, mask = pad([ids[row] for row in rows], self.pad_id)
-            with torch.inference_mode():
-                vectors = self.graph(input_ids.to(self.device), mask.to(self.device)).float().cpu().numpy()
+            vectors = self.embed(*padding.pad([ids[row] for row in rows], self.pad_id))
             if not np.isfinite(vectors).all():
                 bad = rows[int(np.argmin(np.isfinite(vectors).all(axis=1)))]
                 raise ValueError(f"the embedding of prompt {bad} is not finite; check the weights and the dtype")
             yield rows, vectors
+
+
+@dataclass(frozen=True)
+class Encoder(TextEncoder):
+    """A frozen model with its tokenizer, in memory.
+
+    `weights`, `config_path` and `tokenizer_path` are the files that it was loaded from.
+    """
+
+    name: str
+    graph: EncoderGraph
+    tokenizer: Tokenizer
+    tokenizer_path: Path
+    max_tokens: int
+    pad_id: int
+    dim: int
+    weights: tuple[Path, ...] = ()
+    config_path: Path | None = None
+    batching: BatchConfig = field(default_factory=BatchConfig)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.graph.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(self.graph.parameters()).dtype
+
+    def embed(self, input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Content embeddings [b,C] fp32 of padded token ids [b,s]."""
+        with torch.inference_mode():
+            ids, mask = (torch.from_numpy(array).to(self.device) for array in (input_ids, mask))
+            return self.graph(ids, mask).float().cpu().numpy()
 
     @property
     def identity(self) -> hashlib._Hash:
@@ -160,20 +177,26 @@ def pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.
     return torch.from_numpy(input_ids), torch.from_numpy(mask)
 
 
-def wrap(
-    name: str, model: nn.Module, tokenizer_path: Path, max_tokens: int, pad_id: int, weights: tuple[Path, ...] = ()
-) -> Encoder:
-    """Wraps a model in memory. As in the server, the tokenizer's own padding and truncation are overridden."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if max_tokens < 1 or (longest is not None and max_tokens > longest):
-        raise ValueError(f"max_tokens is {max_tokens}, but {name} takes 1 to {longest}")
+def load_tokenizer(path: Path, max_tokens: int) -> Tokenizer:
+    """Reads a tokenizer. As in the server, its own padding and truncation are overridden."""
     try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises plain Exception.
-        raise ValueError(f"{tokenizer_path}: cannot be read as a tokenizer: {error}") from error
+        raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from error
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # As in the server: "[SEP]" in a title is text like any other.
     tokenizer.enable_truncation(max_tokens, direction="right")
+    return tokenizer
+
+
+def wrap(
+    name: str, model: nn.Module, tokenizer_path: Path, max_tokens: int, pad_id: int, weights: tuple[Path, ...] = ()
+) -> Encoder:
+    """Wraps a model in memory."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if max_tokens < 1 or (longest is not None and max_tokens > longest):
+        raise ValueError(f"max_tokens is {max_tokens}, but {name} takes 1 to {longest}")
+    tokenizer = load_tokenizer(tokenizer_path, max_tokens)
     graph = EncoderGraph(model.eval().requires_grad_(False)).eval()
     return Encoder(name, graph, tokenizer, tokenizer_path, max_tokens, pad_id, model.config.hidden_size, weights)
 

@@ -16,14 +16,17 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from learn.atomic_file import replacing
-from learn.content.ceg import Encoder, EncoderFolder
+from learn.content.ceg import Encoder, EncoderFolder, TextEncoder
+from learn.content.graph_encoder import GraphEncoder
 from learn.progress import Rate
 
+AnyEncoder: TypeAlias = Encoder | EncoderFolder | GraphEncoder
 DTYPES = {"float32": ("", np.float32), "float16": ("f16-", np.float16)}
 
 
@@ -46,7 +49,7 @@ class StoreConfig:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
 
 
-def _digest_without_prompts(encoder: Encoder | EncoderFolder) -> hashlib._Hash:
+def _digest_without_prompts(encoder: AnyEncoder) -> hashlib._Hash:
     """A SHA-256 over all that vectors depend on except the prompts.
 
     The device is left out, because it changes only the last digits.
@@ -63,7 +66,7 @@ def _add_prompt(digest: hashlib._Hash, prompt: str) -> None:
     digest.update(len(raw).to_bytes(8, "little") + raw)
 
 
-def cache_key(encoder: Encoder | EncoderFolder, prompts: Iterable[str]) -> str:
+def cache_key(encoder: AnyEncoder, prompts: Iterable[str]) -> str:
     """A digest over everything that the embeddings depend on."""
     digest = _digest_without_prompts(encoder)
     for prompt in prompts:
@@ -72,7 +75,7 @@ def cache_key(encoder: Encoder | EncoderFolder, prompts: Iterable[str]) -> str:
 
 
 def encode_cached(
-    encoder: Encoder | EncoderFolder, prompts: Iterable[str], cache: Path, config: StoreConfig | None = None
+    encoder: AnyEncoder, prompts: Iterable[str], cache: Path, config: StoreConfig | None = None
 ) -> np.ndarray:
     """Content embeddings [n,C] in the order of `prompts`, memory-mapped from a file in `cache`.
 
@@ -86,9 +89,7 @@ def encode_cached(
     return np.load(encode_to_file(encoder, prompts, cache, config), mmap_mode="c")
 
 
-def encode_to_file(
-    encoder: Encoder | EncoderFolder, prompts: Iterable[str], cache: Path, config: StoreConfig | None = None
-) -> Path:
+def encode_to_file(encoder: AnyEncoder, prompts: Iterable[str], cache: Path, config: StoreConfig | None = None) -> Path:
     """Like `encode_cached`, but returns the path of the file.
 
     Its name contains a digest of everything that the embeddings depend on.
@@ -134,7 +135,7 @@ class _Shard:
 
 
 def _prefetched(
-    encoder: Encoder, base_digest: hashlib._Hash, prompts: Iterable[str], cache: Path, config: StoreConfig
+    encoder: TextEncoder, base_digest: hashlib._Hash, prompts: Iterable[str], cache: Path, config: StoreConfig
 ) -> Iterator[_Shard]:
     """Yields the shards in order, and hashes and tokenizes the next one in another thread meanwhile."""
     pieces = _pieces(prompts, config.shard_items)
@@ -157,7 +158,7 @@ def _pieces(prompts: Iterable[str], n_items: int) -> Iterator[tuple[int, tuple[s
 
 
 def _prepare(
-    encoder: Encoder,
+    encoder: TextEncoder,
     base_digest: hashlib._Hash,
     pieces: Iterator[tuple[int, tuple[str, ...]]],
     cache: Path,
@@ -173,7 +174,7 @@ def _prepare(
     return _Shard(begin, path, prompts, None if path.is_file() else encoder.tokenize(prompts))
 
 
-def _encode(encoder: Encoder, shard: _Shard, dtype: np.dtype, rate: Rate) -> Path:
+def _encode(encoder: TextEncoder, shard: _Shard, dtype: np.dtype, rate: Rate) -> Path:
     if shard.ids is None:
         rate.skip(len(shard.prompts))
         return shard.path

@@ -18,8 +18,10 @@ import onnx
 import tomli_w
 import torch
 
+from learn import padding
 from learn.content.ceg import Encoder, pad
 from learn.content.encoder_graph import cast_weights
+from learn.content.graph_encoder import GraphEncoder
 from learn.data.item_text import ItemText, render, template_source
 from learn.models.cvr import CvrHead
 from learn.models.pch import ACTIONS, UNSPECIFIED, Pch, PchConfig
@@ -27,6 +29,7 @@ from learn.models.served_graphs import CvrGraph, ItemTowerGraph, UserTowerGraph
 from learn.serving import bundle_format, encoder_export, tower_export
 from learn.serving.bundle_check import verify
 from learn.serving.bundle_format import FORMAT, MANIFEST, Keeps
+from learn.serving.tolerances import INT8
 
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16"}
 
@@ -45,7 +48,7 @@ class Bundle:
 
     name: str
     version: str
-    encoder: Encoder
+    encoder: Encoder | GraphEncoder
     pch: Pch
     head: CvrHead
     golden_items: Sequence[ItemText]
@@ -66,7 +69,11 @@ def write(bundle: Bundle, out: Path) -> None:
 def _write_files(bundle: Bundle, folder: Path) -> None:
     encoder = bundle.encoder
     shutil.copyfile(encoder.tokenizer_path, folder / "tokenizer.json")
-    encoder_export.write_encoder(encoder.graph, folder, encoder.weights)
+    if isinstance(encoder, GraphEncoder):
+        for path in encoder.files:
+            shutil.copyfile(path, folder / path.name)
+    else:
+        encoder_export.write_encoder(encoder.graph, folder, encoder.weights)
     onnx.save(tower_export.user_tower_model(bundle.pch), folder / "user_tower.onnx")
     onnx.save(tower_export.item_tower_model(bundle.pch), folder / "item_tower.onnx")
     onnx.save(tower_export.cvr_model(bundle.head), folder / "cvr.onnx")
@@ -96,7 +103,7 @@ def manifest(bundle: Bundle, folder: Path) -> dict[str, Any]:
             "tokenizer": "tokenizer.json",
             "dim": encoder.dim,
             "pad_id": encoder.pad_id,
-            "precision": PRECISIONS[encoder.dtype],
+            **_precision(encoder),
             **bundle_format.ENCODER.ports(),
         },
         "item_tower": {
@@ -119,6 +126,17 @@ def manifest(bundle: Bundle, folder: Path) -> dict[str, Any]:
     }
 
 
+def _precision(encoder: Encoder | GraphEncoder) -> dict[str, Any]:
+    """Returns the manifest's entries about the encoder's numbers."""
+    if isinstance(encoder, Encoder):
+        return {"precision": PRECISIONS[encoder.dtype]}
+    return {
+        "precision": encoder.facts.precision,
+        "batching": "together",
+        "tolerance": INT8.table(),
+    }
+
+
 def _file_entry(bundle: Bundle, path: Path) -> dict[str, Any]:
     entry = bundle_format.file_entry(path, _part(path.name))
     if source := bundle.fetched.get(path.name):
@@ -128,9 +146,9 @@ def _file_entry(bundle: Bundle, path: Path) -> dict[str, Any]:
 
 @torch.inference_mode()
 def golden(bundle: Bundle) -> dict[str, Any]:
-    """Computes golden vectors in PyTorch: text -> ids, content, item, adapted; history -> user; pair -> mid_emb, cvr.
+    """Computes golden vectors: text -> ids, content, item, adapted; history -> user; pair -> mid_emb, cvr.
 
-    A history may come with actions.
+    A history may come with actions. PyTorch computes all of them, except the content of a `GraphEncoder`.
     """
     encoder, texts = bundle.encoder, bundle.golden_items
     if any(text.is_empty for text in texts):
@@ -160,12 +178,16 @@ def golden(bundle: Bundle) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def exact_content(encoder: Encoder, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+def exact_content(encoder: Encoder | GraphEncoder, ids: Sequence[Sequence[int]]) -> torch.Tensor:
     """Returns content [n,C], computed on the CPU, one text at a time, in fp32 for weights of any dtype.
+
+    A graph in int8 is the reference itself, since PyTorch has no model of it.
 
     Weights in fp16 are widened for the computation and rounded back afterwards, which restores them exactly. Golden
     vectors thus do not depend on the order of fp16 additions; ONNX Runtime stays within 1e-4 of them.
     """
+    if isinstance(encoder, GraphEncoder):
+        return torch.cat([torch.from_numpy(encoder.embed(*padding.pad([row], encoder.pad_id))) for row in ids])
     device, dtype = encoder.device, encoder.dtype
     graph = encoder.graph.cpu()
     cast_weights(graph, torch.float32)

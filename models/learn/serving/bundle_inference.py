@@ -7,7 +7,7 @@ on the right. No PyTorch model is needed, so any machine that has the bundle fol
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,9 @@ class BundleGraphs:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # As in the server: "[SEP]" in a title is text like any other.
         self._tokenizer.enable_truncation(manifest["item_text"]["max_tokens"], direction="right")
-        self._batching = config.batches()
+        batching = config.batches()
+        is_alone = manifest["encoder"].get("batching") == "alone"
+        self._batching = replace(batching, max_items=1) if is_alone else batching
         self._encoder = _session(bundle / manifest["encoder"]["file"], config)
         self._item_tower = _session(bundle / manifest["item_tower"]["file"], config)
 

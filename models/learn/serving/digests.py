@@ -79,6 +79,9 @@ def _encoder(manifest: Mapping[str, Any]) -> bytes:
     hasher.update(manifest["item_text"]["max_tokens"].to_bytes(8, "little"))
     hasher.update(manifest["encoder"]["pad_id"].to_bytes(8, "little", signed=True))
     _add_ports(hasher, manifest["encoder"])
+    # Vectors of a graph that must see one text per run are others than those of the same graph in batches.
+    if manifest["encoder"].get("batching") == "alone":
+        _add(hasher, "alone")
     return hasher.digest()[:N_BYTES]
 
 

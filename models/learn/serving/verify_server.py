@@ -29,7 +29,7 @@ import safetensors.numpy
 
 from learn.data.item_text import ItemText
 from learn.serving import digests, grpc_messages
-from learn.serving.tolerances import ABSOLUTE, COSINE
+from learn.serving.tolerances import SINGLE_PRECISION, Tolerance
 
 if TYPE_CHECKING:
     from learn.content.ceg import Encoder
@@ -59,8 +59,8 @@ class VerifyConfig:
     # The name that the model is served under; empty selects the only model.
     model: str = ""
     dtype: str = "f32"
-    absolute: float = ABSOLUTE
-    cosine: float = COSINE
+    # Of every stage, because what the encoder's rounding changes on another CPU goes through all of them.
+    tolerance: Tolerance = SINGLE_PRECISION
     timeout_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -114,8 +114,8 @@ class Drift:
     def is_within(self, config: VerifyConfig) -> bool:
         """Whether the stage is within tolerances plus the wire's rounding; what is read from caches is not rounded."""
         dtype = "f32" if self.stage in CACHED_STAGES else config.dtype
-        absolute = config.absolute + WIRE_ABSOLUTE[dtype]
-        return self.max_absolute <= absolute and self.min_cosine >= config.cosine - WIRE_COSINE[dtype]
+        absolute = config.tolerance.absolute + WIRE_ABSOLUTE[dtype]
+        return self.max_absolute <= absolute and self.min_cosine >= config.tolerance.cosine - WIRE_COSINE[dtype]
 
 
 @dataclass
