@@ -2,7 +2,7 @@
 //!
 //!     cd benches && cargo bench --bench snapshot [-- ITEMS]
 //!
-//! Each item has a content embedding of 384 numbers, an item embedding of 64, and a text that is known by its id. The folder
+//! Each item has a content embedding of 384 numbers, a record of 128, and a text that is known by its id. The folder
 //! is a temporary one; `TMPDIR` chooses its disk. The files are read from the system's page cache, as after a restart.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a program that measures and prints")]
 
@@ -20,7 +20,7 @@ const SERVED: Served = Served {
     encoder: EncoderDigest::from_bytes([1; 16]),
     content_dim: 384,
     tower: TowerDigest::from_bytes([2; 16]),
-    item_dim: 64,
+    record_dim: 128,
 };
 
 fn empty_caches() -> Caches {
@@ -40,11 +40,12 @@ fn text(i: u64) -> ItemText {
 
 fn fill(caches: &Caches, n: u64) {
     for i in 0..n {
-        let items = vec![Item { id: format!("item-{i:>9}"), text: Some(Ok(text(i))) }];
+        let id = format!("item-{i:>9}");
+        let items = vec![Item { id: &id, text: Some(Ok(text(i))) }];
         let text = caches.known_items.resolve(items, Priority::WarmUp).remove(0).unwrap().digest;
         let vector = |dim| (0..dim).map(|j| (i + j) as f32).collect();
         caches.contents.insert(ContentKey { part: SERVED.encoder, text }, vector(384));
-        caches.items.insert(ItemKey { part: SERVED.tower, text }, vector(64));
+        caches.items.insert(ItemKey { part: SERVED.tower, text }, vector(128));
     }
 }
 

@@ -44,8 +44,10 @@ fuzz_target!(|data: &[u8]| {
 /// The status that the wire contract asks for.
 fn expected_code(request: &GetMidEmbRequest) -> Code {
     let items = || request.candidates.iter().chain(&request.history);
-    let keeps_contract = !request.user_id.is_empty()
-        && (1..=LIMITS.max_candidates).contains(&request.candidates.len())
+    let n_actions = request.history_actions.len();
+    let keeps_contract = (1..=LIMITS.max_candidates).contains(&request.candidates.len())
+        && (n_actions == 0 || n_actions == request.history.len())
+        && request.history_actions.iter().all(|action| (0..=8).contains(action))
         && request.history.len() <= LIMITS.max_history
         && items().all(|item| !item.id.is_empty())
         && request.outputs.iter().all(|output| (1..=4).contains(output))

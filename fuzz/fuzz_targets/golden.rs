@@ -37,7 +37,7 @@ fuzz_target!(|data: &[u8]| -> Corpus {
     let n_items = golden.texts().count();
     // Token ids of another tokenizer may be beyond the encoder's table, so they are compared first, as a load does.
     if golden::check_tokens(&golden, encoder).is_ok()
-        && let Ok((report, contents)) = golden::check_content(&golden, encoder, graph)
+        && let Ok((report, contents)) = golden::check_content(&golden, encoder, manifest.encoder.tolerance, graph)
     {
         assert_eq!(contents.len(), n_items);
         assert!(report.n_vectors >= n_items);
@@ -91,6 +91,7 @@ fn encoder(manifest: &Manifest, folder: &Path) -> EncoderModel {
         tokenizer: tokenizer(manifest, folder),
         pad_id: manifest.encoder.pad_id,
         dim: manifest.encoder.dim,
+        batching: manifest.encoder.batching,
         digest: digest::encoder_digest(manifest),
     }
 }

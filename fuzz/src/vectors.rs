@@ -28,7 +28,7 @@ pub fn empty_caches() -> Caches {
     })
 }
 
-/// How many content embeddings, item embeddings and known items there are.
+/// How many content embeddings, item records and known items there are.
 pub fn n_entries(caches: &Caches) -> [u64; 3] {
     [caches.contents.measure(), caches.items.measure(), caches.known_items.measure()].map(|usage| usage.n_entries)
 }

@@ -27,13 +27,18 @@ fn texts() -> Vec<ItemText> {
 /// The comparisons of one graph.
 struct BatchCheck {
     graph: &'static str,
+    tolerance: Tolerance,
     report: StageReport,
 }
 
 impl BatchCheck {
     fn new(graph: &'static str, stage: &'static str) -> Self {
+        BatchCheck::within(Tolerance::SINGLE_PRECISION, graph, stage)
+    }
+
+    fn within(tolerance: Tolerance, graph: &'static str, stage: &'static str) -> Self {
         let report = StageReport { stage, n_vectors: 0, max_absolute: 0.0, min_cosine: 1.0 };
-        BatchCheck { graph, report }
+        BatchCheck { graph, tolerance, report }
     }
 
     /// Compares a vector from a batch with the same one computed alone.
@@ -44,7 +49,7 @@ impl BatchCheck {
         }
         let absolute = beside.iter().zip(alone).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         let cosine = if beside == alone || alone.len() == 1 { 1.0 } else { cosine(beside, alone) };
-        let Tolerance { absolute: max_absolute, cosine: min_cosine } = Tolerance::SINGLE_PRECISION;
+        let Tolerance { absolute: max_absolute, cosine: min_cosine } = self.tolerance;
         if absolute > max_absolute || cosine.is_nan() || cosine <= min_cosine {
             return Err(BundleError::DependsOnBatch { graph: self.graph, absolute, cosine });
         }
@@ -56,8 +61,12 @@ impl BatchCheck {
 }
 
 /// Runs the texts of this module through the encoder, alone and in two batches of different order.
-pub(super) fn check_encoder(model: &EncoderModel, graph: &mut Graph) -> Result<StageReport, BundleError> {
-    let mut check = BatchCheck::new("encoder", "content in batches");
+pub(super) fn check_encoder(
+    model: &EncoderModel,
+    tolerance: Tolerance,
+    graph: &mut Graph,
+) -> Result<StageReport, BundleError> {
+    let mut check = BatchCheck::within(tolerance, "encoder", "content in batches");
     let tokens = texts().iter().map(|text| model.tokenize(text)).collect::<Result<Vec<_>, _>>()?;
     let mut order: Vec<&[i64]> = tokens.iter().map(Vec::as_slice).collect();
     for _ in 0..2 {

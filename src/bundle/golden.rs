@@ -113,7 +113,7 @@ impl StageCheck {
         let Tolerance { absolute: max_absolute, cosine: min_cosine } = self.tolerance;
         if absolute > max_absolute || cosine.is_nan() || cosine <= min_cosine {
             return mismatch(format!(
-                "differs from golden by {absolute:.2e} (at most {max_absolute:.0e}), cosine {cosine:.6} (above {min_cosine})"
+                "differs from golden by {absolute:.2e} (at most {max_absolute:e}), cosine {cosine:.6} (above {min_cosine})"
             ));
         }
         self.report.n_vectors += 1;
@@ -221,9 +221,10 @@ pub fn check_tokens(golden: &Golden, model: &EncoderModel) -> Result<StageReport
 pub fn check_content(
     golden: &Golden,
     model: &EncoderModel,
+    tolerance: Tolerance,
     graph: &mut Graph,
 ) -> Result<(StageReport, Vec<Vector>), BundleError> {
-    let mut stage = StageCheck::within(model.tolerance, "content");
+    let mut stage = StageCheck::within(tolerance, "content");
     let mut computed = Vec::with_capacity(golden.items.len());
     // Once in one batch and once one by one: a graph whose results depend on padding could pass one of the two.
     let batch: Vec<&[i64]> = golden.items.iter().map(|item| item.token_ids.as_slice()).collect();
@@ -253,8 +254,20 @@ fn check_items(
     Ok([items.report, adapted.report])
 }
 
+/// Refuses a bundle with an action that no golden user has: a list in another order than the trainer's would pass the check.
+fn check_actions(golden: &Golden, manifest: &Manifest) -> Result<(), Mismatch> {
+    for action in &manifest.history.actions {
+        if !golden.users.iter().any(|user| user.actions.contains(action)) {
+            let problem = format!("cannot be checked: no golden user has the action {action}");
+            return Err(Mismatch { subject: "history.actions".to_owned(), problem });
+        }
+    }
+    Ok(())
+}
+
 fn check_users(golden: &Golden, manifest: &Manifest, graphs: &mut TowerGraphs) -> Result<StageReport, BundleError> {
     let mut stage = StageCheck::new("user");
+    check_actions(golden, manifest)?;
     let dims = manifest.user_dims();
     let codes = ActionCodes::of(&manifest.history.actions);
     let history = |user: &GoldenUser| History {

@@ -30,7 +30,8 @@ const MAX_HISTORY: usize = 100_000;
 const MAX_HISTORY_VALUES: usize = 1 << 26;
 
 /// The widest tolerance of an encoder's vectors. A vector further away is another vector.
-const WIDEST_TOLERANCE: Tolerance = Tolerance { absolute: 0.1, cosine: 0.98 };
+const MAX_ABSOLUTE: f64 = 0.1;
+const MIN_COSINE: f64 = 0.98;
 
 /// Why a manifest is invalid; each message is one line.
 #[derive(Debug, Clone, PartialEq, Error)]
@@ -59,9 +60,9 @@ pub enum ManifestError {
          request would be too large"
     )]
     HistorySize(usize),
-    #[error("history.actions names {0:?} twice, or it is no action that a user tower can be trained with")]
+    #[error("history.actions names {0} twice, or it is no action that a user tower can be trained with")]
     Action(Action),
-    #[error("encoder.tolerance.{name} is {value}, it must be from {min} to {max}")]
+    #[error("encoder.tolerance.{name} is {value}, it must be from {min} and below {max}")]
     Tolerance { name: &'static str, value: f64, min: f64, max: f64 },
     #[error(
         "{graph} has {n_inputs} inputs and {n_outputs} outputs, it must have {expected_inputs} and {expected_outputs}"
@@ -198,11 +199,8 @@ impl Manifest {
 
     fn validate_tolerance(&self) -> Result<(), ManifestError> {
         let Tolerance { absolute, cosine } = self.encoder.tolerance;
-        let bounds = [
-            ("absolute", f64::from(absolute), 0.0, f64::from(WIDEST_TOLERANCE.absolute)),
-            ("cosine", cosine, WIDEST_TOLERANCE.cosine, 1.0),
-        ];
-        match bounds.into_iter().find(|(_name, value, min, max)| !(*min..=*max).contains(value)) {
+        let bounds = [("absolute", f64::from(absolute), 0.0, MAX_ABSOLUTE), ("cosine", cosine, MIN_COSINE, 1.0)];
+        match bounds.into_iter().find(|(_name, value, min, max)| !(*min..*max).contains(value)) {
             Some((name, value, min, max)) => Err(ManifestError::Tolerance { name, value, min, max }),
             None => Ok(()),
         }

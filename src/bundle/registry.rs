@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn a_visitor_without_an_id_is_routed_by_history_and_without_one_at_random() {
-        let key = |history: &[&str]| RoutingKey::new("", history.to_vec().into_iter());
+        let key = |history: &[&str]| RoutingKey::new("", history.iter().copied());
         assert_eq!(key(&["a", "b"]), key(&["a", "b"]));
         for other in [key(&["b", "a"]), key(&["ab"]), key(&["a", "", "b"]), RoutingKey::new("a", [].into_iter())] {
             assert_ne!(key(&["a", "b"]), other);

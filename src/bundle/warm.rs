@@ -31,6 +31,8 @@ pub(super) fn run(
     let contents: Vec<Vector> = golden.contents().map(Vector::from).collect();
     let batch: Vec<Vector> = contents.iter().cycle().take(item_tower::BATCH).cloned().collect();
     let user_dims = manifest.user_dims();
+    // Every action once: a graph whose table is too short for the manifest's list fails here.
+    let action_codes: Vec<i64> = (0..=manifest.history.actions.len() as i64).collect();
     let fusion_dims = FusionDims { embedding: user_dims.user, mid: manifest.cvr.dim };
     for graphs in towers {
         let record_dims = manifest.item_tower.record_dims();
@@ -38,9 +40,12 @@ pub(super) fn run(
         for record in &records {
             check_finite("item tower", record)?;
         }
-        let history = longest_history(&records, manifest.user_tower.max_history, record_dims);
-        let user = user_tower::embed(graphs, vec![history], user_dims)?;
-        check_finite("user tower", &user)?;
+        let mut user = Vec::new();
+        for codes in action_codes.chunks(manifest.user_tower.max_history) {
+            let history = longest_history(&records, manifest.user_tower.max_history, record_dims, codes);
+            user = user_tower::embed(graphs, vec![history], user_dims)?;
+            check_finite("user tower", &user)?;
+        }
         let items = records.iter().cycle().take(CANDIDATES).map(|record| &record[..record_dims.item]);
         let candidates: Vec<f32> = items.flatten().copied().collect();
         let fused = fusion::fuse(graphs, &user, &candidates, &[0; CANDIDATES], fusion_dims)?;
@@ -50,9 +55,9 @@ pub(super) fn run(
     Ok(())
 }
 
-fn longest_history(records: &[Vector], n_items: usize, dims: RecordDims) -> History {
+fn longest_history(records: &[Vector], n_items: usize, dims: RecordDims, codes: &[i64]) -> History {
     let adapted = records.iter().cycle().take(n_items).flat_map(|record| &record[dims.item..]).copied().collect();
-    History { adapted, actions: vec![0; n_items] }
+    History { adapted, actions: codes.iter().copied().cycle().take(n_items).collect() }
 }
 
 fn check_finite(stage: &'static str, values: &[f32]) -> Result<(), BundleError> {

@@ -74,6 +74,13 @@ struct Known {
     text: Arc<ItemText>,
 }
 
+/// An item of a message, without what borrows from the message: its id's hash and, if the text was sent, the text with its digest.
+#[derive(Debug)]
+pub struct HashedItem {
+    id: IdKey,
+    text: Option<Result<(TextDigest, ItemText), TextFault>>,
+}
+
 /// A list of items whose texts are remembered.
 struct PartlyResolved {
     /// One per item; UNKNOWN_ITEM for those that came without text.
@@ -91,9 +98,20 @@ impl KnownItems {
         KnownItems { cache, hash_key: RwLock::new(HashKey::random()), max_text_bytes }
     }
 
-    /// Resolves each item of one list. See [`KnownItems::resolve_lists`].
+    /// Hashes the items of a message. Takes no lock that a request waits for, so it may run on a thread that gives way.
+    pub fn hash(&self, items: Vec<Item<'_>>) -> Vec<HashedItem> {
+        let hash_key = self.hash_key();
+        let mut hashed = Vec::with_capacity(items.len());
+        for Item { id, text } in items {
+            let text = text.map(|text| text.map(|text| (TextDigest::of(&text), text)));
+            hashed.push(HashedItem { id: hash_key.hash(id), text });
+        }
+        hashed
+    }
+
+    /// Hashes and resolves the items of one list. See [`KnownItems::resolve_lists`].
     pub fn resolve(&self, items: Vec<Item<'_>>, priority: Priority) -> Vec<Result<KnownItem, RowStatus>> {
-        let [resolved] = self.resolve_lists([items], priority);
+        let [resolved] = self.resolve_lists([self.hash(items)], priority);
         resolved
     }
 
@@ -104,11 +122,10 @@ impl KnownItems {
     /// asked for.
     pub fn resolve_lists<const N: usize>(
         &self,
-        lists: [Vec<Item<'_>>; N],
+        lists: [Vec<HashedItem>; N],
         priority: Priority,
     ) -> [Vec<Result<KnownItem, RowStatus>>; N] {
-        let hash_key = self.hash_key();
-        let remembered = lists.map(|items| self.remember_texts(hash_key, items, priority));
+        let remembered = lists.map(|items| self.remember_texts(items, priority));
         let mut lookups = Lookups::default();
         let resolved = remembered.map(|list| self.resolve_ids(list, &mut lookups));
         events::cache_looked_up(self.cache.name().as_str(), lookups);
@@ -116,14 +133,13 @@ impl KnownItems {
     }
 
     /// Remembers the texts of a list, and leaves the ids that came without text to be resolved.
-    fn remember_texts(&self, hash_key: HashKey, items: Vec<Item<'_>>, priority: Priority) -> PartlyResolved {
+    fn remember_texts(&self, items: Vec<HashedItem>, priority: Priority) -> PartlyResolved {
         let n = items.len();
         let mut list =
             PartlyResolved { rows: Vec::with_capacity(n), ids: Vec::with_capacity(n), places: Vec::with_capacity(n) };
-        for item in items {
-            let id = hash_key.hash(item.id);
-            list.rows.push(match item.text {
-                Some(Ok(text)) => Ok(self.remember(id, text, priority)),
+        for HashedItem { id, text } in items {
+            list.rows.push(match text {
+                Some(Ok((digest, text))) => Ok(self.remember(id, digest, text, priority)),
                 Some(Err(_fault)) => Err(RowStatus::InvalidItem),
                 None => {
                     list.ids.push(id);
@@ -148,8 +164,7 @@ impl KnownItems {
         rows
     }
 
-    fn remember(&self, id: IdKey, text: ItemText, priority: Priority) -> KnownItem {
-        let digest = TextDigest::of(&text);
+    fn remember(&self, id: IdKey, digest: TextDigest, text: ItemText, priority: Priority) -> KnownItem {
         if self.cache.read(&id, |known| known.digest) == Some(digest) {
             return KnownItem { id, digest, text: None };
         }
@@ -266,7 +281,7 @@ mod tests {
     fn a_text_in_one_list_serves_the_same_id_in_another() {
         let known = KnownItems::new(1 << 20, 100);
         let lists = [vec![item("a", None), item("b", Some("2"))], vec![item("a", Some("1")), item("b", None)]];
-        let [history, candidates] = known.resolve_lists(lists, Priority::Request);
+        let [history, candidates] = known.resolve_lists(lists.map(|items| known.hash(items)), Priority::Request);
         let digests = |rows: Vec<Result<KnownItem, RowStatus>>| rows.into_iter().map(|row| row.unwrap().digest);
         assert!(digests(history).eq(digests(candidates)));
     }

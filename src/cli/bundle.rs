@@ -71,7 +71,7 @@ fn describe_encoder(manifest: &Manifest) -> String {
     };
     let Tolerance { absolute, cosine } = tolerance;
     let precision = precision.as_str();
-    format!("{precision}, {batching}, golden within {absolute:.0e} and cosine {cosine}")
+    format!("{precision}, {batching}, golden within {absolute:e} and cosine {cosine}")
 }
 
 fn describe_history(manifest: &Manifest) -> String {

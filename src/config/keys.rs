@@ -123,7 +123,7 @@ keys! {
         "cache.content_mb",
         "1024",
         1..=1 << 20,
-        "Memory for content embeddings (about 1.7 KB per item at 384 dimensions). They are read for items without a record, and for all items after a push of new towers, which then need no run of the language model.",
+        "Memory for content embeddings (about 1.7 KB per item at 384 dimensions). They are read for items without a record, and for all items after a push of new towers: what is still cached then needs no run of the language model.",
     );
     CACHE_ITEM_MB: Key<u64> = megabytes(
         "cache.item_mb",

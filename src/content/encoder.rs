@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     domain::{
-        EncoderDigest, ItemText, Priority, Tolerance, all_finite,
+        EncoderDigest, ItemText, Priority, all_finite,
         item_text::{Template, TemplateError},
     },
     inference::{Graph, GraphError, Input, Provider, background::give_way, job::run_guarded},
@@ -61,8 +61,6 @@ pub struct EncoderModel {
     pub dim: usize,
     /// Which texts may share a run.
     pub batching: Batching,
-    /// How far its vectors may be from the golden ones.
-    pub tolerance: Tolerance,
     /// Identifies the encoder in cache keys.
     pub digest: EncoderDigest,
 }
@@ -155,8 +153,9 @@ const BYTES_PER_TOKEN: usize = 4;
 const TEMPLATE_TOKENS: usize = 16;
 const QUEUE: &str = "encoder";
 
-fn batch_limits(provider: Provider) -> BatchLimits {
+fn batch_limits(provider: Provider, batching: Batching) -> BatchLimits {
     match provider {
+        _ if batching == Batching::Alone => BatchLimits { max_items: 1, max_tokens: 512 },
         // A few short texts keep one core busy; larger batches do not fit into its cache.
         Provider::Cpu => BatchLimits { max_items: 16, max_tokens: 512 },
         Provider::Cuda => BatchLimits { max_items: 256, max_tokens: 16_384 },
@@ -179,7 +178,7 @@ impl Encoder {
     pub fn start(model: EncoderModel, graphs: Vec<Graph>, provider: Provider) -> io::Result<Self> {
         let model = Arc::new(model);
         let max_cost = model.max_cost();
-        let batcher = Arc::new(Batcher::new(batch_limits(provider)));
+        let batcher = Arc::new(Batcher::new(batch_limits(provider, model.batching)));
         let encoder = Encoder {
             model: Arc::clone(&model),
             batcher: Arc::clone(&batcher),

@@ -4,7 +4,7 @@ use super::*;
 use crate::{
     cache::CacheLimits,
     content::encoder::Batching,
-    domain::{EncoderDigest, IdKey, ItemText, TextDigest, Tolerance, item_text::Template},
+    domain::{EncoderDigest, IdKey, ItemText, TextDigest, item_text::Template},
     inference::Provider,
 };
 use std::{
@@ -127,7 +127,6 @@ fn idle_encoder() -> Encoder {
         pad_id: 0,
         dim: 4,
         batching: Batching::Together,
-        tolerance: Tolerance::default(),
         digest: EncoderDigest::from_bytes([7; 16]),
     };
     Encoder::start(model, Vec::new(), Provider::Cpu).unwrap()

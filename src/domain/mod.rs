@@ -21,7 +21,7 @@ pub use tolerance::Tolerance;
 
 use std::{fmt, sync::Arc, time::Instant};
 
-/// One embedding, shared by the caches and the requests that read it.
+/// One embedding or record, shared by the caches and the requests that read it.
 pub type Vector = Arc<[f32]>;
 
 /// The widths of the two parts of an item record, which is everything that a request reads of an item: its item embedding, then

@@ -117,7 +117,8 @@ impl Lifecycle {
             self.journal.begin_step(Step::Golden, name);
             let (folder, manifest) = (folder.clone(), files.manifest.clone());
             let golden = self.on_loader(move || golden::read(&folder, &manifest)).await?.map_err(failed)?;
-            self.pipeline.check_encoder(encoder, &golden).await.map_err(failed)?;
+            let tolerance = files.manifest.encoder.tolerance;
+            self.pipeline.check_encoder(encoder, &golden, tolerance).await.map_err(failed)?;
         }
         let runtime = self.runtime(settings).await?;
         let lifecycle = Arc::clone(self);

@@ -1,8 +1,8 @@
 //! One request, one line per stage. Start here.
 //!
 //! ```text
-//! resolve text ──> route ──> user cache ──> item cache ──all found────────────────────> score ──> answer
-//!                                                └─missing─> content ─> item tower ──┘
+//! hash ids ──> route ──> resolve text ──> user cache ──> item cache ──all found────────────────────> score ──> answer
+//!                                                             └─missing─> content ─> item tower ──┘
 //! ```
 //!
 //! [`admission`] admits requests and splits their deadlines, `user` looks up the user, `items` finds the record of every item, and
@@ -28,7 +28,7 @@ pub mod warm_up;
 use crate::content::EncoderGate;
 use crate::{
     bundle::{Model, Registry, registry::RoutingKey},
-    cache::Caches,
+    cache::{Caches, known_items::HashedItem},
     content::{Content, Contents},
     domain::{
         Action, KnownItem, MidEmbRequest, MidEmbResponse, Outputs, Priority, RowStatus, Vector,
@@ -66,12 +66,16 @@ type Resolved = Vec<Result<KnownItem, RowStatus>>;
 /// One entry per item: its record, or the status that says why it has none.
 type Records = Vec<Result<Vector, RowStatus>>;
 
-/// A request whose items are resolved. Holds nothing of its message.
+/// A request that borrows nothing from its message any more.
 #[derive(Debug)]
-pub struct ResolvedRequest {
+pub struct PreparedRequest {
     model: Option<String>,
     routing_key: RoutingKey,
-    page: Page,
+    history: Vec<HashedItem>,
+    history_actions: Vec<Action>,
+    candidates: Vec<HashedItem>,
+    /// The ids of the history and of the candidates, if they are recorded.
+    to_trace: Option<[ItemsToTrace; 2]>,
     outputs: Outputs,
     deadline: Instant,
 }
@@ -79,6 +83,8 @@ pub struct ResolvedRequest {
 /// The part of a request that a model reads.
 #[derive(Debug, Clone)]
 struct Page {
+    /// The number of items before `history` that are too old for the model.
+    n_not_used: usize,
     /// Oldest first.
     history: Resolved,
     /// One per history item, or none at all.
@@ -122,21 +128,21 @@ impl Pipeline {
         self.admission.admit()
     }
 
-    /// Looks up the texts of items that were sent as ids, and remembers the texts that were sent.
-    pub fn resolve(&self, request: MidEmbRequest<'_>) -> ResolvedRequest {
-        let start = Instant::now();
+    /// Takes from a request what is needed once its message is gone. Takes no lock that other requests wait for, so it may run on a
+    /// thread that gives way.
+    pub fn prepare(&self, request: MidEmbRequest<'_>) -> PreparedRequest {
         let MidEmbRequest { user_id, history, history_actions, candidates, model, outputs, deadline } = request;
-        let routing_key = RoutingKey::new(user_id, history.iter().map(|item| item.id));
-        let trace = self.trace.as_deref().filter(|trace| !trace.has_ended());
-        let to_trace =
-            trace.map(|trace| (trace, ItemsToTrace::from_ids(&history), ItemsToTrace::from_ids(&candidates)));
-        let [history, candidates] = self.caches.known_items.resolve_lists([history, candidates], Priority::Request);
-        if let Some((trace, history_ids, candidate_ids)) = to_trace {
-            trace.record(history_ids.with_digests(&history), candidate_ids.with_digests(&candidates));
+        let is_traced = self.trace.as_ref().is_some_and(|trace| !trace.has_ended());
+        PreparedRequest {
+            model: model.map(str::to_owned),
+            routing_key: RoutingKey::new(user_id, history.iter().map(|item| item.id)),
+            to_trace: is_traced.then(|| [ItemsToTrace::from_ids(&history), ItemsToTrace::from_ids(&candidates)]),
+            history: self.caches.known_items.hash(history),
+            history_actions,
+            candidates: self.caches.known_items.hash(candidates),
+            outputs,
+            deadline,
         }
-        events::stage_finished("resolve", start);
-        let page = Page { history, history_actions, candidates };
-        ResolvedRequest { model: model.map(str::to_owned), routing_key, page, outputs, deadline }
     }
 
     /// Answers one admitted request. Calls `on_routed` with the model that answers as soon as it is chosen.
@@ -145,15 +151,16 @@ impl Pipeline {
     pub async fn get_mid_emb(
         self: &Arc<Self>,
         permit: Permit,
-        request: ResolvedRequest,
+        request: PreparedRequest,
         on_routed: impl FnOnce(&Model),
     ) -> Result<MidEmbResponse, Error> {
-        let ResolvedRequest { model, routing_key, page, outputs, deadline } = request;
-        let deadlines = Deadlines::split(Instant::now(), deadline);
+        let deadlines = Deadlines::split(Instant::now(), request.deadline);
         let models = self.registry.current()?;
-        let model = models.route(model.as_deref(), &routing_key)?;
+        let model = models.route(request.model.as_deref(), &request.routing_key)?;
         on_routed(model);
-        let shadows = Shadows::reserve(models.shadows_of(model, &routing_key), &page, outputs);
+        let (outputs, shadows) = (request.outputs, models.shadows_of(model, &request.routing_key));
+        let page = self.resolve(request.history, request.history_actions, request.candidates, request.to_trace);
+        let shadows = Shadows::reserve(shadows, &page, outputs);
         let answer = self.answer(model, page, outputs, Waits { deadlines, gate: &permit }).await?;
         shadows.compare(self, &answer);
         Ok(answer)
@@ -173,15 +180,33 @@ impl Pipeline {
         let user = user.into_source(model, &page, &mut items.history);
         let job = ScoreJob::new(user, &mut items.candidates, outputs);
         let scores = job.run(model, waits.deadlines.answer_by, &self.caches.users).await?;
-        Ok(scores.into_response(model, items))
+        Ok(scores.into_response(model, &page, items))
+    }
+
+    /// Looks up the texts of items that were sent as ids, and remembers the texts that were sent.
+    fn resolve(
+        &self,
+        history: Vec<HashedItem>,
+        history_actions: Vec<Action>,
+        candidates: Vec<HashedItem>,
+        to_trace: Option<[ItemsToTrace; 2]>,
+    ) -> Page {
+        let start = Instant::now();
+        let [history, candidates] = self.caches.known_items.resolve_lists([history, candidates], Priority::Request);
+        if let Some((trace, [history_ids, candidate_ids])) = self.trace.as_deref().zip(to_trace) {
+            trace.record(history_ids.with_digests(&history), candidate_ids.with_digests(&candidates));
+        }
+        events::stage_finished("resolve", start);
+        Page { n_not_used: 0, history, history_actions, candidates }
     }
 }
 
 impl Page {
-    /// Marks all but the newest `max_history` history items as not used.
+    /// Leaves the newest `max_history` history items.
     fn limit_history(mut self, max_history: usize) -> Self {
-        let n_too_old = self.history.len().saturating_sub(max_history);
-        self.history[..n_too_old].fill(Err(RowStatus::NotUsed));
+        self.n_not_used = self.history.len().saturating_sub(max_history);
+        self.history.drain(..self.n_not_used);
+        self.history_actions.drain(..self.n_not_used.min(self.history_actions.len()));
         self
     }
 
@@ -245,11 +270,12 @@ mod tests {
                 outputs: Outputs::default(),
                 deadline: Instant::now() + Duration::from_secs(1),
             };
-            let request = pipeline.resolve(request);
+            let request = pipeline.prepare(request);
             let answer = pipeline.get_mid_emb(pipeline.admit().unwrap(), request, |_| ()).await;
             assert!(matches!(answer, Err(Error::Unavailable(_))), "{answer:?}");
         }
-        let warm_up = pipeline.remember(vec![Item { id: "a", text: Some(Ok(ItemText::titled("a"))) }]);
+        let items = pipeline.prepare_items(vec![Item { id: "a", text: Some(Ok(ItemText::titled("a"))) }]);
+        let warm_up = pipeline.remember(items);
         assert!(matches!(pipeline.warm(warm_up).await, Err(Error::Unavailable(_))));
         assert!(matches!(pipeline.check_admission(Instant::now()), Err(Error::Unavailable(_))));
     }

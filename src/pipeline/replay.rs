@@ -13,7 +13,7 @@ use crate::{
     },
     cache::vectors::VectorCache,
     content::{Content, EmbedRequest, Encoder, Open},
-    domain::{ContentKey, EncoderDigest, IdKey, ItemKey, KnownItem, Priority, TextDigest, Vector},
+    domain::{ContentKey, EncoderDigest, IdKey, ItemKey, KnownItem, Priority, TextDigest, Tolerance, Vector},
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -84,7 +84,12 @@ impl Pipeline {
 
     /// Checks a running encoder against the golden texts of another bundle. Its embeddings of these texts are usually cached,
     /// so that nothing has to be encoded.
-    pub async fn check_encoder(&self, encoder: &Encoder, golden: &Golden) -> Result<(), BundleError> {
+    pub async fn check_encoder(
+        &self,
+        encoder: &Encoder,
+        golden: &Golden,
+        tolerance: Tolerance,
+    ) -> Result<(), BundleError> {
         check_tokens(golden, encoder.model())?;
         let item = |text| {
             let digest = TextDigest::of(text);
@@ -99,7 +104,7 @@ impl Pipeline {
             return Err(BundleError::EncoderBusy);
         }
         let found = vectors.into_iter().map(|vector| &vector[..]);
-        golden.check_contents(found, encoder.model().tolerance).map(|_report| ())
+        golden.check_contents(found, tolerance).map(|_report| ())
     }
 
     /// Caches the content embeddings that a new encoder computed for the golden texts.

@@ -47,13 +47,51 @@ impl Rows {
 
     /// The rows that are OK, back to back.
     pub(super) fn ready(&self) -> Vec<f32> {
-        let ready = self.statuses.iter().enumerate().filter(|(_row, status)| **status == RowStatus::Ok);
-        ready.flat_map(|(row, _status)| self.values.row(row)).copied().collect()
+        let mut ready = Vec::with_capacity(self.values.data.len());
+        for (row, status) in self.statuses.iter().enumerate() {
+            if *status == RowStatus::Ok {
+                ready.extend_from_slice(self.values.row(row));
+            }
+        }
+        ready
     }
 
     /// The same, without a copy if all rows are OK. The values are gone afterwards.
     pub(super) fn take_ready(&mut self) -> Vec<f32> {
         let all_ready = self.statuses.iter().all(|status| *status == RowStatus::Ok);
         if all_ready { std::mem::take(&mut self.values.data) } else { self.ready() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{IdKey, ItemText, TextDigest};
+
+    fn items(statuses: [Option<RowStatus>; 4]) -> Resolved {
+        let digest = TextDigest::of(&ItemText::titled("a"));
+        let known = || KnownItem { id: IdKey::from_bytes([0; 16]), digest, text: None };
+        statuses.into_iter().map(|status| status.map_or_else(|| Ok(known()), Err)).collect()
+    }
+
+    #[test]
+    fn rows_hold_their_part_of_a_record_in_any_order_and_zeros_elsewhere() {
+        let mut rows = Rows::new(&items([Some(RowStatus::UnknownItem), None, None, None]), 1..3);
+        rows.set(1, &[0.0, 1.0, 2.0, 9.0]);
+        rows.complete();
+        // A record that was missing comes later, and the last item has none.
+        rows.set(2, &[0.0, 3.0, 4.0, 9.0]);
+        assert_eq!(rows.values.data, [0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 0.0, 0.0]);
+        assert_eq!(rows.statuses, [RowStatus::UnknownItem, RowStatus::Ok, RowStatus::Ok, RowStatus::Failed]);
+        assert_eq!((rows.ready(), rows.take_ready()), (vec![1.0, 2.0, 3.0, 4.0], vec![1.0, 2.0, 3.0, 4.0]));
+    }
+
+    #[test]
+    fn complete_rows_are_moved_out() {
+        let mut rows = Rows::new(&items([None; 4]), 0..1);
+        (0..4).for_each(|row| rows.set(row, &[row as f32]));
+        rows.complete();
+        assert_eq!((rows.ready(), rows.take_ready()), (vec![0.0, 1.0, 2.0, 3.0], vec![0.0, 1.0, 2.0, 3.0]));
+        assert!(rows.values.data.is_empty(), "the values were copied");
     }
 }

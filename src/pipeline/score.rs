@@ -1,6 +1,6 @@
 //! Scoring: the user tower and the CVR MLP run in one job on an inference thread.
 
-use super::{admission::shed, items::PageItems, rows::Rows, user::UserSource};
+use super::{Page, admission::shed, items::PageItems, rows::Rows, user::UserSource};
 use crate::{
     bundle::Model,
     cache::users::UserCache,
@@ -81,7 +81,7 @@ impl ScoreJob {
 
 impl Scores {
     /// The answer: one row per candidate, all zeros where the candidate has no vector.
-    pub(super) fn into_response(self, model: &Model, items: PageItems) -> MidEmbResponse {
+    pub(super) fn into_response(self, model: &Model, page: &Page, items: PageItems) -> MidEmbResponse {
         let PageItems { history, candidates: Rows { mut statuses, values: item_embs, .. } } = items;
         let was_scored: Vec<bool> = statuses.iter().map(|status| *status == RowStatus::Ok).collect();
         let mid_dim = model.manifest.cvr.dim;
@@ -98,7 +98,7 @@ impl Scores {
             mid_emb: mid_emb.then(|| scatter(fused.mid_emb, &was_scored, &statuses)),
             user_emb: self.user.filter(|_| user_emb).map(|user| user.to_vec()),
             n_history_used: history.statuses.iter().filter(|status| **status == RowStatus::Ok).count(),
-            history_statuses: history.statuses,
+            history_statuses: [vec![RowStatus::NotUsed; page.n_not_used], history.statuses].concat(),
             statuses,
         }
     }

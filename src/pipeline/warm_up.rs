@@ -3,6 +3,7 @@
 use super::{Pipeline, items::Distinct};
 use crate::{
     bundle::Model,
+    cache::known_items::HashedItem,
     content::{Content, EmbedRequest, Open},
     domain::{Item, ItemKey, KnownItem, Priority, RowStatus, WarmSummary, error::Error},
 };
@@ -16,6 +17,15 @@ use std::{
 const CHUNK: usize = 64;
 /// Warm-up has no deadline of its own; this only keeps a stuck encoder from blocking a stream forever.
 const PATIENCE: Duration = Duration::from_secs(3600);
+
+/// Items of a warm-up that borrow nothing from their message any more.
+#[derive(Debug)]
+pub struct PreparedItems {
+    /// The number of items sent.
+    n_items: usize,
+    /// Those with an id and a text.
+    valid: Vec<HashedItem>,
+}
 
 /// Items of a warm-up: their texts are remembered, and they wait to be encoded.
 #[derive(Debug)]
@@ -38,11 +48,17 @@ pub(super) enum WarmOutcome {
 }
 
 impl Pipeline {
-    /// Remembers the texts of a warm-up, each as the newest text for its id. [`Pipeline::warm`] encodes them.
-    pub fn remember(&self, items: Vec<Item<'_>>) -> WarmUp {
+    /// Takes from the items of a warm-up what is needed once their message is gone; like [`Pipeline::prepare`].
+    pub fn prepare_items(&self, items: Vec<Item<'_>>) -> PreparedItems {
         let n_items = items.len();
         let is_valid = |item: &Item<'_>| item.text.is_some() && !item.id.is_empty();
-        let resolved = self.caches.known_items.resolve(items.into_iter().filter(is_valid).collect(), Priority::WarmUp);
+        PreparedItems { n_items, valid: self.caches.known_items.hash(items.into_iter().filter(is_valid).collect()) }
+    }
+
+    /// Remembers the texts of a warm-up, each as the newest text for its id. [`Pipeline::warm`] encodes them.
+    pub fn remember(&self, items: PreparedItems) -> WarmUp {
+        let PreparedItems { n_items, valid } = items;
+        let [resolved] = self.caches.known_items.resolve_lists([valid], Priority::WarmUp);
         WarmUp { n_items, known: resolved.into_iter().flatten().collect() }
     }
 

@@ -9,20 +9,20 @@ use std::{cell::RefCell, thread::LocalKey};
 
 /// A metric with at most two labels. All values come from the program's text, so addresses are compared, not characters.
 #[derive(Debug, Clone, Copy)]
-struct Series {
+struct SeriesKey {
     metric: &'static str,
     values: [&'static str; 2],
 }
 
-impl Series {
-    fn is(&self, other: &Series) -> bool {
+impl SeriesKey {
+    fn is(&self, other: &SeriesKey) -> bool {
         std::ptr::eq(self.metric, other.metric)
             && std::ptr::eq(self.values[0], other.values[0])
             && std::ptr::eq(self.values[1], other.values[1])
     }
 }
 
-type Handles<T> = RefCell<Vec<(Series, T)>>;
+type Handles<T> = RefCell<Vec<(SeriesKey, T)>>;
 
 thread_local! {
     static COUNTERS: Handles<Counter> = const { RefCell::new(Vec::new()) };
@@ -33,26 +33,26 @@ thread_local! {
 /// Increments a counter with two labels.
 pub(super) fn increment(metric: &'static str, labels: [(&'static str, &'static str); 2], n: u64) {
     let [(first, first_value), (second, second_value)] = labels;
-    let series = Series { metric, values: [first_value, second_value] };
+    let series = SeriesKey { metric, values: [first_value, second_value] };
     let look_up = || counter!(metric, first => first_value, second => second_value);
     update(&COUNTERS, series, look_up, |counter| counter.increment(n));
 }
 
 /// Adds to a gauge with one label.
 pub(super) fn add(metric: &'static str, (label, value): (&'static str, &'static str), n: f64) {
-    let series = Series { metric, values: [value, ""] };
+    let series = SeriesKey { metric, values: [value, ""] };
     update(&GAUGES, series, || gauge!(metric, label => value), |gauge| gauge.increment(n));
 }
 
 /// Records a value in a histogram with one label.
 pub(super) fn record(metric: &'static str, (label, value): (&'static str, &'static str), recorded: f64) {
-    let series = Series { metric, values: [value, ""] };
+    let series = SeriesKey { metric, values: [value, ""] };
     update(&HISTOGRAMS, series, || histogram!(metric, label => value), |histogram| histogram.record(recorded));
 }
 
 fn update<T>(
     handles: &'static LocalKey<Handles<T>>,
-    series: Series,
+    series: SeriesKey,
     look_up: impl FnOnce() -> T,
     update: impl FnOnce(&T),
 ) {
@@ -60,7 +60,11 @@ fn update<T>(
     if !recorder::is_installed() {
         return update(&look_up());
     }
-    handles.with_borrow_mut(|handles| {
+    let mut on_kept_handle = Some((look_up, update));
+    // A thread that ends has no handles any more.
+    let _ = handles.try_with(|handles| {
+        let Some((look_up, update)) = on_kept_handle.take() else { return };
+        let mut handles = handles.borrow_mut();
         let known = handles.iter().position(|(known, _)| known.is(&series));
         let i = known.unwrap_or_else(|| {
             handles.push((series, look_up()));
@@ -68,4 +72,7 @@ fn update<T>(
         });
         update(&handles[i].1);
     });
+    if let Some((look_up, update)) = on_kept_handle {
+        update(&look_up());
+    }
 }

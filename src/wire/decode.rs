@@ -68,7 +68,9 @@ pub fn request<'a>(message: &'a RawMessage, deadline: Instant, limits: &Limits) 
     parts.candidates.check_ids(&mut violations);
     parts.history.check_ids(&mut violations);
     let n_actions = parts.history_actions.n;
-    if n_actions != 0 && n_actions != parts.history.n {
+    // A list of which too many are wrong is not read to its end.
+    let has_all_actions = !parts.history_actions.violations.is_full();
+    if has_all_actions && n_actions != 0 && n_actions != parts.history.n {
         let description =
             format!("has {n_actions} entries, it must be empty or have one per history item ({})", parts.history.n);
         violations.add("history_actions", description);
@@ -172,8 +174,10 @@ impl<'a> Items<'a> {
 
     fn push(&mut self, message: &'a [u8], max_text_bytes: usize) -> Result<(), Malformed> {
         if self.n == 0 {
-            // Items have similar sizes: as many as would fit into the message.
-            self.items.reserve((self.n_message_bytes / message.len().max(1)).min(self.max));
+            // Items have similar sizes: as many as would fit into the message, in at most four times its size.
+            let n_alike = self.n_message_bytes / message.len().max(1);
+            let n_affordable = 4 * self.n_message_bytes / size_of::<Item<'_>>();
+            self.items.reserve(n_alike.min(n_affordable).min(self.max));
         }
         self.n += 1;
         if self.n <= self.max {

@@ -117,7 +117,7 @@ impl MidEmbService for MidEmb {
             let n_items = request.history.len() + request.candidates.len();
             let n_decoded_bytes = n_message_bytes + ITEM_BYTES * n_items as u64;
             let decoded_bytes = budget.take(&share, n_decoded_bytes).ok_or_else(|| shed(ShedReason::Decoded))?;
-            Ok((pipeline.resolve(request), dtype, decoded_bytes))
+            Ok((pipeline.prepare(request), dtype, decoded_bytes))
         };
         let (request, dtype, _decoded_bytes) = self.decode(message, turn, held, decode).await.map_err(&to_status)?;
         let on_routed = |model: &Model| context.set_model(&model.reference);
@@ -156,10 +156,11 @@ impl MidEmbService for MidEmb {
                         let room = room.take();
                         let turn = self.turn(&chunk).await;
                         let pipeline = Arc::clone(&self.pipeline);
-                        let remember = move |chunk: &RawMessage, limits: &Limits| {
-                            decode::warm_items(chunk, limits).map(|items| pipeline.remember(items))
+                        let prepare = move |chunk: &RawMessage, limits: &Limits| {
+                            decode::warm_items(chunk, limits).map(|items| pipeline.prepare_items(items))
                         };
-                        let warm_up = self.decode(chunk, turn, (), remember).await.map_err(&to_status)?;
+                        let items = self.decode(chunk, turn, (), prepare).await.map_err(&to_status)?;
+                        let warm_up = self.pipeline.remember(items);
                         let pipeline = Arc::clone(&self.pipeline);
                         warming.spawn(async move {
                             let warmed = pipeline.warm(warm_up).await;

@@ -1,8 +1,8 @@
 //! What a user did with the items of the history, and visitors without an id.
 
 use crate::harness::{
-    Server, config, films, fixture, floats, history_statuses, midemb, page, reencoded, retrained, run_to_end, shipped,
-    statuses,
+    BrokenBundle, Server, config, films, fixture, floats, history_statuses, midemb, page, reencoded, retrained,
+    run_to_end, shipped, statuses,
 };
 use midemb_client::proto::{Action, GetMidEmbRequest, GetMidEmbResponse, GetModelInfoRequest, Item};
 use std::collections::BTreeSet;
@@ -78,6 +78,32 @@ async fn a_model_without_actions_takes_calls_that_send_them() {
         let with = ask(&server, films("h", 2), &[Action::Like, Action::Dislike]).await;
         assert_eq!((&with.user_emb, statuses(&with)), (&without.user_emb, vec!["OK"; 2]));
         assert_eq!(server.scrape().sum("midemb_cache_lookups_total", &["cache=\"user\"", "result=\"hit\""]), 1.0);
+    }
+}
+
+/// Traffic would find out, not the load: an action that the tower has no row for, or a list in another order than the trainer's.
+#[test]
+fn a_list_of_actions_that_is_not_the_towers_is_refused() {
+    for (actions, reason) in [
+        ("actions = [\"click\", \"like\", \"dislike\", \"purchase\", \"cart\"]", "indices element out of data bounds"),
+        (
+            "actions = [\"click\", \"like\", \"dislike\", \"cart\"]",
+            "history.actions cannot be checked: no golden user has the action cart",
+        ),
+        ("actions = [\"like\", \"click\", \"dislike\", \"purchase\"]", "golden check failed: user "),
+        ("actions = [\"like\", \"like\", \"dislike\", \"purchase\"]", "history.actions names like twice"),
+        ("actions = [\"love\"]", "unknown variant `love`"),
+        ("actions = []", "user_tower has 3 inputs and 1 outputs, it must have 2 and 1"),
+    ] {
+        let bundle = BrokenBundle::new();
+        bundle.edit("manifest.toml", |manifest| {
+            let (before, rest) = manifest.split_once("actions = [").unwrap();
+            let (_old, after) = rest.split_once("\n]\n").unwrap();
+            format!("{before}{actions}\n{after}")
+        });
+        let output = run_to_end(midemb().args(["bundle", "verify"]).arg(bundle.folder()));
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && stderr.contains(reason), "{actions}: {stderr}");
     }
 }
 

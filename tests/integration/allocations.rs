@@ -34,27 +34,28 @@ const LIMITS: Limits = Limits {
     default_deadline: PATIENCE,
 };
 
-fn pipeline() -> Arc<Pipeline> {
-    let caches = CacheLimits {
+fn pipeline() -> (Arc<Pipeline>, Arc<Caches>) {
+    let limits = CacheLimits {
         content_bytes: 16 << 20,
         item_bytes: 16 << 20,
         user_bytes: 16 << 20,
         known_items_bytes: 16 << 20,
         max_text_bytes: LIMITS.max_text_bytes,
     };
-    let pipeline = Arc::new(Pipeline::new(Arc::new(Caches::new(caches)), LIMITS.max_in_flight, LIMITS.max_encoding));
+    let caches = Arc::new(Caches::new(limits));
+    let pipeline = Arc::new(Pipeline::new(Arc::clone(&caches), LIMITS.max_in_flight, LIMITS.max_encoding));
     let options = LoadOptions { served_name: "learn".to_owned(), n_threads: 1, batch_requests: 0 };
     let files = bundle::load::check_files(&fixture(), None).unwrap();
     let model = Arc::new(bundle::load(files, &options, runtime(), &[], &|_| ()).unwrap().start().unwrap().model);
     pipeline.registry.install(Arc::new(ModelSet::new(vec![ServedModel { model, share: 100 }], Vec::new(), "")));
-    pipeline
+    (pipeline, caches)
 }
 
 /// Decodes a message, answers it, encodes the answer.
 /// Returns how many history items were used.
 fn answer(pipeline: &Arc<Pipeline>, tasks: &tokio::runtime::Runtime, message: &RawMessage) -> usize {
     let decoded = decode::request(message, Instant::now() + PATIENCE, &LIMITS).unwrap();
-    let request = pipeline.resolve(decoded.request);
+    let request = pipeline.prepare(decoded.request);
     let permit = pipeline.admit().unwrap();
     let answer = tasks.block_on(pipeline.get_mid_emb(permit, request, |_model| ())).unwrap();
     let n_history_used = answer.n_history_used;
@@ -64,11 +65,14 @@ fn answer(pipeline: &Arc<Pipeline>, tasks: &tokio::runtime::Runtime, message: &R
 
 /// The fewest allocations of several requests with as many items, each of a user that was never seen: a cache's housekeeping is
 /// nobody's request.
-fn n_allocations(pipeline: &Arc<Pipeline>, tasks: &tokio::runtime::Runtime, n_candidates: usize) -> u64 {
+fn n_allocations(served: &(Arc<Pipeline>, Arc<Caches>), tasks: &tokio::runtime::Runtime, n_candidates: usize) -> u64 {
+    let (pipeline, caches) = served;
     let raw = |page: GetMidEmbRequest| RawMessage(page.encode_to_vec().into());
-    let (history, candidates) = (films("h", 8), films("c", n_candidates));
+    // A history of its own for each call, so that no user is cached.
+    let (history, candidates) = (films(&format!("h{n_candidates}-"), 8), films("c", n_candidates));
     answer(pipeline, tasks, &raw(page(history.clone(), candidates.clone())));
-    let mut fewest = u64::MAX;
+    let n_users = || caches.users.measure().n_entries;
+    let (n_known_users, mut fewest) = (n_users(), u64::MAX);
     for i in 1..8 {
         let mut history = ids(&history);
         history.rotate_left(i);
@@ -79,16 +83,17 @@ fn n_allocations(pipeline: &Arc<Pipeline>, tasks: &tokio::runtime::Runtime, n_ca
         assert_eq!(answered, Some(8));
         fewest = fewest.min(measured.count_total);
     }
+    assert_eq!(n_users() - n_known_users, 7, "a user was cached before its first request");
     fewest
 }
 
 /// Ids are read in place and records are copied once, so a page of a thousand items allocates as often as one of ten.
 #[test]
 fn a_hot_request_allocates_as_often_for_a_large_page_as_for_a_small_one() {
-    let (pipeline, tasks) = (pipeline(), tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap());
+    let (served, tasks) = (pipeline(), tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap());
     // What the first requests of a process leave behind is nobody's, either.
-    n_allocations(&pipeline, &tasks, 100);
-    let (small, large) = (n_allocations(&pipeline, &tasks, 10), n_allocations(&pipeline, &tasks, 1000));
+    n_allocations(&served, &tasks, 100);
+    let (small, large) = (n_allocations(&served, &tasks, 10), n_allocations(&served, &tasks, 1000));
     assert_eq!(small, large, "allocations for 10 and for 1000 candidates");
-    assert!(large <= 50, "{large} allocations");
+    assert!(large <= 65, "{large} allocations");
 }

@@ -74,3 +74,52 @@ fn towers_whose_vectors_depend_on_their_batch_are_refused() {
         assert_refused(&bundle, graph);
     }
 }
+
+/// Declared as such, the same encoder serves: each text has a run of its own, and its vectors are cached apart from those of a
+/// server that batches.
+#[test]
+fn an_encoder_that_declares_its_dependence_gets_one_text_per_run() {
+    let bundle = BrokenBundle::new();
+    mix_batch(&bundle, "encoder.onnx", "content");
+    let digest = || {
+        let output = run_to_end(midemb().args(["bundle", "inspect"]).arg(bundle.folder()));
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.lines().find(|line| line.starts_with("encoder digest")).unwrap().to_owned()
+    };
+    let undeclared = digest();
+    bundle.edit("manifest.toml", |manifest| manifest.replacen("[encoder]\n", "[encoder]\nbatching = \"alone\"\n", 1));
+    assert_ne!(digest(), undeclared);
+    let verified = run_to_end(midemb().args(["bundle", "verify"]).arg(bundle.folder()));
+    assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
+}
+
+/// What an encoder in another precision computes is as near as its manifest says, and the towers have no such leeway.
+#[test]
+fn the_golden_check_of_content_uses_the_tolerance_of_the_manifest() {
+    let bundle = BrokenBundle::new();
+    let mut golden: Value = serde_json::from_slice(&std::fs::read(bundle.path("golden.json")).unwrap()).unwrap();
+    let value = golden["items"][0]["content"][0].as_f64().unwrap();
+    golden["items"][0]["content"][0] = (value + 0.004).into();
+    let verify = |golden: &Value, tolerance: &str| {
+        let bundle = BrokenBundle::of(bundle.folder());
+        bundle.replace("golden.json", golden.to_string().as_bytes());
+        let table = format!("{tolerance}\n[item_tower]\n");
+        bundle.edit("manifest.toml", |manifest| manifest.replacen("[item_tower]\n", &table, 1) + "\n");
+        run_to_end(midemb().args(["bundle", "verify"]).arg(bundle.folder()))
+    };
+    let line = |output: std::process::Output| String::from_utf8(output.stderr).unwrap();
+    let refused = line(verify(&golden, ""));
+    assert!(refused.contains("content 0 differs from golden by 4.00e-3 (at most 1e-4)"), "{refused}");
+    let wide = "[encoder.tolerance]\nabsolute = 0.005\ncosine = 0.99\n";
+    // The item tower reads the golden content, which is not what PyTorch gave it.
+    let towers = line(verify(&golden, wide));
+    assert!(towers.contains("item 0 differs from golden"), "{towers}");
+    for (tolerance, reason) in [
+        ("absolute = 0.2\ncosine = 0.99", "encoder.tolerance.absolute is 0.2"),
+        ("absolute = 0.01\ncosine = 1.0", "encoder.tolerance.cosine is 1, it must be from 0.98 and below 1"),
+        ("absolute = 0.01\ncosine = 0.9", "encoder.tolerance.cosine is 0.9"),
+    ] {
+        let refused = line(verify(&golden, &format!("[encoder.tolerance]\n{tolerance}\n")));
+        assert!(refused.contains(reason), "{refused}");
+    }
+}
