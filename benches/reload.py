@@ -30,7 +30,7 @@ LISTENERS = ("server.listen", "admin.listen", "telemetry.metrics_listen")
 
 
 def variant(seed: int) -> Path:
-    """Returns a variant's folder. One without a manifest, which is written last, or older than the bundle is replaced."""
+    """Returns a variant's folder; replaces one without a manifest, which is written last, or older than the bundle."""
     folder = FOLDER / f"variant-{seed}"
     written, base = folder / "manifest.toml", BUNDLE / "manifest.toml"
     if not written.exists() or written.stat().st_mtime < base.stat().st_mtime:
