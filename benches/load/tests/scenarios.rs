@@ -176,5 +176,6 @@ fn a_recorded_trace_is_replayed_with_texts_of_its_own() {
     }
     let item_hits = |phase: usize| phases[phase]["hit_rates"]["item"].as_f64().unwrap();
     assert!(item_hits(0) < item_hits(1), "{phases:?}");
-    assert_eq!(replaying.metric("midemb_cache_lookups_total", "cache=\"item\""), 400.0);
+    // 10 candidates and 4 history items of each request.
+    assert_eq!(replaying.metric("midemb_cache_lookups_total", "cache=\"item\""), 560.0);
 }
