@@ -9,7 +9,7 @@
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use midemb::{
     cache::{CacheName, known_items::KnownItems, users::HistoryHasher, vectors::VectorCache},
-    config::settings::Limits,
+    config::{Settings, settings::Limits},
     domain::{
         DType, Item, ItemKey, ItemText, Matrix, MidEmbResponse, ModelRef, Priority, RowStatus, TextDigest, TowerDigest,
         UserKey, Vector, all_finite,
@@ -20,8 +20,9 @@ use midemb_client::proto;
 use prost::Message;
 use std::{
     hint::black_box,
-    sync::Arc,
-    time::{Duration, Instant},
+    path::Path,
+    sync::{Arc, LazyLock},
+    time::Instant,
 };
 
 const N_CATALOGUE: usize = 1_000_000;
@@ -30,21 +31,11 @@ const N_CANDIDATES: usize = 500;
 const DIM: usize = 64;
 /// An item embedding and an adapted content embedding.
 const RECORD_DIM: usize = 128;
-const LIMITS: Limits = Limits {
-    max_candidates: 10_000,
-    max_history: 1000,
-    max_text_bytes: 8192,
-    max_message_bytes: 16 << 20,
-    max_in_flight: 256,
-    max_encoding: 1024,
-    read: Duration::from_secs(5),
-    write: Duration::from_secs(5),
-    max_receiving_bytes: 256 << 20,
-    max_decoded_bytes: 512 << 20,
-    max_unsent_bytes: 256 << 20,
-    max_warm_up_bytes: 256 << 20,
-    default_deadline: Duration::from_secs(1),
-};
+/// The defaults.
+static LIMITS: LazyLock<Limits> = LazyLock::new(|| {
+    let config = "[[models]]\nname = \"learn\"\nbundle = \"bundle\"\n";
+    Settings::from_text(config, Path::new("midemb.toml")).unwrap().limits
+});
 
 fn id(i: usize) -> String {
     format!("item-{i:>09}")
