@@ -32,6 +32,8 @@ import onnxruntime
 import prometheus_client
 import tokenizers
 
+from towers import Towers
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "clients"))
 from stubs import generate_stubs
 
@@ -42,7 +44,7 @@ OK, UNKNOWN_ITEM = 1, 2
 ROWS = 1 << 16
 
 
-class Model:
+class Model(Towers):
     """A bundle's graphs. Every thread has its own sessions."""
 
     def __init__(self, folder: Path, format: int) -> None:
@@ -75,20 +77,6 @@ class Model:
         ids = np.array([row.ids for row in encoded], dtype=np.int64)
         mask = np.array([row.attention_mask for row in encoded], dtype=np.int64)
         return self.run("encoder", ids, mask)[0]
-
-    def history_dim(self) -> int:
-        """Returns the width of what the user tower reads of an item."""
-        return self.manifest["encoder"]["dim"] if self.format == 1 else self.manifest["item_tower"]["adapted_dim"]
-
-    def item(self, content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Maps content [n,C] to item embeddings [n,E] and to what the user tower reads of each item."""
-        item, adapted = self.run("item_tower", content)
-        return item, content if self.format == 1 else adapted
-
-    def user(self, history: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Maps a history [1,l,C or D] and its mask [1,l] to a user embedding [1,E]. No action is known."""
-        actions = [np.zeros_like(mask)] if self.manifest["history"]["actions"] else []
-        return self.run("user_tower", history, mask, *actions)[0]
 
 
 class Peer:

@@ -1,6 +1,6 @@
 """The Triton peer's two models for Triton's Python backend. One file serves both and selects by model name.
 
-`triton_server.py` copies this file into a model repository; it is not run by hand.
+`triton_server.py` copies this file and `towers.py` into a model repository; it is not run by hand.
 
 - `items` takes IDS [n] and their content embeddings CONTENT [n, C], runs the item tower, and stores in a folder what it
   returns for each item: the item embedding and the adapted item, which the user tower reads. In format 1 the user tower
@@ -23,10 +23,12 @@ import numpy as np
 import onnxruntime
 import triton_python_backend_utils as triton
 
+from towers import Towers
+
 ITEMS, MID_EMB = "items", "mid_emb"
 
 
-class Graphs:
+class Graphs(Towers):
     """A bundle's graphs, with one session of one thread per graph.
 
     `parameters` are those of the model's configuration: the bundle's folder, and the file of the user tower if that is
@@ -53,20 +55,6 @@ class Graphs:
     def run(self, graph: str, *inputs: np.ndarray) -> list[np.ndarray]:
         spec = self.manifest[graph]
         return self.sessions[graph].run(spec["outputs"], dict(zip(spec["inputs"], inputs, strict=True)))
-
-    def history_dim(self) -> int:
-        """Returns the width of what the user tower reads of an item."""
-        return self.manifest["encoder"]["dim"] if self.format == 1 else self.manifest["item_tower"]["adapted_dim"]
-
-    def item(self, content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Maps content [n,C] to item embeddings [n,E] and to what the user tower reads of each item."""
-        item, adapted = self.run("item_tower", content)
-        return item, content if self.format == 1 else adapted
-
-    def user(self, history: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Maps a history [1,l,C or D] and its mask [1,l] to a user embedding [1,E]. No action is known."""
-        actions = [np.zeros_like(mask)] if self.manifest["history"]["actions"] else []
-        return self.run("user_tower", history, mask, *actions)[0]
 
 
 # What a client sends for an item: BYTES or INT64 in Triton's protocol.

@@ -38,6 +38,7 @@ from pathlib import Path
 START_WITHIN_SECONDS = 60
 STOP_WITHIN_SECONDS = 20
 MODEL = Path(__file__).with_name("triton_model.py")
+TOWERS = Path(__file__).with_name("towers.py")
 ENVIRONMENT = Path(__file__).resolve().parents[1] / ".venv-triton"
 INSTALL = "make bench-setup"
 
@@ -106,6 +107,7 @@ def write_model(folder: Path, id_type: str, instances: int, parameters: dict[str
     inputs, outputs = MODELS[folder.name]
     (folder / "1").mkdir(parents=True)
     shutil.copy(MODEL, folder / "1" / "model.py")
+    shutil.copy(TOWERS, folder / "1" / TOWERS.name)
     config = [
         'backend: "python"',
         "max_batch_size: 0",
