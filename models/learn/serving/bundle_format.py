@@ -73,6 +73,15 @@ def file_entry(path: Path, part: str) -> dict[str, Any]:
     return {"path": path.name, "part": part, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
+def parse_manifest(bundle: Path) -> dict[str, Any]:
+    """Reads a bundle's manifest of any format; raises FileNotFoundError, or ValueError with the path."""
+    path = bundle / MANIFEST
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 @contextlib.contextmanager
 def placing(out: Path) -> Iterator[Path]:
     """Gives the block an empty folder to write a bundle to, then moves its files to `out`, the manifest last.
@@ -94,7 +103,6 @@ def placing(out: Path) -> Iterator[Path]:
 
 def _named(folder: Path) -> set[str]:
     """Returns the files that the manifest in `folder` names; an empty set if there is no manifest."""
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not (folder / MANIFEST).is_file():
         return set()
-    return {Path(entry["path"]).name for entry in tomllib.loads(path.read_text(encoding="utf-8")).get("files", [])}
+    return {Path(entry["path"]).name for entry in parse_manifest(folder).get("files", [])}

@@ -9,7 +9,6 @@ GetModelInfo, and `learn verify` compares them with these.
 from __future__ import annotations
 
 import hashlib
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,14 @@ from typing import Any
 from blake3 import blake3
 
 from learn.data.item_text import LIST_FIELDS, STRING_FIELDS, ItemText
-from learn.serving.bundle_format import FORMAT, MANIFEST
+from learn.serving.bundle_format import FORMAT, MANIFEST, parse_manifest
 
 N_BYTES = 16
 
 
 def read_manifest(bundle: Path) -> dict[str, Any]:
     """Reads a bundle's manifest; raises FileNotFoundError, or ValueError with the path, also for another format."""
-    path = bundle / MANIFEST
-    try:
-        manifest = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: {error}") from error
+    path, manifest = bundle / MANIFEST, parse_manifest(bundle)
     if (found := manifest.get("format")) != FORMAT:
         advice = f"convert it with `learn upgrade {bundle} --out {bundle}`" if found == 1 else "use a newer `learn`"
         raise ValueError(f"{path} has format {found!r}, but this program reads format {FORMAT}: {advice}")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,11 +115,7 @@ def upgrade(config: UpgradeConfig) -> None:
 
 
 def _old_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: {error}") from error
+    path, manifest = folder / MANIFEST, bundle_format.parse_manifest(folder)
     found = manifest.get("format")
     if found == bundle_format.FORMAT:
         raise ValueError(f"{path} already has format {found}, so there is nothing to upgrade")
