@@ -92,10 +92,8 @@ impl Pipeline {
         let mut items = PageItems::new(model, page, user);
         let first_place = if user.cached.is_some() { page.history.len() } else { 0 };
         let missing = self.look_up(model, page, first_place, &mut items);
-        let embedded = match missing.is_empty() {
-            true => Ok(None),
-            false => self.embed_missing(model, &missing, &mut items, waits).await,
-        };
+        let embedded =
+            if missing.is_empty() { Ok(None) } else { self.embed_missing(model, &missing, &mut items, waits).await };
         events::stage_finished("items", start);
         let shed_for = embedded?;
         no_row_ready(&items.candidates.statuses, shed_for).map_or(Ok(items), Err)

@@ -1,7 +1,7 @@
 //! Rows: what one list of items of a page becomes, a status and a vector per item.
 
 use super::Resolved;
-use crate::domain::{KnownItem, Matrix, RowStatus};
+use crate::domain::{Matrix, RowStatus};
 use std::ops::Range;
 
 /// One row per item of a list: a part of its record, or the status that says why there is none.
@@ -16,15 +16,13 @@ pub(super) struct Rows {
 
 impl Rows {
     pub(super) fn new(items: &Resolved, part: Range<usize>) -> Self {
-        let status = |item: &Result<KnownItem, RowStatus>| item.as_ref().err().copied().unwrap_or(RowStatus::Failed);
         let values = Matrix { n_cols: part.len(), data: Vec::with_capacity(items.len() * part.len()) };
-        Rows { statuses: items.iter().map(status).collect(), values, part }
+        Rows { statuses: statuses(items, RowStatus::Failed), values, part }
     }
 
     /// Rows whose values nobody will read.
     pub(super) fn without_values(items: &Resolved) -> Self {
-        let status = |item: &Result<KnownItem, RowStatus>| item.as_ref().err().copied().unwrap_or(RowStatus::Ok);
-        Rows { statuses: items.iter().map(status).collect(), values: Matrix::zeros(0, 0), part: 0..0 }
+        Rows { statuses: statuses(items, RowStatus::Ok), values: Matrix::zeros(0, 0), part: 0..0 }
     }
 
     pub(super) fn set(&mut self, row: usize, record: &[f32]) {
@@ -63,10 +61,15 @@ impl Rows {
     }
 }
 
+/// The status of each item, which is `of_known` where the item is known.
+fn statuses(items: &Resolved, of_known: RowStatus) -> Vec<RowStatus> {
+    items.iter().map(|item| item.as_ref().err().copied().unwrap_or(of_known)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::{IdKey, ItemText, TextDigest};
+    use crate::domain::{IdKey, ItemText, KnownItem, TextDigest};
 
     fn items(statuses: [Option<RowStatus>; 4]) -> Resolved {
         let digest = TextDigest::of(&ItemText::titled("a"));

@@ -50,20 +50,12 @@ pub(super) fn record(metric: &'static str, (label, value): (&'static str, &'stat
     update(&HISTOGRAMS, series, || histogram!(metric, label => value), |histogram| histogram.record(recorded));
 }
 
-fn update<T>(
-    handles: &'static LocalKey<Handles<T>>,
-    series: SeriesKey,
-    look_up: impl FnOnce() -> T,
-    update: impl FnOnce(&T),
-) {
+fn update<T>(handles: &'static LocalKey<Handles<T>>, series: SeriesKey, look_up: impl Fn() -> T, update: impl Fn(&T)) {
     // Without a recorder a look-up gives a handle that does nothing, and one may still be installed.
     if !recorder::is_installed() {
         return update(&look_up());
     }
-    let mut on_kept_handle = Some((look_up, update));
-    // A thread that ends has no handles any more.
-    let _ = handles.try_with(|handles| {
-        let Some((look_up, update)) = on_kept_handle.take() else { return };
+    let updated = handles.try_with(|handles| {
         let mut handles = handles.borrow_mut();
         let known = handles.iter().position(|(known, _)| known.is(&series));
         let i = known.unwrap_or_else(|| {
@@ -72,7 +64,8 @@ fn update<T>(
         });
         update(&handles[i].1);
     });
-    if let Some((look_up, update)) = on_kept_handle {
+    // A thread that ends has no handles any more.
+    if updated.is_err() {
         update(&look_up());
     }
 }

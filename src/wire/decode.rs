@@ -299,31 +299,19 @@ struct HistoryActions {
 impl HistoryActions {
     /// Adds one value. False if no more need to be read.
     fn add(&mut self, value: i32) -> bool {
-        match proto::Action::try_from(value) {
-            Ok(action) if self.n < self.max => self.actions.push(self::action(action)),
-            Ok(_) => {}
-            Err(_) if self.violations.is_full() => return false,
-            Err(_) => {
+        // The domain's actions are in the order of the wire's numbers.
+        let action = usize::try_from(value).ok().and_then(|number| Action::ALL.get(number));
+        match action {
+            Some(action) if self.n < self.max => self.actions.push(*action),
+            Some(_) => {}
+            None if self.violations.is_full() => return false,
+            None => {
                 let field = format!("history_actions[{}]", self.n);
                 self.violations.add(field, format!("{value} is not an action, use 0 to 8"));
             }
         }
         self.n += 1;
         true
-    }
-}
-
-fn action(action: proto::Action) -> Action {
-    match action {
-        proto::Action::Unspecified => Action::Unspecified,
-        proto::Action::View => Action::View,
-        proto::Action::Click => Action::Click,
-        proto::Action::Like => Action::Like,
-        proto::Action::Dislike => Action::Dislike,
-        proto::Action::Share => Action::Share,
-        proto::Action::Cart => Action::Cart,
-        proto::Action::Purchase => Action::Purchase,
-        proto::Action::Skip => Action::Skip,
     }
 }
 

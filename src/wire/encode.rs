@@ -112,6 +112,15 @@ impl<T: bytemuck::NoUninit> AsRef<[u8]> for Floats<T> {
 mod tests {
     use super::*;
 
+    /// Decoding takes an action's number as its index in `Action::ALL`.
+    #[test]
+    fn actions_have_the_numbers_of_the_wire() {
+        for (number, of_domain) in (0..).zip(Action::ALL) {
+            assert_eq!(action(of_domain) as i32, number);
+        }
+        assert!(proto::Action::try_from(Action::ALL.len() as i32).is_err(), "the wire has more actions");
+    }
+
     #[test]
     fn tensors_are_row_major_and_little_endian_in_every_type() {
         let data = vec![1.0, -2.5, 0.0, 65504.0];
