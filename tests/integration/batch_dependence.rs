@@ -9,6 +9,13 @@ use serde_json::{Value, json};
 /// Replaces an output of the graph by its mean with the average of the batch, under the name "mixed". For a batch of one, both are
 /// the same.
 fn mix_batch(bundle: &BrokenBundle, file: &str, output: &str) {
+    mix_batch_by(1, bundle, file, output);
+}
+
+/// The same, where the output itself counts `weight` times.
+fn mix_batch_by(weight: usize, bundle: &BrokenBundle, file: &str, output: &str) {
+    let mut mixed = vec![output; weight];
+    mixed.push("batch_mean");
     let axes = Tensor {
         dims: vec![1],
         data_type: INT64,
@@ -17,7 +24,7 @@ fn mix_batch(bundle: &BrokenBundle, file: &str, output: &str) {
         ..Tensor::default()
     };
     let nodes =
-        vec![node("ReduceMean", &[output, "batch_axis"], "batch_mean"), node("Mean", &[output, "batch_mean"], "mixed")];
+        vec![node("ReduceMean", &[output, "batch_axis"], "batch_mean"), node("Mean", &mixed, "mixed")];
     let outlet = Outlet { name: "mixed".to_owned() };
     append(bundle, file, Graph { node: nodes, initializer: vec![axes], output: vec![outlet] });
     bundle.edit("manifest.toml", |manifest| {
@@ -58,6 +65,16 @@ fn an_encoder_whose_vectors_depend_on_their_batch_is_refused() {
     mix_batch(&bundle, "encoder.onnx", "content");
     assert_refused(&bundle, "encoder");
     leave_one_golden_item(&bundle);
+    assert_refused(&bundle, "encoder");
+}
+
+/// How far content may be from PyTorch's says nothing of how far it may be from itself.
+#[test]
+fn a_wide_tolerance_of_content_does_not_cover_dependence_on_the_batch() {
+    let bundle = BrokenBundle::new();
+    mix_batch_by(30, &bundle, "encoder.onnx", "content");
+    let wide = "[encoder.tolerance]\nabsolute = 0.09\ncosine = 0.98\n\n[item_tower]\n";
+    bundle.edit("manifest.toml", |manifest| manifest.replacen("[item_tower]\n", wide, 1));
     assert_refused(&bundle, "encoder");
 }
 
