@@ -33,7 +33,8 @@ test_architecture.py). Code that only studies and the report need is in the pack
         data_parallel        training in several processes
 
     serving
-        bundle_format    ports, entries of the manifest, and how a finished bundle is put in place
+        bundle_format    ports, and entries of the manifest
+        placing          a finished bundle in the place of an earlier one, safe against interruptions
         encoder_export   the encoder -> ONNX (gemm_rewrite: its products read weights as they are stored)
         int8_encoder     the encoder's graph in int8, made once per run (quantise: how)
         tower_export     the towers and the head -> ONNX, written node by node
@@ -42,7 +43,7 @@ test_architecture.py). Code that only studies and the report need is in the pack
         upgrade          a bundle of format 1 -> format 2, without its models
         bulk_embedding   a whole catalogue's vectors as Parquet (bundle_inference, item_shards, digests)
         cache_snapshot   that Parquet -> what the server imports
-        verify_server    a live server against PyTorch (grpc_messages: its protocol)
+        verify_server    a live server against PyTorch (verify_cases: what is sent; grpc_messages: its protocol)
         fixture_bundles  tiny random bundles for tests
 
     run_settings     all settings of a run in one TOML file (toml_config: strict reading)

@@ -171,13 +171,12 @@ def _add_serving(commands: argparse._SubParsersAction, common: argparse.Argument
     snapshot.set_defaults(run_command=_snapshot, threads=1)
     upgrade = commands.add_parser("upgrade", help="bundle of format 1 -> format 2, without the run that it came from")
     upgrade.add_argument("old", type=Path, help="folder of the bundle")
-    upgrade.add_argument("--out", type=Path, required=True, help="folder of the new bundle; may be the same folder")
+    upgrade.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
     upgrade.add_argument("--bundle-version", help="version in the manifest (default: the old one)")
     upgrade.add_argument(
         "--keeps",
         choices=("all", "liked"),
-        default="all",
-        help="which of a user's items the head was trained on: cvr.history of the run",
+        help="which of a user's items the head was trained on: cvr.history of the run (default: all is assumed)",
     )
     upgrade.set_defaults(run_command=_upgrade, threads=1)
     verify = commands.add_parser("verify", parents=[common], help="compare a live server with PyTorch, stage by stage")
@@ -195,10 +194,14 @@ def _add_serving(commands: argparse._SubParsersAction, common: argparse.Argument
         "--wire", choices=("f32", "f16", "bf16"), default="f32", help="dtype of the vectors in the responses"
     )
     verify.add_argument(
-        "--absolute", type=float, help=f"largest accepted difference of any entry (default: {ABSOLUTE}, wider for int8)"
+        "--absolute",
+        type=float,
+        help=f"largest accepted difference of any entry (default: {ABSOLUTE}, wider for int8 content)",
     )
     verify.add_argument(
-        "--cosine", type=float, help=f"smallest accepted cosine of any vector (default: {COSINE}, lower for int8)"
+        "--cosine",
+        type=float,
+        help=f"smallest accepted cosine of any vector (default: {COSINE}, lower for int8 content)",
     )
     verify.add_argument("--users", type=int, default=20, help="number of users of the run whose histories are sent")
     verify.set_defaults(run_command=_verify)
@@ -319,22 +322,24 @@ def _upgrade(arguments: Arguments) -> None:
 
 
 def _verify(arguments: Arguments) -> int:
-    from learn.serving import tolerances
     from learn.serving.digests import read_manifest
-    from learn.serving.verify_server import VerifyConfig, golden_cases, verify_and_print
+    from learn.serving.tolerances import Tolerance, of_content
+    from learn.serving.verify_cases import golden_cases
+    from learn.serving.verify_server import VerifyConfig, verify_and_print
 
-    if arguments.bundle is not None:
-        default = tolerances.of_content(read_manifest(arguments.bundle))
-    else:
-        run = _run(arguments)
-        is_float = run.settings.encoder.precision == "float"
-        default = tolerances.Tolerance() if is_float else tolerances.INT8
-    tolerance = tolerances.Tolerance(
-        default.absolute if arguments.absolute is None else arguments.absolute,
-        default.cosine if arguments.cosine is None else arguments.cosine,
+    run = None if arguments.bundle is not None else _run(arguments)
+    of_bundle = of_content(read_manifest(arguments.bundle)) if run is None else run.content_tolerance()
+
+    def chosen(default: Tolerance) -> Tolerance:
+        return Tolerance(
+            default.absolute if arguments.absolute is None else arguments.absolute,
+            default.cosine if arguments.cosine is None else arguments.cosine,
+        )
+
+    config = VerifyConfig(
+        arguments.server, arguments.admin, arguments.model, arguments.wire, chosen(of_bundle), chosen(Tolerance())
     )
-    config = VerifyConfig(arguments.server, arguments.admin, arguments.model, arguments.wire, tolerance)
-    if arguments.bundle is not None:
+    if run is None:
         return verify_and_print(config, golden_cases(arguments.bundle), arguments.bundle)
     return verify_and_print(config, run.cases(arguments.users))
 

@@ -52,6 +52,29 @@ class EncoderSettings:
     # dtype of the embeddings on disk.
     storage: Literal["float32", "float16"] = "float32"
 
+    def check(self) -> None:
+        """Raises ValueError, naming the setting, for one that the others leave without effect.
+
+        It is called once the options of the command line have replaced what is in the file.
+        """
+        if self.precision == "float":
+            if self.int8_from:
+                raise ValueError(
+                    f'encoder.int8_from is {self.int8_from!r}, but encoder.precision is "float", so that graph would '
+                    'not be used: set encoder.precision = "int8" (--encoder-precision int8), or leave out int8_from'
+                )
+            return
+        if self.dtype != "float32":
+            raise ValueError(
+                f'encoder.dtype is {self.dtype!r}, but encoder.precision = "int8" starts from float32 and computes '
+                "fp32 vectors: leave out encoder.dtype (--dtype)"
+            )
+        if self.device not in ("auto", "cpu"):
+            raise ValueError(
+                f'encoder.device is {self.device!r}, but encoder.precision = "int8" runs on the CPU: leave out '
+                "encoder.device"
+            )
+
 
 @dataclass(frozen=True)
 class Settings(SplitSettings):

@@ -3,6 +3,8 @@
     data/            the prepared data set                 (prepare)
     cache/           content embeddings, by digest, and    (encode)
                      the encoder's graph if it is in int8
+    encoder-int8-*/  a copy of the int8 graph that the     (train)
+                     towers are trained on
     train.jsonl      one line per check                    (train)
     checkpoint.pt    where a stopped training resumes      (train)
     towers.pt        sizes and weights of the towers, and  (train)
@@ -42,7 +44,8 @@ from learn.models.cvr import CvrConfig, CvrHead
 from learn.models.pch import Pch, PchConfig
 from learn.models.recommender import Learn, check_actions
 from learn.run_settings import PrepareSettings, Settings
-from learn.serving import int8_encoder, shipped_bundle, verify_server
+from learn.serving import int8_encoder, shipped_bundle, verify_cases
+from learn.serving.tolerances import SINGLE_PRECISION, Tolerance
 from learn.training import data_parallel
 from learn.training.train_cvr_head import History, check_labels, train_head
 from learn.training.train_recommender import train
@@ -66,6 +69,9 @@ class Run:
     encoder: Path
     settings: Settings
 
+    def __post_init__(self) -> None:
+        self.settings.encoder.check()
+
     def prepare(self, source: Path) -> None:
         """Reads a data set of any supported layout from `source` and writes data/."""
         data.prepare(source, self.folder / "data", prepare_config(self.settings.prepare, self.settings.chosen_split()))
@@ -80,15 +86,15 @@ class Run:
 
     @cached_property
     def source(self) -> ceg.EncoderFolder | GraphEncoder:
-        """The frozen language model, not loaded yet; in int8, its graph, which is made if it is not in cache/."""
+        """The frozen language model, not loaded yet; in int8, its graph, which is made if this folder lacks it."""
         wanted = self.settings.encoder
         load_config = ceg.LoadConfig(device=wanted.device, dtype=wanted.dtype)
         folder = ceg.EncoderFolder(self.encoder, wanted.max_tokens, load_config)
         if wanted.precision == "float":
             return folder
         if wanted.int8_from:
-            return int8_encoder.reused(Path(wanted.int8_from), folder, self.folder / "cache")
-        return int8_encoder.of_run(folder, self.dataset().texts, self.folder / "cache")
+            return int8_encoder.reused(Path(wanted.int8_from), folder, self.folder)
+        return int8_encoder.of_run(folder, self.dataset().texts, self.folder)
 
     def content(self, dataset: data.Dataset) -> Tensor:
         """Content embeddings of the catalogue, fp32 [I,C]. Only items that are not in cache/ are encoded."""
@@ -109,6 +115,8 @@ class Run:
         first_towers = None if start is None else self.towers_of(start)
         data_parallel.start()
         dataset, device = self.dataset(), data_parallel.device()
+        if isinstance(self.source, GraphEncoder) and data_parallel.is_first():
+            int8_encoder.keep(self.source, self.folder)
         content = data_parallel.first_then_others(lambda: self.content(dataset))
         sizes = replace(settings.pch, content_dim=content.shape[1])
         torch.manual_seed(settings.train.seed)
@@ -124,6 +132,7 @@ class Run:
             lineage = [*(first_towers["lineage"] if first_towers else []), own]
             _save(self.folder / "towers.pt", model.pch, sizes, {"origin": origin, "lineage": lineage})
             self._remove("checkpoint.pt")
+            int8_encoder.forget_others(self.source, self.folder)
         data_parallel.stop()
 
     def check_towers(self) -> None:
@@ -215,21 +224,36 @@ class Run:
         return head.eval()
 
     def keeps(self) -> History:
-        """Which of a user's earlier items the head was trained on; in the settings, if an earlier version saved it."""
-        return self._load(self.folder / "cvr.pt", "cvr").get("history", self.settings.cvr.history)
+        """Which of a user's earlier items the head was trained on, as the training recorded it.
 
-    def cases(self, n_users: int) -> Iterator[verify_server.Case]:
+        Where an earlier version trained the head, it is taken from the settings, and that is printed.
+        """
+        if found := self._load(self.folder / "cvr.pt", "cvr").get("history"):
+            return found
+        assumed = self.settings.cvr.history
+        print(
+            f'history.keeps = "{assumed}" is assumed, from cvr.history of the settings, because an earlier version '
+            f"wrote {self.folder / 'cvr.pt'} and did not record it: pass that run's config, or train the head again"
+        )
+        return assumed
+
+    def content_tolerance(self) -> Tolerance:
+        """How far a server's content embeddings may be from those of this run's encoder."""
+        source = self.source
+        return Tolerance(**source.facts.tolerance) if isinstance(source, GraphEncoder) else SINGLE_PRECISION
+
+    def cases(self, n_users: int) -> Iterator[verify_cases.Case]:
         """Requests for `n_users` of the run's users, each with the answer that PyTorch computes.
 
         A request holds the user's newest history and, as candidates, the last items of all these users. Histories are
         up to twice as long as the tower reads, to check where the server truncates them.
         """
         dataset, longest = self.dataset(), 2 * self.settings.pch.max_history
-        towers = verify_server.Towers(self.source.loaded(), self.towers(), self.head())
+        towers = verify_cases.Towers(self.source.loaded(), self.towers(), self.head())
         users = np.linspace(0, len(dataset.sequences) - 1, n_users).astype(int).tolist()
         shown = sorted({int(dataset.sequences[user].items[-1]) for user in users})
         pages = [(dataset.sequences[user].items[-longest:].tolist(), shown) for user in users]
-        return verify_server.torch_cases(towers, dataset.texts, pages)
+        return verify_cases.torch_cases(towers, dataset.texts, pages)
 
     def evaluate(self) -> None:
         """Measures the towers, and popularity as a baseline, on the test events and writes metrics.json."""

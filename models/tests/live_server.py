@@ -78,8 +78,10 @@ def _wait_for_addresses(process: subprocess.Popen) -> Server:
 
     def read() -> None:
         # Reads to the end, so that the server never blocks on a full pipe.
-        for line in process.stderr:
-            lines.put(line)
+        # When the block of `serving` ends, the pipe may be closed before its end was read.
+        with contextlib.suppress(ValueError):
+            for line in process.stderr:
+                lines.put(line)
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()

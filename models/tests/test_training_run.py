@@ -54,7 +54,9 @@ def test_all_commands_work_with_a_custom_encoder_and_refuse_mismatched_inputs(tm
         tuned["projection.weight"], torch.load(tmp_path / "run" / "towers.pt")["weights"]["projection.weight"]
     )
     bundle_check.verify(tmp_path / "out")
-    _check_what_the_manifest_says_of_histories(tmp_path, list(map(str, run_options[2:] + bundle_options)), config)
+    _check_what_the_manifest_says_of_histories(
+        tmp_path, list(map(str, run_options[2:] + bundle_options)), config, capsys
+    )
     # Towers that were trained for one split are not evaluated on another.
     (tmp_path / "other.toml").write_text("[split]\nn_test = 2\n")
     assert main(["evaluate", *map(str, run_options[2:]), "--config", str(tmp_path / "other.toml")]) == 1
@@ -65,8 +67,11 @@ def test_all_commands_work_with_a_custom_encoder_and_refuse_mismatched_inputs(tm
     assert not (tmp_path / "run" / "tuned.pt").exists() and not (tmp_path / "run" / "cvr.pt").exists()
 
 
-def _check_what_the_manifest_says_of_histories(tmp_path, export_options, config):
-    """The head's training decides, not the settings of the export, unless an earlier version trained the head."""
+def _check_what_the_manifest_says_of_histories(tmp_path, export_options, config, capsys):
+    """The head's training decides, not the settings of the export, unless an earlier version trained the head.
+
+    Then the settings are assumed to be those of that training, and the output says so.
+    """
 
     def keeps():
         return tomllib.loads((tmp_path / "out" / "manifest.toml").read_text())["history"]["keeps"]
@@ -74,6 +79,7 @@ def _check_what_the_manifest_says_of_histories(tmp_path, export_options, config)
     assert keeps() == "liked"
     assert main(["export", *export_options, "--threads", "1"]) == 0
     assert keeps() == "liked"
+    assert "is assumed" not in capsys.readouterr().out
     # An earlier version wrote files without these two entries.
     for name in ("towers.pt", "tuned.pt", "cvr.pt"):
         saved = torch.load(tmp_path / "run" / name)
@@ -82,8 +88,10 @@ def _check_what_the_manifest_says_of_histories(tmp_path, export_options, config)
         torch.save(saved, tmp_path / "run" / name)
     assert main(["export", *export_options, "--threads", "1"]) == 0
     assert keeps() == "all"
+    assert 'history.keeps = "all" is assumed, from cvr.history of the settings' in capsys.readouterr().out
     assert main(["export", *export_options, *config]) == 0
     assert keeps() == "liked"
+    assert 'history.keeps = "liked" is assumed, from cvr.history of the settings' in capsys.readouterr().out
 
 
 def _write_encoder_with_seed_1(folder):

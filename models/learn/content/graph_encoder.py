@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -20,21 +21,30 @@ from tokenizers import Tokenizer
 from learn.content.batching import BatchConfig
 from learn.content.ceg import TextEncoder, load_tokenizer
 
-GRAPH, FACTS = "encoder.onnx", "facts.json"
+FACTS = "facts.json"
 # The batches of a server.
 CPU_BATCHES = BatchConfig(max_tokens=512, max_items=16)
 
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What the files of a graph do not say."""
+    """What the files of a graph do not say; the manifest of a bundle with this graph repeats it."""
 
     name: str
     pad_id: int
     dim: int
     precision: str
-    # For the manifest's provenance: how the graph was made.
-    made: dict[str, str | int] = field(default_factory=dict)
+    # The name of the graph's file. The other files hold its weights.
+    file: str
+    # The graph's names for token ids [b,s], attention mask [b,s], and content [b,C].
+    inputs: list[str]
+    outputs: list[str]
+    # "alone": vectors depend on what else is in a run, so each text gets a run of its own.
+    batching: Literal["together", "alone"]
+    # How far vectors may be from these on another machine: `absolute` per value, `cosine` per vector.
+    tolerance: dict[str, float]
+    # For the manifest's provenance: how the graph was made, and how close it is to the model that it was made from.
+    made: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,8 @@ class GraphEncoder(TextEncoder):
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         for number in (self.pad_id, self.max_tokens):
             digest.update(number.to_bytes(8, "little", signed=True))
+        if self.facts.batching == "alone":
+            digest.update(b"alone")
         return digest
 
     def loaded(self) -> GraphEncoder:
@@ -94,17 +106,30 @@ class GraphEncoder(TextEncoder):
 
     def embed(self, input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Content embeddings [b,C] fp32 of padded token ids [b,s]."""
-        return self._session.run(None, {"input_ids": input_ids, "attention_mask": mask})[0]
+        feeds = dict(zip(self.facts.inputs, (input_ids, mask), strict=True))
+        return self._session.run(self.facts.outputs, feeds)[0]
 
     @cached_property
     def _session(self) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        return onnxruntime.InferenceSession(self.folder / GRAPH, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(self.folder / self.facts.file, options, providers=["CPUExecutionProvider"])
 
 
 def read(folder: Path, tokenizer_path: Path, max_tokens: int) -> GraphEncoder:
     """Opens a graph's folder."""
     facts = GraphFacts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
-    return GraphEncoder(folder, tokenizer_path, max_tokens, facts)
+    return open_graph(folder, tokenizer_path, max_tokens, facts)
+
+
+def open_graph(folder: Path, tokenizer_path: Path, max_tokens: int, facts: GraphFacts) -> GraphEncoder:
+    """Opens a graph whose folder does not have its facts yet."""
+    batching = CPU_BATCHES if facts.batching == "together" else replace(CPU_BATCHES, max_items=1)
+    return GraphEncoder(folder, tokenizer_path, max_tokens, facts, batching)
+
+
+def write_facts(facts: GraphFacts, folder: Path) -> None:
+    """Writes the facts beside the graph; values of `made` that JSON does not have, such as dates, become strings."""
+    text = json.dumps(asdict(facts), indent=1, default=str)
+    (folder / FACTS).write_text(text + "\n", encoding="utf-8")

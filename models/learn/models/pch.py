@@ -70,7 +70,10 @@ class PchConfig:
             raise ValueError(f"actions is {list(self.actions)}, but each action may be named only once")
 
     def recorded(self) -> dict[str, Any]:
-        """The sizes as results of studies store them: without `actions` where there are none, as in older results."""
+        """The sizes as checkpoints and results of studies have them: without `actions` where there are none.
+
+        So both still match those that were written before there was this setting.
+        """
         sizes = asdict(self)
         if not self.actions:
             del sizes["actions"]

@@ -61,8 +61,11 @@ class Recommender(nn.Module, ABC):
         return states.gather(1, at).squeeze(1)
 
     def settings(self) -> dict[str, Any]:
-        """Everything that defines the model apart from its weights and buffers, as values for JSON."""
-        return asdict(self.config)
+        """Everything that defines the model apart from its weights and buffers, as values for JSON.
+
+        Checkpoints are found by it, so a setting that is added later must be left out where it has no effect.
+        """
+        return self.config.recorded() if isinstance(self.config, PchConfig) else asdict(self.config)
 
     def finish(self) -> None:
         """Called once after training, to fold into the weights what only training keeps apart."""

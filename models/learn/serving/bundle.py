@@ -29,8 +29,9 @@ from learn.models.served_graphs import CvrGraph, ItemTowerGraph, UserTowerGraph
 from learn.serving import bundle_format, encoder_export, tower_export
 from learn.serving.bundle_check import verify
 from learn.serving.bundle_format import FORMAT, MANIFEST, Keeps
-from learn.serving.tolerances import INT8
+from learn.serving.placing import placing
 
+TOKENIZER = "tokenizer.json"
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16"}
 
 
@@ -54,23 +55,25 @@ class Bundle:
     golden_items: Sequence[ItemText]
     provenance: Mapping[str, Any]
     # Which of a user's earlier items the head was trained on (`CvrTrainConfig.history`).
-    keeps: Keeps = "all"
+    keeps: Keeps
     # File name -> the source that set-up fetches it from, for files that are not kept in git.
     fetched: Mapping[str, Fetched] = field(default_factory=dict)
 
 
 def write(bundle: Bundle, out: Path) -> None:
-    """Writes and verifies a bundle, then moves it to `out` (`bundle_format.placing`)."""
-    with bundle_format.placing(out) as folder:
+    """Writes and verifies a bundle, then moves it to `out` (`placing`)."""
+    with placing(out) as folder:
         _write_files(bundle, folder)
         verify(folder)
 
 
 def _write_files(bundle: Bundle, folder: Path) -> None:
     encoder = bundle.encoder
-    shutil.copyfile(encoder.tokenizer_path, folder / "tokenizer.json")
+    shutil.copyfile(encoder.tokenizer_path, folder / TOKENIZER)
     if isinstance(encoder, GraphEncoder):
         for path in encoder.files:
+            if (folder / path.name).exists() or _part(path.name) != "encoder":
+                raise ValueError(f"{path} has the name of another file of the bundle; rename it, and its links")
             shutil.copyfile(path, folder / path.name)
     else:
         encoder_export.write_encoder(encoder.graph, folder, encoder.weights)
@@ -98,14 +101,7 @@ def manifest(bundle: Bundle, folder: Path) -> dict[str, Any]:
         "name": bundle.name,
         "version": bundle.version,
         "item_text": {"max_tokens": encoder.max_tokens, "template": template_source()},
-        "encoder": {
-            "file": "encoder.onnx",
-            "tokenizer": "tokenizer.json",
-            "dim": encoder.dim,
-            "pad_id": encoder.pad_id,
-            **_precision(encoder),
-            **bundle_format.ENCODER.ports(),
-        },
+        "encoder": _encoder_table(encoder),
         "item_tower": {
             "file": "item_tower.onnx",
             "dim": pch.out_dim,
@@ -126,14 +122,21 @@ def manifest(bundle: Bundle, folder: Path) -> dict[str, Any]:
     }
 
 
-def _precision(encoder: Encoder | GraphEncoder) -> dict[str, Any]:
-    """Returns the manifest's entries about the encoder's numbers."""
+def _encoder_table(encoder: Encoder | GraphEncoder) -> dict[str, Any]:
+    """Returns the manifest's table of the encoder. A graph that is used again keeps what its manifest said of it."""
+    common = {"tokenizer": TOKENIZER, "dim": encoder.dim, "pad_id": encoder.pad_id}
     if isinstance(encoder, Encoder):
-        return {"precision": PRECISIONS[encoder.dtype]}
+        precision = {"precision": PRECISIONS[encoder.dtype]}
+        return {"file": encoder_export.GRAPH, **common, **precision, **bundle_format.ENCODER.ports()}
+    facts = encoder.facts
     return {
-        "precision": encoder.facts.precision,
-        "batching": "together",
-        "tolerance": INT8.table(),
+        "file": facts.file,
+        **common,
+        "precision": facts.precision,
+        "batching": facts.batching,
+        "tolerance": dict(facts.tolerance),
+        "inputs": list(facts.inputs),
+        "outputs": list(facts.outputs),
     }
 
 

@@ -1,18 +1,16 @@
-"""The bundle format: ports of the graphs, entries of the manifest, and how a finished folder is put in place.
+"""The bundle format: ports of the graphs, and entries of the manifest.
 
 Nothing here needs PyTorch, so that a bundle can be checked and upgraded where PyTorch is not installed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -20,6 +18,17 @@ FORMAT = 2
 MANIFEST = "manifest.toml"
 ORDER = "oldest_first"
 Keeps = Literal["all", "liked"]
+# Whether a run of the encoder's graph may have several texts.
+Batching = Literal["together", "alone"]
+# The keys of the manifest that name a file: table and key. The file's part has the name of the table.
+USED_FILES = (
+    ("encoder", "file"),
+    ("encoder", "tokenizer"),
+    ("item_tower", "file"),
+    ("user_tower", "file"),
+    ("cvr", "file"),
+    ("golden", "file"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,27 +91,40 @@ def parse_manifest(bundle: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from error
 
 
-@contextlib.contextmanager
-def placing(out: Path) -> Iterator[Path]:
-    """Gives the block an empty folder to write a bundle to, then moves its files to `out`, the manifest last.
+def is_file_name(path: str) -> bool:
+    """Whether the path of a manifest is a plain name, of a file directly in the bundle's folder."""
+    return path not in ("", ".", "..", MANIFEST) and "/" not in path and "\0" not in path
 
-    Files that only the previous bundle in `out` had are removed. If the block raises, `out` stays as it was. While the
-    files are moved, a reader sees a mixture of both bundles and detects it by the digests.
+
+def check_paths(manifest: Mapping[str, Any], where: Path) -> None:
+    """Checks the paths in a manifest of any format, as the server does; `where` is the manifest, for messages.
+
+    Raises ValueError, naming the path, for one that leaves the bundle's folder, is listed twice, is the manifest
+    itself, or is used but not listed under its part: digests, and so cache keys, cover only what is listed.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    before = _named(out)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".bundle-") as temporary:
-        folder = Path(temporary)
-        yield folder
-        # The manifest is moved last, because the new files belong to the bundle only once it names them.
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
-            path.replace(out / path.name)
-    for name in before - _named(out):
-        (out / name).unlink(missing_ok=True)
+    parts: dict[str, str] = {}
+    for entry in manifest.get("files", []):
+        path = entry["path"]
+        if not _stays_inside(path):
+            raise ValueError(f"{where}: the file {path!r} leaves the bundle's folder")
+        if path in parts or path == MANIFEST:
+            raise ValueError(f"{where}: the file {path!r} is listed twice, or is the manifest itself")
+        parts[path] = entry["part"]
+    for table, key in USED_FILES:
+        path = manifest.get(table, {}).get(key)
+        if path not in parts:
+            raise ValueError(f"{where}: the file {path!r} ({table}.{key}) is used, but not listed under [[files]]")
+        if parts[path] != table:
+            raise ValueError(f"{where}: the file {path!r} is listed as part {parts[path]}, but used as {table}")
 
 
-def _named(folder: Path) -> set[str]:
-    """Returns the files that the manifest in `folder` names; an empty set if there is no manifest."""
-    if not (folder / MANIFEST).is_file():
-        return set()
-    return {Path(entry["path"]).name for entry in parse_manifest(folder).get("files", [])}
+def batching(manifest: Mapping[str, Any]) -> Batching:
+    """Returns whether texts may share runs of the encoder's graph; raises ValueError for another word."""
+    found = manifest["encoder"].get("batching", "together")
+    if found not in get_args(Batching):
+        raise ValueError(f"encoder.batching is {found!r}, but it must be one of {', '.join(get_args(Batching))}")
+    return found
+
+
+def _stays_inside(path: str) -> bool:
+    return all(part not in ("", ".", "..") for part in path.split("/")) and "\0" not in path

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from learn.content.batching import BatchConfig, batches
 from learn.data.item_text import ItemText, render
 from learn.padding import pad
+from learn.serving.bundle_format import batching
 from learn.serving.digests import bundle_digest, encoder_digest, read_manifest, tower_digest
 
 # Items per run of the item tower: enough for efficient matrix products, and little memory at any width.
@@ -69,9 +70,8 @@ class BundleGraphs:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # As in the server: "[SEP]" in a title is text like any other.
         self._tokenizer.enable_truncation(manifest["item_text"]["max_tokens"], direction="right")
-        batching = config.batches()
-        is_alone = manifest["encoder"].get("batching") == "alone"
-        self._batching = replace(batching, max_items=1) if is_alone else batching
+        limits = config.batches()
+        self._batching = replace(limits, max_items=1) if batching(manifest) == "alone" else limits
         self._encoder = _session(bundle / manifest["encoder"]["file"], config)
         self._item_tower = _session(bundle / manifest["item_tower"]["file"], config)
 

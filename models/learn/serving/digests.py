@@ -16,17 +16,22 @@ from typing import Any
 from blake3 import blake3
 
 from learn.data.item_text import LIST_FIELDS, STRING_FIELDS, ItemText
-from learn.serving.bundle_format import FORMAT, MANIFEST, parse_manifest
+from learn.serving.bundle_format import FORMAT, MANIFEST, batching, check_paths, parse_manifest
 
 N_BYTES = 16
 
 
 def read_manifest(bundle: Path) -> dict[str, Any]:
-    """Reads a bundle's manifest; raises FileNotFoundError, or ValueError with the path, also for another format."""
+    """Reads a bundle's manifest. Raises FileNotFoundError, or ValueError with the path.
+
+    The latter also for another format, and for paths of files that a server refuses (`check_paths`).
+    """
     path, manifest = bundle / MANIFEST, parse_manifest(bundle)
     if (found := manifest.get("format")) != FORMAT:
-        advice = f"convert it with `learn upgrade {bundle} --out {bundle}`" if found == 1 else "use a newer `learn`"
+        convert = f"convert it with `learn upgrade {bundle} --out NEW`, where NEW is another folder"
+        advice = convert if found == 1 else "use a newer `learn`"
         raise ValueError(f"{path} has format {found!r}, but this program reads format {FORMAT}: {advice}")
+    check_paths(manifest, path)
     return manifest
 
 
@@ -75,7 +80,7 @@ def _encoder(manifest: Mapping[str, Any]) -> bytes:
     hasher.update(manifest["encoder"]["pad_id"].to_bytes(8, "little", signed=True))
     _add_ports(hasher, manifest["encoder"])
     # Vectors of a graph that must see one text per run are others than those of the same graph in batches.
-    if manifest["encoder"].get("batching") == "alone":
+    if batching(manifest) == "alone":
         _add(hasher, "alone")
     return hasher.digest()[:N_BYTES]
 

@@ -130,6 +130,7 @@ def build(tokenizer_path: Path, recipe: Recipe = FIRST) -> Bundle:
         head=head.eval(),
         golden_items=ITEMS,
         provenance=recipe.provenance(),
+        keeps="all",
     )
 
 

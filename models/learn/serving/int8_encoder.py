@@ -1,9 +1,12 @@
-"""The int8 graph of a run's encoder: exported and quantised once, then kept by digest in the run's cache.
+"""The int8 graph of a run's encoder: exported and quantised once, then kept by digest.
 
 A graph depends on the texts that its ranges were measured on, and so does every vector. The identity of this encoder
 therefore covers the graph's bytes (`GraphEncoder.identity`), towers are trained on its vectors, and a bundle gets this
 very graph. A later run on a changed catalogue would have another one; `reused` takes the graph of a bundle instead,
 which keeps the content embeddings that a server has cached.
+
+    RUN/cache/encoder-int8-KEY/   the graph, when it has been made
+    RUN/encoder-int8-KEY/         a copy of it, once towers are trained on it (`keep`), as anybody may delete cache/
 """
 
 from __future__ import annotations
@@ -12,46 +15,79 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from learn.atomic_file import rename_folder
 from learn.content import graph_encoder
-from learn.content.ceg import EncoderFolder
+from learn.content.ceg import Encoder, EncoderFolder
 from learn.content.graph_encoder import GraphEncoder, GraphFacts
 from learn.data.item_text import ItemText, render
-from learn.serving import encoder_export, quantise
+from learn.serving import bundle_format, encoder_export, quantise
 from learn.serving.bundle_format import sha256
 from learn.serving.digests import read_manifest
+from learn.serving.tolerances import INT8, of_content
 
 PRECISION = "int8"
-N_TEXTS = 512
+# Texts to measure ranges on, and other texts to compare the graph with the model on.
+N_TEXTS, N_CHECKED = 512, 256
+# The smallest cosine to the model that any text of `N_CHECKED` may have. MiniLM with the titles of ml-latest-small has
+# .9939 at least and .9963 in the median there, and .9922 and .9964 over all 9,742 titles; graphs that were quantised
+# badly had .79 to .93 ("An encoder in int8" in models/README.md). A manifest's tolerance cannot be wider, either.
+MIN_COSINE = 0.98
 # A graph that another version of the quantiser made is not found again.
-VERSION = 1
+VERSION = 2
+_PREFIX = "encoder-int8-"
 
 
-def of_run(source: EncoderFolder, texts: Sequence[ItemText], cache: Path) -> GraphEncoder:
-    """Returns the int8 encoder for a catalogue; loads and quantises the model if `cache` does not have its graph."""
+def of_run(source: EncoderFolder, texts: Sequence[ItemText], run: Path) -> GraphEncoder:
+    """Returns the int8 encoder for a catalogue; loads and quantises the model if the run's folder lacks its graph.
+
+    Raises ValueError for weights that are not in float32, a catalogue that is too small to check the graph on, and a
+    graph whose vectors are too far from the model's.
+    """
     if source.dtype != torch.float32:
         raise ValueError(f'encoder.dtype is {source.dtype}, but encoder.precision = "int8" starts from float32')
-    chosen = np.unique(np.linspace(0, len(texts) - 1, min(N_TEXTS, len(texts))).astype(int))
-    prompts = [render(texts[position]) for position in chosen.tolist()]
+    measured, checked = sample(texts)
     digest = source.identity.copy()
-    digest.update(json.dumps([VERSION, prompts]).encode())
-    folder = cache / f"encoder-int8-{digest.hexdigest()[:32]}"
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".int8-") as temporary:
-            _make(source, prompts, Path(temporary))
-            _put(Path(temporary) / "int8", folder)
+    digest.update(json.dumps([VERSION, measured]).encode())
+    folder = _folder(run, digest.hexdigest(), lambda temporary: _make(source, (measured, checked), temporary))
     return graph_encoder.read(folder, source.tokenizer_path, source.max_tokens)
 
 
-def reused(bundle: Path, source: EncoderFolder, cache: Path) -> GraphEncoder:
-    """Returns the int8 encoder of a bundle; raises ValueError for another precision, tokenizer or `max_tokens`."""
+def sample(texts: Sequence[ItemText]) -> tuple[list[str], list[str]]:
+    """Returns prompts to measure ranges on, and others to check the graph on, both from the whole catalogue.
+
+    Small catalogues give a fifth of their texts to the check. Raises ValueError if no text is left for it.
+    """
+    n_checked = min(N_CHECKED, len(texts) // 5)
+    measured = _spread(np.arange(len(texts)), min(N_TEXTS, len(texts) - n_checked))
+    checked = _spread(np.setdiff1d(np.arange(len(texts)), measured), n_checked)
+    prompts = [render(texts[position]) for position in measured.tolist()]
+    others = [render(texts[position]) for position in checked.tolist()]
+    known = set(prompts)
+    others = [prompt for prompt in others if prompt not in known]
+    if not others:
+        raise ValueError(
+            f'encoder.precision = "int8" needs at least 5 items with texts of their own, and got {len(texts)} items '
+            f"with {len(known)} texts: some of them must be left to compare the int8 graph with the model on"
+        )
+    return prompts, others
+
+
+def reused(bundle: Path, source: EncoderFolder, run: Path) -> GraphEncoder:
+    """Returns the int8 encoder of a bundle, with all that its manifest says about the graph.
+
+    Raises ValueError for another precision, tokenizer or `max_tokens`, and for a file that is not the one that the
+    manifest lists.
+    """
+    if not (bundle / bundle_format.MANIFEST).is_file():
+        raise ValueError(f"encoder.int8_from is {str(bundle)!r}, but there is no bundle in that folder")
     manifest = read_manifest(bundle)
     spec, max_tokens = manifest["encoder"], manifest["item_text"]["max_tokens"]
     if spec.get("precision") != PRECISION:
@@ -62,47 +98,125 @@ def reused(bundle: Path, source: EncoderFolder, cache: Path) -> GraphEncoder:
             "pass that bundle's encoder folder, or leave out encoder.int8_from"
         )
     files = [entry for entry in manifest["files"] if entry["part"] == "encoder" and entry["path"] != spec["tokenizer"]]
-    folder = cache / f"encoder-int8-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:32]}"
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".int8-") as temporary:
-            made = Path(temporary) / "int8"
-            made.mkdir()
-            for entry in files:
-                shutil.copyfile(bundle / entry["path"], made / entry["path"])
-            made_by = manifest.get("provenance", {}).get("quantisation", {})
-            name = made_by.get("model", manifest["name"])
-            facts = GraphFacts(name, spec["pad_id"], spec["dim"], PRECISION, made_by)
-            _write_facts(facts, made)
-            _put(made, folder)
+    made = manifest.get("provenance", {}).get("quantisation", {})
+    facts = GraphFacts(
+        name=made.get("model", manifest["name"]),
+        pad_id=spec["pad_id"],
+        dim=spec["dim"],
+        precision=PRECISION,
+        file=spec["file"],
+        inputs=spec["inputs"],
+        outputs=spec["outputs"],
+        batching=bundle_format.batching(manifest),
+        tolerance=of_content(manifest).table(),
+        made=made,
+    )
+    digests = [[entry["path"], entry["sha256"]] for entry in files]
+    key = json.dumps([VERSION, digests, spec, max_tokens, facts.name, made], sort_keys=True, default=str)
+
+    def copy(temporary: Path) -> Path:
+        copied = temporary / PRECISION
+        copied.mkdir()
+        for entry in files:
+            _copy_file(bundle, entry, copied)
+        graph_encoder.write_facts(facts, copied)
+        return copied
+
+    folder = _folder(run, hashlib.sha256(key.encode()).hexdigest(), copy)
     return graph_encoder.read(folder, source.tokenizer_path, source.max_tokens)
 
 
-def _make(source: EncoderFolder, prompts: Sequence[str], temporary: Path) -> None:
+def keep(encoder: GraphEncoder, run: Path) -> None:
+    """Copies the graph to where it stays as long as the towers of `run` that are trained on it."""
+    kept = run / encoder.folder.name
+    if kept.is_dir():
+        return
+    with tempfile.TemporaryDirectory(dir=run, prefix=".int8-") as temporary:
+        copied = shutil.copytree(encoder.folder, Path(temporary) / PRECISION)
+        rename_folder(copied, kept)
+
+
+def forget_others(encoder: object, run: Path) -> None:
+    """Removes the copies of graphs that towers of `run` were trained on before those with this encoder."""
+    own = encoder.folder.name if isinstance(encoder, GraphEncoder) else None
+    for folder in run.glob(f"{_PREFIX}*"):
+        if folder.name != own:
+            shutil.rmtree(folder)
+
+
+def _folder(run: Path, key: str, make: Callable[[Path], Path]) -> Path:
+    """Returns the folder of a graph. If there is none, `make` writes one within a temporary folder and returns it."""
+    cache, name = run / "cache", f"{_PREFIX}{key[:32]}"
+    for folder in (run / name, cache / name):
+        if folder.is_dir():
+            return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".int8-") as temporary:
+        rename_folder(make(Path(temporary)), cache / name)
+    return cache / name
+
+
+def _copy_file(bundle: Path, entry: dict[str, Any], folder: Path) -> None:
+    """Copies one listed file and checks the copy, so that it does not matter who changes the bundle meanwhile."""
+    name = entry["path"]
+    if not bundle_format.is_file_name(name) or name == graph_encoder.FACTS:
+        raise ValueError(f"{bundle}: the encoder's file {name!r} has a name that encoder.int8_from cannot copy")
+    if not (bundle / name).is_file():
+        raise ValueError(f"{bundle / name} is missing, but encoder.int8_from needs it")
+    shutil.copyfile(bundle / name, folder / name)
+    if sha256(folder / name) != entry["sha256"]:
+        raise ValueError(f"{bundle / name} is not the file that the manifest lists, as its digest differs")
+
+
+def _make(source: EncoderFolder, prompts: tuple[list[str], list[str]], temporary: Path) -> Path:
+    measured, checked = prompts
     encoder = source.loaded()
-    in_fp32, in_int8 = temporary / "fp32", temporary / "int8"
+    in_fp32, in_int8 = temporary / "fp32", temporary / PRECISION
     in_fp32.mkdir()
     in_int8.mkdir()
     encoder_export.write_encoder(encoder.graph, in_fp32, encoder.weights)
-    quantise.quantise(in_fp32 / encoder_export.GRAPH, in_int8, encoder.tokenize(prompts))
+    quantise.quantise(in_fp32 / encoder_export.GRAPH, in_int8, encoder.tokenize(measured))
     made = {
         "model": encoder.name,
         "weights": "7 bits per output channel, tables 8 bits per row",
         "activations": "uint8, static ranges",
-        "n_texts": len(prompts),
+        "n_texts": len(measured),
         "quantised_from": ", ".join(sha256(path) for path in encoder.weights),
     }
-    _write_facts(GraphFacts(encoder.name, encoder.pad_id, encoder.dim, PRECISION, made), in_int8)
+    facts = GraphFacts(
+        name=encoder.name,
+        pad_id=encoder.pad_id,
+        dim=encoder.dim,
+        precision=PRECISION,
+        file=encoder_export.GRAPH,
+        inputs=list(bundle_format.ENCODER.inputs),
+        outputs=list(bundle_format.ENCODER.outputs),
+        batching="together",
+        tolerance=INT8.table(),
+        made=made,
+    )
+    graph = graph_encoder.open_graph(in_int8, source.tokenizer_path, source.max_tokens, facts)
+    made = made | _closeness(encoder, graph, checked)
+    graph_encoder.write_facts(replace(facts, made=made), in_int8)
+    return in_int8
 
 
-def _write_facts(facts: GraphFacts, folder: Path) -> None:
-    (folder / graph_encoder.FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
+def _closeness(encoder: Encoder, graph: GraphEncoder, prompts: Sequence[str]) -> dict[str, Any]:
+    """Compares the graph with the model; raises ValueError below `MIN_COSINE`. Returns facts for the provenance."""
+    want, got = encoder.encode(prompts), graph.encode(prompts)
+    lengths = np.linalg.norm(want, axis=1) * np.linalg.norm(got, axis=1)
+    cosines = (want * got).sum(axis=1) / np.maximum(lengths, 1e-30)
+    lowest, median = float(cosines.min()), float(np.median(cosines))
+    # The comparison is written so that a NaN fails it.
+    if not lowest >= MIN_COSINE:
+        raise ValueError(
+            f"the int8 graph of {encoder.name} is too far from the model: over {len(prompts)} texts of the catalogue, "
+            f"the smallest cosine of their content embeddings is {lowest:.4f} and the median {median:.4f}, but each "
+            f'must be at least {MIN_COSINE}: use encoder.precision = "float"'
+        )
+    return {"n_checked": len(prompts), "cosine_min": round(lowest, 5), "cosine_median": round(median, 5)}
 
 
-def _put(made: Path, folder: Path) -> None:
-    """Renames `made` to `folder`, unless another process was faster."""
-    try:
-        made.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
+def _spread(positions: np.ndarray, n: int) -> np.ndarray:
+    """Returns `n` of the positions, evenly spread."""
+    return positions[np.unique(np.linspace(0, len(positions) - 1, n).astype(int))] if n else positions[:0]

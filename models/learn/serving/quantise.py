@@ -88,9 +88,15 @@ def quantise(source: Path, out: Path, token_ids: Sequence[Sequence[int]]) -> Non
 def measure(
     source: Path, model: ModelProto, names: Sequence[str], token_ids: Sequence[Sequence[int]]
 ) -> dict[str, Range]:
-    """Returns the range of each named value over all texts. The graph's weights are beside `source`."""
+    """Returns the range of each named value over all texts. The graph's weights are beside `source`.
+
+    Raises ValueError for no text, a text without tokens, and values that are not finite.
+    """
     if not token_ids:
         raise ValueError("there is no text to measure activations on; give at least one")
+    for number, row in enumerate(token_ids):
+        if not row:
+            raise ValueError(f"text {number} has no tokens, so activations cannot be measured on it; give it some text")
     names = sorted(set(names))
     probe = ModelProto()
     probe.CopyFrom(model)
@@ -106,10 +112,14 @@ def measure(
     finally:
         path.unlink()
     found: dict[str, Range] = {}
-    for row in token_ids:
+    for number, row in enumerate(token_ids):
         ids = np.array([row], np.int64)
         values = session.run(names, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
         for name, value in zip(names, values, strict=True):
+            if not np.isfinite(value).all():
+                raise ValueError(
+                    f"the activation {name!r} is not finite for text {number}, so it has no range; check the weights"
+                )
             rows = value.reshape(-1, value.shape[-1])
             seen = Range(rows.min(axis=0), rows.max(axis=0))
             found[name] = found[name].joined(seen) if name in found else seen
@@ -149,7 +159,9 @@ def _layers(graph: GraphProto, constants: dict[str, np.ndarray]) -> Iterator[Lay
     transposed = {
         node.output[0]: constants[node.input[0]].T
         for node in graph.node
-        if node.op_type == "Transpose" and constants.get(node.input[0], np.empty(0)).ndim == 2
+        if node.op_type == "Transpose"
+        and constants.get(node.input[0], np.empty(0)).ndim == 2
+        and all(list(attribute.ints) == [1, 0] for attribute in node.attribute)
     }
     for node in graph.node:
         if node.op_type not in ("MatMul", "Gemm"):
@@ -169,7 +181,12 @@ def _layers(graph: GraphProto, constants: dict[str, np.ndarray]) -> Iterator[Lay
 
 
 class _Rewriter:
-    """Replaces the nodes of the layers and of the large tables; `constants` has all constants of the new graph."""
+    """Replaces the nodes of the layers and of the large tables; `constants` has all constants of the new graph.
+
+    What is added to a value is named after the value's role, since one value may be the result of a layer and the input
+    of the next: `NAME.activation.*` belongs to a value that layers read, `NAME.layer.*` to a layer's result,
+    `NAME.table.*` to a table, and `NAME.lookup.*` to what is read from a table. A name that is taken is an error.
+    """
 
     def __init__(
         self, graph: GraphProto, constants: dict[str, np.ndarray], layers: Sequence[Layer], ranges: dict[str, Range]
@@ -183,6 +200,9 @@ class _Rewriter:
         for layer in layers:
             self._readers[layer.x].append(layer)
         self._smoothing: dict[str, np.ndarray] = {}
+        self._tables: set[str] = set()
+        self._taken = {port.name for port in graph.input} | constants.keys()
+        self._taken |= {name for node in graph.node for name in node.output}
 
     def rewrite(self) -> None:
         """Changes the graph; constants that nothing reads any more are removed from `constants`."""
@@ -209,8 +229,10 @@ class _Rewriter:
             self._quantise_activations(x)
         weight = layer.weight.astype(np.float64) * self._smoothing[x][:, None]
         quantised, scale = _rounded(weight, 0, WEIGHT_TOP)
-        names = [self._constant(f"{result}.weight", quantised), self._constant(f"{result}.scale", scale)]
-        inputs = [f"{x}.int8", names[0], f"{x}.scale", names[1], f"{x}.zero", "", layer.bias]
+        weights = self._constant(f"{result}.layer.weight", quantised)
+        scales = self._constant(f"{result}.layer.scale", scale)
+        read = f"{x}.activation"
+        inputs = [f"{read}.int8", weights, f"{read}.scale", scales, f"{read}.zero", "", layer.bias]
         # An input that is not given must not be the last one.
         self._node("MatMulIntegerToFloat", inputs if layer.bias else inputs[:-2], result, domain=CONTRIB)
 
@@ -225,11 +247,14 @@ class _Rewriter:
         # Zero must be a value of the quantised range.
         low, high = min(0.0, float((found.low * divisor).min())), max(0.0, float((found.high * divisor).max()))
         scale = np.float32(max(high - low, _TINY) / ACTIVATION_TOP)
-        self._constant(f"{x}.divisor", divisor)
-        self._constant(f"{x}.scale", scale)
-        self._constant(f"{x}.zero", np.uint8(np.rint(-low / scale)))
-        self._node("Mul", [x, f"{x}.divisor"], f"{x}.even")
-        self._node("QuantizeLinear", [f"{x}.even", f"{x}.scale", f"{x}.zero"], f"{x}.int8")
+        name = f"{x}.activation"
+        divisors = self._constant(f"{name}.divisor", divisor)
+        parameters = [
+            self._constant(f"{name}.scale", scale),
+            self._constant(f"{name}.zero", np.uint8(np.rint(-low / scale))),
+        ]
+        even = self._node("Mul", [x, divisors], self._new(f"{name}.even"))
+        self._node("QuantizeLinear", [even, *parameters], self._new(f"{name}.int8"))
 
     def _is_table(self, node: NodeProto) -> bool:
         if node.op_type != "Gather" or any(a.name == "axis" and a.i != 0 for a in node.attribute):
@@ -239,22 +264,33 @@ class _Rewriter:
 
     def _table(self, node: NodeProto) -> None:
         (table, indices), result = node.input, node.output[0]
-        if f"{table}.rows" not in self.constants:
+        rows, scales = f"{table}.table.rows", f"{table}.table.scales"
+        if table not in self._tables:
+            self._tables.add(table)
             quantised, scale = _rounded(self.constants[table].astype(np.float64), 1, ROW_TOP)
-            self._constant(f"{table}.rows", quantised)
-            self._constant(f"{table}.scales", scale[:, None])
-        self._node("Gather", [f"{table}.rows", indices], f"{result}.int8")
-        self._node("Gather", [f"{table}.scales", indices], f"{result}.scale")
-        self._node("Cast", [f"{result}.int8"], f"{result}.float", to=TensorProto.FLOAT)
-        self._node("Mul", [f"{result}.float", f"{result}.scale"], result)
+            self._constant(rows, quantised)
+            self._constant(scales, scale[:, None])
+        name = f"{result}.lookup"
+        row = self._node("Gather", [rows, indices], self._new(f"{name}.int8"))
+        scale_of_row = self._node("Gather", [scales, indices], self._new(f"{name}.scale"))
+        as_float = self._node("Cast", [row], self._new(f"{name}.float"), to=TensorProto.FLOAT)
+        self._node("Mul", [as_float, scale_of_row], result)
 
-    def _constant(self, name: str, value: np.ndarray) -> str:
-        self.constants[name] = np.asarray(value)
+    def _new(self, name: str) -> str:
+        """Claims the name of an added value."""
+        if name in self._taken:
+            raise ValueError(f"the graph already has a value {name!r}, which quantising it adds; rename it")
+        self._taken.add(name)
         return name
 
-    def _node(self, operator: str, inputs: Sequence[str], output: str, **attributes: object) -> None:
+    def _constant(self, name: str, value: np.ndarray) -> str:
+        self.constants[self._new(name)] = np.asarray(value)
+        return name
+
+    def _node(self, operator: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
         name = f"{output}.{operator.lower()}"
         self._nodes.append(helper.make_node(operator, inputs, [output], name=name, **attributes))
+        return output
 
 
 def _rounded(weight: np.ndarray, axis: int, top: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,9 +5,10 @@ item tower also returns the adaptor's output, and the user tower reads that (`to
 of the user tower's graph, and its last value becomes an output of the item tower's. No weight and no other node
 changes, so neither does any embedding.
 
-The encoder, the tokenizer and the CVR head are copied byte for byte. So are the golden vectors, which PyTorch computed.
-The adaptor's golden outputs are new; they are computed here in fp64 from its weights, and not by the graph that they
-check. As in `bundle.write`, the result is verified before it is put in place. Format 1 has no actions.
+The encoder, the tokenizer and the CVR head are copied byte for byte. The file of golden vectors is written anew: all
+that PyTorch computed stays in it, with the same numbers, and each item gains the adaptor's output. That is computed
+here in fp64 from the weights, and not by the graph that it checks. As in `bundle.write`, the result is verified before
+it is put in place. Format 1 has no actions, and does not say which items the head's histories had in training.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from learn.serving import bundle_check, bundle_format
 from learn.serving.bundle_format import MANIFEST, Keeps
+from learn.serving.placing import placing, recover
 
 OLD_FORMAT = 1
 CONTENT, ADAPTED = "content", "adapted"
 ADVICE = "export its run again with `learn export`"
+ASSUMED_KEEPS: Keeps = "all"
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ class UpgradeConfig:
     out: Path
     # None keeps the version.
     version: str | None = None
-    # `cvr.history` of the run; a manifest of format 1 does not have it.
-    keeps: Keeps = "all"
+    # `cvr.history` of the run, which a manifest of format 1 does not have. None: its default is assumed, and the output
+    # and the new manifest (`provenance.keeps_assumed`) say so.
+    keeps: Keeps | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,13 @@ class Adaptor:
 
 
 def upgrade(config: UpgradeConfig) -> None:
-    """Writes the bundle in format 2, verifies it, and moves it to `config.out`; prints what was done.
+    """Writes the bundle in format 2, verifies it, and moves it to `config.out`; prints what was done and assumed.
 
     Files that are fetched from a package may be missing; then the encoder, which stays as it is, is not run. Raises
-    ValueError for a bundle of another format, a damaged bundle, and towers that `learn` did not export.
+    ValueError for a bundle of another format, a damaged bundle, files outside its folder, and towers that `learn` did
+    not export. An upgrade in place that was interrupted is undone or finished first.
     """
+    recover(config.old)
     manifest = _old_manifest(config.old)
     is_complete = _check_files(config.old, manifest)
     item_path, user_path = (config.old / manifest[part]["file"] for part in ("item_tower", "user_tower"))
@@ -94,7 +100,7 @@ def upgrade(config: UpgradeConfig) -> None:
             f"{config.old}: its towers have two different adaptors, so format 2 cannot express it: {ADVICE}"
         )
     golden = json.loads((config.old / manifest["golden"]["file"]).read_text(encoding="utf-8"))
-    with bundle_format.placing(config.out) as folder:
+    with placing(config.out) as folder:
         for entry in manifest["files"]:
             if (config.old / entry["path"]).is_file():
                 shutil.copyfile(config.old / entry["path"], folder / entry["path"])
@@ -112,6 +118,11 @@ def upgrade(config: UpgradeConfig) -> None:
             _remove_copies(manifest, upgraded, folder)
     unchecked = "" if is_complete else "; the encoder was not run, because its files have not been fetched"
     print(f"{upgraded['name']} {upgraded['version']} is now in format {upgraded['format']}: {config.out}{unchecked}")
+    if config.keeps is None:
+        print(
+            f'history.keeps = "{ASSUMED_KEEPS}" is assumed, because format 1 does not say which items the head was '
+            'trained on: if its run had cvr.history = "liked", upgrade with --keeps liked, or correct the new manifest'
+        )
 
 
 def _old_manifest(folder: Path) -> dict[str, Any]:
@@ -121,16 +132,24 @@ def _old_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} already has format {found}, so there is nothing to upgrade")
     if found != OLD_FORMAT:
         raise ValueError(f"{path} has format {found!r}, but only format {OLD_FORMAT} can be upgraded")
+    bundle_format.check_paths(manifest, path)
     return manifest
 
 
 def _check_files(folder: Path, manifest: Mapping[str, Any]) -> bool:
-    """Returns whether all files are there; raises ValueError if one is damaged, or missing and not to be fetched."""
+    """Returns whether all files are there.
+
+    Raises ValueError if one is damaged, missing and not to be fetched, or elsewhere than directly in the folder.
+    """
     is_complete = True
     for entry in manifest["files"]:
         path = folder / entry["path"]
-        if path.parent != folder:
+        if not bundle_format.is_file_name(entry["path"]):
             raise ValueError(f"{folder / MANIFEST}: the file {entry['path']!r} is not directly in the bundle's folder")
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{path} is a link to {path.resolve()}, outside the bundle's folder: put a copy of it in its place"
+            )
         if path.is_file():
             if bundle_format.sha256(path) != entry["sha256"]:
                 raise ValueError(f"{path} is not the file that the manifest names, as its digest differs")
@@ -280,12 +299,17 @@ def _new_manifest(config: UpgradeConfig, old: Mapping[str, Any], adaptor: Adapto
         "encoder": _before_ports(encoder) | {"precision": _precision(config.old / encoder["file"])} | _ports(encoder),
         "item_tower": _before_ports(item_tower) | {"adapted_dim": adaptor.width} | bundle_format.ITEM_TOWER.ports(),
         "user_tower": _before_ports(user_tower) | bundle_format.user_tower(()).ports(),
-        "history": bundle_format.history((), config.keeps),
+        "history": bundle_format.history((), config.keeps or ASSUMED_KEEPS),
         "cvr": old["cvr"],
         "golden": old["golden"],
         "files": [_new_entry(entry, folder) for entry in old["files"]],
-        "provenance": old.get("provenance", {}) | {"upgraded_from": bundle_format.sha256(config.old / MANIFEST)},
+        "provenance": _provenance(config, old),
     }
+
+
+def _provenance(config: UpgradeConfig, old: Mapping[str, Any]) -> dict[str, Any]:
+    assumed = {"keeps_assumed": True} if config.keeps is None else {}
+    return {**old.get("provenance", {}), "upgraded_from": bundle_format.sha256(config.old / MANIFEST), **assumed}
 
 
 def _before_ports(table: Mapping[str, Any]) -> dict[str, Any]:

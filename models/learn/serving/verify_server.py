@@ -1,7 +1,6 @@
 """Compares a live server with PyTorch, stage by stage (`learn verify`).
 
-Each case is a page of items with the expected vectors, taken from a bundle's golden vectors, which the trainer computed
-with PyTorch, or computed here by a run's own encoder, towers and head. Each case is sent to the server twice; the
+Each case is a page of items with the expected vectors (`verify_cases`). Each case is sent to the server twice; the
 second response comes from its caches. The responses are compared with the expected vectors, one output line per stage:
 
     content     content embeddings, from an export of the server's content cache; needs an admin address
@@ -12,35 +11,29 @@ second response comes from its caches. The responses are compared with the expec
     cvr         the CVR head's probability
 
 Drift thus accumulates from stage to stage as in production, and the first stage out of tolerance is where it begins.
+An encoder in int8 has a wide tolerance of its own, for other CPUs. The stages after it have a narrow one if all content
+was compared and is as close as single precision is; else they inherit the encoder's drift, and so its tolerance.
 With a bundle folder, the server's model is also compared with it: version, digests, dimensions and limits.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 import numpy as np
 import safetensors.numpy
 
-from learn.data.item_text import ItemText
 from learn.serving import digests, grpc_messages
 from learn.serving.tolerances import SINGLE_PRECISION, Tolerance
-
-if TYPE_CHECKING:
-    from learn.content.ceg import Encoder
-    from learn.models.cvr import CvrHead
-    from learn.models.pch import Pch
+from learn.serving.verify_cases import Case
 
 STAGES = ("content", "adapted", "item_emb", "user_emb", "mid_emb", "cvr")
 # Stages whose vectors are not in responses, but in exports of the server's caches, in fp32.
 CACHED_STAGES = ("content", "adapted")
-# The seed of the actions in the requests of a run; half of its requests have some.
-ACTIONS_SEED = 20240509
 # The error that rounding to the wire's dtype may add: for a value of 1 half a unit in the last place, 2**-11 or 2**-8,
 # doubled because mid-embs reach 2. Cosines of whole vectors lose far less.
 WIRE_ABSOLUTE = {"f32": 0.0, "f16": 2.0**-10, "bf16": 2.0**-7}
@@ -59,30 +52,15 @@ class VerifyConfig:
     # The name that the model is served under; empty selects the only model.
     model: str = ""
     dtype: str = "f32"
-    # Of every stage, because what the encoder's rounding changes on another CPU goes through all of them.
+    # Of the content embeddings, which the manifest of an encoder in int8 widens.
+    content_tolerance: Tolerance = SINGLE_PRECISION
+    # Of the stages after them; see `Report.tolerance`.
     tolerance: Tolerance = SINGLE_PRECISION
     timeout_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         if self.dtype not in grpc_messages.DTYPE_NUMBERS:
             raise ValueError(f"dtype is {self.dtype!r}, but it must be one of {', '.join(grpc_messages.DTYPE_NUMBERS)}")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One request with the vectors that PyTorch computes for it."""
-
-    name: str
-    history: Sequence[ItemText]
-    candidates: Sequence[ItemText]
-    user_emb: np.ndarray  # [E]
-    item_emb: np.ndarray  # [n,E]
-    mid_emb: np.ndarray  # [n,M]; a row of NaN is not compared
-    cvr: np.ndarray  # [n]; a NaN is not compared
-    content: np.ndarray | None = None  # [n,C]
-    adapted: np.ndarray | None = None  # [n,D]
-    # What the user did with each history item: names of `learn.models.pch.ACTIONS`, or "unspecified".
-    actions: Sequence[str] = ()
 
 
 @dataclass
@@ -111,11 +89,11 @@ class Drift:
             cosines = np.nan_to_num((got * want).sum(axis=1) / np.maximum(lengths, 1e-30), nan=-1.0)
             self.min_cosine = min(self.min_cosine, float(cosines.min()))
 
-    def is_within(self, config: VerifyConfig) -> bool:
-        """Whether the stage is within tolerances plus the wire's rounding; what is read from caches is not rounded."""
-        dtype = "f32" if self.stage in CACHED_STAGES else config.dtype
-        absolute = config.tolerance.absolute + WIRE_ABSOLUTE[dtype]
-        return self.max_absolute <= absolute and self.min_cosine >= config.tolerance.cosine - WIRE_COSINE[dtype]
+    def is_within(self, tolerance: Tolerance, dtype: str) -> bool:
+        """Whether the stage is within the tolerance plus the wire's rounding, which cached vectors do not have."""
+        dtype = "f32" if self.stage in CACHED_STAGES else dtype
+        absolute, cosine = tolerance.absolute + WIRE_ABSOLUTE[dtype], tolerance.cosine - WIRE_COSINE[dtype]
+        return self.max_absolute <= absolute and self.min_cosine >= cosine
 
 
 @dataclass
@@ -125,17 +103,32 @@ class Report:
     model: str
     drifts: list[Drift] = field(default_factory=lambda: [Drift(stage) for stage in STAGES])
     faults: list[str] = field(default_factory=list)
+    # What is no fault, but limits what was compared.
+    notes: list[str] = field(default_factory=list)
+    # Texts whose content embedding could not be compared.
+    n_without_content: int = 0
 
     def of(self, stage: str) -> Drift:
         """Returns the drift of one stage."""
         return next(drift for drift in self.drifts if drift.stage == stage)
 
+    def tolerance(self, stage: str, config: VerifyConfig) -> Tolerance:
+        """Returns the tolerance of a stage: for the stages after content, the wider one if content may have drifted."""
+        if stage == "content" or self._why_wide(config):
+            return config.content_tolerance
+        return config.tolerance
+
+    def is_within(self, drift: Drift, config: VerifyConfig) -> bool:
+        """Whether one stage is within its tolerance."""
+        return drift.is_within(self.tolerance(drift.stage, config), config.dtype)
+
     def is_good(self, config: VerifyConfig) -> bool:
         """Whether there is no fault, at least one comparison, and every stage is within its tolerances."""
-        return not self.faults and any(d.n for d in self.drifts) and all(d.is_within(config) for d in self.drifts)
+        is_compared = any(drift.n for drift in self.drifts)
+        return not self.faults and is_compared and all(self.is_within(drift, config) for drift in self.drifts)
 
     def table(self, config: VerifyConfig) -> str:
-        """Formats one line per stage and one line per fault."""
+        """Formats one line per stage, note and fault."""
         lines = [f"{self.model} at {config.server}, {config.dtype}"]
         lines += [f"{'stage':10} {'n':>7} {'max abs error':>14} {'min cosine':>12}"]
         for drift in self.drifts:
@@ -144,10 +137,27 @@ class Report:
                 why = "not on the wire: give an admin address" if is_out_of_reach else "nothing to compare"
                 lines.append(f"{drift.stage:10} {0:7} {why}")
                 continue
-            verdict = "" if drift.is_within(config) else "  OUT OF TOLERANCE"
+            verdict = "" if self.is_within(drift, config) else "  OUT OF TOLERANCE"
             cosine = "-" if drift.stage == "cvr" else f"{drift.min_cosine:.8f}"
             lines.append(f"{drift.stage:10} {drift.n:7} {drift.max_absolute:14.2e} {cosine:>12}{verdict}")
-        return "\n".join([*lines, *(f"fault: {fault}" for fault in self.faults)])
+        notes = list(self.notes)
+        if why := self._why_wide(config):
+            wide = config.content_tolerance
+            notes.append(f"all stages may differ by {wide.absolute:g}, cosine {wide.cosine:g}, as content may: {why}")
+        return "\n".join([*lines, *(f"note: {note}" for note in notes), *(f"fault: {fault}" for fault in self.faults)])
+
+    def _why_wide(self, config: VerifyConfig) -> str:
+        """Returns why the stages after content get its tolerance, or nothing if they do not."""
+        content = self.of("content")
+        if config.content_tolerance == config.tolerance:
+            return ""
+        if content.n == 0:
+            return "content was not compared"
+        if self.n_without_content:
+            return f"the content of {self.n_without_content} texts was not compared"
+        if not content.is_within(config.tolerance, "f32"):
+            return f"the server's differs by {content.max_absolute:.2e}, as on another CPU"
+        return ""
 
 
 def verify(config: VerifyConfig, cases: Iterable[Case], bundle: Path | None = None) -> Report:
@@ -169,9 +179,8 @@ def verify(config: VerifyConfig, cases: Iterable[Case], bundle: Path | None = No
                 if vectors is not None:
                     known[stage] |= dict(zip(map(digests.text_digest, case.candidates), vectors, strict=True))
     if config.admin is not None:
-        for stage, vectors in known.items():
-            if vectors:
-                _compare_cached(report.of(stage), report, vectors, _exported(config, info, stage))
+        exported = {stage: _exported(config, info, stage) for stage in CACHED_STAGES}
+        _compare_cached(report, known, exported)
     return report
 
 
@@ -187,93 +196,6 @@ def verify_and_print(config: VerifyConfig, cases: Iterable[Case], bundle: Path |
         return 1
     print(report.table(config))
     return 0 if report.is_good(config) else 1
-
-
-# --- expected vectors ------------------------------------------------------------------------------------------------
-
-
-def golden_cases(bundle: Path) -> Iterator[Case]:
-    """Yields a bundle's golden vectors as one case per golden user, with all golden items as candidates."""
-    manifest = digests.read_manifest(bundle)
-    golden = json.loads((bundle / manifest["golden"]["file"]).read_text())
-    texts = [ItemText.from_json(entry["text"]) for entry in golden["items"]]
-    content, adapted, item_emb = (
-        np.array([entry[key] for entry in golden["items"]], np.float32) for key in ("content", "adapted", "item")
-    )
-    for number, user in enumerate(golden["users"]):
-        mid_emb = np.full((len(texts), manifest["cvr"]["dim"]), np.nan, np.float32)
-        cvr = np.full(len(texts), np.nan, np.float32)
-        for pair in golden["pairs"]:
-            if pair["user"] == number:
-                mid_emb[pair["item"]], cvr[pair["item"]] = pair["mid_emb"], pair["cvr"]
-        history = [texts[position] for position in user["history"]]
-        yield Case(
-            f"golden user {number}",
-            history,
-            texts,
-            np.array(user["user"], np.float32),
-            item_emb,
-            mid_emb,
-            cvr,
-            content,
-            adapted,
-            tuple(user.get("actions", ())),
-        )
-
-
-@dataclass(frozen=True)
-class Towers:
-    """The PyTorch models of a run."""
-
-    encoder: Encoder
-    pch: Pch
-    head: CvrHead
-
-
-def torch_cases(
-    towers: Towers, texts: Sequence[ItemText], pages: Iterable[tuple[Sequence[int], Sequence[int]]]
-) -> Iterator[Case]:
-    """Yields one case per page of (history, candidates), positions in `texts`, with the vectors that PyTorch computes.
-
-    The texts are encoded page by page. For towers that read actions, every other page has random ones.
-    """
-    import torch
-
-    from learn.data.item_text import render
-    from learn.models.pch import ACTIONS, UNSPECIFIED
-    from learn.models.served_graphs import CvrGraph, ItemTowerGraph, UserTowerGraph
-
-    user_tower, item_tower, cvr_graph = UserTowerGraph(towers.pch), ItemTowerGraph(towers.pch), CvrGraph(towers.head)
-    modules = [module.eval() for module in (user_tower, item_tower, cvr_graph)]
-    sizes, rng = towers.pch.config, np.random.default_rng(ACTIONS_SEED)
-    for number, (history, candidates) in enumerate(pages):
-        has_actions = bool(sizes.actions) and number % 2 == 0
-        actions = rng.choice([UNSPECIFIED, *ACTIONS], len(history)).tolist() if has_actions else []
-        window = list(history)[-sizes.max_history :]
-        content = torch.from_numpy(towers.encoder.encode([render(texts[p]) for p in [*window, *candidates]]))
-        with torch.inference_mode():
-            item, adapted = modules[1](content)
-            # An empty history is one item of padding.
-            seen = adapted[: len(window)] if window else torch.zeros(1, sizes.width)
-            mask = torch.ones(1, len(seen), dtype=torch.int64) * bool(window)
-            action = None
-            if has_actions and window:
-                action = torch.tensor([[sizes.action_number(name) for name in actions[-len(window) :]]])
-            user = modules[0](seen[None], mask, action)
-            shown = item[len(window) :]
-            mid_emb, cvr = modules[2](user, shown, torch.zeros(len(shown), dtype=torch.int64))
-        yield Case(
-            f"page {number}",
-            [texts[position] for position in history],
-            [texts[position] for position in candidates],
-            user[0].numpy(),
-            shown.numpy(),
-            mid_emb.numpy(),
-            cvr.numpy(),
-            content[len(window) :].numpy(),
-            adapted[len(window) :].numpy(),
-            actions,
-        )
 
 
 # --- the server's responses ------------------------------------------------------------------------------------------
@@ -360,12 +282,24 @@ def _exported(config: VerifyConfig, info: Any, stage: str) -> dict[bytes, np.nda
 
 
 def _compare_cached(
-    drift: Drift, report: Report, known: dict[bytes, np.ndarray], exported: dict[bytes, np.ndarray]
+    report: Report, known: dict[str, dict[bytes, np.ndarray]], exported: dict[str, dict[bytes, np.ndarray]]
 ) -> None:
-    """Compares the vectors of the texts that were sent with those in the server's cache."""
-    found = [digest for digest in known if digest in exported]
-    if len(found) < len(known):
-        n_missing = len(known) - len(found)
-        report.faults.append(f"{drift.stage}: {n_missing} of {len(known)} texts are not in the server's cache")
-    if found:
-        drift.add(*(np.stack([vectors[digest] for digest in found]) for vectors in (exported, known)))
+    """Compares the vectors of the texts that were sent with those in the server's caches, by stage.
+
+    A text whose item record the server had already needs no content embedding, so the cache may lack it.
+    """
+    for stage, vectors in known.items():
+        missing = vectors.keys() - exported[stage].keys()
+        needless = missing & exported["adapted"].keys() if stage == "content" else set()
+        if needless:
+            report.notes.append(
+                f"content: {len(needless)} of {len(vectors)} texts are not in the server's cache, because it already "
+                "had their item records; their content was not compared"
+            )
+        if n_faults := len(missing) - len(needless):
+            report.faults.append(f"{stage}: {n_faults} of {len(vectors)} texts are not in the server's cache")
+        if stage == "content":
+            report.n_without_content = len(missing)
+        found = [digest for digest in vectors if digest not in missing]
+        if found:
+            report.of(stage).add(*(np.stack([of[digest] for digest in found]) for of in (exported[stage], vectors)))

@@ -324,4 +324,5 @@ def _identity(config: TrainConfig, model: Recommender, dataset: Dataset, split: 
 
 def _write_curve(path: Path, config: TrainConfig, curve: list[dict[str, float]]) -> None:
     lines = [json.dumps({"config": asdict(config)}), *(json.dumps(record) for record in curve)]
-    path.write_text("\n".join(lines) + "\n")
+    with replacing(path) as partial:
+        partial.write_text("\n".join(lines) + "\n")

@@ -6,8 +6,9 @@ import hashlib
 import struct
 
 import pytest
+import tomli_w
 from blake3 import blake3
-from conftest import FIXTURES
+from conftest import FIXTURE, FIXTURES
 
 from learn.data.item_text import ItemText
 from learn.serving import digests
@@ -79,7 +80,11 @@ def test_a_missing_or_malformed_manifest_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("line", "advice"),
     [
-        ("format = 1", "format 1, but this program reads format 2: convert it with `learn upgrade {0} --out {0}`"),
+        (
+            "format = 1",
+            "format 1, but this program reads format 2: convert it with `learn upgrade {0} --out NEW`, where NEW is "
+            "another folder",
+        ),
         ("format = 3", "format 3, but this program reads format 2: use a newer `learn`"),
         ("name = 'x'", "format None, but this program reads format 2: use a newer `learn`"),
     ],
@@ -89,3 +94,45 @@ def test_a_manifest_of_another_format_is_refused_with_what_to_do(tmp_path, line,
     with pytest.raises(ValueError) as caught:
         digests.read_manifest(tmp_path)
     assert str(caught.value) == f"{tmp_path}/manifest.toml has {advice.format(tmp_path)}"
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("../cvr.onnx", "leaves the bundle's folder"),
+        ("/etc/passwd", "leaves the bundle's folder"),
+        ("a/./b", "leaves the bundle's folder"),
+        ("", "leaves the bundle's folder"),
+        ("manifest.toml", "is listed twice, or is the manifest itself"),
+        ("golden.json", "is listed twice, or is the manifest itself"),
+    ],
+)
+def test_a_manifest_whose_paths_a_server_refuses_is_refused_by_name(tmp_path, path, reason):
+    manifest = digests.read_manifest(FIXTURE)
+    manifest["files"].append(manifest["files"][0] | {"path": path})
+    (tmp_path / "manifest.toml").write_text(tomli_w.dumps(manifest))
+    with pytest.raises(ValueError) as caught:
+        digests.read_manifest(tmp_path)
+    assert str(caught.value) == f"{tmp_path}/manifest.toml: the file {path!r} {reason}"
+
+
+def test_a_file_that_is_used_but_not_listed_under_its_part_is_refused_by_name(tmp_path):
+    for part, path, reason in (
+        ("encoder", "other.onnx", "(encoder.file) is used, but not listed under [[files]]"),
+        ("item_tower", "cvr.onnx", "is listed as part cvr, but used as item_tower"),
+        ("golden", None, "(golden.file) is used, but not listed under [[files]]"),
+    ):
+        manifest = digests.read_manifest(FIXTURE)
+        manifest[part] = {key: value for key, value in manifest[part].items() if key != "file"}
+        manifest[part] |= {} if path is None else {"file": path}
+        (tmp_path / "manifest.toml").write_text(tomli_w.dumps(manifest))
+        with pytest.raises(ValueError) as caught:
+            digests.read_manifest(tmp_path)
+        assert str(caught.value) == f"{tmp_path}/manifest.toml: the file {path!r} {reason}"
+
+
+def test_a_file_in_a_folder_of_the_bundle_is_accepted_as_by_a_server(tmp_path):
+    manifest = digests.read_manifest(FIXTURE)
+    manifest["files"].append(manifest["files"][0] | {"path": "parts/..data/more.weights"})
+    (tmp_path / "manifest.toml").write_text(tomli_w.dumps(manifest))
+    assert digests.read_manifest(tmp_path) == manifest

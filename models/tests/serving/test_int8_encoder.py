@@ -1,4 +1,4 @@
-"""An int8 encoder: its graph, its place in runs and bundles, and dynamic graphs that depend on their batch."""
+"""An int8 encoder: its graph, how close it is to the model, and its place in runs and bundles."""
 
 from __future__ import annotations
 
@@ -7,57 +7,39 @@ import json
 import shutil
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-import tomli_w
-import torch
 from conftest import FIXTURE, write_movielens
+from int8_bundle import TEXTS, encoder_folder, write_bundle
 from onnx import helper, numpy_helper
 
 from learn.cli import main
 from learn.content import embedding_store, graph_encoder
-from learn.content.ceg import EncoderFolder, LoadConfig
+from learn.content.ceg import LoadConfig
 from learn.data.item_text import ItemText, render
 from learn.padding import pad
-from learn.serving import (
-    bundle,
-    bundle_check,
-    bundle_format,
-    bundle_inference,
-    digests,
-    fixture_bundles,
-    int8_encoder,
-    quantise,
-    tolerances,
-)
-
-TEXTS = [ItemText(title=f"{name} number {n}") for n in range(6) for name in ("Lamp", "Kettle", "A long jacket")]
+from learn.run_settings import EncoderSettings, Settings
+from learn.serving import bundle_check, digests, fixture_bundles, int8_encoder, quantise, tolerances
+from learn.training_run import Run
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The fixtures' encoder as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(fixture_bundles.FIRST.seed)
-    fixture_bundles.byte_tokenizer().save(str(folder / "tokenizer.json"))
-    fixture_bundles.encoder_model().save_pretrained(folder)
-    return EncoderFolder(folder, fixture_bundles.MAX_TOKENS, LoadConfig(device="cpu"))
+    return encoder_folder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")
 def encoder(folder, tmp_path_factory):
-    return int8_encoder.of_run(folder, TEXTS, tmp_path_factory.mktemp("cache"))
+    return int8_encoder.of_run(folder, TEXTS, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
 def written(encoder, tmp_path_factory):
     """A bundle with the int8 encoder."""
-    out = tmp_path_factory.mktemp("int8")
-    first = fixture_bundles.build(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
-    bundle.write(replace(first, encoder=encoder), out)
-    return out
+    return write_bundle(encoder, tmp_path_factory.mktemp("int8"))
 
 
 def int8_constants(graph):
@@ -99,15 +81,16 @@ def test_smoothing_changes_no_product_and_evens_out_the_channels():
     rewriter = quantise._Rewriter(graph, {"w": weight}, [layer], ranges)
     rewriter.rewrite()
     found = rewriter.constants
-    step = found["y.scale"] * found["x.divisor"][:, None].astype(np.float64)
-    assert (np.abs(found["y.weight"] * step - weight) <= 0.5001 * step).all()
+    divisor = found["x.activation.divisor"]
+    step = found["y.layer.scale"] * divisor[:, None].astype(np.float64)
+    assert (np.abs(found["y.layer.weight"] * step - weight) <= 0.5001 * step).all()
     # The channels' sizes differ by a factor of 400 before, and by less after.
     sizes = np.maximum(-low, high)
-    even = sizes * found["x.divisor"]
+    even = sizes * divisor
     assert even.max() / even.min() < 0.2 * sizes.max() / sizes.min()
     assert (rewriter._graph.node[-1].op_type, list(found)) == (
         "MatMulIntegerToFloat",
-        ["x.divisor", "x.scale", "x.zero", "y.weight", "y.scale"],
+        [*(f"x.activation.{name}" for name in ("divisor", "scale", "zero")), "y.layer.weight", "y.layer.scale"],
     )
 
 
@@ -131,16 +114,85 @@ def test_a_large_table_is_rows_of_int8_with_a_scale_each(encoder, tmp_path, monk
 
 
 def test_the_graph_is_made_once_and_identifies_what_was_encoded_with_it(folder, encoder, monkeypatch, tmp_path):
-    again = int8_encoder.of_run(folder, TEXTS, encoder.folder.parent)
+    run = encoder.folder.parents[1]
+    again = int8_encoder.of_run(folder, TEXTS, run)
     assert again.folder == encoder.folder and again.identity.digest() == encoder.identity.digest()
     prompts = [render(text) for text in TEXTS]
-    other = int8_encoder.of_run(folder, TEXTS[:5], encoder.folder.parent)
+    other = int8_encoder.of_run(folder, TEXTS[:5], run)
     keys = {embedding_store.cache_key(e, prompts) for e in (folder, encoder, other)}
     assert len(keys) == 3
     stored = embedding_store.encode_cached(encoder, prompts, tmp_path)
     np.testing.assert_allclose(stored, encoder.encode(prompts), atol=1e-6)
     monkeypatch.setattr(quantise, "quantise", None)
-    assert int8_encoder.of_run(folder, TEXTS, encoder.folder.parent).folder == encoder.folder
+    assert int8_encoder.of_run(folder, TEXTS, run).folder == encoder.folder
+
+
+# --- how close it is to the model ------------------------------------------------------------------------------------
+
+
+def catalogue(n_items, n_texts=None):
+    return [ItemText(title=f"Item {number % (n_texts or n_items)}") for number in range(n_items)]
+
+
+@pytest.mark.parametrize(
+    ("n_items", "n_measured", "n_checked"),
+    [(5, 4, 1), (18, 15, 3), (600, 480, 120), (640, 512, 128), (768, 512, 153), (9742, 512, 256), (100_000, 512, 256)],
+)
+def test_the_graph_is_checked_on_texts_that_its_ranges_were_not_measured_on(n_items, n_measured, n_checked):
+    texts = catalogue(n_items)
+    measured, checked = int8_encoder.sample(texts)
+    assert (len(measured), len(checked)) == (n_measured, n_checked)
+    assert len({*measured, *checked}) == n_measured + n_checked
+    # Both come from the whole catalogue.
+    place = {render(text): number for number, text in enumerate(texts)}
+    for prompts in (measured, checked):
+        places = [place[prompt] for prompt in prompts]
+        assert n_items < 100 or (min(places) < 0.02 * n_items and max(places) > 0.97 * n_items)
+
+
+def test_a_text_that_occurs_twice_is_not_checked_if_ranges_were_measured_on_it():
+    measured, checked = int8_encoder.sample([*catalogue(40), *catalogue(40)])
+    assert checked and not {*measured} & {*checked}
+
+
+@pytest.mark.parametrize(("n_items", "n_texts"), [(0, 1), (1, 1), (4, 4), (50, 3)])
+def test_a_catalogue_that_leaves_no_text_for_the_check_is_refused(folder, tmp_path, n_items, n_texts):
+    with pytest.raises(ValueError, match=rf"needs at least 5 items with texts of their own, and got {n_items} items"):
+        int8_encoder.of_run(folder, catalogue(n_items, n_texts), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_facts_say_how_close_the_graph_is_to_the_model(folder, encoder):
+    _measured, checked = int8_encoder.sample(TEXTS)
+    want, got = folder.loaded().encode(checked), encoder.encode(checked)
+    cosines = [float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in zip(want, got, strict=True)]
+    made = encoder.facts.made
+    assert (made["n_texts"], made["n_checked"]) == (15, 3)
+    assert made["cosine_min"] == pytest.approx(min(cosines), abs=1e-5)
+    assert made["cosine_median"] == pytest.approx(sorted(cosines)[1], abs=1e-5)
+    assert int8_encoder.MIN_COSINE < made["cosine_min"] < made["cosine_median"] < 1.0
+
+
+def test_a_graph_that_is_too_far_from_the_model_is_refused_and_not_kept(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantise, "WEIGHT_TOP", 2)
+    message = r"too far from the model: over 3 texts of the catalogue, .* but each must be at least 0\.98: use"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            int8_encoder.of_run(folder, TEXTS, tmp_path)
+        assert not list((tmp_path / "cache").iterdir())
+
+
+def test_vectors_that_are_not_finite_are_refused(folder, tmp_path, monkeypatch):
+    def ruin(self, input_ids, mask):
+        return np.full((len(input_ids), self.dim), np.nan, np.float32)
+
+    monkeypatch.setattr(graph_encoder.GraphEncoder, "embed", ruin)
+    with pytest.raises(ValueError, match="is not finite"):
+        int8_encoder.of_run(folder, TEXTS, tmp_path)
+    monkeypatch.setattr(graph_encoder.GraphEncoder, "encode", lambda self, prompts: ruin(self, prompts, None))
+    with pytest.raises(ValueError, match="smallest cosine of their content embeddings is nan"):
+        int8_encoder.of_run(folder, TEXTS, tmp_path)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_weights_in_fp16_are_refused(folder, tmp_path):
@@ -182,86 +234,6 @@ def test_content_beyond_the_tolerance_is_refused_with_a_word_about_cpus(written,
         bundle_check.verify_encoder(copy)
 
 
-def test_the_graph_of_a_bundle_can_be_used_again(folder, encoder, written, tmp_path):
-    reused = int8_encoder.reused(written, folder, tmp_path)
-    assert reused.identity.digest() == encoder.identity.digest()
-    prompts = [render(text) for text in TEXTS]
-    assert np.array_equal(reused.encode(prompts), encoder.encode(prompts))
-    with pytest.raises(ValueError, match="has an encoder in fp32, expected int8"):
-        int8_encoder.reused(FIXTURE, folder, tmp_path)
-    with pytest.raises(ValueError, match="has another tokenizer or max_tokens"):
-        int8_encoder.reused(written, replace(folder, max_tokens=9), tmp_path)
-
-
-# --- dynamic graphs --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def dynamic(written, tmp_path_factory):
-    """A bundle whose encoder is quantised dynamically, with golden content of each text alone; nothing is declared."""
-    out = shutil.copytree(written, tmp_path_factory.mktemp("dynamic") / "bundle")
-    (out / "encoder.weights").unlink()
-    model = onnx.load(FIXTURE / "encoder.onnx")
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    nodes = []
-    layers = {layer.node.output[0]: layer for layer in quantise._layers(model.graph, constants)}
-    for node in model.graph.node:
-        if not (layer := layers.get(node.output[0])):
-            nodes.append(node)
-            continue
-        result = node.output[0]
-        quantised, scale = quantise._rounded(layer.weight.astype(np.float64), 0, 127)
-        for name, value in (("weight", quantised), ("scale", scale)):
-            model.graph.initializer.append(numpy_helper.from_array(value, f"{result}.{name}"))
-        q = [f"{result}.{name}" for name in ("q", "q_scale", "q_zero", "sum", "float", "scaled")]
-        nodes += [
-            helper.make_node("DynamicQuantizeLinear", [layer.x], q[:3]),
-            helper.make_node("MatMulInteger", [q[0], f"{result}.weight", q[2]], [q[3]]),
-            helper.make_node("Cast", [q[3]], [q[4]], to=onnx.TensorProto.FLOAT),
-            helper.make_node("Mul", [q[4], q[1]], [q[5]]),
-            helper.make_node("Mul", [q[5], f"{result}.scale"], [result]),
-        ]
-    assert len(layers) == 14
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    onnx.save(model, out / "encoder.onnx")
-    golden = json.loads((out / "golden.json").read_text())
-    session = bundle_check.session(out / "encoder.onnx")
-    for item in golden["items"]:
-        ids, mask = pad([item["token_ids"]])
-        content = session.run(None, {"input_ids": ids, "attention_mask": mask})[0][0]
-        item["content"] = bundle_format.numbers(content)
-    (out / "golden.json").write_text(json.dumps(golden))
-    return out
-
-
-def declare(folder, tmp_path, **changes):
-    """Returns a copy of the bundle with other entries in `encoder`, with None for one that is left out."""
-    copy = shutil.copytree(folder, tmp_path / "declared")
-    manifest = digests.read_manifest(copy)
-    spec = manifest["encoder"] | changes
-    manifest["encoder"] = {name: value for name, value in spec.items() if value is not None}
-    (copy / "manifest.toml").write_text(tomli_w.dumps(manifest))
-    return copy
-
-
-@pytest.mark.parametrize("batching", ["together", None])
-def test_a_dynamic_graph_that_is_not_declared_is_refused_with_what_to_do(dynamic, tmp_path, batching):
-    with pytest.raises(ValueError, match="vectors depend on what else is in their batch") as caught:
-        bundle_check.verify_encoder(declare(dynamic, tmp_path, batching=batching))
-    assert 'encoder.batching = "alone"' in str(caught.value) and "dynamic quantisation" in str(caught.value)
-
-
-def test_a_dynamic_graph_that_is_declared_gets_one_text_per_run(dynamic, tmp_path):
-    declared = declare(dynamic, tmp_path, batching="alone")
-    bundle_check.verify_encoder(declared)
-    golden = json.loads((declared / "golden.json").read_text())["items"]
-    graphs = bundle_inference.BundleGraphs(declared, bundle_inference.GraphsConfig(provider="cpu"))
-    content, faults, _n_tokens = graphs.content([ItemText.from_json(item["text"]) for item in golden])
-    assert not faults
-    assert np.array_equal(content, np.array([item["content"] for item in golden], np.float32))
-
-
 def test_the_encoder_digest_covers_whether_texts_share_runs(written):
     manifest = digests.read_manifest(written)
     for_company = manifest | {"encoder": {k: v for k, v in manifest["encoder"].items() if k != "batching"}}
@@ -291,9 +263,11 @@ def test_towers_are_trained_on_the_content_of_the_exported_graph(folder, tmp_pat
     assert main(["all", *whole, "--encoder-precision", "int8"]) == 0
     bundle_check.verify(tmp_path / "out")
     manifest = digests.read_manifest(tmp_path / "out")
-    assert manifest["encoder"]["precision"] == "int8" and manifest["provenance"]["quantisation"]["n_texts"] == 20
+    assert manifest["encoder"]["precision"] == "int8" and manifest["provenance"]["quantisation"]["n_texts"] == 16
+    provenance = manifest["provenance"]["quantisation"]
+    assert provenance["n_checked"] == 4 and 0.98 < provenance["cosine_min"] <= provenance["cosine_median"] < 1
     (made,) = (tmp_path / "run" / "cache").glob("encoder-int8-*")
-    assert (tmp_path / "out" / "encoder.onnx").read_bytes() == (made / graph_encoder.GRAPH).read_bytes()
+    assert (tmp_path / "out" / "encoder.onnx").read_bytes() == (made / "encoder.onnx").read_bytes()
     # Without the setting, these towers would get content that they were not trained on.
     assert main(["export", *run, "--out", str(tmp_path / "out")]) == 1
     assert "its towers were trained with" in capsys.readouterr().err
@@ -302,3 +276,23 @@ def test_towers_are_trained_on_the_content_of_the_exported_graph(folder, tmp_pat
     again = ["--run", str(tmp_path / "next"), *run[2:], "--config", str(tmp_path / "next.toml")]
     assert main(["prepare", *again, "--data", str(tmp_path / "ml")]) == 0
     assert main(["train", *again, "--steps", "2", "--from", str(tmp_path / "run")]) == 0
+    _check_that_towers_keep_their_graph(tmp_path, run)
+
+
+def _check_that_towers_keep_their_graph(tmp_path, run):
+    """Anybody may delete cache/; the graph that towers are trained on lies beside them."""
+    settings = Settings(encoder=EncoderSettings(precision="int8"))
+    assert Run(tmp_path / "run", Path(run[3]), settings).content_tolerance() == tolerances.INT8
+    assert Run(tmp_path / "run", Path(run[3]), Settings()).content_tolerance() == tolerances.SINGLE_PRECISION
+    before = (tmp_path / "out" / "encoder.onnx").read_bytes()
+    (kept,) = (tmp_path / "run").glob("encoder-int8-*")
+    shutil.rmtree(tmp_path / "run" / "cache")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(quantise, "quantise", None)
+        for step in (["evaluate"], ["export", "--out", str(tmp_path / "out")]):
+            assert main([*step, *run, "--encoder-precision", "int8"]) == 0
+    assert (tmp_path / "out" / "encoder.onnx").read_bytes() == before == (kept / "encoder.onnx").read_bytes()
+    assert not list((tmp_path / "run" / "cache").glob("encoder-int8-*"))
+    # Towers that are trained anew, on other content, do not need it.
+    assert main(["train", *run, "--steps", "2"]) == 0
+    assert not kept.exists()

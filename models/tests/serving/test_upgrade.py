@@ -134,9 +134,8 @@ def test_the_new_manifest_says_what_the_old_one_said(upgraded):
     assert new["item_tower"] == old["item_tower"] | {"adapted_dim": WIDTH, "outputs": ["item", "adapted"]}
     assert new["user_tower"] == old["user_tower"] | {"inputs": ["adapted", "mask"]}
     assert new["history"] == {"actions": [], "keeps": "all", "order": "oldest_first"}
-    assert new["provenance"] == old["provenance"] | {
-        "upgraded_from": bundle_format.sha256(OLD_BUNDLE / "manifest.toml")
-    }
+    facts = {"upgraded_from": bundle_format.sha256(OLD_BUNDLE / "manifest.toml"), "keeps_assumed": True}
+    assert new["provenance"] == old["provenance"] | facts
     # The encoder's digest is the key of content embeddings, so those of a server's cache stay valid.
     assert digests.encoder_digest(new) == digests.encoder_digest(old)
     assert digests.tower_digest(new) != digests.tower_digest(old)
@@ -160,6 +159,17 @@ def test_a_bundle_is_upgraded_in_place_and_files_that_do_not_change_are_not_touc
     bundle_check.verify(folder)
     assert main(command) == 1
     assert "manifest.toml already has format 2, so there is nothing to upgrade" in capsys.readouterr().err
+
+
+def test_which_items_the_head_was_trained_on_is_said_or_assumed_aloud(tmp_path, capsys):
+    """A manifest of format 1 does not have it, and callers send histories by it."""
+    for number, (flag, keeps) in enumerate(((["--keeps", "all"], "all"), (["--keeps", "liked"], "liked"), ([], "all"))):
+        out = tmp_path / str(number)
+        assert main(["upgrade", str(OLD_BUNDLE), "--out", str(out), *flag]) == 0
+        manifest, shown = read_manifest(out), capsys.readouterr().out
+        assert manifest["history"]["keeps"] == keeps
+        assert manifest["provenance"].get("keeps_assumed", False) == (not flag)
+        assert ('history.keeps = "all" is assumed, because format 1 does not say' in shown) == (not flag)
 
 
 def fetched(folder, *names):
@@ -230,9 +240,53 @@ def test_a_damaged_or_incomplete_bundle_is_refused(tmp_path):
     assert "cvr.onnx is not the file that the manifest names, as its digest differs" in refusal(folder, tmp_path)
     (folder / "cvr.onnx").unlink()
     assert "cvr.onnx is missing, but the manifest names it" in refusal(folder, tmp_path)
-    files = [{"path": "../cvr.onnx", "part": "cvr", "sha256": "", "bytes": 0}]
-    (folder / "manifest.toml").write_text(tomli_w.dumps(read_manifest(folder) | {"files": files}))
-    assert "'../cvr.onnx' is not directly in the bundle's folder" in refusal(folder, tmp_path)
+
+
+def renamed(folder, table, key, path, *, is_listed=True):
+    """Makes the manifest name `path` as the file of a table and, if it is listed, in the list of files."""
+    manifest = read_manifest(folder)
+    before = manifest[table][key]
+    manifest[table][key] = path
+    for entry in manifest["files"]:
+        if is_listed and entry["path"] == before:
+            entry["path"] = path
+    (folder / "manifest.toml").write_text(tomli_w.dumps(manifest))
+
+
+@pytest.mark.parametrize("table", ["encoder", "item_tower", "golden", "cvr"])
+def test_files_that_are_elsewhere_or_not_listed_are_refused_by_name(tmp_path, table):
+    victim = tmp_path / "bundle" / "victim.onnx"
+    paths = ["../victim.onnx", "/etc/passwd", "..", "", "a/../../victim.onnx", "./victim.onnx", "sub//victim.onnx"]
+    for path, is_listed, reason in (
+        *((path, True, "leaves the bundle's folder") for path in paths),
+        ("sub/victim.onnx", True, "is not directly in the bundle's folder"),
+        ("manifest.toml", True, "is listed twice, or is the manifest itself"),
+        ("victim.onnx", False, f"({table}.file) is used, but not listed under [[files]]"),
+        ("../victim.onnx", False, f"({table}.file) is used, but not listed under [[files]]"),
+        ("user_tower.onnx", False, f"is listed as part user_tower, but used as {table}"),
+    ):
+        folder = shutil.copytree(OLD_BUNDLE, tmp_path / "bundle")
+        victim.write_bytes(b"not part of the bundle")
+        renamed(folder, table, "file", path, is_listed=is_listed)
+        found = refusal(folder, tmp_path)
+        assert repr(path) in found and reason in found, found
+        shutil.rmtree(folder)
+
+
+def test_a_link_out_of_the_folder_is_refused_and_one_within_it_is_not(tmp_path):
+    """A volume of Kubernetes links its files to a folder within it; a link elsewhere would copy what is there."""
+    folder = shutil.copytree(OLD_BUNDLE, tmp_path / "bundle")
+    (folder / "..data").mkdir()
+    (folder / "cvr.onnx").rename(folder / "..data" / "cvr.onnx")
+    (folder / "cvr.onnx").symlink_to("..data/cvr.onnx")
+    upgrade.upgrade(UpgradeConfig(folder, tmp_path / "new"))
+    assert not (tmp_path / "new" / "cvr.onnx").is_symlink()
+    bundle_check.verify(tmp_path / "new")
+    (folder / "cvr.onnx").unlink()
+    (folder / "cvr.onnx").symlink_to(OLD_BUNDLE / "cvr.onnx")
+    with pytest.raises(ValueError, match=r"cvr\.onnx is a link to .*format_1/cvr\.onnx, outside the bundle's folder"):
+        upgrade.upgrade(UpgradeConfig(folder, tmp_path / "again"))
+    assert not (tmp_path / "again").exists()
 
 
 def scale_first_weight(graph):
