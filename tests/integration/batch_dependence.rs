@@ -23,8 +23,7 @@ fn mix_batch_by(weight: usize, bundle: &BrokenBundle, file: &str, output: &str) 
         name: "batch_axis".to_owned(),
         ..Tensor::default()
     };
-    let nodes =
-        vec![node("ReduceMean", &[output, "batch_axis"], "batch_mean"), node("Mean", &mixed, "mixed")];
+    let nodes = vec![node("ReduceMean", &[output, "batch_axis"], "batch_mean"), node("Mean", &mixed, "mixed")];
     let outlet = Outlet { name: "mixed".to_owned() };
     append(bundle, file, Graph { node: nodes, initializer: vec![axes], output: vec![outlet] });
     bundle.edit("manifest.toml", |manifest| {
