@@ -2,8 +2,9 @@
 //!
 //!     cd benches && cargo bench --bench cache_memory [-- ENTRIES]
 //!
-//! "content in moka" is what content embeddings would take there, under a limit in bytes. Each cache is filled in a process of its own (this program calls itself), so that memory that one left behind does not
-//! count for the next. The goal is at most 1.25 x the payload + 100 bytes per entry.
+//! Each cache is filled in a process of its own (this program calls itself), so that memory that one left behind does not
+//! count for the next. The goal is at most 1.25 x the payload + 100 bytes per entry. "content in moka" shows what content
+//! embeddings would take in a cache that counts no bytes itself, so its counted bytes are 0.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a program that measures and prints")]
 
 use midemb::{
