@@ -48,7 +48,7 @@ impl BatchCheck {
         }
         let absolute = beside.iter().zip(alone).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         let cosine = if beside == alone || alone.len() == 1 { 1.0 } else { cosine(beside, alone) };
-        if absolute > TOLERANCE.absolute || cosine.is_nan() || cosine <= TOLERANCE.cosine {
+        if !TOLERANCE.holds(absolute, cosine) {
             return Err(BundleError::DependsOnBatch { graph: self.graph, absolute, cosine });
         }
         self.report.n_vectors += 1;

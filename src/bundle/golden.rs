@@ -110,8 +110,8 @@ impl StageCheck {
         let absolute = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         let cosine = if expected.len() > 1 { cosine(found, expected) } else { 1.0 };
         // The cosine with a zero vector is NaN, which counts as a mismatch.
-        let Tolerance { absolute: max_absolute, cosine: min_cosine } = self.tolerance;
-        if absolute > max_absolute || cosine.is_nan() || cosine <= min_cosine {
+        if !self.tolerance.holds(absolute, cosine) {
+            let Tolerance { absolute: max_absolute, cosine: min_cosine } = self.tolerance;
             return mismatch(format!(
                 "differs from golden by {absolute:.2e} (at most {max_absolute:e}), cosine {cosine:.6} (above {min_cosine})"
             ));

@@ -199,7 +199,7 @@ impl Manifest {
 
     fn validate_tolerance(&self) -> Result<(), ManifestError> {
         let Tolerance { absolute, cosine } = self.encoder.tolerance;
-        let bounds = [("absolute", f64::from(absolute), 0.0, MAX_ABSOLUTE), ("cosine", cosine, MIN_COSINE, 1.0)];
+        let bounds = [("absolute", absolute, 0.0, MAX_ABSOLUTE), ("cosine", cosine, MIN_COSINE, 1.0)];
         match bounds.into_iter().find(|(_name, value, min, max)| !(*min..*max).contains(value)) {
             Some((name, value, min, max)) => Err(ManifestError::Tolerance { name, value, min, max }),
             None => Ok(()),

@@ -131,7 +131,7 @@ fn the_golden_check_of_content_uses_the_tolerance_of_the_manifest() {
     let towers = line(verify(&golden, wide));
     assert!(towers.contains("item 0 differs from golden"), "{towers}");
     for (tolerance, reason) in [
-        ("absolute = 0.2\ncosine = 0.99", "encoder.tolerance.absolute is 0.2"),
+        ("absolute = 0.1\ncosine = 0.99", "encoder.tolerance.absolute is 0.1, it must be from 0 and below 0.1"),
         ("absolute = 0.01\ncosine = 1.0", "encoder.tolerance.cosine is 1, it must be from 0.98 and below 1"),
         ("absolute = 0.01\ncosine = 0.9", "encoder.tolerance.cosine is 0.9"),
     ] {
