@@ -272,6 +272,9 @@ def _all(arguments: Arguments) -> None:
 
 def _check(arguments: Arguments) -> None:
     # These errors should appear before hours of encoding and training, not after.
+    from learn.serving import placing
+
+    placing.named(arguments.out)
     run = _run(arguments)
     run.check_towers()
     run.check_labels()

@@ -3,8 +3,8 @@
     data/            the prepared data set                 (prepare)
     cache/           content embeddings, by digest, and    (encode)
                      the encoder's graph if it is in int8
-    encoder-int8-*/  a copy of the int8 graph that the     (train)
-                     towers are trained on
+    encoder-int8-*/  the int8 graph that the towers are    (train)
+                     trained on, for the steps after it
     train.jsonl      one line per check                    (train)
     checkpoint.pt    where a stopped training resumes      (train)
     towers.pt        sizes and weights of the towers, and  (train)
@@ -85,21 +85,46 @@ class Run:
         return data.split(dataset.sequences, self.settings.chosen_split())
 
     @cached_property
-    def source(self) -> ceg.EncoderFolder | GraphEncoder:
-        """The frozen language model, not loaded yet; in int8, its graph, which is made if this folder lacks it."""
+    def _model(self) -> ceg.EncoderFolder:
+        """The frozen language model in floating point, not loaded yet."""
         wanted = self.settings.encoder
         load_config = ceg.LoadConfig(device=wanted.device, dtype=wanted.dtype)
-        folder = ceg.EncoderFolder(self.encoder, wanted.max_tokens, load_config)
+        return ceg.EncoderFolder(self.encoder, wanted.max_tokens, load_config)
+
+    @cached_property
+    def source(self) -> ceg.EncoderFolder | GraphEncoder:
+        """The encoder to train on: the model, not loaded yet; in int8, its graph, which is made if cache/ lacks it."""
+        wanted = self.settings.encoder
         if wanted.precision == "float":
-            return folder
+            return self._model
+        texts = self.dataset().texts
         if wanted.int8_from:
-            return int8_encoder.reused(Path(wanted.int8_from), folder, self.folder)
-        return int8_encoder.of_run(folder, self.dataset().texts, self.folder)
+            return int8_encoder.reused(Path(wanted.int8_from), self._model, texts, self.folder)
+        return int8_encoder.of_run(self._model, texts, self.folder)
+
+    @cached_property
+    def trained_source(self) -> ceg.EncoderFolder | GraphEncoder:
+        """The encoder that the towers were trained on; in int8, the graph that `train` kept.
+
+        Raises ValueError for towers of another precision than that of the settings.
+        """
+        path, wanted = self.folder / "towers.pt", self.settings.encoder.precision
+        graph = _read(path, "train").get("graph")
+        trained = "int8" if graph else "float"
+        if trained != wanted:
+            raise ValueError(
+                f'{path}: its towers were trained with encoder.precision = "{trained}", but the settings say '
+                f'"{wanted}": pass --encoder-precision {trained} (encoder.precision in --config), or train again'
+            )
+        return int8_encoder.kept(self.folder, graph, self._model) if graph else self._model
 
     def content(self, dataset: data.Dataset) -> Tensor:
         """Content embeddings of the catalogue, fp32 [I,C]. Only items that are not in cache/ are encoded."""
+        return self._content(self.source, dataset)
+
+    def _content(self, encoder: ceg.EncoderFolder | GraphEncoder, dataset: data.Dataset) -> Tensor:
         storage = embedding_store.StoreConfig(dtype=self.settings.encoder.storage)
-        found = embedding_store.encode_cached(self.source, Prompts(dataset.texts), self.folder / "cache", storage)
+        found = embedding_store.encode_cached(encoder, Prompts(dataset.texts), self.folder / "cache", storage)
         return torch.from_numpy(np.asarray(found, dtype=np.float32))
 
     def train(self, start: Path | None = None) -> None:
@@ -110,13 +135,15 @@ class Run:
         """
         settings = self.settings
         self.check_towers()
-        # Read now, because encoder and data may have changed on disk by the time training ends.
-        origin, own = self._origin(), self._generation()
-        first_towers = None if start is None else self.towers_of(start)
         data_parallel.start()
+        encoder = data_parallel.first_then_others(lambda: self.source)
+        # Read now, because encoder and data may have changed on disk by the time training ends.
+        origin, own = self._origin(encoder), self._generation()
+        first_towers = None if start is None else self.towers_of(start)
         dataset, device = self.dataset(), data_parallel.device()
-        if isinstance(self.source, GraphEncoder) and data_parallel.is_first():
-            int8_encoder.keep(self.source, self.folder)
+        graph = encoder.folder.name if isinstance(encoder, GraphEncoder) else None
+        if graph and data_parallel.is_first():
+            int8_encoder.keep(encoder, self.folder)
         content = data_parallel.first_then_others(lambda: self.content(dataset))
         sizes = replace(settings.pch, content_dim=content.shape[1])
         torch.manual_seed(settings.train.seed)
@@ -130,9 +157,10 @@ class Run:
             # These belong to the towers that are replaced here.
             self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
             lineage = [*(first_towers["lineage"] if first_towers else []), own]
-            _save(self.folder / "towers.pt", model.pch, sizes, {"origin": origin, "lineage": lineage})
+            facts = {"origin": origin, "lineage": lineage, "graph": graph}
+            _save(self.folder / "towers.pt", model.pch, sizes, facts)
             self._remove("checkpoint.pt")
-            int8_encoder.forget_others(self.source, self.folder)
+            int8_encoder.forget_others(graph, self.folder)
         data_parallel.stop()
 
     def check_towers(self) -> None:
@@ -166,7 +194,13 @@ class Run:
                 )
         # Sizes that an earlier version did not know have their defaults.
         found = {"encoder": saved["origin"]["encoder"], **asdict(PchConfig(**saved["sizes"]))}
-        for name, wanted in {"encoder": self._origin()["encoder"], **asdict(self.settings.pch)}.items():
+        encoder = self._origin(self.source)["encoder"]
+        if found["encoder"] != encoder and saved.get("graph") and isinstance(self.source, GraphEncoder):
+            raise ValueError(
+                f"{path}: its towers were trained on another int8 graph, as each catalogue gives another one: export "
+                "that run, and name its bundle as encoder.int8_from in --config, so that this run uses the same graph"
+            )
+        for name, wanted in {"encoder": encoder, **asdict(self.settings.pch)}.items():
             # The same encoder gives the same content_dim; the other settings here have no weights and may differ.
             is_free = name in ("content_dim", "dropout", "item_tower") or (
                 name == "max_history" and self.settings.pch.positions == "none"
@@ -204,15 +238,16 @@ class Run:
     def train_cvr(self) -> None:
         """Trains the head and saves it; with `cvr.tune_towers`, saves the tuned towers as well."""
         self.check_labels()
+        trained = self._load(self.folder / "towers.pt", "train")
         self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
         dataset, pch = self.dataset(), self.towers()
         sizes = replace(self.settings.head, in_dim=pch.config.out_dim)
-        content = self.content(dataset)
+        content = self._content(self.trained_source, dataset)
         head, figures = train_head(self.settings.cvr, sizes, pch, content, dataset, self.split(dataset))
         if self.settings.cvr.tune_towers:
-            lineage = self._load(self.folder / "towers.pt", "train")["lineage"]
-            _save(self.folder / "tuned.pt", pch, pch.config, {"origin": self._origin(), "lineage": lineage})
-        facts = {"origin": self._origin(), "history": self.settings.cvr.history}
+            facts = {name: trained.get(name) for name in ("origin", "lineage", "graph")}
+            _save(self.folder / "tuned.pt", pch, pch.config, facts)
+        facts = {"origin": trained["origin"], "history": self.settings.cvr.history}
         _save(self.folder / "cvr.pt", head, sizes, facts)
         _report(self.folder / "cvr.json", figures)
 
@@ -239,7 +274,7 @@ class Run:
 
     def content_tolerance(self) -> Tolerance:
         """How far a server's content embeddings may be from those of this run's encoder."""
-        source = self.source
+        source = self.trained_source
         return Tolerance(**source.facts.tolerance) if isinstance(source, GraphEncoder) else SINGLE_PRECISION
 
     def cases(self, n_users: int) -> Iterator[verify_cases.Case]:
@@ -249,7 +284,7 @@ class Run:
         up to twice as long as the tower reads, to check where the server truncates them.
         """
         dataset, longest = self.dataset(), 2 * self.settings.pch.max_history
-        towers = verify_cases.Towers(self.source.loaded(), self.towers(), self.head())
+        towers = verify_cases.Towers(self.trained_source.loaded(), self.towers(), self.head())
         users = np.linspace(0, len(dataset.sequences) - 1, n_users).astype(int).tolist()
         shown = sorted({int(dataset.sequences[user].items[-1]) for user in users})
         pages = [(dataset.sequences[user].items[-longest:].tolist(), shown) for user in users]
@@ -258,7 +293,7 @@ class Run:
     def evaluate(self) -> None:
         """Measures the towers, and popularity as a baseline, on the test events and writes metrics.json."""
         dataset, pch = self.dataset(), self.towers()
-        content, split = self.content(dataset), self.split(dataset)
+        content, split = self._content(self.trained_source, dataset), self.split(dataset)
         towers = full_ranking.metrics(full_ranking.tower_ranks(pch, content, dataset, split.test))
         popular = full_ranking.metrics(full_ranking.popularity_ranks(dataset, split, split.test))
         figures = towers | {f"popularity_{name}": value for name, value in popular.items()}
@@ -266,16 +301,17 @@ class Run:
         figures |= {"n_users": len(dataset.sequences), "n_items": len(dataset.item_ids), "n_test": len(split.test)}
         _report(self.folder / "metrics.json", figures)
 
-    def _origin(self) -> dict[str, Any]:
+    def _origin(self, encoder: ceg.EncoderFolder | GraphEncoder) -> dict[str, Any]:
         """The split and the encoder, which the towers, the head and the metrics of one run must share."""
-        encoder = f"{self.encoder.resolve().name} {self.source.identity.hexdigest()[:12]}"
-        return {"split": asdict(self.settings.chosen_split()), "encoder": encoder}
+        name = f"{self.encoder.resolve().name} {encoder.identity.hexdigest()[:12]}"
+        return {"split": asdict(self.settings.chosen_split()), "encoder": name}
 
     def _load(self, path: Path, step: str) -> dict[str, Any]:
         saved = _read(path, step)
-        if (origin := saved.get("origin")) != self._origin():
+        origin, own = saved.get("origin"), self._origin(self.trained_source)
+        if origin != own:
             raise ValueError(
-                f"{path}: its towers were trained with {origin}, but the settings say {self._origin()}; "
+                f"{path}: its towers were trained with {origin}, but the settings say {own}; "
                 "train again, or pass the config of that training"
             )
         return saved
@@ -297,7 +333,7 @@ class Run:
         if started_from := self.started_from():
             facts = facts | {"started_from": list(started_from)}
         facts = facts | {"metrics": {name: _rounded(value) for name, value in figures.items()}}
-        trained = shipped_bundle.Trained(self.source.loaded(), self.towers(), self.head(), self.keeps())
+        trained = shipped_bundle.Trained(self.trained_source.loaded(), self.towers(), self.head(), self.keeps())
         shipped_bundle.write_default(trained, facts, out, label)
 
 

@@ -9,6 +9,9 @@ import torch
 
 from learn.models.pch import Pch, PchConfig
 
+# Their fixtures are for any test.
+pytest_plugins = ["int8_bundle"]
+
 MODELS = Path(__file__).parents[1]
 FIXTURES = MODELS.parent / "tests" / "fixtures"
 FIXTURE = FIXTURES / "bundle"

@@ -1,16 +1,17 @@
-"""A tiny encoder as a folder, its int8 graph and a bundle with it, for tests of int8 encoders."""
+"""A tiny encoder as a folder, its int8 graph and a bundle with it, and fixtures of them that any test may use."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
-from learn.content.ceg import EncoderFolder, LoadConfig
+from learn.content.ceg import Encoder, EncoderFolder, LoadConfig
 from learn.content.graph_encoder import GraphEncoder
 from learn.data.item_text import ItemText
-from learn.serving import bundle, fixture_bundles
+from learn.serving import bundle, fixture_bundles, int8_encoder
 
 TEXTS = [ItemText(title=f"{name} number {n}") for n in range(6) for name in ("Lamp", "Kettle", "A long jacket")]
 
@@ -23,9 +24,27 @@ def encoder_folder(folder: Path) -> EncoderFolder:
     return EncoderFolder(folder, fixture_bundles.MAX_TOKENS, LoadConfig(device="cpu"))
 
 
-def write_bundle(encoder: GraphEncoder, out: Path) -> Path:
-    """Writes the first fixture with another encoder to `out`/bundle; its provenance says how the graph was made."""
+def write_bundle(encoder: Encoder | GraphEncoder, out: Path) -> Path:
+    """Writes the first fixture with another encoder to `out`/bundle; its provenance says how a graph was made."""
     first = fixture_bundles.build(out / "tokenizer.json")
-    facts = {**first.provenance, "quantisation": encoder.facts.made}
-    bundle.write(replace(first, encoder=encoder, provenance=facts), out / "bundle")
+    made = {"quantisation": encoder.facts.made} if isinstance(encoder, GraphEncoder) else {}
+    bundle.write(replace(first, encoder=encoder, provenance={**first.provenance, **made}), out / "bundle")
     return out / "bundle"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """The encoder in fp32."""
+    return encoder_folder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def tiny_int8(tiny_folder, tmp_path_factory):
+    """Its int8 graph, in the folder of a run."""
+    return int8_encoder.of_run(tiny_folder, TEXTS, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_int8, tmp_path_factory):
+    """A bundle with the int8 graph."""
+    return write_bundle(tiny_int8, tmp_path_factory.mktemp("int8"))

@@ -251,6 +251,17 @@ def test_an_error_that_the_user_can_fix_is_printed_on_one_line(tmp_path, capsys)
     assert error.startswith("learn: ") and "nowhere" in error and error.count("\n") == 1
 
 
+def test_a_broken_manifest_in_the_output_folder_is_refused_before_anything_is_encoded(tmp_path, capsys):
+    ratings = [(u, (u * 3 + i) % 9 + 1, 5.0 if (u + i) % 2 else 2.0, i) for u in range(1, 7) for i in range(6)]
+    write_movielens(tmp_path / "in", ratings, [(i, f"Film {i}", "Drama") for i in range(1, 10)])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.toml").write_text("format = [")
+    whole = ["--data", str(tmp_path / "in"), "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert main(["all", *whole]) == 1
+    assert f"learn: {tmp_path / 'out' / 'manifest.toml'}: Invalid value" in capsys.readouterr().err
+    assert (tmp_path / "run" / "data").exists() and not (tmp_path / "run" / "cache").exists()
+
+
 def test_actions_are_refused_before_anything_is_encoded_because_they_would_stay_untrained(tmp_path, capsys):
     ratings = [(u, (u * 3 + i) % 9 + 1, 5.0 if (u + i) % 2 else 2.0, i) for u in range(1, 7) for i in range(6)]
     write_movielens(tmp_path / "in", ratings, [(i, f"Film {i}", "Drama") for i in range(1, 10)])

@@ -64,6 +64,7 @@ def write(bundle: Bundle, out: Path) -> None:
     """Writes and verifies a bundle, then moves it to `out` (`placing`)."""
     with placing(out) as folder:
         _write_files(bundle, folder)
+        _check_that_the_encoder_stays(bundle.encoder, out, folder)
         verify(folder)
 
 
@@ -82,6 +83,19 @@ def _write_files(bundle: Bundle, folder: Path) -> None:
     onnx.save(tower_export.cvr_model(bundle.head), folder / "cvr.onnx")
     (folder / "golden.json").write_text(json.dumps(golden(bundle), ensure_ascii=True, indent=1) + "\n")
     (folder / MANIFEST).write_text(tomli_w.dumps(manifest(bundle, folder)))
+
+
+def _check_that_the_encoder_stays(encoder: Encoder | GraphEncoder, out: Path, folder: Path) -> None:
+    """Raises ValueError if `out` is the folder that the encoder comes from and the new bundle lacks files of it."""
+    if encoder.tokenizer_path.parent.resolve() != out.resolve() or not (out / MANIFEST).is_file():
+        return
+    entries = bundle_format.parse_manifest(out)["files"]
+    lost = [entry["path"] for entry in entries if entry["part"] == "encoder" and not (folder / entry["path"]).exists()]
+    if lost:
+        raise ValueError(
+            f"{out} is the folder of this run's encoder, and the new bundle would remove {', '.join(lost)} from it, "
+            "which the run still needs: write the bundle to another folder"
+        )
 
 
 def _part(name: str) -> str:

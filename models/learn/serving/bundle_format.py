@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from learn.serving.tolerances import of_content
+
 FORMAT = 2
 MANIFEST = "manifest.toml"
 ORDER = "oldest_first"
@@ -29,6 +31,26 @@ USED_FILES = (
     ("cvr", "file"),
     ("golden", "file"),
 )
+GRAPHS = ("encoder", "item_tower", "user_tower", "cvr")
+TYPES = {str: "a string", int: "an integer", list: "a list of strings", dict: "a table"}
+# The keys that a manifest must have, with the type of each: "dim" of the table "cvr" is "cvr.dim".
+KEYS: dict[str, type] = {
+    "name": str,
+    "version": str,
+    "item_text.template": str,
+    "item_text.max_tokens": int,
+    **{f"{table}.{key}": str for table, key in USED_FILES},
+    **{f"{graph}.dim": int for graph in GRAPHS},
+    **{f"{graph}.{ports}": list for graph in GRAPHS for ports in ("inputs", "outputs")},
+    "encoder.pad_id": int,
+    "item_tower.adapted_dim": int,
+    "user_tower.max_history": int,
+    "history.actions": list,
+    "history.keeps": str,
+    "provenance": dict,
+}
+SINCE_FORMAT_2 = ("item_tower.adapted_dim", "history.actions", "history.keeps")
+FILE_KEYS: dict[str, type] = dict.fromkeys(("path", "part", "sha256"), str)
 
 
 @dataclass(frozen=True)
@@ -83,12 +105,20 @@ def file_entry(path: Path, part: str) -> dict[str, Any]:
 
 
 def parse_manifest(bundle: Path) -> dict[str, Any]:
-    """Reads a bundle's manifest of any format; raises FileNotFoundError, or ValueError with the path."""
+    """Reads a bundle's manifest of any format; raises FileNotFoundError, or ValueError with the path.
+
+    Of its keys, only `files` is checked, which is an empty list if the manifest lacks it.
+    """
     path = bundle / MANIFEST
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        manifest = {"files": [], **tomllib.loads(path.read_text(encoding="utf-8"))}
+        if not isinstance(manifest["files"], list):
+            raise ValueError(f"files is {manifest['files']!r}, but it must be a list of tables")
+        for number, entry in enumerate(manifest["files"], start=1):
+            _check_keys(entry, FILE_KEYS, f"in entry {number} of [[files]], ")
+    except ValueError as error:  # Also of text that is not UTF-8, or not TOML.
         raise ValueError(f"{path}: {error}") from error
+    return manifest
 
 
 def is_file_name(path: str) -> bool:
@@ -96,26 +126,49 @@ def is_file_name(path: str) -> bool:
     return path not in ("", ".", "..", MANIFEST) and "/" not in path and "\0" not in path
 
 
-def check_paths(manifest: Mapping[str, Any], where: Path) -> None:
-    """Checks the paths in a manifest of any format, as the server does; `where` is the manifest, for messages.
+def check_manifest(manifest: Mapping[str, Any], where: Path) -> None:
+    """Checks a manifest of format 1 or 2 and the paths in it, as the server does; `where` is its path, for messages.
 
-    Raises ValueError, naming the path, for one that leaves the bundle's folder, is listed twice, is the manifest
-    itself, or is used but not listed under its part: digests, and so cache keys, cover only what is listed.
+    Raises ValueError, naming the key, for one that is missing or has a value that a server refuses, and, naming the
+    path, for one that leaves the bundle's folder, is listed twice, is the manifest itself, or is used but not listed
+    under its part: digests, and so cache keys, cover only what is listed.
     """
+    is_old = manifest["format"] == 1
+    keys = {name: kind for name, kind in KEYS.items() if not (is_old and name in SINCE_FORMAT_2)}
+    try:
+        _check_keys({"provenance": {}, **manifest}, keys)  # The only one that may be left out.
+        batching(manifest)
+        of_content(manifest)
+        _check_files(manifest)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_keys(table: Any, keys: Mapping[str, type], where: str = "") -> None:
+    for name, kind in keys.items():
+        value = table
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(entry, str) for entry in value)):
+            found = "missing" if value is None else repr(value)
+            raise ValueError(f"{where}{name} is {found}, but it must be {TYPES[kind]}")
+
+
+def _check_files(manifest: Mapping[str, Any]) -> None:
     parts: dict[str, str] = {}
-    for entry in manifest.get("files", []):
+    for entry in manifest["files"]:
         path = entry["path"]
         if not _stays_inside(path):
-            raise ValueError(f"{where}: the file {path!r} leaves the bundle's folder")
+            raise ValueError(f"the file {path!r} leaves the bundle's folder")
         if path in parts or path == MANIFEST:
-            raise ValueError(f"{where}: the file {path!r} is listed twice, or is the manifest itself")
+            raise ValueError(f"the file {path!r} is listed twice, or is the manifest itself")
         parts[path] = entry["part"]
     for table, key in USED_FILES:
-        path = manifest.get(table, {}).get(key)
+        path = manifest[table][key]
         if path not in parts:
-            raise ValueError(f"{where}: the file {path!r} ({table}.{key}) is used, but not listed under [[files]]")
+            raise ValueError(f"the file {path!r} ({table}.{key}) is used, but not listed under [[files]]")
         if parts[path] != table:
-            raise ValueError(f"{where}: the file {path!r} is listed as part {parts[path]}, but used as {table}")
+            raise ValueError(f"the file {path!r} is listed as part {parts[path]}, but used as {table}")
 
 
 def batching(manifest: Mapping[str, Any]) -> Batching:

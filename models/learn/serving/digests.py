@@ -16,7 +16,7 @@ from typing import Any
 from blake3 import blake3
 
 from learn.data.item_text import LIST_FIELDS, STRING_FIELDS, ItemText
-from learn.serving.bundle_format import FORMAT, MANIFEST, batching, check_paths, parse_manifest
+from learn.serving.bundle_format import FORMAT, MANIFEST, batching, check_manifest, parse_manifest
 
 N_BYTES = 16
 
@@ -24,14 +24,14 @@ N_BYTES = 16
 def read_manifest(bundle: Path) -> dict[str, Any]:
     """Reads a bundle's manifest. Raises FileNotFoundError, or ValueError with the path.
 
-    The latter also for another format, and for paths of files that a server refuses (`check_paths`).
+    The latter also for another format, and for keys and paths that a server refuses (`check_manifest`).
     """
     path, manifest = bundle / MANIFEST, parse_manifest(bundle)
     if (found := manifest.get("format")) != FORMAT:
         convert = f"convert it with `learn upgrade {bundle} --out NEW`, where NEW is another folder"
         advice = convert if found == 1 else "use a newer `learn`"
         raise ValueError(f"{path} has format {found!r}, but this program reads format {FORMAT}: {advice}")
-    check_paths(manifest, path)
+    check_manifest(manifest, path)
     return manifest
 
 

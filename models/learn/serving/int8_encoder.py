@@ -6,7 +6,7 @@ very graph. A later run on a changed catalogue would have another one; `reused` 
 which keeps the content embeddings that a server has cached.
 
     RUN/cache/encoder-int8-KEY/   the graph, when it has been made
-    RUN/encoder-int8-KEY/         a copy of it, once towers are trained on it (`keep`), as anybody may delete cache/
+    RUN/encoder-int8-KEY/         a copy of it, once towers are trained on it (`keep`), which later steps read (`kept`)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from learn.atomic_file import rename_folder
 from learn.content import graph_encoder
 from learn.content.ceg import Encoder, EncoderFolder
 from learn.content.graph_encoder import GraphEncoder, GraphFacts
-from learn.data.item_text import ItemText, render
+from learn.data.item_text import ItemText, render, template_source
 from learn.serving import bundle_format, encoder_export, quantise
 from learn.serving.bundle_format import sha256
 from learn.serving.digests import read_manifest
@@ -80,11 +80,11 @@ def sample(texts: Sequence[ItemText]) -> tuple[list[str], list[str]]:
     return prompts, others
 
 
-def reused(bundle: Path, source: EncoderFolder, run: Path) -> GraphEncoder:
+def reused(bundle: Path, source: EncoderFolder, texts: Sequence[ItemText], run: Path) -> GraphEncoder:
     """Returns the int8 encoder of a bundle, with all that its manifest says about the graph.
 
-    Raises ValueError for another precision, tokenizer or `max_tokens`, and for a file that is not the one that the
-    manifest lists.
+    Raises ValueError for a graph of another model, tokenizer, `max_tokens` or template, for one whose vectors of
+    texts of this catalogue are too far from the model's, and for a file that is not the one that the manifest lists.
     """
     if not (bundle / bundle_format.MANIFEST).is_file():
         raise ValueError(f"encoder.int8_from is {str(bundle)!r}, but there is no bundle in that folder")
@@ -97,8 +97,20 @@ def reused(bundle: Path, source: EncoderFolder, run: Path) -> GraphEncoder:
             f"{bundle} has another tokenizer or max_tokens than {source.folder}, so its encoder does not fit: "
             "pass that bundle's encoder folder, or leave out encoder.int8_from"
         )
+    if manifest["item_text"]["template"] != template_source():
+        raise ValueError(
+            f"{bundle} has another template for the text of items, so no content that servers have cached for it would "
+            "be used again: leave out encoder.int8_from"
+        )
     files = [entry for entry in manifest["files"] if entry["part"] == "encoder" and entry["path"] != spec["tokenizer"]]
-    made = manifest.get("provenance", {}).get("quantisation", {})
+    made = manifest.get("provenance", {}).get("quantisation")
+    made = made if isinstance(made, dict) else {}
+    if made.get("quantised_from", _digests(source)) != _digests(source):
+        raise ValueError(
+            f"{bundle} has an int8 graph of other weights than those in {source.folder}: pass the folder of its model, "
+            "or leave out encoder.int8_from"
+        )
+    checked = [render(texts[position]) for position in _spread(np.arange(len(texts)), N_CHECKED).tolist()]
     facts = GraphFacts(
         name=made.get("model", manifest["name"]),
         pad_id=spec["pad_id"],
@@ -112,14 +124,16 @@ def reused(bundle: Path, source: EncoderFolder, run: Path) -> GraphEncoder:
         made=made,
     )
     digests = [[entry["path"], entry["sha256"]] for entry in files]
-    key = json.dumps([VERSION, digests, spec, max_tokens, facts.name, made], sort_keys=True, default=str)
+    model = source.identity.hexdigest()
+    key = json.dumps([VERSION, digests, spec, facts.name, made, model, checked], sort_keys=True, default=str)
 
     def copy(temporary: Path) -> Path:
         copied = temporary / PRECISION
         copied.mkdir()
         for entry in files:
             _copy_file(bundle, entry, copied)
-        graph_encoder.write_facts(facts, copied)
+        graph = graph_encoder.open_graph(copied, source.tokenizer_path, source.max_tokens, facts)
+        _write_facts(source.loaded(), graph, checked)
         return copied
 
     folder = _folder(run, hashlib.sha256(key.encode()).hexdigest(), copy)
@@ -136,11 +150,17 @@ def keep(encoder: GraphEncoder, run: Path) -> None:
         rename_folder(copied, kept)
 
 
-def forget_others(encoder: object, run: Path) -> None:
-    """Removes the copies of graphs that towers of `run` were trained on before those with this encoder."""
-    own = encoder.folder.name if isinstance(encoder, GraphEncoder) else None
+def kept(run: Path, name: str, source: EncoderFolder) -> GraphEncoder:
+    """Returns the encoder whose graph lies in the folder `name` of the run (`keep`)."""
+    if not (run / name).is_dir():
+        raise ValueError(f"{run / name} is missing, and the towers of this run need that int8 graph: train again")
+    return graph_encoder.read(run / name, source.tokenizer_path, source.max_tokens)
+
+
+def forget_others(name: str | None, run: Path) -> None:
+    """Removes the graphs that earlier towers of `run` were trained on, all but the folder `name`."""
     for folder in run.glob(f"{_PREFIX}*"):
-        if folder.name != own:
+        if folder.name != name:
             shutil.rmtree(folder)
 
 
@@ -181,7 +201,7 @@ def _make(source: EncoderFolder, prompts: tuple[list[str], list[str]], temporary
         "weights": "7 bits per output channel, tables 8 bits per row",
         "activations": "uint8, static ranges",
         "n_texts": len(measured),
-        "quantised_from": ", ".join(sha256(path) for path in encoder.weights),
+        "quantised_from": _digests(source),
     }
     facts = GraphFacts(
         name=encoder.name,
@@ -196,13 +216,22 @@ def _make(source: EncoderFolder, prompts: tuple[list[str], list[str]], temporary
         made=made,
     )
     graph = graph_encoder.open_graph(in_int8, source.tokenizer_path, source.max_tokens, facts)
-    made = made | _closeness(encoder, graph, checked)
-    graph_encoder.write_facts(replace(facts, made=made), in_int8)
+    _write_facts(encoder, graph, checked)
     return in_int8
 
 
-def _closeness(encoder: Encoder, graph: GraphEncoder, prompts: Sequence[str]) -> dict[str, Any]:
-    """Compares the graph with the model; raises ValueError below `MIN_COSINE`. Returns facts for the provenance."""
+def _digests(source: EncoderFolder) -> str:
+    """Returns the SHA-256 of each file of the model's weights."""
+    return ", ".join(sha256(path) for path in source.weights)
+
+
+def _write_facts(encoder: Encoder, graph: GraphEncoder, prompts: Sequence[str]) -> None:
+    """Compares the graph with the model and writes its facts with the result; raises ValueError below `MIN_COSINE`."""
+    if graph.dim != encoder.dim:
+        raise ValueError(
+            f"the int8 graph has content embeddings of {graph.dim} numbers, and those of {encoder.name} have "
+            f"{encoder.dim}"
+        )
     want, got = encoder.encode(prompts), graph.encode(prompts)
     lengths = np.linalg.norm(want, axis=1) * np.linalg.norm(got, axis=1)
     cosines = (want * got).sum(axis=1) / np.maximum(lengths, 1e-30)
@@ -214,7 +243,8 @@ def _closeness(encoder: Encoder, graph: GraphEncoder, prompts: Sequence[str]) ->
             f"the smallest cosine of their content embeddings is {lowest:.4f} and the median {median:.4f}, but each "
             f'must be at least {MIN_COSINE}: use encoder.precision = "float"'
         )
-    return {"n_checked": len(prompts), "cosine_min": round(lowest, 5), "cosine_median": round(median, 5)}
+    found = {"n_checked": len(prompts), "cosine_min": round(lowest, 5), "cosine_median": round(median, 5)}
+    graph_encoder.write_facts(replace(graph.facts, made=graph.facts.made | found), graph.folder)
 
 
 def _spread(positions: np.ndarray, n: int) -> np.ndarray:

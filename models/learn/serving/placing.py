@@ -52,16 +52,19 @@ class _Moves:
 def placing(out: Path) -> Iterator[Path]:
     """Gives the block an empty folder to write a bundle to, then moves its files to `out`, the manifest last.
 
-    Files that only the previous bundle in `out` had are removed; files that no manifest names stay. If anything raises,
-    `out` is as it was. An earlier write that was interrupted is undone or finished first (`recover`).
+    Files that only the previous bundle in `out` had are removed; files that no manifest names stay. If anything raises
+    until the last file is in place, `out` is as it was. A clean-up that fails is no error: what it leaves is removed by
+    the next write. An earlier write that was interrupted is undone or finished first (`recover`). Raises ValueError
+    before the block runs for a manifest in `out` that cannot be read.
     """
     out = out.resolve()
     recover(out)
+    named_before = named(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".bundle-") as temporary:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".bundle-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
         yield folder
-        _replace(out, folder)
+        _replace(out, folder, named_before)
 
 
 def recover(out: Path) -> None:
@@ -92,13 +95,12 @@ def recover(out: Path) -> None:
     _discard(previous)
 
 
-def _replace(out: Path, folder: Path) -> None:
+def _replace(out: Path, folder: Path, named_before: set[str]) -> None:
     names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name == MANIFEST, name))
     for name in names:
         sync(folder / name)
     is_new = not out.exists()
-    out.mkdir(exist_ok=True)
-    removed = [name for name in sorted(_named(out) - _named(folder) - set(names)) if os.path.lexists(out / name)]
+    removed = [name for name in sorted(named_before - named(folder) - set(names)) if os.path.lexists(out / name)]
     replaced = [name for name in names if os.path.lexists(out / name)]
     moves = _Moves(
         aside=[*replaced, *removed],
@@ -109,6 +111,7 @@ def _replace(out: Path, folder: Path) -> None:
     )
     previous = _previous(out)
     try:
+        out.mkdir(exist_ok=True)
         _set_aside(out, previous, moves)
         for name in names:
             if name == MANIFEST:
@@ -119,12 +122,13 @@ def _replace(out: Path, folder: Path) -> None:
     except BaseException:
         if (previous / MOVES).is_file():
             _put_back(out, moves)
-        _discard(previous)
-        if is_new:
+        _clean_up(previous)
+        # If the clean-up failed, the next `recover` needs the folder.
+        if is_new and not previous.is_dir():
             with contextlib.suppress(OSError):
                 out.rmdir()
         raise
-    _discard(previous)
+    _clean_up(previous)
 
 
 def _set_aside(out: Path, previous: Path, moves: _Moves) -> None:
@@ -164,6 +168,13 @@ def _remove(out: Path, names: list[str]) -> None:
     sync(out)
 
 
+def _clean_up(previous: Path) -> None:
+    try:
+        _discard(previous)
+    except OSError as error:
+        print(f"{previous} cannot be removed ({error}); the next write of this bundle removes it")
+
+
 def _discard(previous: Path) -> None:
     """Removes the earlier files, and moves.json before them: without it, the rest means nothing."""
     (previous / MOVES).unlink(missing_ok=True)
@@ -181,9 +192,12 @@ def _manifest_digest(folder: Path) -> str:
     return sha256(path) if path.is_file() else ""
 
 
-def _named(folder: Path) -> set[str]:
-    """Returns the files that the manifest in `folder` names; an empty set if there is no manifest."""
+def named(folder: Path) -> set[str]:
+    """Returns the files that the manifest in `folder` names; an empty set if there is no manifest.
+
+    Raises ValueError for a manifest that cannot be read, in whose place `placing` would not write.
+    """
     if not (folder / MANIFEST).is_file():
         return set()
-    paths = [entry["path"] for entry in parse_manifest(folder).get("files", [])]
+    paths = [entry["path"] for entry in parse_manifest(folder)["files"]]
     return {path for path in paths if is_file_name(path)}

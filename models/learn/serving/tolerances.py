@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The largest absolute difference per value, and the smallest cosine per vector.
+# The largest absolute difference per value, and what the cosine per vector must be greater than.
 ABSOLUTE = 1e-4
 COSINE = 0.99999
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The largest absolute difference per value, and the smallest cosine per vector."""
+    """The largest absolute difference per value, and what the cosine per vector must be greater than."""
 
     absolute: float = ABSOLUTE
     cosine: float = COSINE
@@ -22,6 +22,10 @@ class Tolerance:
         """Returns `encoder.tolerance` of a manifest."""
         return {"absolute": self.absolute, "cosine": self.cosine}
 
+    def holds(self, absolute: float, cosine: float) -> bool:
+        """Returns whether differences are within both bounds; a NaN never is."""
+        return absolute <= self.absolute and cosine > self.cosine
+
 
 SINGLE_PRECISION = Tolerance()
 # Content of an encoder in int8 on another CPU: about twice what was measured on MiniLM when noise of one part in 10^7
@@ -29,10 +33,10 @@ SINGLE_PRECISION = Tolerance()
 INT8 = Tolerance(0.02, 0.997)
 # The server accepts no wider tolerance (src/bundle/manifest.rs): a vector further away is another vector.
 MAX_ABSOLUTE, MIN_COSINE = 0.1, 0.98
-# The largest absolute difference of any value between a text's content embedding computed alone and in company, for
-# graphs whose texts share runs. It does not depend on `encoder.tolerance`, which is about other CPUs: on one CPU, a
-# graph that computes each text by itself differs in the last digits only. The server has the same bound.
-BATCH_TOLERANCE = 1e-4
+# How far a text's content embedding in company may be from the one computed alone, for graphs whose texts share runs.
+# It does not depend on `encoder.tolerance`, which is about other CPUs: on one CPU, a graph that computes each text by
+# itself differs in the last digits only. The server has the same bounds.
+BATCH_TOLERANCE = SINGLE_PRECISION
 
 
 def of_content(manifest: Mapping[str, Any]) -> Tolerance:

@@ -132,7 +132,7 @@ def _old_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} already has format {found}, so there is nothing to upgrade")
     if found != OLD_FORMAT:
         raise ValueError(f"{path} has format {found!r}, but only format {OLD_FORMAT} can be upgraded")
-    bundle_format.check_paths(manifest, path)
+    bundle_format.check_manifest(manifest, path)
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""Requests to a server, each with the vectors that PyTorch computes for it, for `verify_server`.
+"""Requests to a server, each with the vectors that are expected for it, for `verify_server`.
 
 They come from a bundle's golden vectors, which the trainer computed, or are computed here by a run's own models.
 """
@@ -28,7 +28,7 @@ ACTIONS_SEED = 20240509
 
 @dataclass(frozen=True)
 class Case:
-    """One request with the vectors that PyTorch computes for it."""
+    """One request with the vectors that PyTorch computes for it; ONNX Runtime computes the content of an int8 graph."""
 
     name: str
     history: Sequence[ItemText]

@@ -1,6 +1,7 @@
 """Compares a live server with PyTorch, stage by stage (`learn verify`).
 
-Each case is a page of items with the expected vectors (`verify_cases`). Each case is sent to the server twice; the
+Each case is a page of items with the expected vectors (`verify_cases`). For an encoder in int8, of which PyTorch has
+no model, ONNX Runtime computes the expected content with the same graph. Each case is sent to the server twice; the
 second response comes from its caches. The responses are compared with the expected vectors, one output line per stage:
 
     content     content embeddings, from an export of the server's content cache; needs an admin address
@@ -161,7 +162,10 @@ class Report:
 
 
 def verify(config: VerifyConfig, cases: Iterable[Case], bundle: Path | None = None) -> Report:
-    """Sends every case twice and compares; with `bundle`, also the model's facts. Raises gRPC's errors as they are."""
+    """Sends every case twice and compares; with `bundle`, also the model's facts.
+
+    Raises the server's gRPC errors as they are, and the admin listener's as ValueErrors.
+    """
     options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
     messages, services = grpc_messages.stubs()
     with grpc.insecure_channel(config.server, options=options) as channel:
@@ -268,13 +272,16 @@ def _compare(report: Report, case: Case, answer: Any, turn: tuple[Any, str]) -> 
 
 
 def _exported(config: VerifyConfig, info: Any, stage: str) -> dict[bytes, np.ndarray]:
-    """Exports the server's cache of a stage: text digest -> vector."""
+    """Exports the server's cache of a stage: text digest -> vector. Raises ValueError for an error of gRPC."""
     messages, services = grpc_messages.stubs()
     cache = "item" if stage == "adapted" else stage
     request = messages.ExportCacheRequest(cache=cache, model=info.model.name)
-    with grpc.insecure_channel(config.admin) as channel:
-        chunks = services.AdminServiceStub(channel).ExportCache(request, timeout=config.timeout_seconds)
-        exported = safetensors.numpy.load(b"".join(chunk.data for chunk in chunks))
+    try:
+        with grpc.insecure_channel(config.admin) as channel:
+            chunks = services.AdminServiceStub(channel).ExportCache(request, timeout=config.timeout_seconds)
+            exported = safetensors.numpy.load(b"".join(chunk.data for chunk in chunks))
+    except grpc.RpcError as error:
+        raise ValueError(f"{config.admin}: ExportCache: {error.code().name}: {error.details()}") from error
     vectors = exported["vectors"]
     if stage == "adapted":
         vectors = vectors[:, info.item_dim :]  # An item record is [item | adapted].

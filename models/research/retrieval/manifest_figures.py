@@ -34,7 +34,7 @@ def subject_of(run: Run) -> Subject:
     """The facts of a run that have to agree with the study."""
     dataset = run.dataset()
     data = data_digest(dataset, run.split(dataset))
-    content = embedding_store.cache_key(run.source, Prompts(dataset.texts))
+    content = embedding_store.cache_key(run.trained_source, Prompts(dataset.texts))
     return Subject(run.settings, data, content, run.started_from())
 
 

@@ -314,7 +314,9 @@ def test_a_failed_write_leaves_the_old_bundle_and_no_partial_files(tmp_path):
 def test_files_that_only_the_replaced_bundle_listed_are_removed(tmp_path):
     folder = shutil.copytree(FIXTURE, tmp_path / "bundle")
     manifest = (folder / "manifest.toml").read_text()
-    (folder / "manifest.toml").write_text(f'{manifest}\n[[files]]\npath = "encoder.weights"\n')
+    (folder / "manifest.toml").write_text(
+        f'{manifest}\n[[files]]\npath = "encoder.weights"\npart = "encoder"\nsha256 = ""\n'
+    )
     for name in ("encoder.weights", "notes.txt"):
         (folder / name).write_text("old")
     bundle.write(fixture_bundles.build(tmp_path / "tokenizer.json"), folder)
@@ -331,8 +333,37 @@ def test_compare_accepts_only_vectors_within_the_tolerances(got, ok):
     if ok:
         bundle_check.compare("x", got, want)
     else:
-        with pytest.raises(ValueError, match="x: differs"):
+        bounds = r"by \S+ \(at most 0\.0001\), cosine \S+ \(above 0\.99999\)$"
+        with pytest.raises(ValueError, match=f"^x: differs from PyTorch {bounds}"):
             bundle_check.compare("x", got, want)
+
+
+@pytest.mark.parametrize(
+    ("got", "found", "is_like_rounding"),
+    [
+        ([1.03, 0.0], "by 0.03 (at most 0.02), cosine 1.0000000 (above 0.997)", True),
+        ([-1.0, 0.0], "by 2 (at most 0.02), cosine -1.0000000 (above 0.997)", False),
+        ([0.97, 0.2], "by 0.2 (at most 0.02), cosine 0.9793983 (above 0.997)", False),
+        ([float("nan"), 0.0], "by nan (at most 0.02), cosine nan (above 0.997)", False),
+    ],
+)
+def test_only_a_small_difference_of_int8_content_is_said_to_come_from_another_cpu(
+    monkeypatch, got, found, is_like_rounding
+):
+    monkeypatch.setattr(bundle_check, "cpu_name", lambda: "a CPU")
+    got, want = np.array([got], np.float32), np.array([[1.0, 0.0]], np.float32)
+    with pytest.raises(ValueError) as caught:
+        bundle_check.compare("encoder", got, want, tolerances.INT8, bundle_check.SAME_GRAPH)
+    message, _semicolon, reason = str(caught.value).partition("; ")
+    assert message.startswith(f"encoder: differs from its golden vectors {found}") and message.endswith(", on a CPU")
+    assert reason == (
+        "a small excess may come from rounding, if another CPU computed the golden vectors" if is_like_rounding else ""
+    )
+
+
+def test_no_cosine_in_a_message_is_below_minus_one():
+    vectors = np.random.default_rng(1).standard_normal((100, 8), np.float32)
+    assert bundle_check.distance(vectors, -vectors)[1] == pytest.approx(-1, abs=1e-12)
 
 
 def test_numbers_read_back_from_json_as_the_same_fp32():

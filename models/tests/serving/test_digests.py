@@ -72,9 +72,30 @@ def test_the_tower_digest_matches_hand_built_bytes():
 def test_a_missing_or_malformed_manifest_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         digests.read_manifest(tmp_path)
-    (tmp_path / "manifest.toml").write_text("format = ")
-    with pytest.raises(ValueError, match=r"manifest\.toml: "):
+    for raw in (b"format = ", b"name = '\xff'"):
+        (tmp_path / "manifest.toml").write_bytes(raw)
+        with pytest.raises(ValueError, match=r"^/.*/manifest\.toml: "):
+            digests.read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "message"),
+    [
+        ("encoder", "batching", "allone", "encoder.batching is 'allone', but it must be one of together, alone"),
+        ("encoder", "tolerance", 0.1, "encoder.tolerance has 0.1, but it must have absolute and cosine"),
+        ("history", "keeps", 1, "history.keeps is 1, but it must be a string"),
+        ("history", "actions", "like", "history.actions is 'like', but it must be a list of strings"),
+        ("item_tower", "adapted_dim", 1.5, "item_tower.adapted_dim is 1.5, but it must be an integer"),
+        ("golden", "file", 3, "golden.file is 3, but it must be a string"),
+    ],
+)
+def test_a_value_that_a_server_refuses_is_refused_where_the_manifest_is_read(tmp_path, table, key, value, message):
+    manifest = digests.read_manifest(FIXTURE)
+    manifest[table][key] = value
+    (tmp_path / "manifest.toml").write_text(tomli_w.dumps(manifest))
+    with pytest.raises(ValueError) as caught:
         digests.read_manifest(tmp_path)
+    assert str(caught.value) == f"{tmp_path}/manifest.toml: {message}"
 
 
 @pytest.mark.parametrize(
@@ -120,11 +141,10 @@ def test_a_file_that_is_used_but_not_listed_under_its_part_is_refused_by_name(tm
     for part, path, reason in (
         ("encoder", "other.onnx", "(encoder.file) is used, but not listed under [[files]]"),
         ("item_tower", "cvr.onnx", "is listed as part cvr, but used as item_tower"),
-        ("golden", None, "(golden.file) is used, but not listed under [[files]]"),
+        ("golden", "cvr.json", "(golden.file) is used, but not listed under [[files]]"),
     ):
         manifest = digests.read_manifest(FIXTURE)
-        manifest[part] = {key: value for key, value in manifest[part].items() if key != "file"}
-        manifest[part] |= {} if path is None else {"file": path}
+        manifest[part]["file"] = path
         (tmp_path / "manifest.toml").write_text(tomli_w.dumps(manifest))
         with pytest.raises(ValueError) as caught:
             digests.read_manifest(tmp_path)

@@ -6,13 +6,11 @@ import itertools
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tomli_w
-from conftest import MODELS
+from child_process import killing_before, run_python
 
 from learn import atomic_file
 from learn.serving import bundle_format, placing
@@ -177,6 +175,83 @@ def test_a_bundle_that_is_new_is_whole_or_absent(tmp_path, monkeypatch, step):
     assert siblings(out) in ([], ["fresh"])
 
 
+def test_a_new_folder_is_removed_again_if_the_block_wrote_no_manifest(tmp_path):
+    with pytest.raises(FileNotFoundError), placing.placing(tmp_path / "fresh") as folder:
+        (folder / "a.onnx").write_text("new a")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", range(N_STEPS - 2, N_STEPS + 1))
+def test_a_clean_up_that_fails_leaves_a_complete_bundle_and_says_so(out, states, monkeypatch, capsys, step):
+    with monkeypatch.context() as patched:
+        Steps(patched, step, OSError)
+        place(out)
+    assert contents(out) == states[1] and siblings(out) == [PREVIOUS, "bundle"]
+    assert f"{PREVIOUS} cannot be removed (" in capsys.readouterr().out
+    place(out)
+    assert contents(out) == states[1] and siblings(out) == ["bundle"]
+
+
+def test_a_clean_up_that_fails_does_not_hide_the_error_before_it(out, states, monkeypatch):
+    def fail(*_arguments):
+        raise OSError("no clean-up")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(placing, "_remove", lambda *_: (_ for _ in ()).throw(RuntimeError("no removal")))
+        patched.setattr(placing, "_discard", fail)
+        with pytest.raises(RuntimeError, match="no removal"):
+            place(out)
+    assert contents(out) == states[0] and siblings(out) == [PREVIOUS, "bundle"]
+    placing.recover(out)
+    assert contents(out) == states[0] and siblings(out) == ["bundle"]
+
+
+def test_a_new_folder_stays_for_the_next_write_if_its_clean_up_fails(tmp_path, monkeypatch):
+    def fail(*_arguments):
+        raise OSError("no removal")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(placing, "_remove", fail)
+        patched.setattr(placing, "_discard", fail)
+        with pytest.raises(OSError, match="no removal"):
+            place(tmp_path / "fresh")
+    place(tmp_path / "fresh")
+    assert contents(tmp_path / "fresh").keys() == {*NEW, "manifest.toml"}
+    assert [path.name for path in tmp_path.iterdir()] == ["fresh"]
+
+
+def test_a_temporary_folder_that_cannot_be_removed_is_no_error(out, states, monkeypatch):
+    rmdir = os.rmdir
+
+    def refuse(path, **options):
+        if ".bundle-" in str(path):
+            raise OSError("no removal")
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    place(out)
+    assert contents(out) == states[1]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"format = ", "Invalid value"),
+        (b"name = '\xff'", "can't decode byte 0xff"),
+        (b"files = 3", "files is 3"),
+        (b"[[files]]\npart = 'cvr'", "path is missing"),
+        (b"[[files]]\npath = ['cvr.onnx']", "path is ['cvr.onnx']"),
+    ],
+)
+def test_a_broken_manifest_in_the_folder_is_refused_before_anything_is_written(out, raw, message):
+    (out / "manifest.toml").write_bytes(raw)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError) as caught, placing.placing(out):
+        raise AssertionError("the block ran")
+    assert str(caught.value).startswith(f"{out}/manifest.toml: ") and message in str(caught.value)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before and siblings(out) == ["bundle"]
+
+
 def test_a_folder_that_was_changed_after_a_kill_is_left_alone(out, monkeypatch):
     with monkeypatch.context() as patched:
         steps = Steps(patched)
@@ -245,22 +320,15 @@ def test_a_link_to_the_folder_is_followed(out, states, tmp_path):
 def test_a_manifest_that_names_files_elsewhere_makes_nothing_there_disappear(out, tmp_path):
     names = ["../victim", str(tmp_path / "victim"), "sub/notes.txt", "manifest.toml", "..", ""]
     (tmp_path / "victim").write_text("here")
-    text = tomli_w.dumps({"name": "old", "files": [{"path": name} for name in names]})
+    text = tomli_w.dumps({"name": "old", "files": [{"path": name, "part": "cvr", "sha256": ""} for name in names]})
     (out / "manifest.toml").write_text(text)
     place(out)
     assert (tmp_path / "victim").read_text() == "here" and (out / "notes.txt").exists()
     assert 'name = "new"' in (out / "manifest.toml").read_text()
 
 
-KILLED_WRITE = """
-import os, signal, sys
-from pathlib import Path
+KILLED_WRITE = f"""{killing_before("manifest.toml")}
 from learn.serving import placing
-move = Path.replace
-def kill(path, target):
-    if path.name == "manifest.toml":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return move(path, target)
 with placing.placing(Path(sys.argv[1])) as folder:
     for name in ("a.onnx", "c.onnx", "manifest.toml"):
         (folder / name).write_text("name = 'new'")
@@ -269,9 +337,7 @@ with placing.placing(Path(sys.argv[1])) as folder:
 
 
 def test_a_real_kill_before_the_manifest_is_undone(out, states):
-    command = [sys.executable, "-c", KILLED_WRITE, str(out)]
-    result = subprocess.run(command, cwd=MODELS, env={**os.environ, "PYTHONPATH": str(MODELS)}, check=False, timeout=60)
-    assert result.returncode == -signal.SIGKILL
+    assert run_python(KILLED_WRITE, out).returncode == -signal.SIGKILL
     assert (out / "a.onnx").read_text() == "name = 'new'" and 'name = "old"' in (out / "manifest.toml").read_text()
     placing.recover(out)
     assert contents(out) == states[0] and PREVIOUS not in siblings(out)

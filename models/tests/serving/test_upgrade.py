@@ -234,6 +234,51 @@ def test_another_format_is_refused(tmp_path):
     assert "manifest.toml: " in refusal(folder, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("files.1.path", None, "in entry 2 of [[files]], path is missing, but it must be a string"),
+        ("files.1.part", None, "in entry 2 of [[files]], part is missing, but it must be a string"),
+        ("files.1.sha256", None, "in entry 2 of [[files]], sha256 is missing, but it must be a string"),
+        ("files.0.path", 3, "in entry 1 of [[files]], path is 3, but it must be a string"),
+        ("files.0", 3, "in entry 1 of [[files]], path is missing, but it must be a string"),
+        ("files", "cvr.onnx", "files is 'cvr.onnx', but it must be a list of tables"),
+        ("files", None, "the file 'encoder.onnx' (encoder.file) is used, but not listed under [[files]]"),
+        ("name", None, "name is missing, but it must be a string"),
+        ("version", 4, "version is 4, but it must be a string"),
+        ("cvr.file", ["cvr.onnx"], "cvr.file is ['cvr.onnx'], but it must be a string"),
+        ("item_tower", "item_tower.onnx", "item_tower.file is missing, but it must be a string"),
+        ("item_text", None, "item_text.template is missing, but it must be a string"),
+        ("encoder.inputs", ["input_ids", 3], "encoder.inputs is ['input_ids', 3], but it must be a list of strings"),
+        ("encoder.pad_id", None, "encoder.pad_id is missing, but it must be an integer"),
+        ("provenance", 3, "provenance is 3, but it must be a table"),
+    ],
+)
+def test_a_manifest_that_lacks_a_key_or_has_another_type_is_refused_by_name(tmp_path, capsys, name, value, message):
+    folder = shutil.copytree(OLD_BUNDLE, tmp_path / "bundle")
+    table = manifest = read_manifest(folder)
+    *path, key = (int(part) if part.isdecimal() else part for part in name.split("."))
+    for part in path:
+        table = table[part]
+    if value is None:
+        del table[key]
+    else:
+        table[key] = value
+    (folder / "manifest.toml").write_text(tomli_w.dumps(manifest))
+    assert main(["upgrade", str(folder), "--out", str(tmp_path / "new")]) == 1
+    assert capsys.readouterr().err == f"learn: {folder}/manifest.toml: {message}\n"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_manifest_without_provenance_is_upgraded(tmp_path):
+    folder = shutil.copytree(OLD_BUNDLE, tmp_path / "bundle")
+    manifest = read_manifest(folder)
+    del manifest["provenance"]
+    (folder / "manifest.toml").write_text(tomli_w.dumps(manifest))
+    upgrade.upgrade(UpgradeConfig(folder, tmp_path / "new"))
+    assert read_manifest(tmp_path / "new")["provenance"].keys() == {"upgraded_from", "keeps_assumed"}
+
+
 def test_a_damaged_or_incomplete_bundle_is_refused(tmp_path):
     folder = shutil.copytree(OLD_BUNDLE, tmp_path / "bundle")
     (folder / "cvr.onnx").write_bytes(b"damaged")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
-from conftest import MODELS, OLD_BUNDLE
+from child_process import killing_before, run_python
+from conftest import OLD_BUNDLE
 
 from learn.cli import main
 from learn.serving import bundle_check, upgrade
@@ -32,12 +30,6 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def run_python(code, *arguments):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(MODELS), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
-
-
 def test_no_pytorch_is_needed(tmp_path):
     result = run_python(NO_TORCH, "upgrade", OLD_BUNDLE, "--out", tmp_path / "blocked")
     assert result.returncode == 0, result.stderr
@@ -48,15 +40,8 @@ def test_no_pytorch_is_needed(tmp_path):
     assert result.returncode != 0 and "blocked: torch" in result.stderr
 
 
-KILLED_UPGRADE = """
-import os, signal, sys
-from pathlib import Path
+KILLED_UPGRADE = f"""{killing_before("user_tower.onnx")}
 from learn.cli import main
-move = Path.replace
-def kill(path, target):
-    if path.name == "user_tower.onnx":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return move(path, target)
 Path.replace = kill
 main(sys.argv[1:])
 """

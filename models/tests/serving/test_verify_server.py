@@ -118,6 +118,11 @@ def test_without_an_admin_address_what_is_only_in_caches_is_reported_as_not_comp
         assert re.search(rf"^{stage} +0 not on the wire: give an admin address$", report.table(config), re.MULTILINE)
 
 
+def test_an_error_of_the_admin_listener_names_its_address_and_call(server, capsys):
+    assert verify_server.verify_and_print(VerifyConfig(server.grpc, admin="127.0.0.1:1"), []) == 1
+    assert capsys.readouterr().out.startswith("learn verify: 127.0.0.1:1: ExportCache: UNAVAILABLE: ")
+
+
 def test_a_server_that_read_other_actions_is_found_in_the_user_embedding(server, towers):
     (case,) = verify_cases.torch_cases(towers, fixture_bundles.ITEMS, [PAGES[2]])
     config = VerifyConfig(server.grpc)
@@ -301,6 +306,16 @@ def test_the_command_line_widens_the_tolerance_of_content_alone(tmp_path, monkey
         (Tolerance(0.5, 0.99), Tolerance(0.5, 0.99999)),
         (Tolerance(0.03, 0.9), Tolerance(1e-4, 0.9)),
     ]
+
+
+@pytest.mark.parametrize("key", ["tolerance", "batching"])
+def test_a_bundle_whose_manifest_is_wrong_is_refused_before_a_server_is_called(tmp_path, capsys, key):
+    manifest = digests.read_manifest(FIXTURE)
+    manifest["encoder"][key] = "wide"
+    (tmp_path / "manifest.toml").write_text(tomli_w.dumps(manifest))
+    assert main(["verify", "--server", "127.0.0.1:1", "--bundle", str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith(f"learn: {tmp_path}/manifest.toml: encoder.{key} ")
 
 
 def test_a_text_that_is_in_neither_cache_is_a_fault():
