@@ -86,8 +86,9 @@ pub fn main(cli: Cli) -> ! {
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     if cli.command.loads_library() {
-        prepare_process()
-            .context("the environment cannot be set: set ORT_DISABLE_TELEMETRY=1 and MALLOC_ARENA_MAX yourself")?;
+        prepare_process().context(
+            "the environment cannot be set: set ORT_DISABLE_TELEMETRY=1 and all three MALLOC_ variables yourself",
+        )?;
     }
     match cli.command {
         Command::Serve(args) => serve::run(&args),

@@ -24,18 +24,25 @@ const NO_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
 /// the server allocate. Its own choice is eight for each core, and each keeps gaps where models were that have been replaced.
 const ARENAS: &str = "MALLOC_ARENA_MAX";
 
-/// Returns once the environment has what must be there before the process starts: ONNX Runtime's telemetry is off, and memory has
-/// one arena for each core unless the variable says otherwise. Loads the program anew to set them. It is for the start of a command,
-/// as nothing that was done before survives. Process id, arguments and open files stay the same.
+/// The C library reads these variables at the start of a process, too: from which size on it asks the system for memory for each
+/// allocation, and how much free memory an arena keeps. Its own choice returns the vectors of a large page to the system after each
+/// request, and fetching them again is a page fault for every 4 KB.
+const THRESHOLDS: [(&str, usize); 2] = [("MALLOC_MMAP_THRESHOLD_", 4 << 20), ("MALLOC_TRIM_THRESHOLD_", 16 << 20)];
+
+/// Returns once the environment has what must be there before the process starts: ONNX Runtime's telemetry is off, and the C
+/// library's memory is set up as above, except for variables that are set already. Loads the program anew to set them. It is for the
+/// start of a command, as nothing that was done before survives. Process id, arguments and open files stay the same.
 pub fn prepare_process() -> io::Result<()> {
     let mut missing = Vec::new();
     if env::var_os(NO_TELEMETRY).is_none_or(|value| value != "1") {
         missing.push((NO_TELEMETRY, "1".to_owned()));
     }
-    if env::var_os(ARENAS).is_none() {
-        // One would make all threads wait for each other.
-        let n_arenas = thread::available_parallelism().map_or(2, |n| n.get().max(2));
-        missing.push((ARENAS, n_arenas.to_string()));
+    // One arena would make all threads wait for each other.
+    let n_arenas = thread::available_parallelism().map_or(2, |n| n.get().max(2));
+    for (name, value) in [(ARENAS, n_arenas)].into_iter().chain(THRESHOLDS) {
+        if env::var_os(name).is_none() {
+            missing.push((name, value.to_string()));
+        }
     }
     if missing.is_empty() {
         return Ok(());
