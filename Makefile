@@ -158,5 +158,6 @@ train: setup train-setup
 	cd models && .venv/bin/python -m learn all --data "$(abspath $(DATA))" --out "$(OUT)" \
 		--source "$(notdir $(abspath $(DATA)))"
 
+# Files of tests run side by side, each in one process; every process needs about 1 GB.
 train-test: setup train-setup
-	models/.venv/bin/python -m pytest -q models/tests
+	models/.venv/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile models/tests
