@@ -109,7 +109,8 @@ class Run:
         Raises ValueError for towers of another precision than that of the settings.
         """
         path, wanted = self.folder / "towers.pt", self.settings.encoder.precision
-        graph = _read(path, "train").get("graph")
+        # The first version with int8 did not name the graph.
+        graph = _read(path, "train").get("graph", int8_encoder.only_kept(self.folder))
         trained = "int8" if graph else "float"
         if trained != wanted:
             raise ValueError(
@@ -195,7 +196,9 @@ class Run:
         # Sizes that an earlier version did not know have their defaults.
         found = {"encoder": saved["origin"]["encoder"], **asdict(PchConfig(**saved["sizes"]))}
         encoder = self._origin(self.source)["encoder"]
-        if found["encoder"] != encoder and saved.get("graph") and isinstance(self.source, GraphEncoder):
+        is_own_graph = isinstance(self.source, GraphEncoder) and not self.settings.encoder.int8_from
+        is_same_model = found["encoder"].rsplit(" ", 1)[0] == encoder.rsplit(" ", 1)[0]
+        if found["encoder"] != encoder and saved.get("graph") and is_own_graph and is_same_model:
             raise ValueError(
                 f"{path}: its towers were trained on another int8 graph, as each catalogue gives another one: export "
                 "that run, and name its bundle as encoder.int8_from in --config, so that this run uses the same graph"

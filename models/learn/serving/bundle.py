@@ -32,6 +32,7 @@ from learn.serving.bundle_format import FORMAT, MANIFEST, Keeps
 from learn.serving.placing import placing
 
 TOKENIZER = "tokenizer.json"
+EXPORTED = (encoder_export.GRAPH, encoder_export.WEIGHTS)
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16"}
 
 
@@ -90,7 +91,9 @@ def _check_that_the_encoder_stays(encoder: Encoder | GraphEncoder, out: Path, fo
     if encoder.tokenizer_path.parent.resolve() != out.resolve() or not (out / MANIFEST).is_file():
         return
     entries = bundle_format.parse_manifest(out)["files"]
-    lost = [entry["path"] for entry in entries if entry["part"] == "encoder" and not (folder / entry["path"]).exists()]
+    own = [entry["path"] for entry in entries if entry["part"] == "encoder"]
+    # What an export writes itself is no file that a model is loaded from.
+    lost = [name for name in own if name not in EXPORTED and not (folder / name).exists()]
     if lost:
         raise ValueError(
             f"{out} is the folder of this run's encoder, and the new bundle would remove {', '.join(lost)} from it, "

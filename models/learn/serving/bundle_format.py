@@ -129,9 +129,9 @@ def is_file_name(path: str) -> bool:
 def check_manifest(manifest: Mapping[str, Any], where: Path) -> None:
     """Checks a manifest of format 1 or 2 and the paths in it, as the server does; `where` is its path, for messages.
 
-    Raises ValueError, naming the key, for one that is missing or has a value that a server refuses, and, naming the
-    path, for one that leaves the bundle's folder, is listed twice, is the manifest itself, or is used but not listed
-    under its part: digests, and so cache keys, cover only what is listed.
+    Raises ValueError, naming the key, for one that is missing or of another type, and, naming the path, for one that
+    leaves the bundle's folder, is listed twice, is the manifest itself, or is used but not listed under its part:
+    digests, and so cache keys, cover only what is listed. Bounds of sizes and names of actions are the server's check.
     """
     is_old = manifest["format"] == 1
     keys = {name: kind for name, kind in KEYS.items() if not (is_old and name in SINCE_FORMAT_2)}

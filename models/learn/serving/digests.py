@@ -24,7 +24,7 @@ N_BYTES = 16
 def read_manifest(bundle: Path) -> dict[str, Any]:
     """Reads a bundle's manifest. Raises FileNotFoundError, or ValueError with the path.
 
-    The latter also for another format, and for keys and paths that a server refuses (`check_manifest`).
+    The latter also for another format, and for keys and paths that `check_manifest` refuses.
     """
     path, manifest = bundle / MANIFEST, parse_manifest(bundle)
     if (found := manifest.get("format")) != FORMAT:

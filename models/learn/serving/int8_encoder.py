@@ -157,6 +157,12 @@ def kept(run: Path, name: str, source: EncoderFolder) -> GraphEncoder:
     return graph_encoder.read(run / name, source.tokenizer_path, source.max_tokens)
 
 
+def only_kept(run: Path) -> str | None:
+    """Returns the folder of the one graph that the run keeps, for towers that do not name theirs; None without one."""
+    names = [folder.name for folder in run.glob(f"{_PREFIX}*")]
+    return names[0] if len(names) == 1 else None
+
+
 def forget_others(name: str | None, run: Path) -> None:
     """Removes the graphs that earlier towers of `run` were trained on, all but the folder `name`."""
     for folder in run.glob(f"{_PREFIX}*"):

@@ -94,6 +94,16 @@ def test_towers_keep_their_graph(tiny_folder, copy, monkeypatch):
     assert not kept.exists()
 
 
+def test_towers_that_do_not_name_their_graph_have_the_one_that_their_run_keeps(tiny_folder, copy):
+    for name in ("towers.pt", "cvr.pt"):
+        saved = torch.load(copy / "run" / name, weights_only=True)
+        saved.pop("graph", None)
+        torch.save(saved, copy / "run" / name)
+    run = options(copy, tiny_folder)
+    assert main(["evaluate", *run, *INT8]) == 0
+    assert main(["evaluate", *run]) == 1
+
+
 def test_towers_whose_graph_was_removed_have_to_be_trained_again(tiny_folder, copy, capsys):
     (kept,) = (copy / "run").glob("encoder-int8-*")
     shutil.rmtree(kept)
@@ -158,6 +168,9 @@ def test_the_next_run_uses_the_graph_of_a_bundle_even_when_that_bundle_is_gone(t
     assert main(["train", *run, "--steps", "2", "--from", str(copy / "run"), *INT8]) == 1
     assert "name its bundle as encoder.int8_from in --config" in capsys.readouterr().err
     run += int8_from(copy / "out", copy / "next.toml")
+    renamed = shutil.copytree(tiny_folder.folder, copy / "renamed")
+    assert main(["train", *run, "--encoder", str(renamed), "--steps", "2", "--from", str(copy / "run")]) == 1
+    assert "towers have encoder = " in capsys.readouterr().err
     assert main(["train", *run, "--steps", "2", "--from", str(copy / "run")]) == 0
     first = (copy / "out" / "encoder.onnx").read_bytes()
     shutil.rmtree(copy / "out")
@@ -202,6 +215,8 @@ def test_a_bundle_that_would_remove_the_weights_of_its_encoder_is_refused(tiny_f
     own = shutil.copytree(tiny_folder.folder, tmp_path / "bundle")
     folder = replace(tiny_folder, folder=own)
     # In float, the bundle has the encoder's own weights.
+    # First in int8, which the float bundle may replace, as no model is loaded from its graph.
+    write_bundle(replace(tiny_int8, tokenizer_path=own / "tokenizer.json"), tmp_path)
     write_bundle(folder.loaded(), tmp_path)
     before = {path.name: path.read_bytes() for path in own.iterdir()}
     assert "model.safetensors" in {entry["path"] for entry in digests.read_manifest(own)["files"]}
