@@ -5,15 +5,29 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from conftest import MODELS
 
 
-def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs the code, which can import `learn`, with arguments in `sys.argv[1:]`."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(MODELS), "OMP_NUM_THREADS": "1"}
+def run_interpreter(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs Python with these arguments; its code can import `learn` and the tests' helpers."""
+    command = [sys.executable, *map(str, arguments)]
+    paths = os.pathsep.join([str(MODELS / "tests"), str(MODELS)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the code with arguments in `sys.argv[1:]`."""
+    return run_interpreter("-c", code, *arguments)
+
+
+def torchrun(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the script in two processes of one training."""
+    # Without the dashes, torchrun takes some of the arguments for its own.
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--")
+    return run_interpreter(*launcher, script, *arguments)
 
 
 def killing_before(name: str) -> str:

@@ -16,9 +16,9 @@ from learn.serving import bundle, fixture_bundles, int8_encoder
 TEXTS = [ItemText(title=f"{name} number {n}") for n in range(6) for name in ("Lamp", "Kettle", "A long jacket")]
 
 
-def encoder_folder(folder: Path) -> EncoderFolder:
-    """Writes the fixtures' encoder as a Hugging Face folder."""
-    torch.manual_seed(fixture_bundles.FIRST.seed)
+def encoder_folder(folder: Path, seed: int = fixture_bundles.FIRST.seed) -> EncoderFolder:
+    """Writes the fixtures' encoder as a Hugging Face folder; with another seed, one of other weights."""
+    torch.manual_seed(seed)
     fixture_bundles.byte_tokenizer().save(str(folder / "tokenizer.json"))
     fixture_bundles.encoder_model().save_pretrained(folder)
     return EncoderFolder(folder, fixture_bundles.MAX_TOKENS, LoadConfig(device="cpu"))

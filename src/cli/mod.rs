@@ -87,7 +87,8 @@ pub fn main(cli: Cli) -> ! {
 fn run(cli: Cli) -> anyhow::Result<()> {
     if cli.command.loads_library() {
         prepare_process().context(
-            "the environment cannot be set: set ORT_DISABLE_TELEMETRY=1 and all three MALLOC_ variables yourself",
+            "the environment cannot be set: set ORT_DISABLE_TELEMETRY=1, MALLOC_ARENA_MAX, MALLOC_MMAP_THRESHOLD_ and \
+             MALLOC_TRIM_THRESHOLD_ yourself",
         )?;
     }
     match cli.command {

@@ -105,7 +105,8 @@ def reused(bundle: Path, source: EncoderFolder, texts: Sequence[ItemText], run: 
     files = [entry for entry in manifest["files"] if entry["part"] == "encoder" and entry["path"] != spec["tokenizer"]]
     made = manifest.get("provenance", {}).get("quantisation")
     made = made if isinstance(made, dict) else {}
-    if made.get("quantised_from", _digests(source)) != _digests(source):
+    made_from = made.get("quantised_from")
+    if made_from is not None and made_from != _digests(source):
         raise ValueError(
             f"{bundle} has an int8 graph of other weights than those in {source.folder}: pass the folder of its model, "
             "or leave out encoder.int8_from"

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODELS, write_movielens
-from int8_bundle import TEXTS, write_bundle
+from child_process import torchrun
+from conftest import write_movielens
+from int8_bundle import TEXTS, encoder_folder, write_bundle
 
 from learn.cli import main
-from learn.content.ceg import EncoderFolder, LoadConfig
+from learn.content.ceg import EncoderFolder
 from learn.run_settings import EncoderSettings, Settings
 from learn.serving import bundle_check, digests, fixture_bundles, int8_encoder, quantise, tolerances
 from learn.training_run import Run
@@ -52,15 +50,6 @@ def options(folder: Path, encoder: EncoderFolder, run: str = "run") -> list[str]
 def int8_from(bundle: Path, config: Path) -> list[str]:
     config.write_text(f"[encoder]\nprecision = 'int8'\nint8_from = '{bundle}'\n")
     return ["--config", str(config)]
-
-
-def other_encoder(folder: Path) -> EncoderFolder:
-    """An encoder of the same sizes and tokenizer as the tiny one, with other weights."""
-    torch.manual_seed(fixture_bundles.FIRST.seed + 1)
-    folder.mkdir()
-    fixture_bundles.byte_tokenizer().save(str(folder / "tokenizer.json"))
-    fixture_bundles.encoder_model().save_pretrained(folder)
-    return EncoderFolder(folder, fixture_bundles.MAX_TOKENS, LoadConfig(device="cpu"))
 
 
 # --- the graph of a run ----------------------------------------------------------------------------------------------
@@ -148,10 +137,7 @@ def test_processes_of_one_training_make_the_graph_once(tiny_folder, finished, tm
         "int8_encoder._make = lambda *arguments: (print('made'), make(*arguments))[1]\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
-    command = [sys.executable, *launcher, str(script), "train", *run, "--steps", "2", *INT8]
-    environment = os.environ | {"PYTHONPATH": str(MODELS), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = torchrun(script, "train", *run, "--steps", "2", *INT8)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("made") == 1 and (tmp_path / "run" / "towers.pt").is_file()
 
@@ -182,7 +168,8 @@ def test_the_next_run_uses_the_graph_of_a_bundle_even_when_that_bundle_is_gone(t
 
 
 def test_a_graph_of_another_model_is_refused(tiny_bundle, tmp_path):
-    other, run = other_encoder(tmp_path / "other"), tmp_path / "run"
+    (tmp_path / "other").mkdir()
+    other, run = encoder_folder(tmp_path / "other", fixture_bundles.FIRST.seed + 1), tmp_path / "run"
     with pytest.raises(ValueError, match="has an int8 graph of other weights than those in"):
         int8_encoder.reused(tiny_bundle, other, TEXTS, run)
     # A graph of another tool may not say what it was made from, but its vectors do.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from child_process import run_interpreter, torchrun
 
 HERE = Path(__file__)
 LOSSES = {"next": {}, "align": {"next_weight": 0.0, "align_weight": 1.0}}
@@ -44,11 +43,8 @@ def train_and_save(out: Path, loss: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_processes_train_the_same_weights_as_one(tmp_path, loss):
-    paths = os.pathsep.join([str(HERE.parents[1]), str(HERE.parents[2])])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])):
-        command = [sys.executable, *launcher, str(HERE), str(tmp_path / name), loss]
-        completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    for name, run in (("one", run_interpreter), ("two", torchrun)):
+        completed = run(HERE, tmp_path / name, loss)
         assert completed.returncode == 0, completed.stderr
     one, two = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("one", "two"))
     for name, value in one.items():
