@@ -1,4 +1,4 @@
-"""A progress bar that shows the rate in items and in tokens."""
+"""A progress bar that shows the rate, also in tokens."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from tqdm import tqdm
 
 
 class Rate:
-    """A progress bar in items that also shows real tokens per second. Nothing is shown without a title."""
+    """A progress bar that also shows real tokens per second, where there are any. Nothing is shown without a title."""
 
-    def __init__(self, title: str | None, n_items: int | None) -> None:
-        self._bar = tqdm(total=n_items, desc=title, unit="item", disable=title is None, smoothing=0.05)
+    def __init__(self, title: str | None, n_items: int | None, unit: str = "item") -> None:
+        self._bar = tqdm(total=n_items, desc=title, unit=unit, disable=title is None, smoothing=0.05)
         self._n_tokens = 0
 
     def __enter__(self) -> Rate:
@@ -18,10 +18,10 @@ class Rate:
     def __exit__(self, *_error: object) -> None:
         self._bar.close()
 
-    def add(self, n_items: int, n_tokens: int) -> None:
+    def add(self, n_items: int, n_tokens: int = 0) -> None:
         """Counts items that were encoded just now, and their tokens."""
         self._n_tokens += n_tokens
-        if not self._bar.disable:
+        if self._n_tokens and not self._bar.disable:
             elapsed = max(self._bar.format_dict["elapsed"], 1e-9)
             self._bar.set_postfix_str(f"{self._n_tokens / elapsed:,.0f} tokens/s", refresh=False)
         self._bar.update(n_items)

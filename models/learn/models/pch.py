@@ -30,10 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What a user can do with an item, in the order of the enum Action of the wire contract.
-ACTIONS = ("view", "click", "like", "dislike", "share", "cart", "purchase", "skip")
-# The name of an action that is not known.
-UNSPECIFIED = "unspecified"
+from learn.data.actions import ACTIONS
 
 
 @dataclass(frozen=True)

@@ -110,14 +110,16 @@ def _run(config: BulkConfig, shards: list[Shard]) -> Iterator[tuple[int, int]]:
     if not shards:
         return
     if config.ray is not None:
-        yield from _run_on_ray(config, config.ray, shards)
+        rows = map_on_ray(ShardEmbedder, config, config.ray, [asdict(shard) for shard in shards])
+        yield from ((int(row["n_rows"]), int(row["n_tokens"])) for row in rows)
         return
     worker = ShardEmbedder(config)
     for shard in shards:
         yield worker.embed(shard)
 
 
-def _run_on_ray(config: BulkConfig, ray_config: RayConfig, shards: list[Shard]) -> Iterator[tuple[int, int]]:
+def map_on_ray(worker: type, config: Any, ray_config: RayConfig, parts: list[dict[str, Any]]) -> Iterator[dict]:
+    """Yields the rows that `worker(config)` returns for the parts, each computed by one of several Ray Data actors."""
     import ray
 
     if not ray.is_initialized():
@@ -128,16 +130,15 @@ def _run_on_ray(config: BulkConfig, ray_config: RayConfig, shards: list[Shard]) 
             options |= {"num_cpus": ray_config.workers * ray_config.cpus_per_worker, "include_dashboard": False}
         ray.init(address=ray_config.address, **options)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    done = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards)).map_batches(
-        ShardEmbedder,
+    done = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+        worker,
         fn_constructor_args=(config,),
         batch_size=1,
         concurrency=ray_config.workers,
         num_cpus=ray_config.cpus_per_worker,
         num_gpus=ray_config.gpus_per_worker,
     )
-    for row in done.iter_rows():
-        yield int(row["n_rows"]), int(row["n_tokens"])
+    yield from done.iter_rows()
 
 
 class ShardEmbedder:
@@ -195,7 +196,6 @@ def _vectors(rows: np.ndarray) -> pa.FixedSizeListArray:
 
 
 def _claim(config: BulkConfig, digests: dict[str, str], n_parts: int) -> None:
-    """Writes the job file, or raises DataError if the folder already holds a different job."""
     job: dict[str, Any] = {
         "bundle_digest": bundle_digest(config.bundle),
         "bundle": "{name} {version}".format(**read_manifest(config.bundle)),
@@ -205,7 +205,11 @@ def _claim(config: BulkConfig, digests: dict[str, str], n_parts: int) -> None:
         "files": digests,
         "n_parts": n_parts,
     }
-    path = config.out / JOB
+    claim(config.out / JOB, job)
+
+
+def claim(path: Path, job: dict[str, Any]) -> None:
+    """Writes a job file, or raises DataError if there is one of a different job."""
     if not path.is_file():
         with replacing(path) as partial:
             partial.write_text(json.dumps(job, indent=1) + "\n")

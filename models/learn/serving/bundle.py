@@ -22,9 +22,10 @@ from learn import padding
 from learn.content.ceg import Encoder, pad
 from learn.content.encoder_graph import cast_weights
 from learn.content.graph_encoder import GraphEncoder
+from learn.data.actions import ACTIONS, UNSPECIFIED
 from learn.data.item_text import ItemText, render, template_source
 from learn.models.cvr import CvrHead
-from learn.models.pch import ACTIONS, UNSPECIFIED, Pch, PchConfig
+from learn.models.pch import Pch, PchConfig
 from learn.models.served_graphs import CvrGraph, ItemTowerGraph, UserTowerGraph
 from learn.serving import bundle_format, encoder_export, tower_export
 from learn.serving.bundle_check import verify

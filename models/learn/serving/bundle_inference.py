@@ -72,8 +72,8 @@ class BundleGraphs:
         self._tokenizer.enable_truncation(manifest["item_text"]["max_tokens"], direction="right")
         limits = config.batches()
         self._batching = replace(limits, max_items=1) if batching(manifest) == "alone" else limits
-        self._encoder = _session(bundle / manifest["encoder"]["file"], config)
-        self._item_tower = _session(bundle / manifest["item_tower"]["file"], config)
+        self._encoder = session(bundle / manifest["encoder"]["file"], config)
+        self._item_tower = session(bundle / manifest["item_tower"]["file"], config)
 
     def content(self, texts: Sequence[ItemText]) -> tuple[np.ndarray, dict[int, str], int]:
         """Returns content [n,C] in fp32, the reason for each failed row by row number, and the number of tokens.
@@ -125,7 +125,8 @@ class BundleGraphs:
         return self._encoder.run(spec["outputs"], feeds)[0]
 
 
-def _session(path: Path, config: GraphsConfig) -> onnxruntime.InferenceSession:
+def session(path: Path, config: GraphsConfig) -> onnxruntime.InferenceSession:
+    """Loads a graph."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = config.threads
     options.log_severity_level = 3

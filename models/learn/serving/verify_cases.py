@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from learn.data.actions import ACTIONS, UNSPECIFIED
 from learn.data.item_text import ItemText
 from learn.serving import digests
 
@@ -39,7 +40,7 @@ class Case:
     cvr: np.ndarray  # [n]; a NaN is not compared
     content: np.ndarray | None = None  # [n,C]
     adapted: np.ndarray | None = None  # [n,D]
-    # What the user did with each history item: names of `learn.models.pch.ACTIONS`, or "unspecified".
+    # What the user did with each history item: names of `learn.data.actions.ACTIONS`, or "unspecified".
     actions: Sequence[str] = ()
 
 
@@ -91,7 +92,6 @@ def torch_cases(
     import torch
 
     from learn.data.item_text import render
-    from learn.models.pch import ACTIONS, UNSPECIFIED
     from learn.models.served_graphs import CvrGraph, ItemTowerGraph, UserTowerGraph
 
     user_tower, item_tower, cvr_graph = UserTowerGraph(towers.pch), ItemTowerGraph(towers.pch), CvrGraph(towers.head)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import small_pch
 
-from learn.models.pch import ACTIONS, Pch, PchConfig
+from learn.data.actions import ACTIONS
+from learn.models.pch import Pch, PchConfig
 from learn.models.served_graphs import ItemTowerGraph, UserTowerGraph
 from learn.toml_config import strict
 

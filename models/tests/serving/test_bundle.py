@@ -16,8 +16,8 @@ import torch
 from conftest import DEFAULT, FIXTURE, FIXTURES
 
 from learn.content.encoder_graph import cast_weights
+from learn.data.actions import ACTIONS, UNSPECIFIED
 from learn.data.item_text import ItemText, render, template_source
-from learn.models.pch import ACTIONS, UNSPECIFIED
 from learn.serving import bundle, bundle_check, bundle_format, fixture_bundles, tolerances
 
 NAMES = list(fixture_bundles.RECIPES)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import DEFAULT, FIXTURE, small_pch
 
+from learn.data.actions import ACTIONS
 from learn.models.cvr import CvrConfig, CvrHead
-from learn.models.pch import ACTIONS, Pch, PchConfig
+from learn.models.pch import Pch, PchConfig
 from learn.models.served_graphs import CvrGraph, ItemTowerGraph, UserTowerGraph
 from learn.serving import tower_export
 
