@@ -169,6 +169,7 @@ def _add_serving(commands: argparse._SubParsersAction, common: argparse.Argument
     snapshot.add_argument("--out", type=Path, required=True, help="folder of the .safetensors files")
     snapshot.add_argument("--kind", choices=("content", "item"), default="content")
     snapshot.set_defaults(run_command=_snapshot, threads=1)
+    _add_features(commands)
     upgrade = commands.add_parser("upgrade", help="bundle of format 1 -> format 2, without the run that it came from")
     upgrade.add_argument("old", type=Path, help="folder of the bundle")
     upgrade.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
@@ -205,6 +206,45 @@ def _add_serving(commands: argparse._SubParsersAction, common: argparse.Argument
     )
     verify.add_argument("--users", type=int, default=20, help="number of users of the run whose histories are sent")
     verify.set_defaults(run_command=_verify)
+
+
+def _add_features(commands: argparse._SubParsersAction) -> None:
+    features = commands.add_parser(
+        "features", help="mid-embs and more for samples of the past, as a server would have answered, as Parquet"
+    )
+    table = "a .csv or .parquet file, a folder of such files, or a glob"
+    features.add_argument("--bundle", type=Path, default=HERE / "default", help="folder of the bundle")
+    features.add_argument(
+        "--log", required=True, help=f"interactions: {table}; columns user, item, timestamp, and action or value"
+    )
+    features.add_argument(
+        "--samples", required=True, help=f"{table}; columns user, item, timestamp, and any others, which are kept"
+    )
+    features.add_argument(
+        "--items", type=Path, required=True, help="JSONL or Parquet file of items, or a folder of such files"
+    )
+    features.add_argument("--out", type=Path, required=True, help="folder of the Parquet files")
+    features.add_argument(
+        "--outputs",
+        nargs="+",
+        choices=("mid_emb", "cvr", "user_emb", "item_emb"),
+        default=["mid_emb", "cvr"],
+        help="columns to compute (default: mid_emb cvr)",
+    )
+    features.add_argument(
+        "--liked-from", type=float, help="for a log with values instead of actions: a like has this value or more"
+    )
+    features.add_argument("--disliked-to", type=float, help="the same: a dislike has this value or less")
+    features.add_argument("--memory-mb", type=int, default=1024, help="memory for sorting the log")
+    features.add_argument("--ray", metavar="ADDRESS", help="run on Ray: a cluster's address, or `local`")
+    features.add_argument(
+        "--workers", type=int, default=min(2, os.cpu_count() or 1), help="number of parallel processes"
+    )
+    features.add_argument(
+        "--check", metavar="HOST:PORT", help="then send a hundred of the samples to this server, and compare"
+    )
+    features.add_argument("--model", default="", help="name under which the server of --check serves the bundle")
+    features.set_defaults(run_command=_features, threads=1)
 
 
 def _run(arguments: Arguments):
@@ -310,6 +350,35 @@ def _embed(arguments: Arguments) -> None:
     if arguments.ray:
         ray = RayConfig(address=None if arguments.ray == "local" else arguments.ray, workers=arguments.workers)
     embed_catalogue(BulkConfig(arguments.bundle, arguments.items, arguments.out, ray=ray))
+
+
+def _features(arguments: Arguments) -> int:
+    from learn.serving.bulk_embedding import RayConfig
+    from learn.serving.feature_inputs import SortConfig
+    from learn.serving.features import FeaturesConfig, compute_features
+
+    ray = None
+    if arguments.ray:
+        ray = RayConfig(address=None if arguments.ray == "local" else arguments.ray, workers=arguments.workers)
+    config = FeaturesConfig(
+        arguments.bundle,
+        arguments.log,
+        arguments.samples,
+        arguments.items,
+        arguments.out,
+        outputs=tuple(arguments.outputs),
+        liked_from=arguments.liked_from,
+        disliked_to=arguments.disliked_to,
+        sort=SortConfig(memory_mb=arguments.memory_mb),
+        workers=arguments.workers,
+        ray=ray,
+    )
+    compute_features(config)
+    if arguments.check is None:
+        return 0
+    from learn.serving.feature_check import CheckConfig, check_and_print
+
+    return check_and_print(config, CheckConfig(arguments.check, arguments.model))
 
 
 def _snapshot(arguments: Arguments) -> None:
