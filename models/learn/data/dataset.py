@@ -31,29 +31,37 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Interaction:
-    """One event of a log. `timestamp` is in seconds; `value` is what the data set measures, such as a rating."""
+    """One event of a log. `timestamp` is in seconds; `value` is what the data set measures, such as a rating.
+
+    `action` is what the user did, one of `learn.data.actions.ACTIONS`, or empty if that is not known.
+    """
 
     user: str
     item: str
     timestamp: int
     value: float = 1.0
+    action: str = ""
 
 
 @dataclass(frozen=True)
 class Sequence:
     """One user's events, oldest first: catalogue indices int64 [n], values float32 [n], timestamps int64 [n].
 
-    Timestamps are in seconds. If the log has only an order, they are 0, 1, .. n - 1, which is also the default.
+    Timestamps are in seconds. If the log has only an order, they are 0, 1, .. n - 1, which is also the default. Actions
+    uint8 [n] are 0 if what the user did is not known, which is the default, else 1 + the position in `ACTIONS`.
     """
 
     user: str
     items: np.ndarray
     values: np.ndarray
     timestamps: np.ndarray = None  # type: ignore[assignment]  # __post_init__ makes it an array
+    actions: np.ndarray = None  # type: ignore[assignment]  # likewise
 
     def __post_init__(self) -> None:
         if self.timestamps is None:
             object.__setattr__(self, "timestamps", np.arange(len(self.items), dtype=np.int64))
+        if self.actions is None:
+            object.__setattr__(self, "actions", np.zeros(len(self.items), dtype=np.uint8))
 
 
 # A list in tests, otherwise `PreparedSequences`, which reads the events of a user from disk on access.

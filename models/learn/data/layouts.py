@@ -1,9 +1,9 @@
 """Which data set a folder contains, and how DuckDB reads its log.
 
-Every layout presents its log as the same relation, `record, "user", item, timestamp, value, broken`. `record` counts
-from 1; the other columns are the unchanged text of the file. `timestamp` and `value` are null if the data set has none,
-and `broken` says why a line could not be parsed. `preparation` checks and casts these columns in the same way for all
-layouts.
+Every layout presents its log as the same relation, `record, "user", item, timestamp, value, action, broken`. `record`
+counts from 1; the other columns are the unchanged text of the file. `timestamp`, `value` and `action` are null if the
+data set has none, and `broken` says why a line could not be parsed. `preparation` checks and casts these columns in the
+same way for all layouts.
 
 | layout | files |
 |---|---|
@@ -38,16 +38,18 @@ SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the four columns in the file; None if the log has no such column."""
+    """The names of the columns in the file; None if the log has no such column."""
 
     user: str = "user"
     item: str = "item"
     timestamp: str | None = "timestamp"
     value: str | None = "value"
+    action: str | None = None
 
     def present(self) -> list[str]:
         """The names of the columns that the file has."""
-        return [name for name in (self.user, self.item, self.timestamp, self.value) if name is not None]
+        names = (self.user, self.item, self.timestamp, self.value, self.action)
+        return [name for name in names if name is not None]
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _one_of(folder: Path, *names: str) -> Path | None:
 
 def _neutral_columns(path: Path) -> Columns:
     found = catalogue.header(path)
-    return Columns(timestamp="timestamp" if "timestamp" in found else None, value="value" if "value" in found else None)
+    return Columns(**{column: column if column in found else None for column in ("timestamp", "value", "action")})
 
 
 def _parquet_schema(path: Path) -> pyarrow.Schema:
@@ -170,7 +172,7 @@ def _parquet_schema(path: Path) -> pyarrow.Schema:
 def _parquet_log(path: Path) -> Log:
     schema = _parquet_schema(path)
     columns = Columns(
-        *(column if column in schema.names else None for column in ("user", "item", "timestamp", "value"))
+        *(column if column in schema.names else None for column in ("user", "item", "timestamp", "value", "action"))
     )
     for required in ("user", "item"):
         if required not in schema.names:
@@ -180,6 +182,7 @@ def _parquet_log(path: Path) -> Log:
         "user": (kinds.is_integer, kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_dictionary),
         "timestamp": (kinds.is_integer, kinds.is_timestamp),
         "value": (kinds.is_integer, kinds.is_floating, kinds.is_boolean, kinds.is_decimal),
+        "action": (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_dictionary),
     }
     for column in columns.present():
         kind = schema.field(column).type
@@ -189,8 +192,10 @@ def _parquet_log(path: Path) -> Log:
     if columns.timestamp and kinds.is_timestamp(schema.field("timestamp").type):
         when = f"epoch_us({when})"
     value = f"CAST({name('value')} AS DOUBLE)" if columns.value else "NULL"
-    fields = f'"user", item, {when if columns.timestamp else "NULL"} AS timestamp, {value} AS value'
-    return Log(path, _relation(f"(SELECT {fields} FROM read_parquet({text(str(path))}))", Columns()), columns)
+    action = "action" if columns.action else "NULL"
+    fields = f'"user", item, {when if columns.timestamp else "NULL"} AS timestamp, {value} AS value, {action} AS action'
+    source = f"(SELECT {fields} FROM read_parquet({text(str(path))}))"
+    return Log(path, _relation(source, Columns(action="action")), columns)
 
 
 def _parquet_ticks(path: Path) -> int:
@@ -296,6 +301,7 @@ def _csv_log(path: Path, columns: Columns) -> Log:
 
 def _relation(source: str, columns: Columns, broken: str = "CAST(NULL AS VARCHAR)") -> str:
     column_of = {"user": columns.user, "item": columns.item, "timestamp": columns.timestamp, "value": columns.value}
+    column_of["action"] = columns.action
     fields = (
         f"CAST({name(column) if column else 'NULL'} AS VARCHAR) AS {name(alias)}" for alias, column in column_of.items()
     )

@@ -6,6 +6,7 @@ condition holds gives the error of the record. In SQL the record is `r`, and the
 
 from __future__ import annotations
 
+from learn.data.actions import ACTIONS, UNSPECIFIED
 from learn.data.layouts import Columns
 from learn.data.sql import name, text
 
@@ -46,6 +47,22 @@ def invalid_timestamp(column: str | None) -> list[Check]:
 def invalid_value(column: str | None) -> list[Check]:
     """The value is not a number in the range of float32."""
     return [] if column is None else _invalid_number("value", column, "FLOAT")
+
+
+def unknown_action(column: str | None) -> list[Check]:
+    """The action has no known name; an empty one is not known, which is no problem."""
+    if column is None:
+        return []
+    names = ", ".join(map(text, (*ACTIONS, UNSPECIFIED)))
+    reason = text(f" is none of {', '.join((*ACTIONS, UNSPECIFIED))}")
+    condition = f"coalesce(r.action, '') <> '' AND r.action NOT IN ({names})"
+    return [(condition, column, f"{QUOTE} || r.action || {QUOTE} || {reason}")]
+
+
+def action_number(column: str | None) -> str:
+    """An SQL expression for the action of the record: 0 if it is not known, else 1 + its position in `ACTIONS`."""
+    position = f"coalesce(list_position([{', '.join(map(text, ACTIONS))}], r.action), 0)"
+    return f"CAST({'0' if column is None else position} AS UTINYINT)"
 
 
 def _invalid_number(alias: str, column: str, kind: str) -> list[Check]:

@@ -1,7 +1,8 @@
 """The neutral format, for every data set that has no layout of its own: two files in one folder.
 
-interactions.csv or .parquet   user,item and optionally timestamp (seconds) and value; other columns are ignored.
-                               Without timestamps the order of the file counts; without values all are 1.
+interactions.csv or .parquet   user,item and optionally timestamp (seconds), value and action; other columns are
+                               ignored. Without timestamps the order of the file counts; without values all are 1; an
+                               action is one of `learn.data.actions.ACTIONS`, or empty if it is not known.
 items.jsonl or .parquet        one object per line: {"id": "..", "text": {any of the six fields}}, or the fields
                                beside the id; in Parquet a struct `text` or columns of those names
 """
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from learn.data.actions import ACTIONS
 from learn.data.dataset import Dataset, Interaction
 from learn.data.item_text import ItemText
 from learn.data.preparation import PrepareConfig, build
@@ -24,12 +26,17 @@ COLUMNS = ["user", "item", "timestamp", "value"]
 
 
 def write_neutral(interactions: Iterable[Interaction], items: Iterable[tuple[str, ItemText]], folder: Path) -> None:
-    """Writes both files of the neutral format, as CSV and JSON Lines, and creates the folder if needed."""
+    """Writes both files of the neutral format, as CSV and JSON Lines, and creates the folder if needed.
+
+    The log has a column of actions only if at least one event has one.
+    """
+    events = list(interactions)
+    columns = [*COLUMNS, "action"] if any(event.action for event in events) else COLUMNS
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / INTERACTIONS).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows((event.user, event.item, event.timestamp, event.value) for event in interactions)
+        writer.writerow(columns)
+        writer.writerows([getattr(event, column) for column in columns] for event in events)
     with (folder / ITEMS).open("w", encoding="utf-8") as file:
         for identifier, text in items:
             given = {name: value for name, value in text.to_json().items() if value}
@@ -51,10 +58,11 @@ def read_movielens(folder: Path) -> tuple[list[Interaction], list[tuple[str, Ite
     """Reads a small data set of any layout as the arguments of `write_neutral`: events, user by user, and items."""
     dataset = read_neutral(folder)
     events = [
-        Interaction(sequence.user, dataset.item_ids[item], timestamp, value)
+        Interaction(sequence.user, dataset.item_ids[item], timestamp, value, ("", *ACTIONS)[action])
         for sequence in dataset.sequences
-        for item, timestamp, value in zip(
-            sequence.items.tolist(), sequence.timestamps.tolist(), sequence.values.tolist(), strict=True
+        for item, timestamp, value, action in zip(
+            *(column.tolist() for column in (sequence.items, sequence.timestamps, sequence.values, sequence.actions)),
+            strict=True,
         )
     ]
     return events, list(zip(dataset.item_ids, dataset.texts, strict=True))

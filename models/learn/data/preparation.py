@@ -16,6 +16,7 @@ catalogue into memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Callable
@@ -103,7 +104,7 @@ def _publish(work: Path, out: Path, meta: Prepared) -> None:
     """Moves the files into `out`, meta.json last, so that a folder with meta.json is complete."""
     (out / prepared_folder.META).unlink(missing_ok=True)
     (work / prepared_folder.META).write_text(meta.to_json(), encoding="utf-8")
-    for file in (*prepared_folder.FILES, prepared_folder.META):
+    for file in (*meta.files, prepared_folder.META):
         (work / file).replace(out / file)
 
 
@@ -189,7 +190,7 @@ class _Preparation:
         return n_removed
 
     def load_log(self) -> None:
-        """Creates log(record, user, item, sort_key, value, problem).
+        """Creates log(record, user, item, sort_key, value, action, problem).
 
         `item` is the row of the item. `sort_key` is the timestamp in the unit of the file, or else the record number.
         """
@@ -205,12 +206,14 @@ class _Preparation:
         if not self.layout.is_lenient:
             checks += log_checks.unknown_item(columns.item, self.layout.items.name)
         checks += log_checks.invalid_timestamp(columns.timestamp) + value_checks
+        checks += log_checks.unknown_action(columns.action)
         sort_key = "r.record" if columns.timestamp is None else "TRY_CAST(trim(r.timestamp) AS BIGINT)"
         try:
             self.db.execute(f"""
                 CREATE TABLE {table} AS
                 SELECT
                     r.record, r."user", i.row AS item, {sort_key} AS sort_key, {value} AS value,
+                    {log_checks.action_number(columns.action)} AS action,
                     {log_checks.first_problem(checks)} AS problem
                 FROM ({log.sql}) r LEFT JOIN items i ON i.id = r.item
             """)
@@ -279,24 +282,32 @@ class _Preparation:
                 byte_end, event_end = int(byte_ends[-1]), int(event_ends[-1])
 
     def write_events(self) -> None:
-        """Writes items.npy, values.npy and timestamps.npy.
+        """Writes items.npy, values.npy, timestamps.npy and, if the log has actions, actions.npy.
 
-        Ties in (user, timestamp, item id) are broken by value, so the order of a file with timestamps never matters.
+        Ties in (user, timestamp, item id) are broken by value, then by action, so the order of a file with timestamps
+        never matters.
         """
         query = """
-            SELECT u.rowid AS user_index, c.idx AS item, l.value, l.sort_key
+            SELECT u.rowid AS user_index, c.idx AS item, l.value, l.sort_key, l.action
             FROM log l JOIN users u ON u."user" = l."user" JOIN catalogue c ON c.row = l.item
-            ORDER BY user_index, l.sort_key, c.rank, l.value
+            ORDER BY user_index, l.sort_key, c.rank, l.value, l.action
         """
         offsets = np.load(self.work / "offsets.npy", mmap_mode="r")
         items, values, timestamps = (self._array(key, self.n_events) for key in ("items", "values", "timestamps"))
+        actions = self._array(prepared_folder.ACTIONS, self.n_events) if self._has_actions else None
         begin = 0
-        with items, values, timestamps:
+        with items, values, timestamps, actions or contextlib.nullcontext():
             for batch in sql.batches(self.db, query):
                 items.write(batch["item"].to_numpy())
                 values.write(batch["value"].to_numpy())
                 timestamps.write(self._seconds(batch, begin, offsets))
+                if actions is not None:
+                    actions.write(batch["action"].to_numpy())
                 begin += len(batch)
+
+    @property
+    def _has_actions(self) -> bool:
+        return self.layout.log.columns.action is not None
 
     def _seconds(self, batch: pyarrow.RecordBatch, begin: int, offsets: np.ndarray) -> np.ndarray:
         if self.layout.log.columns.timestamp is None:
@@ -325,7 +336,9 @@ class _Preparation:
 
     def meta(self) -> Prepared:
         """The content of meta.json, for the files in `work`."""
-        files = {file: prepared_folder.file_digest(self.work / file) for file in prepared_folder.FILES}
+        files = {
+            file: prepared_folder.file_digest(self.work / file) for file in prepared_folder.files(self._has_actions)
+        }
         settings = {"split": asdict(self.config.split), "text_fields": list(self.fields)}
         settings |= {key: getattr(self.config, key) for key in ("max_keywords", "min_user_events")}
         return Prepared(
@@ -334,6 +347,7 @@ class _Preparation:
             n_items=self.n_items,
             n_events=self.n_events,
             has_timestamps=self.layout.log.columns.timestamp is not None,
+            has_actions=self._has_actions,
             digest=prepared_folder.content_digest(files),
             dropped=self.dropped,
             keywords=self.boundary,
@@ -342,4 +356,5 @@ class _Preparation:
         )
 
     def _array(self, key: str, length: int) -> ArrayWriter:
-        return ArrayWriter(self.work / f"{key}.npy", prepared_folder.ARRAYS[key], length)
+        kinds = prepared_folder.ARRAYS | prepared_folder.ARRAYS_OF_SOME_LOGS
+        return ArrayWriter(self.work / f"{key}.npy", kinds[key], length)

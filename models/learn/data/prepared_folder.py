@@ -3,6 +3,8 @@
     items.npy       int32 [n]    catalogue index of each event; events are grouped by user, oldest first
     values.npy      float32 [n]
     timestamps.npy  int64 [n]    seconds; 0, 1, .. within a user if the log has no timestamps
+    actions.npy     uint8 [n]    0 if not known, else 1 + the position in `learn.data.actions.ACTIONS`; there is no such
+                                 file if the log has no column of actions
     offsets.npy     int64 [U+1]  the events of user u are offsets[u] : offsets[u + 1]
     users.txt       the ids of the users in UTF-8, without separators; users_ends.npy int64 [U] has the byte at which
                     each one ends
@@ -37,7 +39,14 @@ ARRAYS = {
     "offsets": np.dtype("<i8"),
     "users_ends": np.dtype("<i8"),
 }
+ACTIONS = "actions"
+ARRAYS_OF_SOME_LOGS = {ACTIONS: np.dtype("u1")}
 FILES = (*(f"{name}.npy" for name in ARRAYS), USERS, CATALOGUE)
+
+
+def files(has_actions: bool) -> tuple[str, ...]:
+    """The files that meta.json lists."""
+    return (*FILES, f"{ACTIONS}.npy") if has_actions else FILES
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class Prepared:
     n_events: int
     has_timestamps: bool
     digest: str
+    has_actions: bool = False
     # What was left out and how much of it, e.g. {"events of items without text": 12}.
     dropped: dict[str, int] = field(default_factory=dict)
     keywords: KeywordBoundary | None = None
@@ -85,7 +95,8 @@ class PreparedSequences(AnySequence[Sequence]):
 
     def __init__(self, folder: Path, meta: Prepared) -> None:
         self.folder, self.meta = folder, meta
-        self.arrays = {name: _open_array(folder, name) for name in ARRAYS}
+        names = (*ARRAYS, ACTIONS) if meta.has_actions else ARRAYS
+        self.arrays = {name: _open_array(folder, name) for name in names}
         self._user_ids = np.memmap(folder / USERS, dtype=np.uint8, mode="r") if meta.n_users else np.empty(0, np.uint8)
 
     def __len__(self) -> int:
@@ -102,6 +113,7 @@ class PreparedSequences(AnySequence[Sequence]):
             self.arrays["items"][begin:end].astype(np.int64),
             np.array(self.arrays["values"][begin:end]),
             np.array(self.arrays["timestamps"][begin:end]),
+            np.array(self.arrays[ACTIONS][begin:end]) if self.meta.has_actions else None,
         )
 
     @cached_property
@@ -209,6 +221,7 @@ def _open_array(folder: Path, name: str) -> np.ndarray:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise DataError(path, None, None, str(error)) from error
-    if array.dtype != ARRAYS[name]:
-        raise DataError(path, None, None, f"expected {ARRAYS[name]}, got {array.dtype}")
+    expected = (ARRAYS | ARRAYS_OF_SOME_LOGS)[name]
+    if array.dtype != expected:
+        raise DataError(path, None, None, f"expected {expected}, got {array.dtype}")
     return array

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from learn.atomic_file import replacing
 from learn.data import DataError, log_checks, sql
-from learn.data.actions import ACTIONS, LIKED, UNSPECIFIED
+from learn.data.actions import ACTIONS, LIKED
 from learn.data.layouts import Columns, Log, check_quotes, read_error
 from learn.serving.feature_tables import Table, files, open_table
 
@@ -179,11 +179,7 @@ def _insert(
     columns = log.columns
     checks = log_checks.broken_record() + log_checks.empty_fields(columns) + log_checks.invalid_timestamp("timestamp")
     checks += log_checks.invalid_value(columns.value)
-    if source.has("action"):
-        known = ", ".join(sql.text(name) for name in (*ACTIONS, UNSPECIFIED))
-        none_of = sql.text(f" is none of {', '.join((*ACTIONS, UNSPECIFIED))}")
-        reason = f"{log_checks.QUOTE} || r.action || {log_checks.QUOTE} || {none_of}"
-        checks.append((f"coalesce(r.action, '') <> '' AND r.action NOT IN ({known})", "action", reason))
+    checks += log_checks.unknown_action("action" if source.has("action") else None)
     problem = log_checks.first_problem(checks)
     fields = ", ".join(f"{value} AS {sql.name(name)}" for name, value in select.items())
     join = 'LEFT JOIN users u ON u."user" = r."user"' if table == "events" else ""
@@ -263,10 +259,9 @@ def _load_events(db: duckdb.DuckDBPyConnection, sources: list[Table], ticks: int
 
 def _action(source: Table, rules: HistoryRules) -> str:
     if source.has("action"):
-        names = ", ".join(sql.text(name) for name in ACTIONS)
-        return f"CAST(coalesce(list_position([{names}], r.action), 0) AS UTINYINT)"
+        return log_checks.action_number("action")
     if not source.has("value") or rules.liked_from is None:
-        return "CAST(0 AS UTINYINT)"
+        return log_checks.action_number(None)
     number = {name: 1 + ACTIONS.index(name) for name in ("click", "like", "dislike")}
     value = "TRY_CAST(r.value AS DOUBLE)"
     disliked = "" if rules.disliked_to is None else f"WHEN {value} <= {rules.disliked_to!r} THEN {number['dislike']} "

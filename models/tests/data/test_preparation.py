@@ -8,13 +8,18 @@ import sys
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import raw
 from conftest import MODELS, write_movielens
 
 from learn import data
 from learn.data import DataError, Interaction, PrepareConfig, SplitConfig, TimeSplitConfig
+from learn.data.actions import ACTIONS
 from learn.data.item_text import ItemText
+from learn.data.preparation import build
+from learn.data.prepared_folder import read_prepared, verify_prepared
 from research.ranking import event_parts
 
 MOVIES = [(1, "A (1990)", "Drama"), (2, "B (1991)", "Drama"), (10, "C (1992)", "War")]
@@ -258,3 +263,47 @@ def test_memory_is_bounded_whatever_the_length_of_the_log(tmp_path):
     n_counted, growth_mb = map(int, completed.stdout.split())
     assert n_counted == n_events
     assert growth_mb < 230
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_actions_of_the_log_are_kept_in_its_order(tmp_path, suffix):
+    """Ties are broken by item, then value, then action; a log without actions has no file of them."""
+    rows = [("u", "b", 5, 1.0, "like"), ("u", "a", 5, 2.0, "skip"), ("u", "a", 5, 2.0, "view"), ("v", "a", 1, 1.0, "")]
+    names = ("user", "item", "timestamp", "value", "action")
+    (tmp_path / "raw").mkdir()
+    log = tmp_path / "raw" / f"interactions.{suffix}"
+    if suffix == "csv":
+        log.write_text("\n".join(",".join(map(str, row)) for row in (names, *rows)) + "\n")
+    else:
+        pq.write_table(pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))), log)
+    (tmp_path / "raw" / "items.jsonl").write_text('{"id": "a", "title": "A"}\n{"id": "b", "title": "B"}\n')
+    build(tmp_path / "raw", tmp_path / "out", PrepareConfig())
+    sequences = read_prepared(tmp_path / "out").sequences
+    assert [[ACTIONS[number - 1] if number else "" for number in sequence.actions] for sequence in sequences] == [
+        ["view", "skip", "like"],
+        [""],
+    ]
+    assert verify_prepared(tmp_path / "out").has_actions
+
+
+def test_a_log_without_actions_has_no_file_of_them(tmp_path):
+    write_movielens(tmp_path / "raw", [(1, 1, 5.0, 1)], [(1, "A (1990)", "Drama")])
+    build(tmp_path / "raw", tmp_path / "out", PrepareConfig())
+    assert not (tmp_path / "out" / "actions.npy").exists()
+    assert read_prepared(tmp_path / "out").sequences[0].actions.tolist() == [0]
+
+
+def test_the_neutral_format_holds_actions(tmp_path):
+    events = [Interaction("u", "0", 1, 1.0, "like"), Interaction("u", "1", 2, 1.0)]
+    data.write_neutral(events, [(str(n), ItemText(title=f"Item {n}")) for n in range(2)], tmp_path / "raw")
+    build(tmp_path / "raw", tmp_path / "out", PrepareConfig())
+    found = read_prepared(tmp_path / "out").sequences[0].actions
+    assert [ACTIONS[number - 1] if number else "" for number in found] == ["like", ""]
+
+
+def test_an_unknown_action_names_its_row(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "interactions.csv").write_text("user,item,action\nu,a,like\nu,a,hate\n")
+    (tmp_path / "raw" / "items.jsonl").write_text('{"id": "a", "title": "A"}\n')
+    with pytest.raises(DataError, match=r"interactions.csv, row 3, column action: 'hate' is none of view, click"):
+        build(tmp_path / "raw", tmp_path / "out", PrepareConfig())
