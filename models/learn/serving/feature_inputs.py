@@ -62,10 +62,10 @@ class HistoryRules:
 class SortConfig:
     """How DuckDB sorts, and how large a part is. A user is never divided, so one user's events may exceed a part."""
 
-    memory_mb: int = 1024
+    memory_mb: int = 256
     threads: int = 1
     part_samples: int = 50_000
-    part_events: int = 2_000_000
+    part_events: int = 500_000
 
 
 @dataclass(frozen=True)
