@@ -10,6 +10,7 @@
 #   make faults       faults injected into a running server, with every vector compared: about two minutes
 #   make faults-smoke those of them that cost little: under a minute
 #   make bench-reload 200 pushes under load, with every answer checked: about three minutes
+#   make bench-served-features  hot requests without and with samples of the answers on disk: about six minutes
 #   make bench-hostile hot requests beside peers that misbehave: about six minutes
 #   make soak         a server with small caches under mixed traffic for SOAK_MINUTES, then checks that nothing grew or leaked
 #   make bench        every scenario beside lower bounds and peers, five rounds: about a quarter of an hour
@@ -20,7 +21,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo serve test lint fix deny fuzz fuzz-smoke fuzz-build faults faults-smoke bench bench-hostile bench-reload soak setup build bench-build test-setup lint-setup bench-setup train-setup train train-test
+.PHONY: demo serve test lint fix deny fuzz fuzz-smoke fuzz-build faults faults-smoke bench bench-hostile bench-reload bench-served-features soak setup build bench-build test-setup lint-setup bench-setup train-setup train train-test
 
 # Whatever loads ONNX Runtime below reports nothing to its maker.
 export ORT_DISABLE_TELEMETRY := 1
@@ -45,6 +46,9 @@ bench: setup build bench-build bench-setup
 
 bench-reload: setup build bench-build .venv/.bench-installed
 	@.venv/bin/python benches/reload.py
+
+bench-served-features: setup build bench-build .venv/.bench-installed
+	@.venv/bin/python benches/served_features.py
 
 bench-hostile: setup build bench-build .venv/.bench-installed
 	@.venv/bin/python benches/hostile.py

@@ -9,6 +9,7 @@
 //! - [`lifecycle`]: how a config comes into force, and how it is rolled back.
 //! - [`config`]: file and environment to validated settings.
 //! - [`pipeline`]: the request, one line per stage. **Start here.**
+//! - [`served_features`]: a sample of the answers, in files to train ranking models on.
 //! - [`bundle`]: from a folder of graphs to a checked model that serves.
 //! - [`content`]: CEG, content embeddings: single flight, batches, the encoder's threads.
 //! - [`towers`]: PCH and the CVR head: item records, user embeddings, mid-embs.
@@ -31,6 +32,7 @@ pub mod domain;
 pub mod inference;
 pub mod lifecycle;
 pub mod pipeline;
+pub mod served_features;
 pub mod server;
 pub mod telemetry;
 pub mod towers;

@@ -60,10 +60,15 @@ impl ModelSet {
             Some(name) => self.live.iter().find(|served| served.model.reference.name == name),
             None => {
                 let shares = self.live.iter().map(|served| served.share);
-                index_of_share(shares, self.user_buckets.share_bucket(routing_key)).map(|i| &self.live[i])
+                index_of_share(shares, self.share_bucket(routing_key)).map(|i| &self.live[i])
             }
         };
         served.map(|served| &served.model).ok_or_else(|| Error::model_not_found(name.unwrap_or_default()))
+    }
+
+    /// From 0 to 99: which percent of the traffic this key belongs to.
+    pub(crate) fn share_bucket(&self, routing_key: &RoutingKey) -> u16 {
+        self.user_buckets.share_bucket(routing_key)
     }
 
     /// The shadows that score a request with this key that `model` answers.

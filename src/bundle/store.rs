@@ -15,15 +15,19 @@
 //! Cached files are checked by size only, because `load` checks all of them against their digests. If it finds a damaged
 //! file, [`Store::remove_damaged`] removes it, and the next fetch downloads it again.
 //!
-//! Deliberately not here: reading the environment (options are passed in), polling a URL for changes, writing to a store, and
+//! [`UploadFolder`] writes files that are no bundles to the same stores.
+//!
+//! Deliberately not here: reading the environment (options are passed in), polling a URL for changes, writing bundles, and
 //! fetching several files at once (one stream per store is simple to stop and to report on).
 
 mod cache;
 mod remote;
 mod source;
+mod upload;
 
 pub use cache::Pruned;
 pub use source::{BundleUrl, Source, SourceError};
+pub use upload::UploadFolder;
 
 use super::manifest::{self, FileSpec, Manifest, ManifestError};
 use crate::domain::digest::sha256_hex;
@@ -70,7 +74,10 @@ pub enum StoreError {
     /// The pinned digest is malformed.
     #[error("{0:?} is not a digest: 64 characters of lower-case hex")]
     Digest(String),
-    /// The local cache cannot be read or written.
+    /// The store did not take a file.
+    #[error("{file} cannot be uploaded: {reason}")]
+    NotUploaded { file: String, reason: String },
+    /// The local cache, or a file to upload, cannot be read or written.
     #[error("{}: {source}", path.display())]
     Disk { path: PathBuf, source: io::Error },
     /// A thread that worked on the cache panicked or was cancelled.

@@ -4,7 +4,7 @@
 //! that does not depend on `T` is the [`Description`]: documentation, `midemb config print` and error messages are
 //! made from it.
 
-use crate::telemetry::logs;
+use crate::{served_features::Rate, telemetry::logs};
 use std::{fmt, net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 /// What an operator is told about a key.
@@ -32,6 +32,7 @@ pub enum Bound {
     Address,
     Integer(RangeInclusive<u64>),
     Percent(RangeInclusive<u8>),
+    SampleRate,
     OneOf(&'static [&'static str]),
     Path,
     Filter,
@@ -94,7 +95,7 @@ impl Description {
     pub(super) fn toml_line(&self, value: &str) -> String {
         let name = self.last_part();
         match self.bound {
-            Bound::Integer(_) | Bound::Percent(_) | Bound::Flag => format!("{name} = {value}\n"),
+            Bound::Integer(_) | Bound::Percent(_) | Bound::SampleRate | Bound::Flag => format!("{name} = {value}\n"),
             _ => format!("{name} = {}\n", toml::Value::from(value)),
         }
     }
@@ -108,6 +109,7 @@ impl fmt::Display for Bound {
             Bound::Percent(range) => {
                 write!(f, "a whole percentage from {} to {}", range.start(), range.end())
             }
+            Bound::SampleRate => f.write_str("a percentage above 0 and up to 100, for example 0.5"),
             Bound::OneOf(words) => write!(f, "one of {}", words.join(", ")),
             Bound::Path => f.write_str("a path"),
             Bound::Filter => write!(
@@ -219,6 +221,11 @@ pub(super) const fn percent(name: &'static str, range: RangeInclusive<u8>, help:
         text.parse().ok().filter(|percent| range.contains(percent))
     };
     Key::new(name, "", Bound::Percent(range), parse, help)
+}
+
+pub(super) const fn sample_rate(name: &'static str, default: &'static str, help: &'static str) -> Key<Rate> {
+    let parse: Parse<Rate> = |text, _| text.parse().ok().and_then(Rate::from_percent);
+    Key::new(name, default, Bound::SampleRate, parse, help)
 }
 
 fn integer(text: &str, bound: &Bound) -> Option<u64> {

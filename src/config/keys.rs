@@ -6,9 +6,13 @@
 
 use super::key::{
     Bound, Description, Key, address, choice, count, filter, flag, line, megabytes, milliseconds, path, percent,
-    seconds, sha256, text,
+    sample_rate, seconds, sha256, text,
 };
-use crate::{inference::ProviderChoice, telemetry::logs::LogFormat};
+use crate::{
+    inference::ProviderChoice,
+    served_features::{Rate, SampleBy},
+    telemetry::logs::LogFormat,
+};
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 /// Declares each key as a static, and lists the descriptions of all of them, in their order, under `$list`.
@@ -155,6 +159,52 @@ keys! {
         "The time between two snapshots: a crash loses what the caches gained since the last one. 0 means that a snapshot is written on drain only.",
     );
 
+    SERVED_FEATURES_FOLDER: Key<Option<PathBuf>> = path(
+        "served_features.folder",
+        "The folder that a sample of the answers is written to, as Parquet files to train a ranking model on. If empty, nothing is sampled. The files say which user was shown what, so choose a disk for such data.",
+    ).later();
+    SERVED_FEATURES_UPLOAD_TO: Key<String> = text(
+        "served_features.upload_to",
+        "",
+        "The URL that finished files are uploaded to, after which they are removed here: `s3://bucket/path`, `gs://`, `az://` or `https://`, with the credentials of bundles. If empty, files stay in the folder, and removing them is up to their reader.",
+    ).later();
+    SERVED_FEATURES_PERCENT: Key<Rate> = sample_rate(
+        "served_features.percent",
+        "1",
+        "The percentage of requests, or of users, that are sampled; a decimal above 0. At 100 a request costs about a quarter more CPU time.",
+    ).live().later();
+    SERVED_FEATURES_SAMPLE_BY: Key<SampleBy> = choice(
+        "served_features.sample_by",
+        "request",
+        &["request", "user"],
+        sample_by,
+        "What is sampled: single requests, or users with all of their requests, always the same ones. Users are drawn independently of the models that they are routed to. A visitor without an id is sampled by request.",
+    ).later();
+    SERVED_FEATURES_ROTATE_MB: Key<u64> = megabytes(
+        "served_features.rotate_mb",
+        "64",
+        1..=1 << 20,
+        "The size at which a file is finished and the next one begun. Lower it if readers should see samples sooner under heavy traffic.",
+    ).later();
+    SERVED_FEATURES_ROTATE_SECONDS: Key<Duration> = seconds(
+        "served_features.rotate_seconds",
+        "300",
+        1..=86_400,
+        "How long a sample waits at most until the file that holds it is finished. A crash loses what is not in a finished file.",
+    ).later();
+    SERVED_FEATURES_MAX_DISK_MB: Key<u64> = megabytes(
+        "served_features.max_disk_mb",
+        "1024",
+        1..=1 << 20,
+        "What the files in the folder may take together. When they do, samples are dropped and counted until there is room again.",
+    ).later();
+    SERVED_FEATURES_QUEUE_MB: Key<u64> = megabytes(
+        "served_features.queue_mb",
+        "32",
+        1..=1024,
+        "Memory for samples that wait for the disk. When it is full, samples are dropped and counted. Raise it if the disk stalls now and then.",
+    ).later();
+
     BUNDLES_FOLDER: Key<Option<PathBuf>> = path(
         "bundles.folder",
         "The folder for bundles that were fetched from an object store. If empty, it is `bundles` beside the config file. Choose a disk that outlives the process.",
@@ -297,6 +347,14 @@ fn log_format(word: &str, _: &Bound) -> Option<LogFormat> {
         "auto" => Some(LogFormat::Auto),
         "json" => Some(LogFormat::Json),
         "human" => Some(LogFormat::Human),
+        _ => None,
+    }
+}
+
+fn sample_by(word: &str, _: &Bound) -> Option<SampleBy> {
+    match word {
+        "request" => Some(SampleBy::Request),
+        "user" => Some(SampleBy::User),
         _ => None,
     }
 }

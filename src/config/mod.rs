@@ -2,7 +2,7 @@
 //!
 //! [`keys`] describes every key once: its name, default, bound, help, and the type that its text becomes. [`raw`]
 //! holds what was written. `reader` and `models` check it against the keys, and [`settings`] is what the rest of
-//! the server sees. `pin` writes digests of bundles into a config's text. A config is refused with all its errors at once ([`fault`]), each with its key, value and
+//! the server sees. `pin` writes digests of bundles into a config's text, and `served_features` reads the table of that name. A config is refused with all its errors at once ([`fault`]), each with its key, value and
 //! bound.
 //!
 //! This is the only module that reads environment variables.
@@ -15,6 +15,7 @@ pub mod models;
 mod pin;
 pub mod raw;
 mod reader;
+mod served_features;
 pub mod settings;
 
 pub use environment::{library_from_environment, prepare_process, store_options};

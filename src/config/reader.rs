@@ -6,7 +6,10 @@ use super::{
     keys::KEYS,
     raw::{Raw, scalar},
 };
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 /// Above this Jaro similarity, an unknown key is assumed to be a misspelling.
 const MIN_SIMILARITY: f64 = 0.85;
@@ -40,6 +43,11 @@ impl<'a> Reader<'a> {
         };
         self.texts.insert(name, written.to_string());
         value
+    }
+
+    /// The path that `key` holds, if any; a relative one starts from `folder`.
+    pub(super) fn path_in(&mut self, folder: &Path, key: &Key<Option<PathBuf>>) -> Option<PathBuf> {
+        self.get(key).map(|path| folder.join(path))
     }
 }
 

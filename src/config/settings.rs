@@ -8,8 +8,11 @@ use super::{
     models::{self, ModelSettings},
     raw::Raw,
     reader::Reader,
+    served_features,
 };
-use crate::{domain::digest::sha256_hex, inference::ProviderChoice, telemetry::logs::LogFormat};
+use crate::{
+    domain::digest::sha256_hex, inference::ProviderChoice, served_features::Options, telemetry::logs::LogFormat,
+};
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
@@ -59,6 +62,8 @@ pub struct Settings {
     pub snapshot_folder: Option<PathBuf>,
     /// `snapshot.interval_seconds`; none where snapshots are written on drain only.
     pub snapshot_every: Option<Duration>,
+    /// `served_features.*`; none where nothing is sampled.
+    pub served_features: Option<Options>,
     /// `bundles.folder`
     pub bundles_folder: PathBuf,
     /// `reload.warm_seconds`
@@ -153,10 +158,10 @@ impl Settings {
             item_cache_bytes: reader.get(&keys::CACHE_ITEM_MB),
             user_cache_bytes: reader.get(&keys::CACHE_USER_MB),
             known_items_bytes: reader.get(&keys::CACHE_KNOWN_ITEMS_MB),
-            snapshot_folder: path_in(folder, &keys::SNAPSHOT_FOLDER, &mut reader),
+            snapshot_folder: reader.path_in(folder, &keys::SNAPSHOT_FOLDER),
             snapshot_every: Some(reader.get(&keys::SNAPSHOT_INTERVAL_SECONDS)).filter(|interval| !interval.is_zero()),
-            bundles_folder: path_in(folder, &keys::BUNDLES_FOLDER, &mut reader)
-                .unwrap_or_else(|| folder.join("bundles")),
+            served_features: served_features::read(&mut reader, folder),
+            bundles_folder: reader.path_in(folder, &keys::BUNDLES_FOLDER).unwrap_or_else(|| folder.join("bundles")),
             warm_for: reader.get(&keys::RELOAD_WARM_SECONDS),
             salt: reader.get(&keys::ROUTING_SALT),
             limits: Limits::read(&mut reader),
@@ -224,9 +229,9 @@ impl Settings {
 
 impl AdminGuard {
     fn read(reader: &mut Reader<'_>, folder: &Path) -> Self {
-        let certificate = path_in(folder, &keys::ADMIN_TLS_CERT, reader);
-        let key = path_in(folder, &keys::ADMIN_TLS_KEY, reader);
-        let client_ca = path_in(folder, &keys::ADMIN_TLS_CLIENT_CA, reader);
+        let certificate = reader.path_in(folder, &keys::ADMIN_TLS_CERT);
+        let key = reader.path_in(folder, &keys::ADMIN_TLS_KEY);
+        let client_ca = reader.path_in(folder, &keys::ADMIN_TLS_CLIENT_CA);
         if certificate.is_some() && key.is_none() {
             reader.faults.push(needs(&keys::ADMIN_TLS_CERT, &keys::ADMIN_TLS_KEY));
         }
@@ -236,7 +241,7 @@ impl AdminGuard {
         if client_ca.is_some() && certificate.is_none() {
             reader.faults.push(needs(&keys::ADMIN_TLS_CLIENT_CA, &keys::ADMIN_TLS_CERT));
         }
-        let token_file = path_in(folder, &keys::ADMIN_TOKEN_FILE, reader);
+        let token_file = reader.path_in(folder, &keys::ADMIN_TOKEN_FILE);
         let allows_plaintext_tokens = reader.get(&keys::ADMIN_ALLOW_PLAINTEXT_TOKENS);
         AdminGuard { token_file, allows_plaintext_tokens, certificate: certificate.zip(key), client_ca }
     }
@@ -270,11 +275,6 @@ impl Limits {
         }
         limits
     }
-}
-
-/// The path that `key` holds, if any; a relative one starts from `folder`.
-fn path_in(folder: &Path, key: &Key<Option<PathBuf>>, reader: &mut Reader<'_>) -> Option<PathBuf> {
-    reader.get(key).map(|path| folder.join(path))
 }
 
 fn needs(key: &Key<Option<PathBuf>>, other: &Key<Option<PathBuf>>) -> Fault {

@@ -43,6 +43,7 @@ use crate::{
     domain::bounded_text::cut,
     inference::Runtime,
     pipeline::{Pipeline, replay::ReplaySummary},
+    served_features::Rate,
     telemetry::events::ConfigLabels,
 };
 use load::LoadedModels;
@@ -63,6 +64,8 @@ pub struct InForce {
     pub pushed_file: Option<PathBuf>,
     #[expect(missing_docs, reason = "its type says it all")]
     pub models: Arc<ModelSet>,
+    /// How much is sampled for served features, if they are on.
+    sample_rate: Option<Rate>,
     text: String,
 }
 

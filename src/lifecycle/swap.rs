@@ -53,8 +53,9 @@ impl Lifecycle {
         };
         let PreparedConfig { settings, loaded } = prepared;
         self.remember_bundles(&settings, &loaded.models);
+        let sample_rate = settings.served_features.map(|options| options.rate);
         let (digest, models, text) = (settings.digest, loaded.models, wish.text);
-        let config = InForce { digest, pushed_file: saved.pushed_file.clone(), models, text };
+        let config = InForce { digest, pushed_file: saved.pushed_file.clone(), models, sample_rate, text };
         let mut state = self.state();
         (state.saved, state.considered) = (Some(saved), Some(wish.file_text));
         if outcome == Outcome::Unchanged {
@@ -72,6 +73,9 @@ impl Lifecycle {
         let mut state = self.state();
         state.n_swaps += 1;
         self.pipeline.registry.install(Arc::clone(&config.models));
+        if let Some((features, rate)) = self.pipeline.served_features.as_ref().zip(config.sample_rate) {
+            features.set_rate(rate);
+        }
         let new = config.clone();
         let previous = state.current.replace(config);
         let retired = std::mem::replace(&mut state.previous, previous.clone());

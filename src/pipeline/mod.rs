@@ -34,6 +34,7 @@ use crate::{
         Action, KnownItem, MidEmbRequest, MidEmbResponse, Outputs, Priority, RowStatus, Vector,
         error::{Error, ShedReason},
     },
+    served_features::ServedFeatures,
     telemetry::events,
 };
 use admission::{Admission, Deadlines, Permit, check_wait, shed};
@@ -47,6 +48,8 @@ use std::{sync::Arc, time::Instant};
 pub struct Pipeline {
     /// The models that serve.
     pub registry: Registry,
+    /// Samples what is answered, if that is wanted. The services do, as they know a request's id and its answer's bytes.
+    pub served_features: Option<Arc<ServedFeatures>>,
     caches: Arc<Caches>,
     admission: Admission,
     contents: Contents,
@@ -99,6 +102,7 @@ impl Pipeline {
     pub fn new(caches: Arc<Caches>, max_in_flight: usize, max_encoding: usize) -> Self {
         Pipeline {
             registry: Registry::default(),
+            served_features: None,
             contents: Contents::new(Arc::clone(&caches)),
             caches,
             admission: Admission::new(max_in_flight, max_encoding),
@@ -109,6 +113,11 @@ impl Pipeline {
     /// Records which items requests ask for.
     pub fn with_trace(self, trace: Option<Arc<Recorder>>) -> Self {
         Pipeline { trace, ..self }
+    }
+
+    /// Samples what is answered.
+    pub fn with_served_features(self, served_features: Option<Arc<ServedFeatures>>) -> Self {
+        Pipeline { served_features, ..self }
     }
 
     /// Turns a request with this deadline away if it would not be admitted or not be served in time.

@@ -2,8 +2,8 @@
 //!
 //! On start it binds its listeners, answers health checks with NOT_SERVING and requests with UNAVAILABLE, and puts the first
 //! config in force ([`crate::lifecycle`]); then it serves and watches for new configs. On shutdown it reports NOT_SERVING,
-//! accepts no new connections, lets accepted requests finish within `server.drain_seconds`, and writes the caches to disk in
-//! what is left of that time and a few seconds more.
+//! accepts no new connections, lets accepted requests finish within `server.drain_seconds`, and writes the caches and
+//! the served features to disk in what is left of that time and a few seconds more.
 
 mod connection;
 mod http;
@@ -11,13 +11,15 @@ mod listener;
 mod tls;
 
 use crate::{
+    bundle::store::{BundleUrl, StoreError, UploadFolder},
     cache::{CacheLimits, Caches, snapshot::keeper::SnapshotKeeper},
-    config::Settings,
+    config::{Settings, store_options},
     lifecycle::{
         Desired, Lifecycle, PushError,
         watch::{ConfigSource, run as watch_config},
     },
     pipeline::{Pipeline, item_trace},
+    served_features::ServedFeatures,
     telemetry::recorder::Recorder,
     wire::{
         admin::Admin,
@@ -64,6 +66,12 @@ pub enum ServerError {
     #[error("{key}: {source}")]
     #[expect(missing_docs, reason = "the fields are explained above or by their names")]
     Tls { key: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
+    /// The store of the served features cannot be opened.
+    #[error("served_features.upload_to: {0}")]
+    Upload(#[from] StoreError),
+    /// The thread that writes served features cannot be started.
+    #[error("the thread of served_features: {0}")]
+    Thread(io::Error),
     /// A background task failed.
     #[error("server task: {0}")]
     Task(#[from] tokio::task::JoinError),
@@ -93,8 +101,9 @@ impl Listeners {
 
 /// Operators need a handful, which clients of the main listener must not take.
 const MAX_ADMIN_CONNECTIONS: usize = 256;
-/// How long the last snapshot may take beyond `server.drain_seconds`: docs/operating.md says which grace period follows.
-const LAST_SNAPSHOT_RESERVE: Duration = Duration::from_secs(5);
+/// How long the last snapshot and the last served features may take beyond `server.drain_seconds`: docs/operating.md says which
+/// grace period follows.
+const LAST_FILES_RESERVE: Duration = Duration::from_secs(5);
 
 async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, ServerError> {
     TcpListener::bind(address).await.map_err(|source| ServerError::Bind { key, address, source })
@@ -124,7 +133,9 @@ pub async fn run(
     listener::raise_open_files(settings.max_connections);
     let [slots, admin_slots] = [settings.max_connections, MAX_ADMIN_CONNECTIONS].map(|n| Arc::new(Semaphore::new(n)));
     let caches = Arc::new(Caches::new(cache_limits(&settings)));
-    let pipeline = Arc::new(new_pipeline(&settings, &caches).with_trace(trace));
+    let served_features = start_served_features(&settings)?;
+    let pipeline = new_pipeline(&settings, &caches).with_trace(trace);
+    let pipeline = Arc::new(pipeline.with_served_features(served_features.clone()));
     let snapshot_keeper = |folder: &PathBuf| Arc::new(SnapshotKeeper::new(Arc::clone(&caches), folder.clone()));
     let snapshots = settings.snapshot_folder.as_ref().map(snapshot_keeper);
     let config_source = ConfigSource::open(&file).map_err(ServerError::Signal)?;
@@ -159,8 +170,7 @@ pub async fn run(
         .add_service(reflection_v1())
         .add_service(reflection_v1alpha());
     let admin = Admin::new(caches, Arc::clone(&pipeline), Arc::clone(&lifecycle), draining.clone());
-    let guard = Guard::new(settings.admin_guard.token_file.clone());
-    let admin = Routes::new(AdminServiceServer::with_interceptor(admin, guard)).add_service(reflection_v1());
+    let admin = admin_routes(admin, &settings);
     let admin_receive = ReceiveLayer::for_admin(settings.limits, admin_budgets, draining.clone());
     let grpc = CountLayer.layer(receive.layer(grpc.prepare()));
     let admin = CountLayer.layer(admin_receive.layer(admin.prepare()));
@@ -184,15 +194,13 @@ pub async fn run(
     }
 
     shutdown.await;
-    let end_by = Instant::now() + settings.drain + LAST_SNAPSHOT_RESERVE;
+    let end_by = Instant::now() + settings.drain + LAST_FILES_RESERVE;
     set_health(&health, ServingStatus::NotServing).await;
     set_draining.send_replace(true);
     end_health_watches(health).await;
     tracing::info!(drain_seconds = settings.drain.as_secs(), "draining");
     let drained = tokio::time::timeout(settings.drain, serving).await;
-    if let Some(snapshots) = snapshots {
-        snapshots.write_last(lifecycle.cached_parts(), end_by.saturating_duration_since(Instant::now())).await;
-    }
+    write_last_files(snapshots, served_features, &lifecycle, end_by).await;
     match drained {
         Ok(served) => {
             served?;
@@ -201,6 +209,27 @@ pub async fn run(
         Err(_elapsed) => tracing::warn!("stopped while requests were still in flight after server.drain_seconds"),
     }
     Ok(())
+}
+
+/// Writes what would be lost with the process.
+async fn write_last_files(
+    snapshots: Option<Arc<SnapshotKeeper>>,
+    served_features: Option<Arc<ServedFeatures>>,
+    lifecycle: &Lifecycle,
+    end_by: Instant,
+) {
+    let left = end_by.saturating_duration_since(Instant::now());
+    let write_caches = async {
+        if let Some(snapshots) = snapshots {
+            snapshots.write_last(lifecycle.cached_parts(), left).await;
+        }
+    };
+    let write_features = async {
+        if let Some(features) = served_features {
+            features.finish(left).await;
+        }
+    };
+    tokio::join!(write_caches, write_features);
 }
 
 /// Serves gRPC until a drain has begun and all connections are closed.
@@ -214,6 +243,23 @@ fn serve_grpc(
         Accepting { listener: options.listener, slots: Arc::clone(slots), draining: options.draining.clone() };
     let serve = move |stream, address, slot| connection::serve(stream, address, slot, handler.clone(), options.clone());
     accept(listener, accepting, serve)
+}
+
+/// What operators call, if they are who they say.
+fn admin_routes(admin: Admin, settings: &Settings) -> Routes {
+    let guard = Guard::new(settings.admin_guard.token_file.clone());
+    Routes::new(AdminServiceServer::with_interceptor(admin, guard)).add_service(reflection_v1())
+}
+
+/// Starts to sample answers, if that is configured, and to upload the files.
+fn start_served_features(settings: &Settings) -> Result<Option<Arc<ServedFeatures>>, ServerError> {
+    let Some(options) = settings.served_features.clone() else { return Ok(None) };
+    let open = |url: &BundleUrl| UploadFolder::open(url, &store_options());
+    let store = options.upload_to.as_ref().map(open).transpose()?;
+    let features = Arc::new(ServedFeatures::start(options, store).map_err(ServerError::Thread)?);
+    let uploading = Arc::clone(&features);
+    tokio::spawn(async move { uploading.upload().await });
+    Ok(Some(features))
 }
 
 fn new_pipeline(settings: &Settings, caches: &Arc<Caches>) -> Pipeline {

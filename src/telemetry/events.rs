@@ -217,6 +217,58 @@ pub fn trace_left_out() {
     counter!(names::TRACE_REQUESTS, "result" => "left_out").increment(1);
 }
 
+/// What became of a sampled request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServedFeaturesResult {
+    /// It is in a finished file.
+    Written,
+    /// Too much was waiting for the writer.
+    QueueFull,
+    /// The folder holds as much as it may.
+    DiskBudget,
+    /// It could not be written.
+    Failed,
+}
+
+impl ServedFeaturesResult {
+    const ALL: [Self; 4] = [Self::Written, Self::QueueFull, Self::DiskBudget, Self::Failed];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Written => "written",
+            Self::QueueFull => "queue_full",
+            Self::DiskBudget => "disk_budget",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Served features are on. Makes their counters visible, so that a query sees their first increase.
+pub fn served_features_started() {
+    for result in ServedFeaturesResult::ALL {
+        served_features_sampled(result, 0, 0);
+    }
+    for result in ["written", "uploaded", "upload_failed"] {
+        counter!(names::SERVED_FEATURES_FILES, "result" => result).increment(0);
+    }
+}
+
+/// Sampled requests with these many rows were written or lost.
+pub fn served_features_sampled(result: ServedFeaturesResult, n_requests: u64, n_rows: u64) {
+    counter!(names::SERVED_FEATURES_REQUESTS, "result" => result.as_str()).increment(n_requests);
+    counter!(names::SERVED_FEATURES_ROWS, "result" => result.as_str()).increment(n_rows);
+}
+
+/// A file of served features was `written` or `uploaded`, or an upload of it failed (`upload_failed`).
+pub fn served_features_file(result: &'static str) {
+    counter!(names::SERVED_FEATURES_FILES, "result" => result).increment(1);
+}
+
+/// The folder of the served features holds as many bytes.
+pub fn served_features_measured(n_bytes: u64) {
+    gauge!(names::SERVED_FEATURES_DISK).set(n_bytes as f64);
+}
+
 /// A model passed its checks, and its threads run.
 pub fn model_loaded(model: &ModelRef, provider: &'static str, load_time: Duration) {
     let ModelRef { name, version, digest } = model;

@@ -127,4 +127,12 @@ metrics! {
     SNAPSHOTS = "midemb_snapshots_total", Kind::Counter, "result";
     /// Unix time in seconds at which the last snapshot was written.
     SNAPSHOT_TIME = "midemb_snapshot_timestamp_seconds", Kind::Gauge, "";
+    /// Requests that were sampled for served features, by what became of them: written (in a finished file), queue_full (the writer was behind), disk_budget (the folder holds `served_features.max_disk_mb`), failed (the disk refused them).
+    SERVED_FEATURES_REQUESTS = "midemb_served_features_requests_total", Kind::Counter, "result";
+    /// The candidate rows of those requests, by the same results.
+    SERVED_FEATURES_ROWS = "midemb_served_features_rows_total", Kind::Counter, "result";
+    /// Files of served features: written, uploaded, upload_failed (an attempt, which is repeated).
+    SERVED_FEATURES_FILES = "midemb_served_features_files_total", Kind::Counter, "result";
+    /// Bytes of all files of served features in the folder, when the server last wrote or removed one.
+    SERVED_FEATURES_DISK = "midemb_served_features_disk_bytes", Kind::Gauge, "";
 }

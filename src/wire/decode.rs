@@ -327,6 +327,17 @@ fn dtype(value: i32, violations: &mut Violations) -> DType {
     }
 }
 
+/// The header that carries the id of a request, in either direction.
+pub const REQUEST_ID: &str = "x-request-id";
+const MAX_REQUEST_ID_BYTES: usize = 256;
+
+/// The caller's own id of the request: visible ASCII without spaces. Any other value is treated as absent.
+pub fn request_id(headers: &HeaderMap) -> Option<&str> {
+    let id = headers.get(REQUEST_ID)?.as_bytes();
+    let is_id = (1..=MAX_REQUEST_ID_BYTES).contains(&id.len()) && id.iter().all(u8::is_ascii_graphic);
+    std::str::from_utf8(id).ok().filter(|_| is_id)
+}
+
 /// The caller's budget, its `grpc-timeout`: up to eight digits and a unit. Any other value is treated as absent.
 pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
     let budget = parse_timeout(headers.get("grpc-timeout")?.to_str().ok()?)?;

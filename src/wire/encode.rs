@@ -1,7 +1,10 @@
 //! From answers to messages.
 
 use super::proto;
-use crate::domain::{Action, DType, Matrix, MidEmbResponse, ModelRef, RowStatus, WarmSummary};
+use crate::{
+    domain::{Action, DType, Matrix, MidEmbResponse, ModelRef, RowStatus, WarmSummary},
+    served_features::SampledAnswer,
+};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use tonic::codegen::Bytes;
 
@@ -22,6 +25,35 @@ pub fn response(response: MidEmbResponse, dtype: DType) -> proto::GetMidEmbRespo
         history_used: response.n_history_used as u32,
         history_statuses: statuses(&response.history_statuses),
     }
+}
+
+/// The same for a request that was sampled, and the part of the answer that is written. Both share the vectors of an answer in
+/// single precision; of any other, the sample has its own.
+pub fn sampled_response(response: MidEmbResponse, dtype: DType) -> (proto::GetMidEmbResponse, SampledAnswer) {
+    let copied = |values: Option<&[f32]>| values.map(|values| Bytes::copy_from_slice(bytemuck::cast_slice(values)));
+    let mut sampled = SampledAnswer {
+        model: response.model.clone(),
+        statuses: response.statuses.clone(),
+        n_history_used: response.n_history_used,
+        mid_emb: None,
+        cvr: None,
+        user_emb: None,
+        item_emb: None,
+    };
+    if dtype != DType::F32 {
+        sampled.mid_emb = copied(response.mid_emb.as_ref().map(|matrix| matrix.data.as_slice()));
+        sampled.cvr = copied(response.cvr.as_deref());
+        sampled.user_emb = copied(response.user_emb.as_deref());
+        sampled.item_emb = copied(response.item_emb.as_ref().map(|matrix| matrix.data.as_slice()));
+        return (self::response(response, dtype), sampled);
+    }
+    let encoded = self::response(response, dtype);
+    let shared = |tensor: &Option<proto::Tensor>| tensor.as_ref().map(|tensor| tensor.data.clone());
+    sampled.mid_emb = shared(&encoded.mid_emb);
+    sampled.cvr = shared(&encoded.cvr);
+    sampled.user_emb = shared(&encoded.user_emb);
+    sampled.item_emb = shared(&encoded.item_emb);
+    (encoded, sampled)
 }
 
 /// The reference to the model that answered.
@@ -119,6 +151,47 @@ mod tests {
             assert_eq!(action(of_domain) as i32, number);
         }
         assert!(proto::Action::try_from(Action::ALL.len() as i32).is_err(), "the wire has more actions");
+    }
+
+    /// Files name statuses as the contract does.
+    #[test]
+    fn statuses_have_one_name_on_the_wire_and_in_files() {
+        for status in RowStatus::ALL {
+            let name = row_status(status).as_str_name();
+            assert_eq!(name.strip_prefix("ROW_STATUS_"), Some(crate::served_features::status_name(status)));
+        }
+    }
+
+    fn answer() -> MidEmbResponse {
+        let model = ModelRef { name: "a".to_owned(), version: "1".to_owned(), digest: "d".repeat(64) };
+        MidEmbResponse {
+            model: model.into(),
+            statuses: vec![RowStatus::Ok; 2],
+            history_statuses: Vec::new(),
+            n_history_used: 0,
+            mid_emb: Some(Matrix { n_cols: 2, data: vec![1.0, 1e6, -0.1, 0.0] }),
+            cvr: Some(vec![0.3, 0.4]),
+            user_emb: None,
+            item_emb: None,
+        }
+    }
+
+    #[test]
+    fn a_sample_shares_the_vectors_of_an_answer_in_single_precision() {
+        let (sent, sampled) = sampled_response(answer(), DType::F32);
+        let (sent, kept) = (sent.mid_emb.unwrap().data, sampled.mid_emb.unwrap());
+        assert_eq!((sent.as_ptr(), sent.len()), (kept.as_ptr(), kept.len()), "the vectors were copied");
+        assert!(sampled.user_emb.is_none() && sampled.cvr.is_some());
+    }
+
+    #[test]
+    fn a_sample_keeps_what_an_answer_in_half_precision_rounds_away() {
+        for dtype in [DType::F16, DType::Bf16] {
+            let (sent, sampled) = sampled_response(answer(), dtype);
+            assert_eq!(sent.mid_emb.unwrap().data.len(), 8);
+            let kept: Vec<f32> = bytemuck::pod_collect_to_vec(&sampled.mid_emb.unwrap());
+            assert_eq!(kept, answer().mid_emb.unwrap().data);
+        }
     }
 
     #[test]

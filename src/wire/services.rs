@@ -19,6 +19,7 @@ use crate::{
     domain::error::{Error, ShedReason},
     inference::background::{self, Urgency},
     pipeline::Pipeline,
+    served_features::RequestId,
     telemetry::events,
 };
 use prost::Message;
@@ -105,7 +106,7 @@ impl MidEmbService for MidEmb {
         let deadline = context.deadline_or(self.limits.default_deadline);
         // The message counts against `limits.max_receiving_mb` until it is decoded.
         let held = request.extensions().get::<Arc<Held>>().cloned();
-        let message = request.into_inner();
+        let (metadata, _extensions, message) = request.into_parts();
         let n_message_bytes = message.0.len() as u64;
         // Whoever waits for a turn is not in flight yet.
         let turn = self.turn(&message).await;
@@ -117,17 +118,34 @@ impl MidEmbService for MidEmb {
             let n_items = request.history.len() + request.candidates.len();
             let n_decoded_bytes = n_message_bytes + ITEM_BYTES * n_items as u64;
             let decoded_bytes = budget.take(&share, n_decoded_bytes).ok_or_else(|| shed(ShedReason::Decoded))?;
-            Ok((pipeline.prepare(request), dtype, decoded_bytes))
+            let features = pipeline.served_features.as_ref();
+            let sampled =
+                features.and_then(|features| features.sample(&request, decode::request_id(metadata.as_ref())));
+            Ok((pipeline.prepare(request), sampled, dtype, decoded_bytes))
         };
-        let (request, dtype, _decoded_bytes) = self.decode(message, turn, held, decode).await.map_err(&to_status)?;
+        let (request, sampled, dtype, _decoded_bytes) =
+            self.decode(message, turn, held, decode).await.map_err(&to_status)?;
         let on_routed = |model: &Model| context.set_model(&model.reference);
         let answer = self.pipeline.get_mid_emb(permit, request, on_routed).await.map_err(&to_status)?;
         let statuses = answer.statuses.clone();
-        let mut response = Response::new(encode::response(answer, dtype));
+        let (answer, sample) = match sampled {
+            None => (encode::response(answer, dtype), None),
+            Some(request) => {
+                let (answer, sampled) = encode::sampled_response(answer, dtype);
+                (answer, Some((request, sampled)))
+            }
+        };
+        let mut response = Response::new(answer);
         let n_bytes = response.get_ref().encoded_len() as u64;
         let held = self.budgets.unsent.take(&context.peer.shares.unsent, n_bytes);
         answer::hold(&mut response, held.ok_or_else(|| to_status(shed(ShedReason::UnsentAnswers)))?);
         events::rows_answered(&statuses);
+        if let Some((request, answer)) = sample {
+            tell_made_id(&mut response, &request.request_id);
+            if let Some(features) = &self.pipeline.served_features {
+                features.offer(*request, answer);
+            }
+        }
         Ok(response)
     }
 
@@ -191,6 +209,15 @@ impl MidEmbService for MidEmb {
             limits: Some(limits(&self.limits)),
             server_version: env!("CARGO_PKG_VERSION").to_owned(),
         }))
+    }
+}
+
+/// Tells the caller the id under which its answer is kept, if it does not know it.
+fn tell_made_id<T>(response: &mut Response<T>, id: &RequestId) {
+    if let RequestId::Made(id) = id
+        && let Ok(value) = id.parse()
+    {
+        response.metadata_mut().insert(decode::REQUEST_ID, value);
     }
 }
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import clocks
 import descriptors
 import disks
+import features
 import kills
 import pauses
 import peers
@@ -46,6 +47,9 @@ FAULTS = [
     disks.full_disk_of_the_trace,
     disks.full_disk_of_the_config,
     disks.full_disk_of_bundles,
+    features.full_disk_of_served_features,
+    features.stalled_disk_of_served_features,
+    features.killed_while_features_are_written,
     clocks.clock_steps_while_serving,
     clocks.clock_steps_during_calls,
     descriptors.descriptors_run_out,
@@ -79,6 +83,9 @@ SMOKE = [
     disks.full_disk_of_the_trace,
     disks.full_disk_of_the_config,
     disks.full_disk_of_bundles,
+    features.full_disk_of_served_features,
+    features.stalled_disk_of_served_features,
+    features.killed_while_features_are_written,
     clocks.clock_steps_during_calls,
     descriptors.descriptors_run_out,
     stores.store_misbehaves,

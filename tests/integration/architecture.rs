@@ -7,13 +7,14 @@ use std::{
 };
 
 /// The modules of the crate in the order of `lib.rs`, top to bottom: a module uses only those below it.
-const MODULES: [&str; 13] = [
+const MODULES: [&str; 14] = [
     "cli",
     "server",
     "wire",
     "lifecycle",
     "config",
     "pipeline",
+    "served_features",
     "bundle",
     "content",
     "towers",
@@ -197,6 +198,7 @@ fn each_library_lives_in_one_room() {
         ("moka::", &["cache"]),
         ("safetensors::", &["cache"]),
         ("object_store::", &["bundle"]),
+        ("parquet::", &["served_features"]),
         ("notify::", &["lifecycle"]),
         ("env::var", &["config"]),
         ("toml_edit::", &["config"]),

@@ -2,7 +2,7 @@
 //!
 //! `UPDATE_DOCS=1 cargo test --test integration documentation` writes the tables anew from the code.
 
-use crate::harness::{Server, films, midemb, page, root};
+use crate::harness::{Server, films, fixture, midemb, page, root};
 use midemb::{
     config::keys::{KEYS, MODEL_KEYS},
     telemetry::names::METRICS,
@@ -58,7 +58,7 @@ fn the_table_of_metrics_matches_the_code() {
 
 #[tokio::test]
 async fn a_server_that_served_exposes_every_metric_with_its_labels() {
-    let server = Server::start();
+    let server = Server::start_with(&fixture(), "served_features.folder = \"features\"");
     server.client().await.get_mid_emb(page(films("h", 2), films("c", 3))).await.unwrap();
     let text = server.scrape().0;
     // These appear when the thing they count first happens.

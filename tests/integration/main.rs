@@ -28,4 +28,5 @@ mod refused_pushes;
 mod refused_starts;
 mod restarts;
 mod rust_client;
+mod served_features;
 mod stores;

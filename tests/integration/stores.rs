@@ -25,14 +25,14 @@ const V2: &str = "s3://bundles/prod/v2";
 const ENCODER: &str = "encoder.onnx";
 const USER_TOWER: &str = "user_tower.onnx";
 
-/// A store with a bucket for bundles, killed when dropped.
-struct Moto {
+/// A store with a bucket `bundles`, killed when dropped.
+pub(crate) struct Moto {
     child: Child,
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
 }
 
 impl Moto {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let program = root().join(".venv/bin/moto_server");
         assert!(program.exists(), "{} is missing: run `make test-setup`", program.display());
         let mut command = Command::new(program);
@@ -54,11 +54,19 @@ impl Moto {
         moto
     }
 
+    fn agent() -> ureq::Agent {
+        ureq::Agent::config_builder().timeout_global(Some(PATIENCE)).proxy(None).build().into()
+    }
+
     fn put(&self, path: &str, bytes: &[u8]) {
-        let agent: ureq::Agent =
-            ureq::Agent::config_builder().timeout_global(Some(PATIENCE)).proxy(None).build().into();
-        let put = agent.put(format!("http://{}/{path}", self.address)).header("authorization", AUTHORIZATION);
+        let put = Self::agent().put(format!("http://{}/{path}", self.address)).header("authorization", AUTHORIZATION);
         put.header("content-type", "application/octet-stream").send(bytes).unwrap();
+    }
+
+    /// What is at `path`, which begins with the bucket and may have a query.
+    pub(crate) fn get(&self, path: &str) -> Vec<u8> {
+        let get = Self::agent().get(format!("http://{}/{path}", self.address)).header("authorization", AUTHORIZATION);
+        get.call().unwrap().body_mut().read_to_vec().unwrap()
     }
 
     /// Uploads the files of `bundle` to `url`.
@@ -169,7 +177,7 @@ impl Proxy {
 }
 
 /// Starts a server whose S3 endpoint is `address`.
-fn serve((folder, file): (TempDir, PathBuf), address: SocketAddr) -> Server {
+pub(crate) fn serve((folder, file): (TempDir, PathBuf), address: SocketAddr) -> Server {
     let mut serve = midemb();
     serve.env("AWS_ACCESS_KEY_ID", "test").env("AWS_SECRET_ACCESS_KEY", "s3cret").env("AWS_REGION", "us-east-1");
     serve.env("AWS_ENDPOINT", format!("http://{address}")).env("AWS_ALLOW_HTTP", "true");

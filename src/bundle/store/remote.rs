@@ -1,14 +1,15 @@
-//! Reads one bundle from its store: the manifest as text, every other file as a stream of chunks.
+//! Reads one bundle from its store: the manifest as text, every other file as a stream of chunks. Writes files, whole or in parts.
 //!
 //! The server uses `object_store` only here and in `source`. Timeouts and retries are set here, and each of its errors becomes
 //! one line with the file's URL. The contents are not checked here.
 
 use super::{BundleUrl, StoreError};
 use crate::bundle::manifest;
+use bytes::Bytes;
 use object_store::{
-    BackoffConfig, ClientOptions, GetResult, HeaderMap, HeaderValue, ObjectStore, ObjectStoreExt, ObjectStoreScheme,
-    RetryConfig, aws::AmazonS3Builder, azure::MicrosoftAzureBuilder, gcp::GoogleCloudStorageBuilder, http::HttpBuilder,
-    path::Path as Key,
+    BackoffConfig, ClientOptions, GetResult, HeaderMap, HeaderValue, MultipartUpload, ObjectStore, ObjectStoreExt,
+    ObjectStoreScheme, PutPayload, RetryConfig, aws::AmazonS3Builder, azure::MicrosoftAzureBuilder,
+    gcp::GoogleCloudStorageBuilder, http::HttpBuilder, path::Path as Key,
 };
 use std::{error::Error, time::Duration};
 use thiserror::Error as ThisError;
@@ -89,13 +90,41 @@ impl Remote {
 
     /// Starts to fetch one file; the result contains its size and its stream.
     pub(super) async fn get(&self, path: &str) -> Result<GetResult, StoreError> {
-        let key = if self.prefix.is_root() { path.to_owned() } else { format!("{}/{path}", self.prefix) };
-        // Not `Key::from`, which would percent-encode characters that the object's name contains as they are.
-        let key = Key::parse(key).map_err(|error| StoreError::Manifest {
+        let key = self.key(path).map_err(|error| StoreError::Manifest {
             file: self.url.file(manifest::FILE),
             reason: format!("file path {path:?} is not a valid object name: {error}"),
         })?;
         self.store.get(&key).await.map_err(|error| self.store_error(path, &error))
+    }
+
+    /// Writes one file in one piece, in place of one of that name.
+    pub(super) async fn put(&self, path: &str, parts: Vec<Bytes>) -> Result<(), StoreError> {
+        let payload: PutPayload = parts.into_iter().collect();
+        let written = self.store.put(&self.key_to_write(path)?, payload).await;
+        written.map(drop).map_err(|error| self.not_uploaded(path, &error))
+    }
+
+    /// Begins to write one file in parts; none if the store takes no parts.
+    pub(super) async fn put_in_parts(&self, path: &str) -> Result<Option<PartsUpload<'_>>, StoreError> {
+        if self.url.scheme == ObjectStoreScheme::Http {
+            return Ok(None);
+        }
+        let begun = self.store.put_multipart(&self.key_to_write(path)?).await;
+        let upload = begun.map_err(|error| self.not_uploaded(path, &error))?;
+        Ok(Some(PartsUpload { remote: self, path: path.to_owned(), upload }))
+    }
+
+    fn key_to_write(&self, path: &str) -> Result<Key, StoreError> {
+        self.key(path).map_err(|source| self.not_uploaded(path, &object_store::Error::InvalidPath { source }))
+    }
+
+    fn not_uploaded(&self, path: &str, error: &object_store::Error) -> StoreError {
+        StoreError::NotUploaded { file: self.url.file(path), reason: one_line(error) }
+    }
+
+    fn key(&self, path: &str) -> Result<Key, object_store::path::Error> {
+        // Not `Key::from`, which would percent-encode characters that the object's name contains as they are.
+        Key::parse(if self.prefix.is_root() { path.to_owned() } else { format!("{}/{path}", self.prefix) })
     }
 
     /// Converts the error of fetching one file.
@@ -108,6 +137,29 @@ impl Remote {
             }
             _ => StoreError::Unreachable { file, reason: one_line(error) },
         }
+    }
+}
+
+/// A file that is written in parts. It appears when all are there.
+pub(super) struct PartsUpload<'a> {
+    remote: &'a Remote,
+    path: String,
+    upload: Box<dyn MultipartUpload>,
+}
+
+impl PartsUpload<'_> {
+    pub(super) async fn put(&mut self, part: Bytes) -> Result<(), StoreError> {
+        self.upload.put_part(part.into()).await.map_err(|error| self.remote.not_uploaded(&self.path, &error))
+    }
+
+    pub(super) async fn complete(&mut self) -> Result<(), StoreError> {
+        self.upload.complete().await.map(drop).map_err(|error| self.remote.not_uploaded(&self.path, &error))
+    }
+
+    /// Gives the parts up, for which stores charge until they are completed or removed.
+    pub(super) async fn abort(&mut self) {
+        // What failed before says what is wrong.
+        let _ = self.upload.abort().await;
     }
 }
 

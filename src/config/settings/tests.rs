@@ -288,6 +288,44 @@ fn changes_that_need_a_restart_are_named() {
     );
 }
 
+#[test]
+fn served_features_are_off_unless_they_have_a_folder() {
+    assert_eq!(check(MODEL, &[]).unwrap().served_features, None);
+    let text = format!("[served_features]\nfolder = \"features\"\npercent = 0.5\n{MODEL}");
+    let options = check(&text, &[]).unwrap().served_features.unwrap();
+    assert!(options.folder.is_absolute() && options.folder.ends_with("features"), "{:?}", options.folder);
+    assert_eq!((options.rotate_bytes, options.queue_bytes), (64 << 20, 32 << 20));
+    let forgotten = faults(&format!("served_features.percent = 5\n{MODEL}"), &[]);
+    assert_eq!(forgotten, ["served_features.percent: needs served_features.folder, too"]);
+    let printed = check(MODEL, &[]).unwrap().to_toml();
+    assert_eq!(check(&printed, &[]).unwrap().served_features, None, "a printed default counts as written");
+}
+
+#[test]
+fn faults_of_served_features_name_the_key_and_no_secret() {
+    let found = |more: &str| faults(&format!("served_features.folder = \"f\"\nserved_features.{more}\n{MODEL}"), &[]);
+    for percent in ["0", "101", "-1", "nan", "\"all\""] {
+        let expected = "is not a percentage above 0 and up to 100, for example 0.5";
+        let value = percent.trim_matches('"');
+        assert_eq!(found(&format!("percent = {percent}")), [format!("served_features.percent: {value:?} {expected}")]);
+    }
+    assert_eq!(
+        found("rotate_mb = 2000"),
+        ["served_features.rotate_mb: is more than served_features.max_disk_mb, so no file would ever be that large"]
+    );
+    let [url] = found("upload_to = \"ftp://me:s3cret@host/x\"").try_into().unwrap();
+    assert!(url.starts_with("served_features.upload_to: ") && !url.contains("s3cret"), "{url}");
+}
+
+#[test]
+fn the_sample_rate_changes_without_a_restart() {
+    let with = |percent: &str| {
+        check(&format!("served_features.folder = \"/f\"\nserved_features.percent = {percent}\n{MODEL}"), &[]).unwrap()
+    };
+    assert_eq!(with("1").frozen_differences(&with("2.5")), []);
+    assert_eq!(with("1").frozen_differences(&check(MODEL, &[]).unwrap()).len(), 1);
+}
+
 /// Digests of configs are stored and compared across versions: they must not change.
 #[test]
 fn the_digest_of_a_config_never_changes() {
