@@ -171,7 +171,7 @@ keys! {
     SERVED_FEATURES_PERCENT: Key<Rate> = sample_rate(
         "served_features.percent",
         "1",
-        "The percentage of requests, or of users, that are sampled; a decimal above 0. At 100 a request costs about a quarter more CPU time.",
+        "The percentage of requests, or of users, that are sampled; a decimal above 0. At 100 a hot request costs about a tenth more CPU time.",
     ).live().later();
     SERVED_FEATURES_SAMPLE_BY: Key<SampleBy> = choice(
         "served_features.sample_by",

@@ -5,22 +5,19 @@
 
 use super::{
     folder::{self, NewFile, UtcTime},
-    row_group,
+    row_group::{self, RowGroup},
     sample::Sample,
-    schema::{properties, schema},
+    schema::schema,
 };
 use parquet::{
     errors::ParquetError,
-    file::{
-        metadata::{FileMetaData, ParquetMetaDataBuilder, ParquetMetaDataWriter},
-        writer::SerializedFileWriter,
-    },
+    file::metadata::{FileMetaData, ParquetMetaDataBuilder, ParquetMetaDataWriter, RowGroupMetaData},
+    schema::types::SchemaDescPtr,
 };
 use std::{
     fs, io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::Arc,
     time::Instant,
 };
 use thiserror::Error;
@@ -33,6 +30,11 @@ pub(super) enum WriteError {
     #[error(transparent)]
     Parquet(#[from] ParquetError),
 }
+
+/// What a file begins and ends with.
+const MAGIC: &[u8; 4] = b"PAR1";
+/// The version of the format that knows dictionaries as they are used here.
+const FORMAT_VERSION: i32 = 2;
 
 /// How many requests and rows something holds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -49,13 +51,12 @@ impl Counts {
 }
 
 /// A file that is open.
+#[derive(Debug)]
 pub(super) struct OpenFile {
     new: NewFile,
-    /// Encodes a row group in memory, so that it is on the disk as a whole or not at all.
-    encoder: SerializedFileWriter<Vec<u8>>,
-    /// How many row groups are on the disk.
-    n_row_groups: usize,
-    /// What they take, with all before them.
+    schema: SchemaDescPtr,
+    row_groups: Vec<RowGroupMetaData>,
+    /// Up to the end of the last row group.
     pub(super) n_bytes: u64,
     pub(super) counts: Counts,
     pub(super) close_at: Instant,
@@ -68,30 +69,34 @@ impl OpenFile {
         bundle_digest: &str,
         close_at: Instant,
     ) -> Result<Self, WriteError> {
-        let schema = schema()?;
-        let properties = Arc::new(properties(&schema));
-        let encoder = SerializedFileWriter::new(Vec::new(), schema, properties)?;
-        let new = folder::create(folder, time, bundle_digest)?;
-        Ok(OpenFile { new, encoder, n_row_groups: 0, n_bytes: 0, counts: Counts::default(), close_at })
+        let (schema, new) = (schema()?, folder::create(folder, time, bundle_digest)?);
+        let n_bytes = MAGIC.len() as u64;
+        let file = OpenFile { new, schema, row_groups: Vec::new(), n_bytes, counts: Counts::default(), close_at };
+        if let Err(error) = file.new.file.write_all_at(MAGIC, 0) {
+            file.remove();
+            return Err(error.into());
+        }
+        Ok(file)
     }
 
-    /// Appends the samples as one row group. After an error, the file can only be closed.
-    pub(super) fn append(&mut self, samples: &[Sample]) -> Result<(), WriteError> {
-        row_group::append(samples, &mut self.encoder)?;
-        self.encoder.flush()?;
-        let encoded = self.encoder.inner_mut();
-        self.new.file.write_all_at(encoded, self.n_bytes)?;
-        self.n_bytes += encoded.len() as u64;
-        encoded.clear();
-        self.n_row_groups += 1;
-        let Counts { n_requests, n_rows } = Counts::of(samples);
-        self.counts.n_requests += n_requests;
-        self.counts.n_rows += n_rows;
-        Ok(())
+    /// Appends the samples as one row group. Uses the memory of `buffer`.
+    pub(super) fn append(&mut self, samples: &[Sample], buffer: &mut Vec<u8>) -> Result<(), WriteError> {
+        let RowGroup { bytes, metadata } =
+            row_group::encode(samples, &self.schema, self.n_bytes, std::mem::take(buffer))?;
+        let written = self.new.file.write_all_at(&bytes, self.n_bytes);
+        if written.is_ok() {
+            self.n_bytes += bytes.len() as u64;
+            self.row_groups.push(metadata);
+            let Counts { n_requests, n_rows } = Counts::of(samples);
+            self.counts.n_requests += n_requests;
+            self.counts.n_rows += n_rows;
+        }
+        *buffer = bytes;
+        Ok(written?)
     }
 
     /// Completes the file with the row groups that were written. If that fails, the file is removed.
-    pub(super) fn close(self) -> Result<PathBuf, WriteError> {
+    pub(super) fn close(mut self) -> Result<PathBuf, WriteError> {
         if let Err(error) = self.write_footer() {
             self.remove();
             return Err(error);
@@ -104,14 +109,13 @@ impl OpenFile {
         })
     }
 
-    /// Not by the library's writer, whose footer would list a row group that could not be written.
-    fn write_footer(&self) -> Result<(), WriteError> {
+    fn write_footer(&mut self) -> Result<(), WriteError> {
+        // A row group that failed may have left a part of itself.
         self.new.file.set_len(self.n_bytes)?;
         let created_by = Some(format!("midemb {}", env!("CARGO_PKG_VERSION")));
-        let version = self.encoder.properties().writer_version().as_num();
-        let schema = Arc::new(self.encoder.schema_descr().clone());
-        let metadata = FileMetaData::new(version, self.counts.n_rows as i64, created_by, None, schema, None);
-        let row_groups = self.encoder.flushed_row_groups().iter().take(self.n_row_groups).cloned().collect();
+        let n_rows = self.counts.n_rows as i64;
+        let metadata = FileMetaData::new(FORMAT_VERSION, n_rows, created_by, None, self.schema.clone(), None);
+        let row_groups = std::mem::take(&mut self.row_groups);
         let metadata = ParquetMetaDataBuilder::new(metadata).set_row_groups(row_groups).build();
         let mut footer = Vec::new();
         ParquetMetaDataWriter::new(&mut footer, &metadata).finish()?;

@@ -5,7 +5,7 @@
 //! what a reader finds in them.
 //!
 //! `sampler` draws requests, [`sample`] is what is kept of one, `queue` holds those that wait, and the thread of `writer` turns them
-//! into row groups (`schema`, `row_group`) of files (`file`, `folder`), which `uploads` uploads.
+//! into row groups (`schema`, `row_group`, `hybrid`) of files (`file`, `folder`), which `uploads` uploads.
 //!
 //! Invariants:
 //! - Nothing here delays or fails an answer. A request that is not drawn costs a random number or a hash.
@@ -17,6 +17,7 @@
 
 mod file;
 mod folder;
+mod hybrid;
 mod queue;
 mod row_group;
 pub mod sample;

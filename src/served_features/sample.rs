@@ -16,7 +16,8 @@ pub struct SampledRequest {
     pub(super) user_id: String,
     /// Unix time in microseconds at which the request was decoded.
     pub(super) at_us: i64,
-    item_ids: ItemIds,
+    /// The candidates' ids as Parquet's PLAIN encoding has them: length, then bytes.
+    pub(super) item_ids: Vec<u8>,
 }
 
 /// The id that joins an answer with what became of it.
@@ -42,15 +43,8 @@ impl SampledRequest {
             request_id,
             user_id: request.user_id.to_owned(),
             at_us: unix_micros(SystemTime::now()),
-            item_ids: ItemIds::new(&request.candidates),
+            item_ids: plain_ids(&request.candidates),
         }
-    }
-
-    /// The candidates' ids in order.
-    pub(super) fn item_ids(&self) -> impl Iterator<Item = Bytes> {
-        let ItemIds { bytes, ends } = &self.item_ids;
-        let starts = std::iter::once(&0).chain(ends);
-        starts.zip(ends).map(|(start, end)| bytes.slice(*start..*end))
     }
 }
 
@@ -59,28 +53,14 @@ pub(super) fn unix_micros(time: SystemTime) -> i64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as i64
 }
 
-/// The candidates' ids in one allocation, because there are hundreds.
-#[derive(Debug)]
-struct ItemIds {
-    bytes: Bytes,
-    /// Where each id ends.
-    ends: Vec<usize>,
-}
-
-impl ItemIds {
-    fn new(items: &[Item<'_>]) -> Self {
-        let mut bytes = Vec::with_capacity(items.iter().map(|item| item.id.len()).sum());
-        let mut ends = Vec::with_capacity(items.len());
-        for item in items {
-            bytes.extend_from_slice(item.id.as_bytes());
-            ends.push(bytes.len());
-        }
-        ItemIds { bytes: bytes.into(), ends }
+fn plain_ids(items: &[Item<'_>]) -> Vec<u8> {
+    let n_bytes = items.iter().map(|item| size_of::<u32>() + item.id.len()).sum();
+    let mut plain = Vec::with_capacity(n_bytes);
+    for item in items {
+        plain.extend_from_slice(&(item.id.len() as u32).to_le_bytes());
+        plain.extend_from_slice(item.id.as_bytes());
     }
-
-    fn n_bytes(&self) -> usize {
-        self.bytes.len() + self.ends.len() * size_of::<usize>()
-    }
+    plain
 }
 
 /// The part of an answer that is written. Vectors are single-precision numbers in little-endian bytes, row-major, and shared with
@@ -110,6 +90,14 @@ pub(super) struct Sample {
     pub(super) answer: SampledAnswer,
 }
 
+/// Neighbouring rows with the same status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct StatusRun {
+    pub(super) status: RowStatus,
+    pub(super) first_row: usize,
+    pub(super) n_rows: usize,
+}
+
 impl Sample {
     pub(super) fn n_rows(&self) -> usize {
         self.answer.statuses.len()
@@ -120,8 +108,20 @@ impl Sample {
         let SampledRequest { request_id, user_id, item_ids, .. } = &self.request;
         let SampledAnswer { statuses, mid_emb, cvr, user_emb, item_emb, .. } = &self.answer;
         let vectors: usize = [mid_emb, cvr, user_emb, item_emb].into_iter().flatten().map(Bytes::len).sum();
-        let texts = request_id.as_str().len() + user_id.len() + item_ids.n_bytes();
+        let texts = request_id.as_str().len() + user_id.len() + item_ids.len();
         size_of::<Self>() + vectors + texts + statuses.len() * size_of::<RowStatus>()
+    }
+
+    /// The statuses of all rows, in order.
+    pub(super) fn status_runs(&self) -> Vec<StatusRun> {
+        let mut runs: Vec<StatusRun> = Vec::new();
+        for (row, status) in self.answer.statuses.iter().enumerate() {
+            match runs.last_mut() {
+                Some(run) if run.status == *status => run.n_rows += 1,
+                _ => runs.push(StatusRun { status: *status, first_row: row, n_rows: 1 }),
+            }
+        }
+        runs
     }
 }
 

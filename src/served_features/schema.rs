@@ -1,12 +1,10 @@
-//! What a file looks like: its columns, which docs/served-features.md describes to its readers, and how they are encoded.
+//! The columns of a file, which docs/served-features.md describes to its readers.
 
 use parquet::{
-    basic::Compression,
     errors::ParquetError,
-    file::properties::{EnabledStatistics, WriterProperties},
     schema::{
         parser::parse_message_type,
-        types::{SchemaDescriptor, TypePtr},
+        types::{SchemaDescPtr, SchemaDescriptor},
     },
 };
 use std::sync::Arc;
@@ -29,32 +27,44 @@ const MESSAGE: &str = "message served_features {
     REQUIRED INT32 history_length;
 }";
 
-/// Columns whose values hardly repeat, so that a dictionary of them would be made in vain.
-const WITHOUT_DICTIONARY: [&str; 5] = ["position", "item_id", "mid_emb", "cvr", "item_emb"];
-/// By which readers leave out row groups. Nobody asks for the smallest number in a vector.
-const WITH_STATISTICS: &str = "time";
-
-/// The schema of every file.
-pub(super) fn schema() -> Result<TypePtr, ParquetError> {
-    Ok(Arc::new(parse_message_type(MESSAGE)?))
+/// The place of a column in the schema.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Column {
+    RequestId,
+    UserId,
+    Time,
+    ModelName,
+    ModelVersion,
+    BundleDigest,
+    Position,
+    ItemId,
+    Status,
+    MidEmb,
+    Cvr,
+    UserEmb,
+    ItemEmb,
+    HistoryLength,
 }
 
-/// How every file is encoded. Nothing is compressed: single-precision vectors hardly shrink, and not even the fastest compression is
-/// as cheap as writing them.
-pub(super) fn properties(schema: &TypePtr) -> WriterProperties {
-    let mut properties = WriterProperties::builder()
-        .set_compression(Compression::UNCOMPRESSED)
-        .set_statistics_enabled(EnabledStatistics::None)
-        .set_offset_index_disabled(true);
-    for column in SchemaDescriptor::new(Arc::clone(schema)).columns() {
-        let path = column.path();
-        let name = path.parts().first().map_or("", String::as_str);
-        if WITHOUT_DICTIONARY.contains(&name) {
-            properties = properties.set_column_dictionary_enabled(path.clone(), false);
-        }
-        if name == WITH_STATISTICS {
-            properties = properties.set_column_statistics_enabled(path.clone(), EnabledStatistics::Chunk);
+/// The schema of every file.
+pub(super) fn schema() -> Result<SchemaDescPtr, ParquetError> {
+    Ok(Arc::new(SchemaDescriptor::new(Arc::new(parse_message_type(MESSAGE)?))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_column_has_its_place_in_the_schema() {
+        let schema = schema().unwrap();
+        let name = |column: Column| schema.column(column as usize).path().parts()[0].clone();
+        assert_eq!(schema.num_columns(), Column::HistoryLength as usize + 1);
+        let some = [Column::RequestId, Column::Time, Column::Status, Column::Cvr, Column::HistoryLength].map(name);
+        assert_eq!(some, ["request_id", "time", "status", "cvr", "history_length"]);
+        for list in [Column::MidEmb, Column::UserEmb, Column::ItemEmb] {
+            let levels = (schema.column(list as usize).max_def_level(), schema.column(list as usize).max_rep_level());
+            assert_eq!(levels, (2, 1), "{list:?}");
         }
     }
-    properties.build()
 }

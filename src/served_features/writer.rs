@@ -35,6 +35,8 @@ pub(super) struct Writer {
     used: Used,
     /// No attempt before then; set while writing fails.
     retry_at: Option<Instant>,
+    /// The memory that row groups are encoded in.
+    buffer: Vec<u8>,
 }
 
 /// What the folder holds.
@@ -46,7 +48,8 @@ struct Used {
 
 impl Writer {
     pub(super) fn new(options: Options, queue: Arc<Queue>, finished: Arc<Notify>) -> Self {
-        Writer { options, queue, files: BTreeMap::new(), finished, used: Used::default(), retry_at: None }
+        let (files, used, retry_at, buffer) = (BTreeMap::new(), Used::default(), None, Vec::new());
+        Writer { options, queue, files, finished, used, retry_at, buffer }
     }
 
     /// Writes until the queue has ended, then closes all files and drops `ended`.
@@ -120,7 +123,7 @@ impl Writer {
         }
         let Some(file) = self.files.get_mut(key) else { return Ok(()) };
         let n_bytes_before = file.n_bytes;
-        file.append(samples)?;
+        file.append(samples, &mut self.buffer)?;
         self.used.n_bytes += file.n_bytes - n_bytes_before;
         events::served_features_measured(self.used.n_bytes);
         Ok(())

@@ -1,4 +1,4 @@
-//! What is written is read again, whatever the statuses of the rows and the outputs that were asked for.
+//! What is encoded here is read again by the library's own reader, which knows nothing of how it was made.
 
 use super::*;
 use crate::{
@@ -18,8 +18,9 @@ use std::time::Instant;
 fn write_and_read(groups: &[Vec<Sample>]) -> Vec<Row> {
     let folder = tempfile::tempdir().unwrap();
     let mut file = OpenFile::create(folder.path(), &UtcTime::now(), "digest", Instant::now()).unwrap();
+    let mut buffer = Vec::new();
     for group in groups {
-        file.append(group).unwrap();
+        file.append(group, &mut buffer).unwrap();
     }
     read(&file.close().unwrap())
 }
