@@ -62,6 +62,10 @@ pub enum ManifestError {
     HistorySize(usize),
     #[error("history.actions names {0} twice, or it is no action that a user tower can be trained with")]
     Action(Action),
+    #[error(
+        "history.liked_from and history.disliked_to must be numbers, the second less than the first and not without it"
+    )]
+    Thresholds,
     #[error("encoder.tolerance.{name} is {value}, it must be from {min} and below {max}")]
     Tolerance { name: &'static str, value: f64, min: f64, max: f64 },
     #[error(
@@ -213,7 +217,12 @@ impl Manifest {
                 return Err(ManifestError::Action(*action));
             }
         }
-        Ok(())
+        match (self.history.liked_from, self.history.disliked_to) {
+            (None, None) => Ok(()),
+            (Some(liked_from), None) if liked_from.is_finite() => Ok(()),
+            (Some(liked_from), Some(disliked_to)) if liked_from.is_finite() && disliked_to < liked_from => Ok(()),
+            _ => Err(ManifestError::Thresholds),
+        }
     }
 }
 
@@ -275,6 +284,24 @@ mod tests {
         let both = wide.replace("max_history = 8\n", "max_history = 100000\n");
         let error = Manifest::parse(&both).unwrap_err();
         assert_eq!(error, ManifestError::HistorySize(409_600_000));
+    }
+
+    #[test]
+    fn thresholds_of_values_fit_together() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bundle/manifest.toml");
+        let text = std::fs::read_to_string(path).unwrap();
+        let with =
+            |thresholds: &str| Manifest::parse(&text.replace("[history]\n", &format!("[history]\n{thresholds}\n")));
+        let history = with("liked_from = 4.0\ndisliked_to = 2.5").unwrap().history;
+        assert_eq!((history.liked_from, history.disliked_to), (Some(4.0), Some(2.5)));
+        assert_eq!(with("liked_from = 1").unwrap().history.disliked_to, None);
+        for wrong in
+            ["disliked_to = 2.5", "liked_from = nan", "liked_from = 3.0\ndisliked_to = 3.0", "liked_from = inf"]
+        {
+            assert_eq!(with(wrong).unwrap_err(), ManifestError::Thresholds, "{wrong}");
+        }
+        let unordered = with("liked_from = 3.0\ndisliked_to = nan").unwrap_err();
+        assert_eq!(unordered, ManifestError::Thresholds);
     }
 
     /// A key at the start of a line was reported with the number of the line before it.

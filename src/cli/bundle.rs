@@ -78,7 +78,16 @@ fn describe_history(manifest: &Manifest) -> String {
     let (n_items, keeps) = (manifest.user_tower.max_history, manifest.history.keeps.as_str());
     let actions: Vec<&str> = manifest.history.actions.iter().map(|action| action.as_str()).collect();
     let actions = if actions.is_empty() { "none".to_owned() } else { actions.join(", ") };
-    format!("the newest {n_items} items, oldest first; trained on {keeps} items of a user; actions: {actions}")
+    let from_values = match (manifest.history.liked_from, manifest.history.disliked_to) {
+        (None, _) => String::new(),
+        (Some(like), None) => format!(", from values: {like} or more is a like"),
+        (Some(like), Some(dislike)) => {
+            format!(", from values: {like} or more is a like, {dislike} or less a dislike")
+        }
+    };
+    format!(
+        "the newest {n_items} items, oldest first; trained on {keeps} items of a user; actions: {actions}{from_values}"
+    )
 }
 
 fn verify(folder: &Path, library: Option<&Path>) -> anyhow::Result<()> {

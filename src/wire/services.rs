@@ -248,6 +248,8 @@ fn info(model: &Model) -> proto::ModelInfo {
         adapted_dim: manifest.item_tower.adapted_dim as u32,
         history_actions: manifest.history.actions.iter().map(|action| encode::action(*action).into()).collect(),
         history_keeps: manifest.history.keeps.as_str().to_owned(),
+        history_liked_from: manifest.history.liked_from,
+        history_disliked_to: manifest.history.disliked_to,
         ..proto::ModelInfo::default()
     }
 }

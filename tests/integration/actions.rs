@@ -23,6 +23,7 @@ async fn a_model_reads_the_actions_that_it_was_trained_with() {
     let info = server.client().await.get_model_info(GetModelInfoRequest {}).await.unwrap().into_inner();
     assert_eq!(info.models[0].history_actions().collect::<Vec<_>>(), [Click, Like, Dislike, Purchase]);
     assert_eq!((info.models[0].adapted_dim, info.models[0].history_keeps.as_str()), (40, "all"));
+    assert_eq!((info.models[0].history_liked_from, info.models[0].history_disliked_to), (None, None));
 
     let none = ask(&server, history.clone(), &[]).await;
     for (actions, is_same) in [
@@ -44,6 +45,17 @@ async fn a_model_reads_the_actions_that_it_was_trained_with() {
     }
     let user_runs = server.scrape().sum("midemb_batch_items_count", &["stage=\"user_tower\""]);
     assert_eq!(user_runs, 5.0, "one run for no action and one for each of the four other histories");
+}
+
+#[tokio::test]
+async fn a_model_that_was_trained_on_values_says_what_they_mean() {
+    let server = Server::start_with(&retrained(), "");
+    let info = server.client().await.get_model_info(GetModelInfoRequest {}).await.unwrap().into_inner();
+    assert_eq!((info.models[0].history_liked_from, info.models[0].history_disliked_to), (Some(4.0), Some(2.0)));
+    let inspected = run_to_end(midemb().args(["bundle", "inspect"]).arg(retrained()));
+    let text = String::from_utf8(inspected.stdout).unwrap();
+    let expected = "actions: click, like, dislike, purchase, from values: 4 or more is a like, 2 or less a dislike";
+    assert!(text.contains(expected), "{text}");
 }
 
 /// An action stays with its item when others are left out.

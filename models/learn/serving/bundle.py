@@ -22,7 +22,7 @@ from learn import padding
 from learn.content.ceg import Encoder, pad
 from learn.content.encoder_graph import cast_weights
 from learn.content.graph_encoder import GraphEncoder
-from learn.data.actions import ACTIONS, UNSPECIFIED
+from learn.data.actions import ACTIONS, UNSPECIFIED, ActionThresholds
 from learn.data.item_text import ItemText, render, template_source
 from learn.models.cvr import CvrHead
 from learn.models.pch import Pch, PchConfig
@@ -58,6 +58,8 @@ class Bundle:
     provenance: Mapping[str, Any]
     # Which of a user's earlier items the head was trained on (`CvrTrainConfig.history`).
     keeps: Keeps
+    # How the values of the log became actions; None if it had actions, or the models read none.
+    values: ActionThresholds | None = None
     # File name -> the source that set-up fetches it from, for files that are not kept in git.
     fetched: Mapping[str, Fetched] = field(default_factory=dict)
 
@@ -132,7 +134,7 @@ def manifest(bundle: Bundle, folder: Path) -> dict[str, Any]:
             "max_history": pch.max_history,
             **bundle_format.user_tower(pch.actions).ports(),
         },
-        "history": bundle_format.history(pch.actions, bundle.keeps),
+        "history": bundle_format.history(pch.actions, bundle.keeps, bundle.values),
         "cvr": {"file": "cvr.onnx", "dim": head.mid_dim, **bundle_format.CVR.ports()},
         "golden": {"file": "golden.json"},
         "files": [_file_entry(bundle, path) for path in sorted(folder.iterdir()) if path.name != MANIFEST],

@@ -6,14 +6,16 @@ Nothing here needs PyTorch, so that a bundle can be checked and upgraded where P
 from __future__ import annotations
 
 import hashlib
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from learn.data.actions import ActionThresholds
 from learn.serving.tolerances import of_content
 
 FORMAT = 2
@@ -77,9 +79,25 @@ def user_tower(actions: Sequence[str]) -> Signature:
     return Signature(inputs, ("user",), (("b", "l"),) * len(inputs))
 
 
-def history(actions: Sequence[str], keeps: Keeps) -> dict[str, Any]:
-    """Returns the manifest's table of what the models were trained on, which callers should send."""
-    return {"actions": list(actions), "keeps": keeps, "order": ORDER}
+def history(actions: Sequence[str], keeps: Keeps, values: ActionThresholds | None = None) -> dict[str, Any]:
+    """Returns the manifest's table of what the models were trained on, which callers should send.
+
+    `values` says how the values of the log became actions, if it had values in place of actions.
+    """
+    thresholds = {name: value for name, value in asdict(values).items() if value is not None} if values else {}
+    return {"actions": list(actions), "keeps": keeps, "order": ORDER, **thresholds}
+
+
+def thresholds(manifest: Mapping[str, Any]) -> ActionThresholds:
+    """Returns how the values of the training log became actions. Raises ValueError for what the server refuses."""
+    found = {name: manifest["history"].get(name) for name in ("liked_from", "disliked_to")}
+    for name, value in found.items():
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"history.{name} is {value!r}, but it must be a number")
+    try:
+        return ActionThresholds(**found)
+    except ValueError as error:
+        raise ValueError(f"history.{error}") from error
 
 
 def action_numbers(manifest: Mapping[str, Any], names: Sequence[str]) -> list[int]:
@@ -139,6 +157,8 @@ def check_manifest(manifest: Mapping[str, Any], where: Path) -> None:
         _check_keys({"provenance": {}, **manifest}, keys)  # The only one that may be left out.
         batching(manifest)
         of_content(manifest)
+        if not is_old:
+            thresholds(manifest)
         _check_files(manifest)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

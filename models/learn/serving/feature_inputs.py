@@ -33,7 +33,8 @@ import pyarrow.parquet as pq
 
 from learn.atomic_file import replacing
 from learn.data import DataError, log_checks, sql
-from learn.data.actions import ACTIONS, LIKED
+from learn.data.actions import LIKED, ActionThresholds
+from learn.data.actions import number as number_of
 from learn.data.layouts import Columns, Log, check_quotes, read_error
 from learn.serving.feature_tables import Table, files, open_table
 
@@ -48,8 +49,7 @@ RECORD, USER, TS, ITEM = "midemb.record", "midemb.user", "midemb.ts", "midemb.it
 class HistoryRules:
     """How events become a history, which has to be what callers send to a server.
 
-    Where the log has values instead of actions, a value of `liked_from` or more is a like, one of `disliked_to` or less
-    is a dislike, and one between them is a click.
+    Where the log has values instead of actions, the last two fields are the `ActionThresholds`.
     """
 
     actions: tuple[str, ...]
@@ -252,7 +252,7 @@ def _load_events(db: duckdb.DuckDBPyConnection, sources: list[Table], ticks: int
         # Quoted, because SQL has a function of that name.
         keep = '"user" IS NOT NULL'
         if rules.keeps == "liked":
-            liked = ", ".join(str(1 + ACTIONS.index(name)) for name in LIKED)
+            liked = ", ".join(str(number_of(name)) for name in LIKED)
             keep += f" AND action IN ({liked})"
         _insert(db, "events", source, source.log(ticks), select, keep)
 
@@ -262,11 +262,7 @@ def _action(source: Table, rules: HistoryRules) -> str:
         return log_checks.action_number("action")
     if not source.has("value") or rules.liked_from is None:
         return log_checks.action_number(None)
-    number = {name: 1 + ACTIONS.index(name) for name in ("click", "like", "dislike")}
-    value = "TRY_CAST(r.value AS DOUBLE)"
-    disliked = "" if rules.disliked_to is None else f"WHEN {value} <= {rules.disliked_to!r} THEN {number['dislike']} "
-    liked = f"WHEN {value} >= {rules.liked_from!r} THEN {number['like']} "
-    return f"CAST(CASE {liked}{disliked}ELSE {number['click']} END AS UTINYINT)"
+    return ActionThresholds(rules.liked_from, rules.disliked_to).sql("TRY_CAST(r.value AS DOUBLE)")
 
 
 def _number_parts(db: duckdb.DuckDBPyConnection, config: SortConfig) -> None:

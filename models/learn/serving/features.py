@@ -32,9 +32,9 @@ import pyarrow.parquet as pq
 
 from learn.atomic_file import replacing
 from learn.data import DataError
-from learn.data.actions import ACTIONS
+from learn.data.actions import ACTIONS, ActionThresholds
 from learn.progress import Rate
-from learn.serving import bulk_embedding, feature_inputs, feature_tables
+from learn.serving import bulk_embedding, bundle_format, feature_inputs, feature_tables
 from learn.serving.bulk_embedding import JOB, RECORD, BulkConfig, RayConfig
 from learn.serving.bundle_inference import GraphsConfig, session
 from learn.serving.digests import bundle_digest, read_manifest
@@ -67,7 +67,8 @@ class FeaturesConfig:
     items: Path
     out: Path
     outputs: tuple[str, ...] = ("mid_emb", "cvr")
-    # From which value on, and up to which one, a user likes and dislikes an item, for logs without actions.
+    # From which value on, and up to which one, a user likes and dislikes an item, for logs without actions, if the
+    # bundle does not say it.
     liked_from: float | None = None
     disliked_to: float | None = None
     sort: SortConfig = field(default_factory=SortConfig)
@@ -121,9 +122,20 @@ def compute_features(config: FeaturesConfig) -> Summary:
 
 
 def history_rules(manifest: dict[str, Any], config: FeaturesConfig) -> HistoryRules:
-    """Returns how events become a history for this bundle."""
-    history = manifest["history"]
-    return HistoryRules(tuple(history["actions"]), history["keeps"], config.liked_from, config.disliked_to)
+    """Returns how events become a history for this bundle.
+
+    Values become actions as the manifest says or, where it says nothing, as the config does. Raises ValueError if they
+    disagree.
+    """
+    history, own = manifest["history"], bundle_format.thresholds(manifest)
+    told = ActionThresholds(config.liked_from, config.disliked_to)
+    if own != ActionThresholds() and told not in (own, ActionThresholds()):
+        raise ValueError(
+            f"the bundle was trained with liked_from = {own.liked_from} and disliked_to = {own.disliked_to}, but the "
+            f"job has {told.liked_from} and {told.disliked_to}: leave --liked-from and --disliked-to out"
+        )
+    values = told if own == ActionThresholds() else own
+    return HistoryRules(tuple(history["actions"]), history["keeps"], values.liked_from, values.disliked_to)
 
 
 def work_folder(out: Path) -> Path:

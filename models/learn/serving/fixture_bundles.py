@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaModel
 
 from learn.content import ceg
+from learn.data.actions import ActionThresholds
 from learn.data.item_text import ItemText, render, template_source
 from learn.models.cvr import CvrConfig, CvrHead
 from learn.models.pch import Pch, PchConfig
@@ -41,6 +42,7 @@ class Recipe:
     # Seed of the towers and the head; without it they continue the encoder's sequence of random numbers.
     towers_seed: int | None = None
     actions: tuple[str, ...] = ("click", "like", "dislike", "purchase")
+    values: ActionThresholds | None = None
 
     def provenance(self) -> dict[str, str | int]:
         """Returns the manifest's provenance table."""
@@ -52,7 +54,7 @@ FIRST = Recipe(version="1", seed=20240506)
 # Folder name -> recipe of the bundle in it.
 RECIPES = {
     "bundle": FIRST,
-    "retrained": Recipe(version="2", seed=FIRST.seed, towers_seed=20240507),
+    "retrained": Recipe(version="2", seed=FIRST.seed, towers_seed=20240507, values=ActionThresholds(4.0, 2.0)),
     "reencoded": Recipe(version="3", seed=20240508, actions=()),
 }
 
@@ -131,6 +133,7 @@ def build(tokenizer_path: Path, recipe: Recipe = FIRST) -> Bundle:
         golden_items=ITEMS,
         provenance=recipe.provenance(),
         keeps="all",
+        values=recipe.values,
     )
 
 

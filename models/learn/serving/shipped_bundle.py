@@ -13,6 +13,7 @@ from typing import Any
 from learn.content import minilm
 from learn.content.ceg import Encoder
 from learn.content.graph_encoder import GraphEncoder
+from learn.data.actions import ActionThresholds
 from learn.data.item_text import ItemText
 from learn.models.cvr import CvrHead
 from learn.models.pch import Pch
@@ -52,12 +53,14 @@ class Label:
 
 @dataclass(frozen=True)
 class Trained:
-    """The models of a run, and which of a user's earlier items the head was trained on."""
+    """The models of a run, and which of a user's earlier items, with which actions, they were trained on."""
 
     encoder: Encoder | GraphEncoder
     pch: Pch
     head: CvrHead
     keeps: Keeps
+    # As in `Bundle`.
+    values: ActionThresholds | None = None
 
 
 def write_default(trained: Trained, facts: Mapping[str, Any], out: Path, label: Label) -> None:
@@ -72,6 +75,7 @@ def write_default(trained: Trained, facts: Mapping[str, Any], out: Path, label: 
         golden_items=GOLDEN_ITEMS,
         provenance=built_with(encoder) | dict(facts),
         keeps=trained.keeps,
+        values=trained.values,
         fetched=FETCHED if encoder.name == minilm.NAME else {},
     )
     write(bundle, out)

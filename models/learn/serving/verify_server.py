@@ -233,8 +233,14 @@ def _facts(info: Any, bundle: Path) -> list[str]:
         "max_tokens": (info.max_tokens, manifest["item_text"]["max_tokens"]),
         "history_actions": (grpc_messages.action_names(info.history_actions), manifest["history"]["actions"]),
         "history_keeps": (info.history_keeps, manifest["history"]["keeps"]),
+        "history_liked_from": (_optional(info, "history_liked_from"), manifest["history"].get("liked_from")),
+        "history_disliked_to": (_optional(info, "history_disliked_to"), manifest["history"].get("disliked_to")),
     }
     return [f"{name} is {got!r}, but {bundle} has {want!r}" for name, (got, want) in expected.items() if got != want]
+
+
+def _optional(info: Any, name: str) -> Any:
+    return getattr(info, name) if info.HasField(name) else None
 
 
 def _request(case: Case, config: VerifyConfig, number: int) -> Any:

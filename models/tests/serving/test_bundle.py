@@ -16,7 +16,7 @@ import torch
 from conftest import DEFAULT, FIXTURE, FIXTURES
 
 from learn.content.encoder_graph import cast_weights
-from learn.data.actions import ACTIONS, UNSPECIFIED
+from learn.data.actions import ACTIONS, UNSPECIFIED, ActionThresholds
 from learn.data.item_text import ItemText, render, template_source
 from learn.serving import bundle, bundle_check, bundle_format, fixture_bundles, tolerances
 
@@ -376,9 +376,10 @@ def test_numbers_read_back_from_json_as_the_same_fp32():
 def test_the_manifest_has_the_precision_of_the_weights_and_what_the_head_was_trained_on(tmp_path, dtype, precision):
     built = fixture_bundles.build(tmp_path / "tokenizer.json")
     cast_weights(built.encoder.graph, dtype)
-    manifest = bundle.manifest(replace(built, keeps="liked"), tmp_path)
+    manifest = bundle.manifest(replace(built, keeps="liked", values=ActionThresholds(4.0)), tmp_path)
     assert manifest["encoder"]["precision"] == precision
-    assert manifest["history"]["keeps"] == "liked"
+    assert (manifest["history"]["keeps"], manifest["history"]["liked_from"]) == ("liked", 4.0)
+    assert "disliked_to" not in manifest["history"]
 
 
 def test_golden_content_of_fp16_weights_is_computed_in_fp32(tmp_path):

@@ -85,6 +85,8 @@ def test_a_missing_or_malformed_manifest_is_an_error(tmp_path):
         ("encoder", "tolerance", 0.1, "encoder.tolerance has 0.1, but it must have absolute and cosine"),
         ("history", "keeps", 1, "history.keeps is 1, but it must be a string"),
         ("history", "actions", "like", "history.actions is 'like', but it must be a list of strings"),
+        ("history", "liked_from", "4", "history.liked_from is '4', but it must be a number"),
+        ("history", "disliked_to", 2, "history.disliked_to is 2, but there is no liked_from; give both, or neither"),
         ("item_tower", "adapted_dim", 1.5, "item_tower.adapted_dim is 1.5, but it must be an integer"),
         ("golden", "file", 3, "golden.file is 3, but it must be a string"),
     ],

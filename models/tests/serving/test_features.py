@@ -13,7 +13,7 @@ import onnxruntime
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import FIXTURE, MODELS
+from conftest import FIXTURE, FIXTURES, MODELS
 from live_server import serving
 
 from learn.data import DataError
@@ -253,6 +253,22 @@ def test_values_become_actions_by_the_thresholds(shop):
     by_value = replace(by_value, liked_from=4.0, disliked_to=2.0)
     compute_features(by_value)
     assert table_of(by_value).equals(table_of(config_of(shop)))
+
+
+def test_the_manifest_says_how_values_become_actions(shop):
+    log = list(csv.DictReader((shop / "log.csv").open()))
+    worth = {"like": 5, "click": 3, "dislike": 2}
+    valued = [[e["user"], e["item"], e["timestamp"], worth.get(e["action"], 3)] for e in log]
+    write_csv(shop / "values.csv", ["user", "item", "timestamp", "value"], valued)
+    job = config_of(shop, bundle=FIXTURES / "retrained", log=str(shop / "values.csv"))
+    compute_features(job)
+    told = replace(job, out=shop / "told", liked_from=4.0, disliked_to=2.0)
+    compute_features(told)
+    assert table_of(told).equals(table_of(job))
+    with pytest.raises(
+        ValueError, match=r"trained with liked_from = 4\.0 and disliked_to = 2\.0, but the job has 3\.0"
+    ):
+        compute_features(replace(job, out=shop / "other", liked_from=3.0))
 
 
 def test_a_log_without_what_the_bundle_reads_is_refused(shop):

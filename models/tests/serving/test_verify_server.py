@@ -84,7 +84,7 @@ def test_other_towers_are_reported_from_the_first_output_that_differs(server, ca
     assert off == ["adapted", "item_emb", "user_emb", "mid_emb", "cvr"]
     assert f"fault: version is '1', but {FIXTURES / 'retrained'} has '{other.version}'" in shown
     faults = re.findall(r"^fault: (\w+) is", shown, re.MULTILINE)
-    assert faults == ["version", "digest", "tower_digest"]
+    assert faults == ["version", "digest", "tower_digest", "history_liked_from", "history_disliked_to"]
 
 
 def test_a_server_that_got_its_item_records_from_elsewhere_needs_no_content(server, towers, tmp_path):
@@ -165,6 +165,8 @@ def model_info(bundle):
         max_tokens=manifest["item_text"]["max_tokens"],
         history_actions=[messages.Action.Value(f"ACTION_{a.upper()}") for a in manifest["history"]["actions"]],
         history_keeps=manifest["history"]["keeps"],
+        history_liked_from=manifest["history"].get("liked_from"),
+        history_disliked_to=manifest["history"].get("disliked_to"),
     )
 
 
@@ -175,13 +177,14 @@ def test_facts_about_histories_and_records_are_compared_with_the_manifest():
 
     info = model_info(FIXTURE)
     assert faults(info) == []
-    info.adapted_dim, info.history_keeps = 41, "liked"
+    info.adapted_dim, info.history_keeps, info.history_liked_from = 41, "liked", 4
     info.history_actions[1] = 9
     assert faults(info) == [
         f"adapted_dim is 41, but {FIXTURE} has 40",
         f"history_actions is ['click', '9', 'dislike', 'purchase'], but {FIXTURE} has "
         "['click', 'like', 'dislike', 'purchase']",
         f"history_keeps is 'liked', but {FIXTURE} has 'all'",
+        f"history_liked_from is 4.0, but {FIXTURE} has None",
     ]
     without = model_info(FIXTURES / "reencoded")
     assert not without.history_actions and [line.split(" ")[0] for line in faults(without)] == ["history_actions"]

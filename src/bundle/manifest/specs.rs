@@ -93,6 +93,10 @@ pub struct HistorySpec {
     pub keeps: Keeps,
     /// The order of the items.
     pub order: Order,
+    /// For a log that has values in place of actions: the first value that is a `like`. None if the log had actions.
+    pub liked_from: Option<f64>,
+    /// The last value that is a `dislike`; those in between are clicks.
+    pub disliked_to: Option<f64>,
 }
 
 /// Which of a user's items a history has.
