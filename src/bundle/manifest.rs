@@ -220,7 +220,11 @@ impl Manifest {
         match (self.history.liked_from, self.history.disliked_to) {
             (None, None) => Ok(()),
             (Some(liked_from), None) if liked_from.is_finite() => Ok(()),
-            (Some(liked_from), Some(disliked_to)) if liked_from.is_finite() && disliked_to < liked_from => Ok(()),
+            (Some(liked_from), Some(disliked_to))
+                if liked_from.is_finite() && disliked_to.is_finite() && disliked_to < liked_from =>
+            {
+                Ok(())
+            }
             _ => Err(ManifestError::Thresholds),
         }
     }
@@ -300,8 +304,10 @@ mod tests {
         {
             assert_eq!(with(wrong).unwrap_err(), ManifestError::Thresholds, "{wrong}");
         }
-        let unordered = with("liked_from = 3.0\ndisliked_to = nan").unwrap_err();
-        assert_eq!(unordered, ManifestError::Thresholds);
+        for disliked_to in ["nan", "-inf"] {
+            let error = with(&format!("liked_from = 3.0\ndisliked_to = {disliked_to}")).unwrap_err();
+            assert_eq!(error, ManifestError::Thresholds);
+        }
     }
 
     /// A key at the start of a line was reported with the number of the line before it.

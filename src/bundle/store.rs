@@ -32,7 +32,7 @@ pub use upload::UploadFolder;
 use super::manifest::{self, FileSpec, Manifest, ManifestError};
 use crate::domain::digest::sha256_hex;
 use cache::{Cache, NewBundle, is_digest};
-use remote::Remote;
+use remote::{Purpose, Remote};
 use std::{
     collections::HashSet,
     io,
@@ -171,7 +171,7 @@ impl Store {
         pinned: Option<&str>,
         progress: Progress<'_>,
     ) -> Result<PathBuf, StoreError> {
-        let remote = Remote::open(url, &self.options.0)?;
+        let remote = Remote::open(url, &self.options.0, Purpose::Read)?;
         let text = remote.manifest().await?;
         let digest = sha256_hex(text.as_bytes());
         if let Some(expected) = pinned.filter(|expected| *expected != digest) {

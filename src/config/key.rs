@@ -109,7 +109,7 @@ impl fmt::Display for Bound {
             Bound::Percent(range) => {
                 write!(f, "a whole percentage from {} to {}", range.start(), range.end())
             }
-            Bound::SampleRate => f.write_str("a percentage above 0 and up to 100, for example 0.5"),
+            Bound::SampleRate => f.write_str("a percentage from 0 to 100, for example 0.5"),
             Bound::OneOf(words) => write!(f, "one of {}", words.join(", ")),
             Bound::Path => f.write_str("a path"),
             Bound::Filter => write!(

@@ -171,7 +171,7 @@ keys! {
     SERVED_FEATURES_PERCENT: Key<Rate> = sample_rate(
         "served_features.percent",
         "1",
-        "The percentage of requests, or of users, that are sampled; a decimal above 0. At 100 a hot request costs about a tenth more CPU time.",
+        "The percentage of requests, or of users, that are sampled, such as 0.5; 0 stops sampling. At 100 a hot request costs about a tenth more CPU time.",
     ).live().later();
     SERVED_FEATURES_SAMPLE_BY: Key<SampleBy> = choice(
         "served_features.sample_by",
@@ -183,8 +183,8 @@ keys! {
     SERVED_FEATURES_ROTATE_MB: Key<u64> = megabytes(
         "served_features.rotate_mb",
         "64",
-        1..=1 << 20,
-        "The size at which a file is finished and the next one begun. Lower it if readers should see samples sooner under heavy traffic.",
+        1..=4096,
+        "The size at which a file is finished and the next one begun. Lower it if readers should see samples sooner under heavy traffic, or if files are uploaded to a plain http server, which gets each file in one piece, from memory, within 10 minutes.",
     ).later();
     SERVED_FEATURES_ROTATE_SECONDS: Key<Duration> = seconds(
         "served_features.rotate_seconds",
@@ -202,7 +202,7 @@ keys! {
         "served_features.queue_mb",
         "32",
         1..=1024,
-        "Memory for samples that wait for the disk. When it is full, samples are dropped and counted. Raise it if the disk stalls now and then.",
+        "Memory for samples that wait for the disk. When it is full, samples are dropped and counted, and so is each sample that is larger by itself. Raise it if the disk stalls now and then, or if you sample pages of many candidates with wide vectors.",
     ).later();
 
     BUNDLES_FOLDER: Key<Option<PathBuf>> = path(

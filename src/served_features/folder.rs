@@ -3,14 +3,15 @@
 //! A file is `date=2026-11-28/20261128T031642-<bundle>-<random>.parquet`, where `date` is the UTC day of its rows, as readers of
 //! Hive partitions expect it. While it is written it has a hidden name that no reader's `*.parquet` matches, and its writer holds
 //! a lock on it: an unfinished file without a lock was left by a process that is gone. So several processes may use one folder.
-//! Only files with these names are ever removed; everything else in the folder belongs to somebody else.
+//! Only files with exactly these names are ever removed; everything else in the folder belongs to somebody else, and so does a
+//! `date=` folder that cannot be read.
 
 use super::{sample::unix_micros, sampler::random_id};
 use humantime::format_rfc3339_seconds;
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
     io,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -29,6 +30,14 @@ pub(super) struct NewFile {
 
 /// Creates a file for the rows of one day and of the bundle with this digest.
 pub(super) fn create(folder: &Path, time: &UtcTime, bundle_digest: &str) -> io::Result<NewFile> {
+    match try_to_create(folder, time, bundle_digest) {
+        // The day's folder or the file was removed in between, by an upload or a process that starts.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => try_to_create(folder, time, bundle_digest),
+        created => created,
+    }
+}
+
+fn try_to_create(folder: &Path, time: &UtcTime, bundle_digest: &str) -> io::Result<NewFile> {
     let partition = folder.join(format!("{DATE}{}", time.date()));
     // Rows say who was served what, so only the owner may read them.
     DirBuilder::new().mode(0o700).recursive(true).create(&partition)?;
@@ -37,9 +46,13 @@ pub(super) fn create(folder: &Path, time: &UtcTime, bundle_digest: &str) -> io::
     let unfinished = partition.join(format!(".{name}{UNFINISHED}"));
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
     match file.try_lock() {
-        // Where files cannot be locked, a process that starts beside this one removes its unfinished files.
+        // Where files cannot be locked, none is taken for a left-over.
         Ok(()) | Err(TryLockError::Error(_)) => {}
-        Err(TryLockError::WouldBlock) => return Err(io::ErrorKind::WouldBlock.into()),
+        Err(TryLockError::WouldBlock) => return Err(io::ErrorKind::NotFound.into()),
+    }
+    if file.metadata()?.nlink() == 0 {
+        // A process that started just then took it for a left-over.
+        return Err(io::ErrorKind::NotFound.into());
     }
     Ok(NewFile { file, unfinished, finished: partition.join(name) })
 }
@@ -50,7 +63,8 @@ impl NewFile {
         self.file.sync_all()?;
         fs::rename(&self.unfinished, &self.finished)?;
         if let Some(partition) = self.finished.parent() {
-            File::open(partition)?.sync_all()?;
+            // Not every file system can do it, and a crash loses the name at most.
+            let _ = File::open(partition).and_then(|partition| partition.sync_all());
         }
         Ok(self.finished)
     }
@@ -60,17 +74,18 @@ impl NewFile {
     }
 }
 
-/// Removes the unfinished files of processes that are gone, and returns their number.
+/// Removes the unfinished files of processes that are gone, and returns their number. Leaves what it may not remove.
 pub(super) fn remove_left_overs(folder: &Path) -> io::Result<usize> {
-    let mut n_removed = 0;
-    for path in files(folder)?.into_iter().filter(|path| is_unfinished(path)) {
-        let is_left_over = File::open(&path).is_ok_and(|file| file.try_lock().is_ok());
-        if is_left_over {
-            fs::remove_file(&path)?;
-            n_removed += 1;
-        }
-    }
-    Ok(n_removed)
+    let unfinished = files(folder)?.into_iter().filter(|path| is_unfinished(path));
+    Ok(unfinished.filter(|path| remove_left_over(path).is_ok()).count())
+}
+
+fn remove_left_over(path: &Path) -> io::Result<()> {
+    // Some file systems lock only what may be written.
+    let file = OpenOptions::new().write(true).open(path)?;
+    file.try_lock()?;
+    // While the lock is held, so that its writer cannot have locked it in between.
+    fs::remove_file(path)
 }
 
 /// The finished files, oldest first.
@@ -104,8 +119,8 @@ pub(super) fn remove(path: &Path, today: &str) -> io::Result<()> {
 fn files(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for partition in entries(folder)?.into_iter().filter(|path| name(path).starts_with(DATE) && path.is_dir()) {
-        let is_ours = |path: &PathBuf| is_unfinished(path) || (is_finished(path) && path.is_file());
-        found.extend(entries(&partition)?.into_iter().filter(is_ours));
+        let is_ours = |path: &PathBuf| (is_unfinished(path) || is_finished(path)) && path.is_file();
+        found.extend(entries(&partition).unwrap_or_default().into_iter().filter(is_ours));
     }
     Ok(found)
 }
@@ -123,11 +138,26 @@ fn name(path: &Path) -> &str {
 }
 
 fn is_finished(path: &Path) -> bool {
-    name(path).ends_with(FINISHED) && !name(path).starts_with('.')
+    is_name(name(path))
 }
 
 fn is_unfinished(path: &Path) -> bool {
-    name(path).starts_with('.') && name(path).ends_with(UNFINISHED)
+    name(path).strip_prefix('.').and_then(|name| name.strip_suffix(UNFINISHED)).is_some_and(is_name)
+}
+
+/// Whether a file is called as [`create`] calls files.
+fn is_name(name: &str) -> bool {
+    let parts = name.strip_suffix(FINISHED).map(|stem| stem.split('-').collect::<Vec<_>>());
+    let Some([time, bundle, random]) = parts.as_deref() else { return false };
+    let has_shape = |text: &str, shape: &str| {
+        text.len() == shape.len()
+            && text.bytes().zip(shape.bytes()).all(|(found, of_shape)| match of_shape {
+                b'0' => found.is_ascii_digit(),
+                b'x' => found.is_ascii_hexdigit(),
+                letter => found == letter,
+            })
+    };
+    has_shape(time, "00000000T000000") && !bundle.is_empty() && has_shape(random, "xxxxxxxxxxxxxxxx")
 }
 
 /// A second of UTC, as `2026-11-28T03:16:42Z`.
@@ -204,10 +234,15 @@ mod tests {
         let left = create(folder, &noon(), "abc").unwrap().unfinished_path().to_owned();
         let being_written = create(folder, &noon(), "abc").unwrap();
         let whole = create(folder, &noon(), "abc").unwrap().publish().unwrap();
-        let foreign = folder.join("date=2026-11-28/.notes");
-        fs::write(&foreign, "somebody else's").unwrap();
+        let foreign = [".notes", ".notes.unfinished", "training.parquet", "20261128T120000-abc-mine.parquet"]
+            .map(|name| folder.join("date=2026-11-28").join(name));
+        for path in &foreign {
+            fs::write(path, "somebody else's").unwrap();
+        }
         assert_eq!(remove_left_overs(folder).unwrap(), 1);
-        assert!(!left.exists() && being_written.unfinished_path().exists() && whole.exists() && foreign.exists());
+        assert!(!left.exists() && being_written.unfinished_path().exists());
+        assert!(foreign.iter().all(|path| path.exists()));
+        assert_eq!(finished(folder).unwrap(), [whole], "somebody else's file would be uploaded and removed");
     }
 
     #[test]

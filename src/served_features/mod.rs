@@ -29,7 +29,7 @@ mod writer;
 #[cfg(test)]
 mod stand_ins;
 
-pub use sample::{RequestId, SampledAnswer, SampledRequest, status_name};
+pub use sample::{SampledAnswer, SampledRequest, status_name};
 pub use sampler::{Rate, SampleBy};
 
 use crate::{
@@ -84,7 +84,7 @@ pub struct Options {
 pub struct ServedFeatures {
     sampler: Sampler,
     queue: Arc<Queue>,
-    /// Disconnected once everything is written.
+    /// Says once that everything is written.
     writing: Mutex<Receiver<()>>,
     uploads: Option<Uploads>,
 }
@@ -115,10 +115,7 @@ impl ServedFeatures {
         if !self.sampler.draws(request.user_id) {
             return None;
         }
-        let request_id = match request_id {
-            Some(sent) => RequestId::Sent(sent.to_owned()),
-            None => RequestId::Made(random_id()),
-        };
+        let request_id = request_id.map_or_else(random_id, str::to_owned);
         Some(Box::new(SampledRequest::new(request, request_id)))
     }
 
@@ -153,12 +150,16 @@ impl ServedFeatures {
         self.queue.end();
         let writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let left = end_by.saturating_duration_since(Instant::now());
-        if writing.recv_timeout(left) == Err(RecvTimeoutError::Timeout) {
-            let n_requests = self.queue.n_waiting();
-            tracing::warn!(
+        let n_requests = self.queue.n_waiting();
+        match writing.recv_timeout(left) {
+            Ok(()) => {}
+            Err(RecvTimeoutError::Timeout) => tracing::warn!(
                 n_requests,
                 "served features are not written in time, the open files and what waits are lost"
-            );
+            ),
+            Err(RecvTimeoutError::Disconnected) => {
+                tracing::error!(n_requests, "the thread that writes served features has ended, what waits is lost");
+            }
         }
     }
 }

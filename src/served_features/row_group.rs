@@ -140,14 +140,14 @@ impl Encoder<'_> {
         if self.schema.column(column as usize).max_def_level() > 0 {
             self.levels(|page| runs.iter().for_each(|(value, n)| put_run(page, *n, usize::from(value.is_some()), 1)));
         }
-        self.page.put_u8(width as u8);
+        let encoding = self.begin_indexes(places.len());
         for (place, n_rows) in indexes {
             put_run(&mut self.page, n_rows, place, width);
         }
         let indexes = self.page.split().freeze();
         self.write_dictionary(dictionary, places.len())?;
         let n_rows = runs.iter().map(|(_, n_rows)| n_rows).sum();
-        self.write_data(indexes, n_rows, Encoding::RLE_DICTIONARY)?;
+        self.write_data(indexes, n_rows, encoding)?;
         self.end_column(column)
     }
 
@@ -222,11 +222,11 @@ impl Encoder<'_> {
             let n_dims = n_floats(sample);
             let n_levels = self.list_levels(runs, n_dims);
             let n_ok: usize = runs.iter().filter(|run| run.status == RowStatus::Ok).map(|run| run.n_rows).sum();
-            self.page.put_u8(width as u8);
+            let encoding = self.begin_indexes(n_entries);
             put_sequences(&mut self.page, first, n_dims, n_ok, width);
             first += n_dims;
             let page = self.page.split().freeze();
-            self.write_data(page, n_levels, Encoding::RLE_DICTIONARY)?;
+            self.write_data(page, n_levels, encoding)?;
         }
         self.end_column(Column::UserEmb)
     }
@@ -271,7 +271,21 @@ impl Encoder<'_> {
         self.page[at..at + size_of::<u32>()].copy_from_slice(&n_bytes.to_le_bytes());
     }
 
+    /// Appends what precedes indexes into a dictionary of `n_entries`, and returns the encoding of the page. Without entries all
+    /// values are null; some readers know no empty dictionary.
+    fn begin_indexes(&mut self, n_entries: usize) -> Encoding {
+        if n_entries == 0 {
+            return Encoding::PLAIN;
+        }
+        self.page.put_u8(index_width(n_entries) as u8);
+        Encoding::RLE_DICTIONARY
+    }
+
+    /// Writes nothing for a dictionary without entries.
     fn write_dictionary(&mut self, buf: Bytes, n_entries: usize) -> Result<(), ParquetError> {
+        if n_entries == 0 {
+            return Ok(());
+        }
         let (num_values, encoding) = (n_entries as u32, Encoding::PLAIN);
         let offset = self.write(Page::DictionaryPage { buf, num_values, encoding, is_sorted: false })?;
         self.chunk.dictionary_offset = Some(offset);

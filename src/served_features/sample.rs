@@ -10,8 +10,8 @@ use std::{
 /// What a row says of its request, copied from a message that is about to be dropped.
 #[derive(Debug)]
 pub struct SampledRequest {
-    /// The caller's id of the request, or one that was made here.
-    pub request_id: RequestId,
+    /// The caller's id of the request, or one that was made here. It joins an answer with what became of it.
+    pub request_id: String,
     /// Empty for a visitor without an id.
     pub(super) user_id: String,
     /// Unix time in microseconds at which the request was decoded.
@@ -20,25 +20,8 @@ pub struct SampledRequest {
     pub(super) item_ids: Vec<u8>,
 }
 
-/// The id that joins an answer with what became of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum RequestId {
-    /// The caller sent it.
-    Sent(String),
-    /// The caller sent none, and must be told.
-    Made(String),
-}
-
-impl RequestId {
-    #[expect(missing_docs, reason = "name and type say it all")]
-    pub fn as_str(&self) -> &str {
-        let (RequestId::Sent(id) | RequestId::Made(id)) = self;
-        id
-    }
-}
-
 impl SampledRequest {
-    pub(super) fn new(request: &MidEmbRequest<'_>, request_id: RequestId) -> Self {
+    pub(super) fn new(request: &MidEmbRequest<'_>, request_id: String) -> Self {
         SampledRequest {
             request_id,
             user_id: request.user_id.to_owned(),
@@ -103,13 +86,15 @@ impl Sample {
         self.answer.statuses.len()
     }
 
-    /// What it occupies in memory, as far as its size depends on the request.
+    /// At least what it occupies in memory and, but for a few bytes per row, in a file.
     pub(super) fn n_bytes(&self) -> usize {
         let SampledRequest { request_id, user_id, item_ids, .. } = &self.request;
         let SampledAnswer { statuses, mid_emb, cvr, user_emb, item_emb, .. } = &self.answer;
         let vectors: usize = [mid_emb, cvr, user_emb, item_emb].into_iter().flatten().map(Bytes::len).sum();
-        let texts = request_id.as_str().len() + user_id.len() + item_ids.len();
-        size_of::<Self>() + vectors + texts + statuses.len() * size_of::<RowStatus>()
+        // Each of its values takes up to four bytes in every row of the file.
+        let user_rows = user_emb.as_ref().map_or(0, Bytes::len) * statuses.len();
+        let texts = request_id.len() + user_id.len() + item_ids.len();
+        size_of::<Self>() + vectors + user_rows + texts + statuses.len() * size_of::<RowStatus>()
     }
 
     /// The statuses of all rows, in order.

@@ -12,12 +12,10 @@ pub struct Rate(u64);
 const N_VALUES: f64 = 18_446_744_073_709_551_616.0;
 
 impl Rate {
-    /// The rate of a percentage; none unless it is above 0 and at most 100.
+    /// The rate of a percentage; none unless it is from 0 to 100.
     pub fn from_percent(percent: f64) -> Option<Self> {
-        let is_percentage = percent > 0.0 && percent <= 100.0;
         // The conversion saturates, so that 100 % is the greatest bound.
-        let bound = (percent / 100.0 * N_VALUES) as u64;
-        (is_percentage && bound > 0).then_some(Rate(bound))
+        (0.0..=100.0).contains(&percent).then_some(Rate((percent / 100.0 * N_VALUES) as u64))
     }
 
     fn covers(self, bits: u64) -> bool {
@@ -91,11 +89,12 @@ mod tests {
     }
 
     #[test]
-    fn a_percentage_is_above_0_and_at_most_100() {
-        for percent in [0.0, -1.0, 100.000_001, f64::NAN, f64::INFINITY, 1e-30] {
+    fn a_percentage_is_from_0_to_100() {
+        for percent in [-1.0, 100.000_001, f64::NAN, f64::INFINITY] {
             assert_eq!(Rate::from_percent(percent), None, "{percent}");
         }
         assert!(Rate::from_percent(100.0).unwrap().covers(u64::MAX));
+        assert!(!Rate::from_percent(0.0).unwrap().covers(0));
         let half = Rate::from_percent(50.0).unwrap();
         assert!(half.covers(u64::MAX / 2) && !half.covers(u64::MAX / 2 + 1));
     }

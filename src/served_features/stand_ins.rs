@@ -1,20 +1,13 @@
 //! Samples for the tests of this module, and a reader of the files.
 
-use super::{
-    RequestId, SampledAnswer, SampledRequest,
-    sample::{Sample, unix_micros},
-};
+use super::{SampledAnswer, SampledRequest, sample::Sample};
 use crate::domain::{Item, MidEmbRequest, ModelRef, Outputs, RowStatus};
 use bytes::Bytes;
 use parquet::{
     file::{reader::FileReader, serialized_reader::SerializedFileReader},
     record::{Field, Row},
 };
-use std::{
-    path::Path,
-    sync::Arc,
-    time::{Instant, SystemTime},
-};
+use std::{path::Path, sync::Arc, time::Instant};
 
 /// The width of the mid-embs and of the other vectors.
 pub(super) const MID_DIM: usize = 3;
@@ -56,15 +49,15 @@ pub(super) fn sample(request: usize, statuses: &[RowStatus], outputs: Outputs) -
         user_emb: outputs.user_emb.then(|| tensor(request, USER_DIM)),
         item_emb: outputs.item_emb.then(|| tensor(request, n * USER_DIM)),
     };
-    Sample { request: SampledRequest::new(&asked, RequestId::Sent(format!("request-{request}"))), answer }
+    Sample { request: SampledRequest::new(&asked, format!("request-{request}")), answer }
 }
 
 pub(super) const MID_EMB: Outputs = Outputs { mid_emb: true, cvr: false, user_emb: false, item_emb: false };
 
-/// A sample of `n` candidates that are all OK, now.
+/// A sample of `n` candidates that are all OK, at a certain time.
 pub(super) fn page(request: usize, n: usize) -> Sample {
     let mut sample = sample(request, &vec![RowStatus::Ok; n], MID_EMB);
-    sample.request.at_us = unix_micros(SystemTime::now());
+    sample.request.at_us = 1_795_867_200_000_000;
     sample
 }
 

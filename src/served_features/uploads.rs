@@ -72,7 +72,7 @@ impl Uploads {
         if let Some(reason) = &failure
             && !*is_failing
         {
-            tracing::warn!(url = %self.store.url(), reason, "served features cannot be uploaded, they stay on the disk and are tried again");
+            tracing::warn!(url = %self.store.url(), reason, "some served features cannot be uploaded, they stay on the disk and are tried again");
         }
         *is_failing = failure.is_some();
         failure.is_none()
@@ -80,23 +80,30 @@ impl Uploads {
 
     /// Returns why files are left, if some are.
     async fn upload_all(&self, files: Vec<PathBuf>) -> Option<String> {
-        let mut failures = Vec::new();
+        let (mut failures, mut n_failures_of_store) = (Vec::new(), 0);
+        let n_files = files.len();
         for path in files {
             match self.upload(&path).await {
                 Ok(()) => {
                     events::served_features_file("uploaded");
-                    self.remove(path).await;
+                    failures.extend(self.remove(path).await.err());
                 }
                 // Another process has uploaded it, or a reader has taken it.
                 Err(StoreError::Disk { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
                     events::served_features_file("upload_failed");
+                    n_failures_of_store += usize::from(!matches!(error, StoreError::Disk { .. }));
                     failures.push(error.to_string());
                 }
             }
-            if failures.len() == MAX_FAILURES {
+            if n_failures_of_store == MAX_FAILURES {
                 break;
             }
+        }
+        if n_files > 0
+            && let Ok(n_bytes) = self.on_disk(|folder| folder::n_bytes(&folder)).await
+        {
+            events::served_features_measured(n_bytes);
         }
         failures.into_iter().next()
     }
@@ -107,18 +114,11 @@ impl Uploads {
         self.store.upload(&relative.to_string_lossy(), path).await
     }
 
-    async fn remove(&self, path: PathBuf) {
+    /// Removes an uploaded file, or returns why it will be uploaded again.
+    async fn remove(&self, path: PathBuf) -> Result<(), String> {
         let shown = path.display().to_string();
-        let removed = self.on_disk(move |folder| {
-            folder::remove(&path, UtcTime::now().date())?;
-            folder::n_bytes(&folder)
-        });
-        match removed.await {
-            Ok(n_bytes) => events::served_features_measured(n_bytes),
-            Err(error) => {
-                tracing::warn!(path = shown, %error, "an uploaded file of served features cannot be removed, it will be uploaded again")
-            }
-        }
+        let removed = self.on_disk(move |_folder| folder::remove(&path, UtcTime::now().date())).await;
+        removed.map_err(|error| format!("{shown} is uploaded, but cannot be removed: {error}"))
     }
 
     async fn on_disk<T: Send + 'static>(

@@ -20,8 +20,11 @@ use tokio::sync::Notify;
 
 /// How long nothing is written after a failure.
 const PAUSE: Duration = Duration::from_secs(5);
-/// How often the folder is measured while it is full. Readers and uploads make room.
+/// How often the folder is measured at most. Readers, uploads and other servers change what it holds.
 const MEASURE_EVERY: Duration = Duration::from_secs(1);
+
+/// The memory that is kept from one row group to the next.
+const MAX_BUFFER_BYTES: usize = 16 << 20;
 
 /// The rows of one file are of one bundle and one day.
 type FileKey = (String, String);
@@ -52,7 +55,7 @@ impl Writer {
         Writer { options, queue, files, finished, used, retry_at, buffer }
     }
 
-    /// Writes until the queue has ended, then closes all files and drops `ended`.
+    /// Writes until the queue has ended, then closes all files and says so.
     pub(super) fn run(mut self, ended: Sender<()>) {
         self.clean_up();
         loop {
@@ -62,7 +65,8 @@ impl Writer {
             self.queue.release(n_bytes);
             self.close_files(|file, now| is_last || file.close_at <= now);
             if is_last {
-                drop(ended);
+                // Nobody may wait for it any more.
+                let _ = ended.send(());
                 return;
             }
         }
@@ -73,7 +77,8 @@ impl Writer {
         match folder::remove_left_overs(&self.options.folder) {
             Ok(0) => {}
             Ok(n_files) => tracing::info!(n_files, "unfinished files of served features removed"),
-            Err(error) => self.fail(&error.into()),
+            // Whatever keeps it from being read keeps it from being written, which is then logged.
+            Err(_) => {}
         }
         self.measure();
     }
@@ -99,15 +104,29 @@ impl Writer {
         if !self.has_room(n_bytes) {
             return count(ServedFeaturesResult::DiskBudget, counts);
         }
-        if let Err(error) = self.append(&key, samples, n_bytes, close_at) {
-            count(ServedFeaturesResult::Failed, counts);
-            // What was written before is kept if the disk still permits that.
-            if let Some(file) = self.files.remove(&key) {
-                self.close(file);
+        let was_failing = self.retry_at.is_some();
+        match self.append(&key, samples, n_bytes, close_at) {
+            Ok(()) if was_failing => {
+                self.retry_at = None;
+                tracing::info!(folder = %self.options.folder.display(), "served features are written again");
             }
-            self.fail(&error);
-        } else if self.retry_at.take().is_some() {
-            tracing::info!(folder = %self.options.folder.display(), "served features are written again");
+            Ok(()) => {}
+            Err(WriteError::Parquet(error)) => {
+                count(ServedFeaturesResult::Failed, counts);
+                tracing::error!(%error, n_rows = counts.n_rows, "served features cannot be encoded, these are lost");
+            }
+            Err(error @ WriteError::Disk(_)) => {
+                count(ServedFeaturesResult::Failed, counts);
+                // What was written before is kept if the disk still permits that.
+                if let Some(file) = self.files.remove(&key) {
+                    self.close(file);
+                }
+                self.fail(&error);
+            }
+        }
+        if self.buffer.capacity() > MAX_BUFFER_BYTES {
+            // One large page.
+            self.buffer = Vec::new();
         }
     }
 
@@ -169,15 +188,14 @@ impl Writer {
     /// Whether as many bytes fit into what the folder may hold.
     fn has_room(&mut self, n_bytes: u64) -> bool {
         let max_bytes = self.options.max_disk_bytes;
-        let fits = |used: &Used| used.n_bytes.saturating_add(n_bytes) <= max_bytes;
-        if !fits(&self.used) && self.used.measured.is_none_or(|at| at.elapsed() >= MEASURE_EVERY) {
+        if self.used.measured.is_none_or(|at| at.elapsed() >= MEASURE_EVERY) {
             self.measure();
         }
-        fits(&self.used)
+        self.used.n_bytes.saturating_add(n_bytes) <= max_bytes
     }
 
     fn measure(&mut self) {
-        // If the folder cannot be read, it cannot be written either, and that is logged.
+        // If the folder cannot be read, it can hardly be written, and that is logged.
         if let Ok(n_bytes) = folder::n_bytes(&self.options.folder) {
             self.used = Used { n_bytes, measured: Some(Instant::now()) };
             events::served_features_measured(n_bytes);

@@ -19,7 +19,6 @@ use crate::{
     domain::error::{Error, ShedReason},
     inference::background::{self, Urgency},
     pipeline::Pipeline,
-    served_features::RequestId,
     telemetry::events,
 };
 use prost::Message;
@@ -141,7 +140,7 @@ impl MidEmbService for MidEmb {
         answer::hold(&mut response, held.ok_or_else(|| to_status(shed(ShedReason::UnsentAnswers)))?);
         events::rows_answered(&statuses);
         if let Some((request, answer)) = sample {
-            tell_made_id(&mut response, &request.request_id);
+            tell_request_id(&mut response, &request.request_id);
             if let Some(features) = &self.pipeline.served_features {
                 features.offer(*request, answer);
             }
@@ -212,11 +211,9 @@ impl MidEmbService for MidEmb {
     }
 }
 
-/// Tells the caller the id under which its answer is kept, if it does not know it.
-fn tell_made_id<T>(response: &mut Response<T>, id: &RequestId) {
-    if let RequestId::Made(id) = id
-        && let Ok(value) = id.parse()
-    {
+/// Tells the caller under which id its answer is kept. It may not know it even if one was sent: proxies make some, too.
+fn tell_request_id<T>(response: &mut Response<T>, id: &str) {
+    if let Ok(value) = id.parse() {
         response.metadata_mut().insert(decode::REQUEST_ID, value);
     }
 }

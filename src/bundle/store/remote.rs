@@ -18,6 +18,9 @@ use tokio::time::timeout;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A transfer may take hours, but it fails if no data arrives for this long.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// The time limit for sending one piece of an upload. While a request is sent nothing is read, so a stall cannot be told from a
+/// slow network.
+const SEND_TIMEOUT: Duration = Duration::from_mins(10);
 /// The time limit for fetching the manifest, including retries and credentials: if the store is dead, a push is refused
 /// within this time.
 pub(super) const MANIFEST_TIMEOUT: Duration = Duration::from_secs(60);
@@ -48,7 +51,14 @@ enum OptionError {
     Client(String),
 }
 
-/// A bundle in its store.
+/// What a client is for, on which its time limits depend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    Read,
+    Upload,
+}
+
+/// A bundle in its store, or the folder that files are uploaded to.
 pub(super) struct Remote {
     url: BundleUrl,
     store: Box<dyn ObjectStore>,
@@ -57,9 +67,9 @@ pub(super) struct Remote {
 
 impl Remote {
     /// Creates a client without sending a request. Options that this kind of store does not know are ignored.
-    pub(super) fn open(url: &BundleUrl, options: &[(String, String)]) -> Result<Self, StoreError> {
+    pub(super) fn open(url: &BundleUrl, options: &[(String, String)], purpose: Purpose) -> Result<Self, StoreError> {
         let invalid = |error: OptionError| StoreError::Options { url: url.to_string(), reason: error.to_string() };
-        let client = client_options(url, options).map_err(invalid)?;
+        let client = client_options(url, options, purpose).map_err(invalid)?;
         let store = build_client(url, client, options).map_err(invalid)?;
         // The generic http store has the whole URL as its root, the others only the bucket.
         let is_http = url.scheme == ObjectStoreScheme::Http;
@@ -183,12 +193,18 @@ fn check_option(key: &str, value: &str) -> Result<(), OptionError> {
     }
 }
 
-fn client_options(url: &BundleUrl, options: &[(String, String)]) -> Result<ClientOptions, OptionError> {
+fn client_options(
+    url: &BundleUrl,
+    options: &[(String, String)],
+    purpose: Purpose,
+) -> Result<ClientOptions, OptionError> {
     let plain = url.as_str().starts_with("http://");
-    let client = ClientOptions::new()
-        .with_timeout_disabled()
+    let client = match purpose {
+        Purpose::Read => ClientOptions::new().with_timeout_disabled().with_read_timeout(STALL_TIMEOUT),
+        Purpose::Upload => ClientOptions::new().with_timeout(SEND_TIMEOUT),
+    };
+    let client = client
         .with_connect_timeout(CONNECT_TIMEOUT)
-        .with_read_timeout(STALL_TIMEOUT)
         // Plain http must work in a container without certificates; https needs them.
         .with_no_system_certificates(plain)
         // Google's client talks http to the metadata service.

@@ -5,7 +5,7 @@
 
 use super::{
     BundleUrl, StoreError,
-    remote::{PartsUpload, Remote},
+    remote::{PartsUpload, Purpose, Remote},
 };
 use bytes::Bytes;
 use std::{
@@ -34,7 +34,7 @@ impl std::fmt::Debug for UploadFolder {
 impl UploadFolder {
     /// Creates a client without sending a request. `options` are those of [`super::Store::new`].
     pub fn open(url: &BundleUrl, options: &[(String, String)]) -> Result<Self, StoreError> {
-        Ok(UploadFolder { remote: Remote::open(url, options)?, part_bytes: PART_BYTES })
+        Ok(UploadFolder { remote: Remote::open(url, options, Purpose::Upload)?, part_bytes: PART_BYTES })
     }
 
     #[expect(missing_docs, reason = "name and type say it all")]

@@ -306,8 +306,8 @@ fn served_features_are_off_unless_they_have_a_folder() {
 #[test]
 fn faults_of_served_features_name_the_key_and_no_secret() {
     let found = |more: &str| faults(&format!("served_features.folder = \"f\"\nserved_features.{more}\n{MODEL}"), &[]);
-    for percent in ["0", "101", "-1", "100.5", "\"all\""] {
-        let expected = "is not a percentage above 0 and up to 100, for example 0.5";
+    for percent in ["101", "-1", "100.5", "\"all\""] {
+        let expected = "is not a percentage from 0 to 100, for example 0.5";
         let value = percent.trim_matches('"');
         assert_eq!(found(&format!("percent = {percent}")), [format!("served_features.percent: {value:?} {expected}")]);
     }

@@ -7,7 +7,7 @@ use crate::{
         SampledAnswer,
         file::OpenFile,
         folder::UtcTime,
-        stand_ins::{MID_DIM, MID_EMB, USER_DIM, column, read, sample, text, value, vector},
+        stand_ins::{MID_DIM, MID_EMB, USER_DIM, column, read, sample, tensor, text, value, vector},
     },
 };
 use parquet::record::{Field, Row};
@@ -70,6 +70,27 @@ fn rows_that_are_not_ok_have_no_vectors_and_the_others_have_their_own() {
         sample(3, &[Ok], Outputs::default()),
     ];
     check(&[samples]);
+}
+
+/// Dictionary indexes of more than eight bits.
+#[test]
+fn hundreds_of_requests_fit_into_one_row_group() {
+    let all = Outputs { mid_emb: true, cvr: true, user_emb: true, item_emb: true };
+    check(&[(0..300).map(|i| sample(i, &[RowStatus::Ok, RowStatus::NotInTime], all)).collect()]);
+}
+
+/// The bounds of queue, files and disk are in these bytes. A user embedding is one vector in memory and one in each row of a file.
+#[test]
+fn a_row_group_is_hardly_larger_than_its_samples_say() {
+    let n_rows = 2000;
+    let user_emb = Outputs { mid_emb: false, user_emb: true, ..MID_EMB };
+    let mut one = sample(1, &vec![RowStatus::Ok; n_rows], user_emb);
+    one.answer.user_emb = Some(tensor(1, 300));
+    let folder = tempfile::tempdir().unwrap();
+    let mut file = OpenFile::create(folder.path(), &UtcTime::now(), "digest", Instant::now()).unwrap();
+    file.append(std::slice::from_ref(&one), &mut Vec::new()).unwrap();
+    let n_beyond = file.n_bytes.saturating_sub(one.n_bytes() as u64);
+    assert!(n_beyond < 20 * n_rows as u64, "{n_beyond} bytes more than the {} that it counts", one.n_bytes());
 }
 
 fn status() -> impl Strategy<Value = RowStatus> {
