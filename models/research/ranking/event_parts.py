@@ -19,15 +19,13 @@ from typing import Literal
 
 import numpy as np
 
-from learn.data import Dataset, Event, Split, TimeSplitConfig
+from learn.data import Dataset, TimeSplitConfig
 from learn.data.dataset import Sequences
 from learn.data.prepared_folder import KeywordBoundary
 from learn.data.splits import check_keywords, time_cuts
 from learn.training.train_cvr_head import LIKED_FROM, label
 
 TOWER_PART, RANKER_PART, VALIDATION, TEST = range(4)
-# The fewest events of each label in the head's validation part; with fewer, its AUC is meaningless.
-FEWEST_OF_A_LABEL = 10
 
 
 @dataclass(frozen=True)
@@ -92,13 +90,6 @@ class Events:
         """[N] whether the event trains towers or ranker."""
         return self.part <= RANKER_PART
 
-    def spans(self, *parts: int) -> list[tuple[int, int, int]]:
-        """(user, begin, end) per user, in positions of the sequence. The parts have to follow one another."""
-        rows = self.rows(*parts)
-        users, first, n_events = np.unique(self.user[rows], return_index=True, return_counts=True)
-        begin = self.position[rows[first]]
-        return list(zip(users.tolist(), begin.tolist(), (begin + n_events).tolist(), strict=True))
-
 
 def cut(dataset: Dataset, config: RankSplitConfig) -> Events:
     """Flattens the data set and assigns each event to a part.
@@ -123,27 +114,6 @@ def cut(dataset: Dataset, config: RankSplitConfig) -> Events:
         check_keywords(dataset.sequences, KeywordBoundary(cut=int(clock[part == TOWER_PART].max()) + 1))
     values = columns["values"]
     return Events(user, position, columns["items"], values, label(values, config.liked_from), clock, part, has_times)
-
-
-def tower_split(dataset: Dataset, events: Events) -> Split:
-    """The towers' part as a `Split`, with the newest tenth of each user's events in it as the head's validation.
-
-    Users with at least five events there hold out at least one. If that gives the head too few validation events, users
-    with two events hold out one as well.
-    """
-    in_part = events.part == TOWER_PART
-    n_towers = np.bincount(events.user[in_part], minlength=len(dataset.sequences))
-    for fewest in (5, 2):
-        n_train = n_towers - np.where(n_towers >= fewest, np.maximum(1, n_towers // 10), 0)
-        liked = events.label[in_part & (events.position >= n_train[events.user])]
-        if min(liked.sum(), len(liked) - liked.sum()) >= FEWEST_OF_A_LABEL:
-            break
-    validation = [
-        Event(user, position)
-        for user in range(len(n_towers))
-        for position in range(int(n_train[user]), int(n_towers[user]))
-    ]
-    return Split(n_train.tolist(), validation, [])
 
 
 def _user_bounds(n_events: np.ndarray, config: RankSplitConfig) -> np.ndarray:

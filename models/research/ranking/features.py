@@ -2,7 +2,8 @@
 
 Every statistic of an event is computed from earlier events:
 
-- a statistic of the user from the events before it in the user's own sequence;
+- a statistic of the user from the user's own events at a strictly earlier time, which are also the history that
+  `learn features` reads;
 - a statistic of the item from training events (of towers and ranker) of any user at a strictly earlier time.
 
 So no label enters its own features, neither directly nor through a mean over all events (the leak of naive target
@@ -65,15 +66,17 @@ def numeric(events: Events) -> np.ndarray:
 
 
 def user_statistics(events: Events) -> Statistics:
-    """From the user's own earlier events in any part: they are history when the next one is predicted."""
+    """From the user's own events at a strictly earlier time, in any part: they are known when the next is predicted."""
     start = np.flatnonzero(events.position == 0)
     owner = np.cumsum(events.position == 0) - 1
+    new_instant = (events.position == 0) | np.r_[True, events.clock[1:] != events.clock[:-1]]
+    instant = np.flatnonzero(new_instant)[np.cumsum(new_instant) - 1]
 
     def before(amount: np.ndarray) -> np.ndarray:
         running = np.cumsum(amount, dtype=np.float64) - amount
-        return running - running[start][owner]
+        return running[instant] - running[start][owner]
 
-    return Statistics(events.position.astype(np.float64), before(events.value), before(events.label))
+    return Statistics(before(np.ones(len(owner))), before(events.value), before(events.label))
 
 
 def item_statistics(events: Events) -> Statistics:

@@ -1,20 +1,19 @@
 """The paper's online A/B test replayed offline: one ranking model, trained with and without what LEARN adds.
 
 LEARN reports UAUC .6885 -> .6969 for its ranking model with the mid-emb, with the largest gains on cold-start items.
-Here DCN-V2 ranks the films that a user met by a PROXY label (value >= 4, "liked"): MovieLens has neither impressions
-nor conversions, so nothing here is a click or a purchase.
+Here a ranking model (DCN-V2 or LightGBM) ranks the films that a user met by a PROXY label (value >= 4, "liked"):
+MovieLens has neither impressions nor conversions, so nothing here is a click or a purchase.
 
 The arms of a study differ in their extra features only. For one seed, all arms have the same starting point (a ranker
 without extra features, trained on the towers' part of the log), the same events of the ranker's part to train on, the
 same list of trials, the same early stopping on validation, and the same random seed. `event_parts` explains the parts.
 
-`result_files` lists the files that a study leaves; the log of each seed's towers lies beside them as
-`towers-seed<seed>.jsonl`.
+LEARN's features come from a `FeatureSource`: `learn features` with a bundle of the towers' part (`tower_runs`).
+`result_files` lists the files that a study leaves.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,14 +26,15 @@ from torch import Tensor
 from learn.data import Dataset
 from learn.toml_config import as_read
 from research import record_files
-from research.ranking import event_parts, features, learn_features, ranker, result_files, summary
+from research.ranking import event_parts, features, result_files, summary, tower_runs
 from research.ranking.arms import ARMS, CONTROL
 from research.ranking.auc_metrics import GroupConfig, HeldOut
 from research.ranking.event_parts import RANKER_PART, TEST, TOWER_PART, VALIDATION, Events, RankSplitConfig
-from research.ranking.learn_features import Features, MidEmbeddingConfig
-from research.ranking.ranker import Inputs, Ranker, RankerConfig, Trial, Widths
+from research.ranking.model_inputs import Inputs, RankingModel, Widths
+from research.ranking.ranker import Dcn
 from research.ranking.result_files import RankingRun, RankingStudy
 from research.ranking.summary import Row
+from research.ranking.tower_runs import Features, FeatureSource
 
 PARTS = {"towers": TOWER_PART, "ranker": RANKER_PART, "validation": VALIDATION, "test": TEST}
 
@@ -47,10 +47,11 @@ class RankConfig:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     arms: tuple[str, ...] = tuple(ARMS)
     split: RankSplitConfig = field(default_factory=RankSplitConfig)
-    mid: MidEmbeddingConfig = field(default_factory=MidEmbeddingConfig)
-    ranker: RankerConfig = field(default_factory=RankerConfig)
-    # Every arm tries all of these and keeps the best on validation. The first one trains the starting point.
-    trials: tuple[Trial, ...] = (Trial(1e-3, 1e-2), Trial(3e-4, 1e-2), Trial(1e-3, 1.0), Trial(3e-4, 1.0))
+    # How towers and head are trained, for the record: `FeatureSource` has the settings that count.
+    mid: dict[str, Any] = field(default_factory=dict)
+    ranker: RankingModel = field(default_factory=Dcn)
+    # Rows of each id table, including row 0 for unknown ids; with more ids than rows, ids share rows.
+    id_rows: int = 100_000
     groups: GroupConfig = field(default_factory=GroupConfig)
     # How many categories, the most frequent first, are columns of the arms with categories.
     n_categories: int = 32
@@ -67,7 +68,7 @@ class RankConfig:
 class Table:
     """All events as the ranker reads them, without the extra features of an arm.
 
-    `digest` is that of the events and the content embeddings.
+    `digest` is that of the events and the catalogue.
     """
 
     events: Events
@@ -86,40 +87,21 @@ class Table:
         return replace(chosen, extra=extra[place])
 
 
-@dataclass(frozen=True)
-class StudyData:
-    """The data set, its content embeddings [I,C], and its events as the ranker reads them."""
-
-    dataset: Dataset
-    content: Tensor
-    table: Table
-
-
-@dataclass(frozen=True)
-class ArmInputs:
-    """What all arms of a seed train from: the starting point and LEARN's features."""
-
-    start: Ranker
-    learned: Features
-
-
-def rank(config: RankConfig, dataset: Dataset, content: Tensor, out: Path) -> list[Row]:
+def rank(config: RankConfig, dataset: Dataset, source: FeatureSource, out: Path) -> list[Row]:
     """Runs the study, or the part of it that is missing, and returns `summary.summarise(out)`.
 
-    content [I,C] is in the order of `dataset.item_ids`. An arm and seed that `out` has with the same config is kept.
+    An arm and seed that `out` has with the same config is kept.
     """
-    if len(content) != len(dataset.item_ids):
-        raise ValueError(f"content has {len(content)} rows, the catalogue has {len(dataset.item_ids)} items")
     out.mkdir(parents=True, exist_ok=True)
     table = tabulate(config, dataset, event_parts.cut(dataset, config.split))
-    table = replace(table, digest=_digest(table.events, content))
     record_files.write(out / record_files.RANKING_STUDY_FILE, describe(config, dataset, table))
     for seed in config.seeds:
         missing = [arm for arm in config.arms if not _is_done(out, arm, seed, config, table)]
         if missing:
-            run_seed(config, seed, StudyData(dataset, content, table), missing, out)
+            run_seed(config, seed, table, source, missing, out)
     rows = summary.summarise(out)
     print(summary.text(rows))
+    print(summary.choices(out))
     return rows
 
 
@@ -132,7 +114,7 @@ def tabulate(config: RankConfig, dataset: Dataset, events: Events) -> Table:
                 f"{int(labels.sum()):,} of the {len(labels):,} events of the part {name!r} have a value of "
                 f"cvr.liked_from = {config.split.liked_from:g} or more, but a ranking model needs both labels there"
             )
-    rows = config.ranker.id_rows
+    rows = config.id_rows
     ids = []
     for key, n_keys in ((events.user, len(dataset.sequences)), (events.item, len(dataset.item_ids))):
         hashed = features.hashed_rows(features.training_counts(events, key, n_keys), rows)
@@ -141,66 +123,39 @@ def tabulate(config: RankConfig, dataset: Dataset, events: Events) -> Table:
     (user, n_users), (item, n_items) = ids
     plain = Inputs(user, item, numeric, torch.zeros(len(numeric), 0), torch.from_numpy(events.label))
     categories = torch.from_numpy(features.categories(dataset, config.n_categories))
-    return Table(events, plain, Widths(n_users, n_items, numeric.shape[1]), categories)
+    digest = tower_runs.digest(dataset, events)
+    return Table(events, plain, Widths(n_users, n_items, numeric.shape[1]), categories, digest)
 
 
-def run_seed(config: RankConfig, seed: int, data: StudyData, arms: list[str], out: Path) -> None:
-    """Trains towers, head and starting point once, then every arm."""
-    dataset, content, table = data.dataset, data.content, data.table
-    learned = learn_features.learn(config.mid, seed, content, dataset, table.events, out / f"towers-seed{seed}.jsonl")
-    learned_features = learn_features.features(learned, config.mid, content, dataset, table.events)
-    start, seconds = starting_point(config, seed, table)
-    shared_seconds = learned.seconds | {"starting_point": seconds}
+def run_seed(config: RankConfig, seed: int, table: Table, source: FeatureSource, arms: list[str], out: Path) -> None:
+    """Makes LEARN's features and the starting point once, then trains every arm."""
+    learned = source(seed)
+    begin = time.monotonic()
+    no_extra = table.plain.extra
+    train, validation = table.inputs(no_extra, TOWER_PART), table.inputs(no_extra, VALIDATION)
+    start = config.ranker.start(train, validation, table.widths, seed)
+    shared_seconds = learned.seconds | {"starting_point": round(time.monotonic() - begin, 1)}
     figures = {name: _rounded(value) for name, value in learned.figures.items()}
     for arm in arms:
         begin = time.monotonic()
-        trained = train_arm(config, arm, seed, table, ArmInputs(start, learned_features))
+        extra = extra_features(table, learned.features, ARMS[arm])
+        parts = [table.inputs(extra, part) for part in (RANKER_PART, VALIDATION, TEST)]
+        fitted = config.ranker.fit(start, parts[0], parts[1], seed)
+        # What is equal but for rounding errors counts as a tie.
+        scores = np.round(fitted.scores(parts[2]).astype(np.float64), 5)
         run = RankingRun(
             study=config.study,
             arm=arm,
             seed=seed,
             data=table.digest,
             config=_recorded_config(config),
-            chosen=trained.chosen,
+            chosen={name: _rounded(value) for name, value in fitted.chosen.items()},
             seconds=shared_seconds | {"ranker": round(time.monotonic() - begin, 1)},
             learned=figures,
-            score_rank=result_files.score_ranks(trained.scores),
+            score_rank=result_files.score_ranks(scores),
         )
         record_files.write(result_files.run_path(out, arm, seed), run)
-
-
-def starting_point(config: RankConfig, seed: int, table: Table) -> tuple[Ranker, float]:
-    """The ranker that every arm starts from: trained on the towers' part, no extra features. And its seconds."""
-    begin = time.monotonic()
-    torch.manual_seed(seed)
-    blank = Ranker(config.ranker, table.widths)
-    no_extra = table.plain.extra
-    train, validation = table.inputs(no_extra, TOWER_PART), table.inputs(no_extra, VALIDATION)
-    fitted = ranker.fit(blank, train, validation, config.trials[0], seed)
-    return fitted.model, round(time.monotonic() - begin, 1)
-
-
-@dataclass(frozen=True)
-class TrainedArm:
-    """The chosen trial with its epochs and validation loss, and the scores [n] of the test events."""
-
-    chosen: dict[str, float | None]
-    scores: np.ndarray
-
-
-def train_arm(config: RankConfig, arm: str, seed: int, table: Table, inputs: ArmInputs) -> TrainedArm:
-    """Trains one arm on the ranker's part and scores the test events.
-
-    Scores are rounded to 5 digits, so that what is equal but for rounding errors counts as a tie.
-    """
-    extra = extra_features(table, inputs.learned, ARMS[arm])
-    torch.manual_seed(seed)
-    wide = inputs.start.widened(extra.shape[1])
-    train, validation = table.inputs(extra, RANKER_PART), table.inputs(extra, VALIDATION)
-    fitted, trial = ranker.best_fit(wide, train, validation, config.trials, seed)
-    scores = np.round(ranker.scores(fitted.model, table.inputs(extra, TEST)).astype(np.float64), 5)
-    chosen = asdict(trial) | {"epochs": fitted.epochs, "validation_log_loss": _rounded(fitted.validation_loss)}
-    return TrainedArm(chosen, scores)
+        print(f"{config.study}: {arm}, seed {seed}: {run.chosen}", flush=True)
 
 
 def extra_features(table: Table, learned: Features, blocks: tuple[str, ...]) -> Tensor:
@@ -208,7 +163,7 @@ def extra_features(table: Table, learned: Features, blocks: tuple[str, ...]) -> 
     later = table.events.rows(RANKER_PART, VALIDATION, TEST)
     if not blocks:
         return torch.zeros(len(later), 0)
-    known = {"mid_emb": learned.mid_emb, "user": learned.user, "item": learned.item}
+    known = {"mid_emb": learned.mid_emb, "cvr": learned.logit, "user": learned.user, "item": learned.item}
     known["categories"] = table.categories[torch.from_numpy(table.events.item[later])]
     columns = torch.cat([known[name] for name in blocks], dim=1)
     if not columns.shape[1]:  # No item has a category.
@@ -245,19 +200,10 @@ def describe(config: RankConfig, dataset: Dataset, table: Table) -> RankingStudy
     )
 
 
-def _digest(events: Events, content: Tensor) -> str:
-    """SHA-256 over who met what when, with which value, and the content embeddings."""
-    digest = hashlib.sha256(content.numpy().tobytes())
-    for column in (events.user, events.item, events.value, events.clock, events.part):
-        digest.update(np.ascontiguousarray(column).tobytes())
-    return digest.hexdigest()
-
-
 def _recorded_config(config: RankConfig) -> dict[str, Any]:
     """The settings that a run depends on. The rest is left out, so that seeds and arms can be added to a study."""
     recorded = {name: value for name, value in asdict(config).items() if name not in ("study", "seeds", "arms")}
-    recorded["mid"]["pch"] = config.mid.pch.recorded()
-    return as_read(recorded)
+    return as_read(recorded | {"ranker": {"name": config.ranker.name} | recorded["ranker"]})
 
 
 def _is_done(out: Path, arm: str, seed: int, config: RankConfig, table: Table) -> bool:

@@ -11,7 +11,7 @@ from research.ranking.arms import CONTROL
 from research.ranking.auc_metrics import METRICS
 from research.ranking.result_files import study_name
 from research.ranking.summary import Row
-from research.report.number_format import NONE, difference, multiplicity, number, table
+from research.report.number_format import NONE, difference, multiplicity, number, probability, signed, table
 
 
 def read_all(folders: Iterable[Path], config: BootstrapConfig) -> dict[str, list[Row]]:
@@ -57,4 +57,18 @@ def groups_table(rows: Sequence[Row], metric: str) -> str:
         n_users = next((row.n_users for row in arm_rows if row is not None), 0)
         lines.append([group, str(n_users), *(NONE if row is None else difference(row.gain) for row in arm_rows)])
     header = ["events", "users", *(f"`{arm}`" for arm in arms)]
-    return f"{table(header, lines)}\n\n{multiplicity(compared)}"
+    return "\n\n".join(part for part in (table(header, lines), multiplicity(compared), corrected(rows, metric)) if part)
+
+
+def corrected(rows: Sequence[Row], metric: str) -> str:
+    """Which gains in one metric remain after Holm's correction over the family that `summary` defines."""
+    family = [row for row in rows if row.metric == metric and row.p_holm is not None]
+    if not family:
+        return ""
+    remain = [
+        f"`{row.arm}` on {row.group} ({signed(row.gain.value)}, {probability(row.p_holm)})"
+        for row in family
+        if row.p_holm < 0.05
+    ]
+    shown = ", ".join(remain) if remain else "none"
+    return f"After Holm's correction over {len(family)} gains, of all events and by popularity of the item: {shown}."

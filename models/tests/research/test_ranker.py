@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from research.ranking import ranker
-from research.ranking.ranker import Inputs, Ranker, RankerConfig, Trial, Widths
+from research.ranking.model_inputs import Inputs, Widths
+from research.ranking.ranker import Dcn, Ranker, RankerConfig, Trial
 
 SMALL = RankerConfig(id_dim=3, deep=(8, 4), dropout=0.0, id_dropout=0.0, batch=64, epochs=20)
 WIDTHS = Widths(users=5, items=7, numeric=2)
@@ -96,3 +97,17 @@ def test_ids_are_hidden_as_row_0_and_only_in_training():
     rows = torch.arange(1, 5)
     assert model.train()._hidden(rows).tolist() == [0, 0, 0, 0]
     assert model.eval()._hidden(rows).tolist() == [1, 2, 3, 4]
+
+
+def test_the_grid_has_larger_and_smaller_decays_than_the_ones_that_were_chosen_before():
+    decays = sorted({trial.weight_decay for trial in ranker.TRIALS})
+    assert decays[0] < 1.0 < decays[-1] and decays.index(1.0) not in (0, len(decays) - 1)
+
+
+def test_an_arm_without_extra_features_continues_from_the_starting_point():
+    train, validation = inputs(400, seed=9), inputs(200, seed=10)
+    model = Dcn(SMALL, (Trial(1e-2, 0.0), Trial(1e-9, 0.0)))
+    start = model.start(train, validation, WIDTHS, seed=1)
+    fitted = model.fit(start, train, validation, seed=1)
+    assert fitted.chosen["validation_log_loss"] <= ranker.log_loss(start, validation) + 1e-6
+    assert fitted.chosen.keys() == {"learning_rate", "weight_decay", "epochs", "validation_log_loss"}

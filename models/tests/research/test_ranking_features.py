@@ -39,6 +39,10 @@ def test_user_statistics_match_hand_computed_values():
     assert found.count.tolist() == [0, 1, 2, 0, 1, 2]
     assert found.value.tolist() == [0, 5, 7, 0, 1, 5.5]
     assert found.liked.tolist() == [0, 1, 1, 0, 0, 1]
+    # The events of user 1 at the same time do not count for each other, and both count for the next.
+    tied = user_statistics(replace(example_events(), clock=np.array([10, 20, 30, 10, 10, 40])))
+    assert tied.count.tolist() == [0, 1, 2, 0, 0, 2]
+    assert tied.value.tolist() == [0, 5, 7, 0, 0, 5.5]
 
 
 def test_item_statistics_match_hand_computed_values():

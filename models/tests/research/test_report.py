@@ -14,6 +14,7 @@ from learn.data import DataError
 from learn.evaluation.metrics import event_values
 from research import record_files
 from research.bootstrap import BootstrapConfig, Estimate
+from research.ranking import summary
 from research.ranking.arms import CONTROL
 from research.ranking.result_files import RankingStudy
 from research.ranking.summary import Row
@@ -329,6 +330,10 @@ def test_rows_of_the_ranking_study_become_tables_and_verdicts():
         "| .7200 | **+.0200 [+.0100, +.0300], p .010** |"
     )
     assert "| cold-start items | 50 |" in ranking_table.groups_table(ranking_rows(1), "uauc")
+    assert ranking_table.groups_table(summary.corrected(ranking_rows(1)), "uauc").endswith(
+        "After Holm's correction over 2 gains, of all events and by popularity of the item: "
+        "`mid_emb` on all (+.0200, p .020), `mid_emb` on cold-start items (+.0200, p .020)."
+    )
     for sign, expected in ((1, Verdict.HOLDS), (-1, Verdict.DOES_NOT_HOLD)):
         studies = Studies({}, "ml-small", {"ml-small": ranking_rows(sign)})
         assert verdict(ranking_gain_claim("cold-start items"), studies) is expected
