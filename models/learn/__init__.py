@@ -22,13 +22,15 @@ test_architecture.py). Code that only studies and the report need is in the pack
 
     evaluation
         metrics          figures from ranks
-        auc              AUC, weighted or per user
+        auc              AUC, weighted or per user; UAUC
         full_ranking     the whole catalogue ranked for each held-out event, by towers or by popularity
         retrieval        the same for any recommender
 
     training
         train_recommender    the loop, its checkpoints and its losses (losses, sampling)
-        train_cvr_head       the head, on frozen towers or together with them
+        train_cvr_head       the head, on frozen towers and then with them (cvr_tuning)
+        cvr_config, cvr_events, cvr_negatives   its settings; the events that it learns from
+        log_needs            what training needs of a log, checked first
         best_weights         training ends with the weights that were best on validation
         data_parallel        training in several processes
 
@@ -49,7 +51,7 @@ test_architecture.py). Code that only studies and the report need is in the pack
     run_settings     all settings of a run in one TOML file (toml_config: strict reading)
     training_run     one training run as a folder
     atomic_file, padding, progress   small helpers that any package may use
-    cli              one command for each step of a run
+    cli              one command for each step of a run (features_arguments: the arguments of one of them)
 
 Facts about the method are documented, with their sources, beside the code that uses them.
 """

@@ -11,9 +11,11 @@ import os
 import sys
 from pathlib import Path
 
+from learn.features_arguments import add_features
 from learn.serving.tolerances import ABSOLUTE, COSINE
 
 HERE = Path(__file__).parents[1]
+CVR_STUDY = HERE / "configs" / "cvr-ml-latest-small.toml"
 Arguments = argparse.Namespace
 # `rank`, `study`, `report` and `export --figures` need a separate package, which is not installed with this one.
 RESEARCH = "research"
@@ -45,19 +47,20 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="learn", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
-    common, raw, start, bundle = _common(), _raw(), _start(), _bundle()
+    common, raw, start, bundle, results = _common(), _raw(), _start(), _bundle(), _results()
     for name, function, text, parents in (
         ("prepare", _prepare, "raw data set -> prepared folder", [common, raw]),
         ("encode", _encode, "compute the content embedding of every item and store it on disk", [common]),
         ("train", _train, "train the towers", [common, start]),
-        ("cvr", _cvr, "train the CVR head on frozen towers", [common]),
+        ("cvr", _cvr, "train the CVR head, and the towers with it if the config says so", [common]),
         ("rank", _rank, "train and compare a ranking model with and without mid-emb", [common]),
+        ("cvr-study", _cvr_study, "train and compare CVR heads; writes one .npz record per run", [common, results]),
         ("evaluate", _evaluate, "full-ranking metrics of the towers and of the popularity baseline", [common]),
         ("export", _export, "write and verify the bundle", [common, bundle]),
         ("all", _all, "every step from prepare to export, except rank", [common, raw, start, bundle]),
     ):
         commands.add_parser(name, help=text, parents=parents).set_defaults(run_command=function)
-    _add_study(commands, raw)
+    _add_study(commands, [raw, results])
     _add_serving(commands, common)
     fixture = commands.add_parser("fixture", help="write the tiny random bundles that tests use")
     fixture.add_argument("--out", type=Path, required=True, help="folder of all fixtures; each bundle gets a subfolder")
@@ -98,6 +101,17 @@ def _raw() -> argparse.ArgumentParser:
     return raw
 
 
+def _results() -> argparse.ArgumentParser:
+    results = argparse.ArgumentParser(add_help=False)
+    results.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "results",
+        help="parent folder of the results; the study gets a subfolder with its name",
+    )
+    return results
+
+
 def _start() -> argparse.ArgumentParser:
     start = argparse.ArgumentParser(add_help=False)
     start.add_argument(
@@ -121,21 +135,15 @@ def _bundle() -> argparse.ArgumentParser:
     return bundle
 
 
-def _add_study(commands: argparse._SubParsersAction, raw: argparse.ArgumentParser) -> None:
+def _add_study(commands: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> None:
     study = commands.add_parser(
-        "study", parents=[raw], help="train and evaluate several models and seeds; writes one .npz record per run"
+        "study", parents=parents, help="train and evaluate several models and seeds; writes one .npz record per run"
     )
     study.add_argument(
         "--config", type=Path, default=HERE / "configs" / "ml-latest-small.toml", help="TOML file of the study"
     )
     study.add_argument(
         "--run", type=Path, help="folder of prepared data and embeddings (default: runs/<name of the study>)"
-    )
-    study.add_argument(
-        "--out",
-        type=Path,
-        default=HERE / "results",
-        help="parent folder of the results; the study gets a subfolder with its name",
     )
     study.add_argument("--encoders", type=Path, default=HERE, help="folder that contains the study's encoders")
     study.add_argument(
@@ -169,7 +177,8 @@ def _add_serving(commands: argparse._SubParsersAction, common: argparse.Argument
     snapshot.add_argument("--out", type=Path, required=True, help="folder of the .safetensors files")
     snapshot.add_argument("--kind", choices=("content", "item"), default="content")
     snapshot.set_defaults(run_command=_snapshot, threads=1)
-    _add_features(commands)
+    features = add_features(commands, HERE / "default")
+    features.set_defaults(run_command=_features, threads=1)
     upgrade = commands.add_parser("upgrade", help="bundle of format 1 -> format 2, without the run that it came from")
     upgrade.add_argument("old", type=Path, help="folder of the bundle")
     upgrade.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
@@ -206,47 +215,6 @@ def _add_serving(commands: argparse._SubParsersAction, common: argparse.Argument
     )
     verify.add_argument("--users", type=int, default=20, help="number of users of the run whose histories are sent")
     verify.set_defaults(run_command=_verify)
-
-
-def _add_features(commands: argparse._SubParsersAction) -> None:
-    features = commands.add_parser(
-        "features", help="mid-embs and more for samples of the past, as a server would have answered, as Parquet"
-    )
-    table = "a .csv or .parquet file, a folder of such files, or a glob"
-    features.add_argument("--bundle", type=Path, default=HERE / "default", help="folder of the bundle")
-    features.add_argument(
-        "--log", required=True, help=f"interactions: {table}; columns user, item, timestamp, and action or value"
-    )
-    features.add_argument(
-        "--samples", required=True, help=f"{table}; columns user, item, timestamp, and any others, which are kept"
-    )
-    features.add_argument(
-        "--items", type=Path, required=True, help="JSONL or Parquet file of items, or a folder of such files"
-    )
-    features.add_argument("--out", type=Path, required=True, help="folder of the Parquet files")
-    features.add_argument(
-        "--outputs",
-        nargs="+",
-        choices=("mid_emb", "cvr", "user_emb", "item_emb"),
-        default=["mid_emb", "cvr"],
-        help="columns to compute (default: mid_emb cvr)",
-    )
-    features.add_argument(
-        "--liked-from", type=float, help="for a log with values instead of actions: a like has this value or more"
-    )
-    features.add_argument("--disliked-to", type=float, help="the same: a dislike has this value or less")
-    features.add_argument(
-        "--memory-mb", type=int, default=256, help="memory for sorting the log; more is faster for large logs"
-    )
-    features.add_argument("--ray", metavar="ADDRESS", help="run on Ray: a cluster's address, or `local`")
-    features.add_argument(
-        "--workers", type=int, default=min(2, os.cpu_count() or 1), help="number of parallel processes"
-    )
-    features.add_argument(
-        "--check", metavar="HOST:PORT", help="then send a hundred of the samples to this server, and compare"
-    )
-    features.add_argument("--model", default="", help="name under which the server of --check serves the bundle")
-    features.set_defaults(run_command=_features, threads=1)
 
 
 def _run(arguments: Arguments):
@@ -290,6 +258,15 @@ def _rank(arguments: Arguments) -> None:
 
     seeds = (1, 2, 3, 4, 5) if arguments.seed is None else (arguments.seed,)
     rank_run(_run(arguments), seeds)
+
+
+def _cvr_study(arguments: Arguments) -> None:
+    import torch
+
+    from research.cvr.run_command import study_run
+
+    torch.set_num_threads(arguments.threads)
+    study_run(arguments.config or CVR_STUDY, arguments.run, arguments.encoder, arguments.out)
 
 
 def _evaluate(arguments: Arguments) -> None:
@@ -413,9 +390,8 @@ def _verify(arguments: Arguments) -> int:
     config = VerifyConfig(
         arguments.server, arguments.admin, arguments.model, arguments.wire, chosen(of_bundle), chosen(Tolerance())
     )
-    if run is None:
-        return verify_and_print(config, golden_cases(arguments.bundle), arguments.bundle)
-    return verify_and_print(config, run.cases(arguments.users))
+    cases = golden_cases(arguments.bundle) if run is None else run.cases(arguments.users)
+    return verify_and_print(config, cases, arguments.bundle)
 
 
 def _fixture(arguments: Arguments) -> None:

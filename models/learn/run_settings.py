@@ -13,11 +13,12 @@ from typing import Literal
 
 from learn.content.standardise import Method
 from learn.data import SplitConfig, TimeSplitConfig
+from learn.data.actions import ActionThresholds
 from learn.data.splits import SplitSettings
 from learn.models.cvr import CvrConfig
 from learn.models.pch import PchConfig
 from learn.toml_config import strict
-from learn.training.train_cvr_head import CvrTrainConfig
+from learn.training.cvr_config import CvrTrainConfig
 from learn.training.train_recommender import TrainConfig
 
 
@@ -85,6 +86,9 @@ class Settings(SplitSettings):
     # The last events of each user are held out; with `time_split`, everything after a point in time instead.
     split: SplitConfig = field(default_factory=SplitConfig)
     time_split: TimeSplitConfig | None = None
+    # For `pch.actions`, if the log has values and no column of actions: from which value on a user likes an item, and
+    # up to which one the user dislikes it. What is between them is a click.
+    actions: ActionThresholds = field(default_factory=ActionThresholds)
     standardise: Method = "scale"
     pch: PchConfig = field(default_factory=PchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

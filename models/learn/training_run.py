@@ -14,7 +14,8 @@
     tuned.pt         the towers again, if it tunes them    (cvr)
     cvr.json         its figures                           (cvr)
     metrics.json     the towers' figures                   (evaluate)
-    ranking/         one record per arm and seed           (rank, in research)
+    ranking/, ranking-lightgbm/: a record per arm and seed (rank, in research)
+    ranking-towers/  towers of the past, their features    (rank, in research)
 
 Apart from this folder, steps read only the raw data (prepare), the encoder's folder and, with `--from`, the towers of
 another run.
@@ -38,16 +39,18 @@ from learn import data
 from learn.atomic_file import replacing
 from learn.content import ceg, embedding_store
 from learn.content.graph_encoder import GraphEncoder
+from learn.data.actions import ActionThresholds
 from learn.data.item_text import ItemText, render
 from learn.evaluation import full_ranking
 from learn.models.cvr import CvrConfig, CvrHead
 from learn.models.pch import Pch, PchConfig
-from learn.models.recommender import Learn, check_actions
+from learn.models.recommender import Learn
 from learn.run_settings import PrepareSettings, Settings
 from learn.serving import int8_encoder, shipped_bundle, verify_cases
 from learn.serving.tolerances import SINGLE_PRECISION, Tolerance
-from learn.training import data_parallel
-from learn.training.train_cvr_head import History, check_labels, train_head
+from learn.training import data_parallel, log_needs
+from learn.training.cvr_config import History
+from learn.training.train_cvr_head import CvrData, train_head
 from learn.training.train_recommender import train
 
 
@@ -77,8 +80,8 @@ class Run:
         data.prepare(source, self.folder / "data", prepare_config(self.settings.prepare, self.settings.chosen_split()))
 
     def dataset(self) -> data.Dataset:
-        """The data set that `prepare` wrote."""
-        return data.read_prepared(self.folder / "data")
+        """The data set that `prepare` wrote. If the log has no actions, `settings.actions` reads them from values."""
+        return data.read_prepared(self.folder / "data", self.settings.actions)
 
     def split(self, dataset: data.Dataset) -> data.Split:
         """The split into training, validation and test events."""
@@ -168,7 +171,16 @@ class Run:
         """Raises ValueError for settings of towers that cannot be trained or served."""
         if self.settings.pch.item_tower == "content":
             raise ValueError('pch.item_tower = "content" has no item tower to serve; `learn study` can compare it')
-        check_actions(self.settings.pch)
+        log_needs.check_actions(self.dataset().sequences, self.settings.pch.actions)
+
+    def action_thresholds(self) -> ActionThresholds | None:
+        """How values became the towers' actions; None if the towers read none, or the log has actions of its own.
+
+        The later steps of a run refuse other thresholds than those that its towers were trained with.
+        """
+        if not self.settings.pch.actions or data.read_meta(self.folder / "data").has_actions:
+            return None
+        return self.settings.actions
 
     def towers(self) -> Pch:
         """The towers that `train` wrote, or those that `cvr` tuned, if it did."""
@@ -226,17 +238,9 @@ class Run:
 
     def check_labels(self) -> None:
         """Raises ValueError if all events are conversions or none is, so that a head has nothing to learn."""
-        liked_from, dataset = self.settings.cvr.liked_from, self.dataset()
-        values = np.concatenate([sequence.values for sequence in dataset.sequences])
-        n_liked = int((values >= liked_from).sum())
-        if n_liked in (0, len(values)):
-            raise ValueError(
-                f"{n_liked:,} of {len(values):,} events have a value of cvr.liked_from = {liked_from:g} or more, but a "
-                "CVR head learns from both labels: give the log a `value` column, or set another cvr.liked_from in "
-                "--config (`learn train` and `learn evaluate` work without either)"
-            )
-        parts, advice = ("training", "validation", "test"), "hold out other events, or set another value"
-        check_labels(dataset.sequences, self.split(dataset), parts, liked_from, advice)
+        dataset = self.dataset()
+        log_needs.check_liked(dataset.sequences, self.settings.cvr)
+        log_needs.check_both_labels(dataset.sequences, self.split(dataset), self.settings.cvr)
 
     def train_cvr(self) -> None:
         """Trains the head and saves it; with `cvr.tune_towers`, saves the tuned towers as well."""
@@ -245,13 +249,13 @@ class Run:
         self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
         dataset, pch = self.dataset(), self.towers()
         sizes = replace(self.settings.head, in_dim=pch.config.out_dim)
-        content = self._content(self.trained_source, dataset)
-        head, figures = train_head(self.settings.cvr, sizes, pch, content, dataset, self.split(dataset))
+        cvr_data = CvrData(self._content(self.trained_source, dataset), dataset, self.split(dataset))
+        head, figures = train_head(self.settings.cvr, sizes, pch, cvr_data, self.settings.train)
         if self.settings.cvr.tune_towers:
             facts = {name: trained.get(name) for name in ("origin", "lineage", "graph")}
             _save(self.folder / "tuned.pt", pch, pch.config, facts)
-        facts = {"origin": trained["origin"], "history": self.settings.cvr.history}
-        _save(self.folder / "cvr.pt", head, sizes, facts)
+        facts = {"origin": trained["origin"], "history": self.settings.cvr.history, "task": self.settings.cvr.task}
+        _save(self.folder / "cvr.pt", head, head.config, facts)
         _report(self.folder / "cvr.json", figures)
 
     def head(self) -> CvrHead:
@@ -305,9 +309,11 @@ class Run:
         _report(self.folder / "metrics.json", figures)
 
     def _origin(self, encoder: ceg.EncoderFolder | GraphEncoder) -> dict[str, Any]:
-        """The split and the encoder, which the towers, the head and the metrics of one run must share."""
+        """The split, the encoder and the meaning of actions, which towers, head and metrics of one run must share."""
         name = f"{self.encoder.resolve().name} {encoder.identity.hexdigest()[:12]}"
-        return {"split": asdict(self.settings.chosen_split()), "encoder": name}
+        origin = {"split": asdict(self.settings.chosen_split()), "encoder": name}
+        thresholds = self.action_thresholds()
+        return origin if thresholds is None else origin | {"actions": asdict(thresholds)}
 
     def _load(self, path: Path, step: str) -> dict[str, Any]:
         saved = _read(path, step)
@@ -336,7 +342,8 @@ class Run:
         if started_from := self.started_from():
             facts = facts | {"started_from": list(started_from)}
         facts = facts | {"metrics": {name: _rounded(value) for name, value in figures.items()}}
-        trained = shipped_bundle.Trained(self.trained_source.loaded(), self.towers(), self.head(), self.keeps())
+        source, values = self.trained_source.loaded(), self.action_thresholds()
+        trained = shipped_bundle.Trained(source, self.towers(), self.head(), self.keeps(), values)
         shipped_bundle.write_default(trained, facts, out, label)
 
 

@@ -20,11 +20,19 @@ ranking              studies of a ranking model with and without the mid-emb
     arms             the arms and their extra features
     event_parts      the parts of the log
     features         the ranking model's own features
-    learn_features   the features that LEARN adds
-    ranker           the ranking model
-    auc_metrics      its metrics, and gains of one arm over another
+    tower_runs       the features that LEARN adds: towers of the past, their bundle, `learn features`
+    model_inputs     what ranking models read, and what they have in common
+    ranker           DCN-V2
+    boosted_ranker   LightGBM
+    auc_metrics      their metrics, and gains of one arm over another
     result_files     what the files of a study hold
     summary          all gains of a study in rows
+
+cvr                  studies of the CVR head (`learn cvr-study`, through run_command)
+    study            trains every arm with every seed
+    towers           the towers that the arms start from
+    result_files     what the files of a study hold
+    summary          each arm against the item means
 
 report               REPORT.md and its plots (`learn report`)
     claims.toml      the claims of LEARN and the test of each; claims.py reads them

@@ -23,7 +23,7 @@ from learn.data import DataError
 FORMAT = 2
 HEADER = "record.json"
 # The file that a folder of results has for its study, by the kind of study.
-RETRIEVAL_STUDY_FILE, RANKING_STUDY_FILE = "study.npz", "ranking.npz"
+RETRIEVAL_STUDY_FILE, RANKING_STUDY_FILE, CVR_STUDY_FILE = "study.npz", "ranking.npz", "cvr.npz"
 # The oldest date that a zip archive can carry; the date of writing would make equal records differ.
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 

@@ -22,6 +22,7 @@ LAYERS = (
     "learn.serving",
     "learn.run_settings",
     "learn.training_run",
+    "learn.features_arguments",
     "learn.cli",
     "learn.__main__",
     "research.bootstrap",
@@ -29,6 +30,7 @@ LAYERS = (
     "research.baselines",
     "research.retrieval",
     "research.ranking",
+    "research.cvr",
     "research.report",
 )
 # `learn.cli` has commands that run research code, and imports that code only when such a command is called.

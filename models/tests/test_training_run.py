@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 
+import pytest
 import torch
 from conftest import write_movielens
 from live_server import serving
@@ -262,21 +264,120 @@ def test_a_broken_manifest_in_the_output_folder_is_refused_before_anything_is_en
     assert (tmp_path / "run" / "data").exists() and not (tmp_path / "run" / "cache").exists()
 
 
-def test_actions_are_refused_before_anything_is_encoded_because_they_would_stay_untrained(tmp_path, capsys):
-    ratings = [(u, (u * 3 + i) % 9 + 1, 5.0 if (u + i) % 2 else 2.0, i) for u in range(1, 7) for i in range(6)]
-    write_movielens(tmp_path / "in", ratings, [(i, f"Film {i}", "Drama") for i in range(1, 10)])
-    run_options = ["--run", str(tmp_path / "run"), "--config", str(tmp_path / "actions.toml")]
-    (tmp_path / "actions.toml").write_text("[pch]\nactions = ['like', 'love']\n")
-    assert main(["prepare", "--data", str(tmp_path / "in"), *run_options]) == 1
-    assert "actions has 'love', but must be some of view, click, like" in capsys.readouterr().err
-    (tmp_path / "actions.toml").write_text("[pch]\nactions = ['like', 'view']\n")
-    for step in (["all", "--data", str(tmp_path / "in"), "--out", str(tmp_path / "out")], ["train"]):
-        assert main([*step, *run_options]) == 1
-        assert capsys.readouterr().err.endswith(
-            "learn: pch.actions is ['like', 'view'], but training reads no actions from the log yet, so the towers "
-            "would not learn what they mean; leave pch.actions out\n"
-        )
+def _write_shop(folder, columns, row):
+    """Writes a log of six users and nine items; `row(user, at)` gives the columns after user, item and timestamp."""
+    folder.mkdir(exist_ok=True)
+    rows = [f"u{user},i{(user * 3 + at) % 9},{at}{row(user, at)}" for user in range(6) for at in range(6)]
+    (folder / "interactions.csv").write_text("\n".join([f"user,item,timestamp{columns}", *rows]) + "\n")
+    items = [f'{{"id": "i{number}", "title": "Item {number}"}}' for number in range(9)]
+    (folder / "items.jsonl").write_text("\n".join(items) + "\n")
+
+
+def test_actions_that_the_log_does_not_say_are_refused_before_anything_is_encoded(tmp_path, capsys):
+    config = tmp_path / "actions.toml"
+    run_options = ["--run", str(tmp_path / "run"), "--config", str(config)]
+    whole = ["all", "--data", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *run_options]
+    likes = "[pch]\nactions = ['like', 'view']\n"
+    values, names = (",value", lambda user, at: f",{4.5 - (user + at) % 3}"), ("", lambda user, at: "")
+    actions = (",action", lambda user, at: f",{('like', 'purchase', '')[(user + at) % 3]}")
+    for (columns, row), text, message in (
+        (values, "[pch]\nactions = ['love']\n", "actions has 'love', but must be some of view, click, like"),
+        (values, likes, "the log has no column `action`: say from which value on a user likes an item"),
+        (names, likes + "[actions]\nliked_from = 1\n", "the log has neither a column `action` nor values; leave"),
+        (values, likes + "[actions]\nliked_from = 4\n", "no event of the log is 'view', so the towers could not"),
+        (actions, likes, "no event of the log is 'view', so the towers could not learn what that means"),
+        (values, "[actions]\ndisliked_to = 4\n", "disliked_to is 4, but there is no liked_from; give both"),
+        (values, "[actions]\nliked_from = 4\ndisliked_to = 4\n", "disliked_to is 4; expected less than liked_from"),
+    ):
+        _write_shop(tmp_path / "in", columns, row)
+        config.write_text(text)
+        assert main(whole) == 1
+        assert message in capsys.readouterr().err
     assert (tmp_path / "run" / "data").exists() and not (tmp_path / "run" / "cache").exists()
+
+
+@pytest.mark.parametrize("source", ["values", "column"])
+def test_towers_learn_actions_from_the_log_and_the_server_reads_the_same(tmp_path, capsys, source):
+    """Actions from values, or from the log's own column, end in a bundle with which a server answers like PyTorch."""
+    names = ("", "click", "like", "dislike")
+    rows = {
+        "values": (",value", lambda user, at: f",{4.5 - (user + at) % 3}"),
+        "column": (",value,action", lambda user, at: f",{4.5 - (user + at) % 3},{names[(user * at) % 4]}"),
+    }
+    _write_shop(tmp_path / "in", *rows[source])
+    (tmp_path / "encoder").mkdir()
+    _write_encoder_with_seed_1(tmp_path / "encoder")
+    pch, head = "[pch]\nactions = ['like', 'dislike']\n", "[head]\nproduct = true\ndot = true\n"
+    cvr = "[cvr]\nepochs = 1\nwithin_user_weight = 1\ntune_towers = true\ntune_layers = 'last'\ntune_epochs = 1\n"
+    cvr += "tune_next_weight = 0.3\n[train]\nsteps = 2\nusers = 4\nn_uniform = 4\n"
+    thresholds = "[actions]\nliked_from = 4\ndisliked_to = 2.5\n" if source == "values" else ""
+    (tmp_path / "shop.toml").write_text(pch + head + cvr + thresholds)
+    steps = ["--run", str(tmp_path / "run"), "--encoder", str(tmp_path / "encoder"), "--threads", "1"]
+    config = ["--config", str(tmp_path / "shop.toml")]
+    assert main(["all", "--data", str(tmp_path / "in"), "--out", str(tmp_path / "bundle"), *steps, *config]) == 0
+    bundle_check.verify(tmp_path / "bundle")
+    manifest = tomllib.loads((tmp_path / "bundle" / "manifest.toml").read_text())
+    assert manifest["history"]["actions"] == ["like", "dislike"]
+    assert manifest["user_tower"]["inputs"] == ["adapted", "mask", "action"]
+    golden = json.loads((tmp_path / "bundle" / "golden.json").read_text())
+    assert sum("actions" in user for user in golden["users"]) >= 3
+    assert manifest["provenance"]["metrics"].keys() >= {"ndcg_at_10_before_cvr", "cvr_tune_epoch"}
+    origin = torch.load(tmp_path / "run" / "towers.pt")["origin"]
+    if source == "values":
+        assert origin["actions"] == {"liked_from": 4.0, "disliked_to": 2.5}
+    else:
+        assert "actions" not in origin
+    with serving(tmp_path / "bundle", tmp_path) as server:
+        assert main(["verify", "--server", server.grpc, "--users", "4", *steps, *config]) == 0
+    capsys.readouterr()
+    # Other thresholds would give the later steps other actions than the towers learned.
+    (tmp_path / "shop.toml").write_text(pch + head + cvr + "[actions]\nliked_from = 3\n")
+    assert main(["cvr", *steps, *config]) == (1 if source == "values" else 0)
+    if source == "values":
+        assert "'actions': {'liked_from': 4.0, 'disliked_to': 2.5}}, but the settings say" in capsys.readouterr().err
+
+
+def test_a_log_of_events_alone_trains_a_head_for_clicks(tmp_path, capsys):
+    _write_shop(tmp_path / "in", "", lambda user, at: "")
+    (tmp_path / "encoder").mkdir()
+    _write_encoder_with_seed_1(tmp_path / "encoder")
+    (tmp_path / "click.toml").write_text("[cvr]\ntask = 'click'\nepochs = 1\n[train]\nsteps = 2\nusers = 4\n")
+    options = ["--run", str(tmp_path / "run"), "--encoder", str(tmp_path / "encoder"), "--threads", "1"]
+    options += ["--config", str(tmp_path / "click.toml"), "--data", str(tmp_path / "in"), "--out", str(tmp_path / "b")]
+    assert main(["all", *options]) == 0
+    bundle_check.verify(tmp_path / "b")
+    assert torch.load(tmp_path / "run" / "cvr.pt")["task"] == "click"
+    assert (
+        tomllib.loads((tmp_path / "b" / "manifest.toml").read_text())["provenance"]["metrics"]["cvr_base_rate"] == 0.2
+    )
+
+
+def test_a_log_with_impressions_trains_clicks_and_conversions_and_one_without_is_refused(tmp_path, capsys):
+    actions = ("view", "click", "purchase", "")
+    _write_shop(tmp_path / "in", ",action", lambda user, at: f",{actions[(user + at) % 4]}")
+    (tmp_path / "encoder").mkdir()
+    _write_encoder_with_seed_1(tmp_path / "encoder")
+    (tmp_path / "shop.toml").write_text(
+        "[cvr]\ntask = 'click_and_conversion'\nconversions = ['purchase']\nepochs = 1\n"
+        "[pch]\nactions = ['view', 'click', 'purchase']\n[train]\nsteps = 2\nusers = 4\n"
+    )
+    options = ["--run", str(tmp_path / "run"), "--encoder", str(tmp_path / "encoder"), "--threads", "1"]
+    options += ["--config", str(tmp_path / "shop.toml"), "--data", str(tmp_path / "in"), "--out", str(tmp_path / "b")]
+    assert main(["all", *options]) == 0
+    bundle_check.verify(tmp_path / "b")
+    actions = ("like", "click", "purchase", "")
+    _write_shop(tmp_path / "in", ",action", lambda user, at: f",{actions[(user + at) % 4]}")
+    (tmp_path / "shop.toml").write_text("[cvr]\ntask = 'click_and_conversion'\nconversions = ['purchase']\n")
+    assert main(["all", *options]) == 1
+    assert "0 of 36 events have an action of cvr.impressions = ['view', 'skip']" in capsys.readouterr().err
+
+
+def test_liked_histories_of_a_log_with_actions_need_to_know_which_actions_convert(tmp_path, capsys):
+    _write_shop(tmp_path / "in", ",value,action", lambda user, at: f",{4.5 - (user + at) % 3},like")
+    (tmp_path / "liked.toml").write_text("[cvr]\nhistory = 'liked'\n")
+    options = ["--run", str(tmp_path / "run"), "--config", str(tmp_path / "liked.toml")]
+    assert main(["all", "--data", str(tmp_path / "in"), "--out", str(tmp_path / "b"), *options]) == 1
+    assert 'cvr.history is "liked", and the log has a column `action`' in capsys.readouterr().err
 
 
 def test_a_log_without_both_labels_is_refused_before_anything_is_trained(tmp_path, capsys):

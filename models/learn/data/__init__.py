@@ -1,6 +1,7 @@
 """Raw data sets -> a prepared folder -> sequences and splits. Other packages import these names from here.
 
 dataset          the types: Dataset, Sequence, Event, DataError
+actions          what users can do with items
 item_text        the six fields of an item -> the prompt that the encoder reads
 layouts          which data set a folder contains, and how its log is read
 catalogue        the items of each data set, and their text

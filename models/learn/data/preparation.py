@@ -348,6 +348,7 @@ class _Preparation:
             n_events=self.n_events,
             has_timestamps=self.layout.log.columns.timestamp is not None,
             has_actions=self._has_actions,
+            has_values=self.layout.log.columns.value is not None,
             digest=prepared_folder.content_digest(files),
             dropped=self.dropped,
             keywords=self.boundary,

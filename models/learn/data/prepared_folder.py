@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from learn.data.actions import ActionThresholds
 from learn.data.dataset import DataError, Dataset, Sequence
 from learn.data.item_text import ItemText
 
@@ -40,6 +41,8 @@ ARRAYS = {
     "users_ends": np.dtype("<i8"),
 }
 ACTIONS = "actions"
+# Events read at once where all are read.
+CHUNK = 1 << 20
 ARRAYS_OF_SOME_LOGS = {ACTIONS: np.dtype("u1")}
 FILES = (*(f"{name}.npy" for name in ARRAYS), USERS, CATALOGUE)
 
@@ -74,6 +77,8 @@ class Prepared:
     has_timestamps: bool
     digest: str
     has_actions: bool = False
+    # False: the log has no column of values, and all values are 1.
+    has_values: bool = True
     # What was left out and how much of it, e.g. {"events of items without text": 12}.
     dropped: dict[str, int] = field(default_factory=dict)
     keywords: KeywordBoundary | None = None
@@ -91,10 +96,14 @@ class Prepared:
 
 
 class PreparedSequences(AnySequence[Sequence]):
-    """The users of a prepared folder, each read from disk on access. `meta` must be that folder's own."""
+    """The users of a prepared folder, each read from disk on access. `meta` must be that folder's own.
 
-    def __init__(self, folder: Path, meta: Prepared) -> None:
+    Where the log has no actions, they are those that `thresholds` read from its values.
+    """
+
+    def __init__(self, folder: Path, meta: Prepared, thresholds: ActionThresholds | None = None) -> None:
         self.folder, self.meta = folder, meta
+        self.thresholds = (thresholds or ActionThresholds()) if meta.has_values else ActionThresholds()
         names = (*ARRAYS, ACTIONS) if meta.has_actions else ARRAYS
         self.arrays = {name: _open_array(folder, name) for name in names}
         self._user_ids = np.memmap(folder / USERS, dtype=np.uint8, mode="r") if meta.n_users else np.empty(0, np.uint8)
@@ -108,13 +117,23 @@ class PreparedSequences(AnySequence[Sequence]):
         # range accepts NumPy integers and negative indices, and raises IndexError out of bounds.
         user = range(len(self))[index]
         begin, end = self.arrays["offsets"][user : user + 2]
+        values = np.array(self.arrays["values"][begin:end])
         return Sequence(
             self.user_id(user),
             self.arrays["items"][begin:end].astype(np.int64),
-            np.array(self.arrays["values"][begin:end]),
+            values,
             np.array(self.arrays["timestamps"][begin:end]),
-            np.array(self.arrays[ACTIONS][begin:end]) if self.meta.has_actions else None,
+            np.array(self.arrays[ACTIONS][begin:end]) if self.meta.has_actions else self.thresholds.numbers(values),
         )
+
+    def actions_that_occur(self) -> set[int]:
+        """The numbers of the actions of all events; 0 stands for an action that is not known."""
+        whole = self.arrays[ACTIONS] if self.meta.has_actions else self.arrays["values"]
+        found: set[int] = set()
+        for begin in range(0, len(whole), CHUNK):
+            part = whole[begin : begin + CHUNK]
+            found.update(np.unique(part if self.meta.has_actions else self.thresholds.numbers(part)).tolist())
+        return found
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -146,13 +165,13 @@ def read_meta(folder: Path) -> Prepared:
         raise DataError(path, None, None, str(error)) from error
 
 
-def read_prepared(folder: Path) -> Dataset:
-    """Loads the catalogue and memory-maps the events.
+def read_prepared(folder: Path, thresholds: ActionThresholds | None = None) -> Dataset:
+    """Loads the catalogue and memory-maps the events. `thresholds` are for a log without actions of its own.
 
     Raises `DataError` if a shape does not match meta.json; digests are checked by `verify_prepared` only.
     """
     meta = read_meta(folder)
-    sequences = PreparedSequences(folder, meta)
+    sequences = PreparedSequences(folder, meta, thresholds)
     shapes = {"offsets": meta.n_users + 1, "users_ends": meta.n_users}
     for name, array in sequences.arrays.items():
         if array.shape != (shapes.get(name, meta.n_events),):

@@ -45,3 +45,10 @@ def user_aucs(scores: np.ndarray, label: np.ndarray, user: np.ndarray, n_users: 
     pairs = positives * (n_events - positives)
     wins = rank_sum - positives * (positives + 1) / 2
     return np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan), n_events
+
+
+def uauc(scores: np.ndarray, labels: np.ndarray, user: np.ndarray) -> float:
+    """The mean over users of each user's own AUC, without those who lack a label; NaN if that is every user."""
+    found = user_aucs(scores, labels, user, int(user.max(initial=-1)) + 1)[0]
+    known = found[~np.isnan(found)]
+    return float(known.mean()) if len(known) else float("nan")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from learn.data import Dataset, Event, Sequence, Split
+from learn.data import Dataset, Event, Split
 from learn.evaluation.metrics import Ranking, event_values, rank_scores
 from learn.models.pch import Pch
 from learn.padding import pad
@@ -55,14 +55,14 @@ def tower_ranks(pch: Pch, content: torch.Tensor, dataset: Dataset, events: list[
 @torch.inference_mode()
 def user_embeddings(pch: Pch, content: torch.Tensor, dataset: Dataset, events: list[Event]) -> torch.Tensor:
     """[e,E] each user's embedding from the history before the event."""
-    histories = [history(dataset.sequences[event.user], event.position, pch.config.max_history) for event in events]
-    index, mask = map(torch.from_numpy, pad(histories))
-    return pch.last(content[index], mask)
-
-
-def history(sequence: Sequence, position: int, max_history: int) -> np.ndarray:
-    """The newest items before `position`, oldest first."""
-    return sequence.items[max(0, position - max_history) : position]
+    items, actions = [], []
+    for event in events:
+        sequence = dataset.sequences[event.user]
+        newest = slice(max(0, event.position - pch.config.max_history), event.position)
+        items.append(sequence.items[newest])
+        actions.append(sequence.actions[newest])
+    index, mask = map(torch.from_numpy, pad(items))
+    return pch.last(content[index], mask, pch.config.action_numbers(torch.from_numpy(pad(actions)[0])))
 
 
 def full_ranking(dataset: Dataset, events: list[Event], score: Callable[[slice], np.ndarray]) -> Ranking:

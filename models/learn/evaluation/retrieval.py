@@ -21,24 +21,27 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Histories:
-    """The histories of e events: items [e,l], times [e,l+1] and length [e]; padded on the right."""
+    """The histories of e events: items and actions [e,l], times [e,l+1] and length [e]; padded on the right."""
 
     items: Tensor
     times: Tensor
     length: Tensor
+    actions: Tensor
 
 
 def histories(dataset: Dataset, events: list[Event], longest: int) -> Histories:
     """The histories of `events`, with as many columns as the longest one needs and at least one."""
     lengths = [min(event.position, longest) for event in events]
-    items, times = [], []
+    items, times, actions = [], [], []
     for event, length in zip(events, lengths, strict=True):
         sequence, begin = dataset.sequences[event.user], event.position - length
         items.append(sequence.items[begin : event.position])
+        actions.append(sequence.actions[begin : event.position])
         times.append(sequence.timestamps[begin : event.position + 1])
     padded = pad(items)[0]
     padded_times = pad(times, least=padded.shape[1] + 1)[0]
-    return Histories(torch.from_numpy(padded), torch.from_numpy(padded_times), torch.tensor(lengths))
+    padded_actions = torch.from_numpy(pad(actions)[0])
+    return Histories(torch.from_numpy(padded), torch.from_numpy(padded_times), torch.tensor(lengths), padded_actions)
 
 
 @torch.inference_mode()
@@ -49,7 +52,8 @@ def user_states(model: Recommender, dataset: Dataset, events: list[Event]) -> Te
     found = []
     for begin in range(0, len(events), CHUNK):
         given = histories(dataset, events[begin : begin + CHUNK], model.max_history)
-        found.append(model.last(given.items.to(device), given.times.to(device), given.length.to(device)).float().cpu())
+        inputs = (part.to(device) for part in (given.items, given.times, given.length, given.actions))
+        found.append(model.last(*inputs).float().cpu())
     return torch.cat(found)
 
 

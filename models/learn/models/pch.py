@@ -80,6 +80,13 @@ class PchConfig:
         """The number by which `Pch` knows an action; 0 for an unknown action and for one that is not in `actions`."""
         return 1 + self.actions.index(name) if name in self.actions else 0
 
+    def action_numbers(self, actions: Tensor) -> Tensor | None:
+        """The numbers by which `Pch` knows these actions, given as in `Sequence.actions`; None if it reads none."""
+        if not self.actions:
+            return None
+        known = [0, *(self.action_number(name) for name in ACTIONS)]
+        return torch.tensor(known, device=actions.device)[actions.long()]
+
 
 class Block(nn.Module):
     """One pre-LN transformer layer whose queries and keys may come from different positions."""

@@ -20,20 +20,12 @@ from learn.models.pch import Pch, PchConfig
 Ids = Literal["none", "tied", "separate"]
 
 
-def check_actions(sizes: PchConfig) -> None:
-    """Raises ValueError for towers that read actions, because no recommender passes them any in training."""
-    if sizes.actions:
-        raise ValueError(
-            f"pch.actions is {list(sizes.actions)}, but training reads no actions from the log yet, so the towers "
-            "would not learn what they mean; leave pch.actions out"
-        )
-
-
 class Recommender(nn.Module, ABC):
     """A sequence model over a catalogue of I items.
 
     `items` [b,l] are catalogue indices, oldest first, padded on the right. `times` [b,l+1] are the timestamps
-    of those events in seconds and, last, that of the request; models without a notion of time ignore it.
+    of those events in seconds and, last, that of the request; models without a notion of time ignore it. `actions`
+    [b,l] are numbered as in `Sequence.actions`; models that read no actions ignore them, too.
     """
 
     # Whether the state before the first event was trained, so that a user without history can be served.
@@ -43,7 +35,7 @@ class Recommender(nn.Module, ABC):
     config: Any
 
     @abstractmethod
-    def states(self, items: Tensor, times: Tensor) -> Tensor:
+    def states(self, items: Tensor, times: Tensor, actions: Tensor | None = None) -> Tensor:
         """Items [b,l] -> [b,l+1,E]: state j has read the first j events and predicts the next one."""
 
     @abstractmethod
@@ -54,9 +46,9 @@ class Recommender(nn.Module, ABC):
         """Targets [b,t] of each user -> their embeddings in the alignment loss, [b,t,E]; by default the served ones."""
         return self.item_embeddings(items.flatten()).unflatten(0, items.shape)
 
-    def last(self, items: Tensor, times: Tensor, length: Tensor) -> Tensor:
+    def last(self, items: Tensor, times: Tensor, length: Tensor, actions: Tensor | None = None) -> Tensor:
         """The state after the last event of each user, [b,E]; `length` [b] counts events without padding."""
-        states = self.states(items, times)
+        states = self.states(items, times, actions)
         at = length[:, None, None].expand(-1, 1, states.shape[-1])
         return states.gather(1, at).squeeze(1)
 
@@ -82,15 +74,14 @@ class Learn(Recommender):
 
     def __init__(self, pch: Pch, content: Tensor, method: Method = "scale", ids: Ids = "none") -> None:
         super().__init__()
-        check_actions(pch.config)
         self.pch, self.config, self.max_history = pch, pch.config, pch.config.max_history
         self.standardisation = fit(content, method)
         self.register_buffer("content", self.standardisation.apply(content), persistent=False)
         self.ids = None if ids == "none" else IdTables(len(content), pch.config, ids)
 
-    def states(self, items: Tensor, times: Tensor) -> Tensor:
-        """PCH over the adapted content of the items; `times` is not read."""
-        return self.pch.states_from_adapted(self._tower_inputs(items))
+    def states(self, items: Tensor, times: Tensor, actions: Tensor | None = None) -> Tensor:
+        """PCH over the adapted content of the items, and the actions that it reads; `times` is not read."""
+        return self.pch.states_from_adapted(self._tower_inputs(items), self._tower_actions(actions))
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """Variants 1 and 2 run PCH on each item alone; variant 3 uses the content embedding, scaled to length 1."""
@@ -100,15 +91,18 @@ class Learn(Recommender):
         return self.pch.output(raw if self.ids is None else raw + self.ids.outputs(items))
 
     def target_keys(self, items: Tensor, times: Tensor) -> Tensor:
-        """Variant 1 reads the whole target sequence causally; the others compute each item alone."""
+        """Variant 1 reads the whole target sequence causally; the others compute each item alone.
+
+        A target has no action yet, as in serving.
+        """
         if self.pch.config.item_tower == "sequence":
             return self.states(items, times)[:, 1:]
         return super().target_keys(items, times)
 
-    def last(self, items: Tensor, times: Tensor, length: Tensor) -> Tensor:
+    def last(self, items: Tensor, times: Tensor, length: Tensor, actions: Tensor | None = None) -> Tensor:
         """As in serving, the last layer is computed only at the last item of each user; `times` is not read."""
         mask = (torch.arange(items.shape[1], device=items.device)[None] < length[:, None]).long()
-        return self.pch.last_from_adapted(self._tower_inputs(items), mask)
+        return self.pch.last_from_adapted(self._tower_inputs(items), mask, self._tower_actions(actions))
 
     def load_towers(self, weights: dict[str, Tensor]) -> None:
         """Loads weights of towers that take raw content, such as the result of another run's `finish`."""
@@ -123,6 +117,9 @@ class Learn(Recommender):
     def _tower_inputs(self, items: Tensor) -> Tensor:
         x = self.pch.adapt(self.content[items])
         return x if self.ids is None else x + self.ids.inputs(items)
+
+    def _tower_actions(self, actions: Tensor | None) -> Tensor | None:
+        return None if actions is None else self.config.action_numbers(actions)
 
 
 class IdTables(nn.Module):
@@ -159,15 +156,15 @@ class IdTowers(Recommender):
 
     def __init__(self, pch: Pch, n_items: int) -> None:
         super().__init__()
-        check_actions(pch.config)
         self.pch, self.config, self.max_history = pch, pch.config, pch.config.max_history
         # There is no text, so the model has no adaptor.
         self.pch.adaptor = nn.Identity()
         self.ids = IdTables(n_items, pch.config, "tied")
 
-    def states(self, items: Tensor, times: Tensor) -> Tensor:
-        """PCH over the learned vectors of the items; `times` is not read."""
-        return self.pch.states_from_adapted(self.ids.inputs(items))
+    def states(self, items: Tensor, times: Tensor, actions: Tensor | None = None) -> Tensor:
+        """PCH over the learned vectors of the items, and the actions that it reads; `times` is not read."""
+        read = None if actions is None else self.config.action_numbers(actions)
+        return self.pch.states_from_adapted(self.ids.inputs(items), read)
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """The learned vectors themselves, without a tower."""
@@ -183,7 +180,7 @@ class ContentMean(Recommender):
         # Every prompt begins with the same words, so cosines are informative only once the common mean is removed.
         self.register_buffer("content", F.normalize(content - content.mean(dim=0), dim=-1), persistent=False)
 
-    def states(self, items: Tensor, times: Tensor) -> Tensor:
+    def states(self, items: Tensor, times: Tensor, actions: Tensor | None = None) -> Tensor:
         """State j is the direction of the mean of the first j content embeddings; state 0 is zero."""
         total = self.content[items].cumsum(dim=1)
         return F.normalize(F.pad(total, (0, 0, 1, 0)), dim=-1)

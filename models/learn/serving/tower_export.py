@@ -30,7 +30,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from learn.models.cvr import CvrHead
+from learn.models.cvr import CvrHead, GatedProduct
 from learn.models.pch import Block, Pch, query_scale
 from learn.serving.bundle_format import CVR, ITEM_TOWER, Signature, user_tower
 
@@ -133,13 +133,25 @@ def cvr_model(head: CvrHead) -> ModelProto:
     config, g = head.config, _Graph()
     of_user = g("Gather", g.product("user", _linear(head.fuse_user)), "row", axis=0)
     # The user's part is the addend of Gemm.
-    fused = g.gelu(g("Gemm", "item", g.constant(head.fuse_item.weight), of_user, transB=1))
-    g.gelu(g.product(fused, _linear(head.mid)), into="mid_emb")
+    fused = g("Gemm", "item", g.constant(head.fuse_item.weight), of_user, transB=1)
+    if head.product is not None:
+        fused = g("Add", fused, _gated_product(g, head.product))
+    if head.dot is not None:
+        both = g("Mul", g("Gather", "user", "row", axis=0), "item")
+        score = g("ReduceSum", both, g.integers(-1), keepdims=1)  # [n,1]
+        fused = g("Gemm", score, g.constant(head.dot[None]), fused)
+    g.gelu(g.product(g.gelu(fused), _linear(head.mid)), into="mid_emb")
     # The product is [1,M] times [M,n], because ONNX Runtime takes longer for one column than for one row.
     logit = g("Gemm", g.constant(head.out.weight), "mid_emb", g.constant(head.out.bias), transB=1)
     g("Sigmoid", g("Squeeze", logit, g.integers(0)), into="cvr")
     dims = config.in_dim
     return g.model(CVR, [["b", dims], ["n", dims], ["n"]], [["n", config.mid_dim], ["n"]])
+
+
+def _gated_product(g: _Graph, product: GatedProduct) -> str:
+    """Returns the products [n,F] of the head; the gate and the user's factor are computed once a user."""
+    gated = g("Mul", g("Sigmoid", g.product("user", _linear(product.gate))), g.product("user", _linear(product.user)))
+    return g("Mul", g("Gather", gated, "row", axis=0), g.product("item", _linear(product.item)))
 
 
 def _in_fp64(module: M) -> M:

@@ -1,6 +1,7 @@
-"""The two training losses of the towers. Both are means over positive pairs, in nats.
+"""The losses of towers and head. All are means over positive pairs, in nats.
 
 - `catalogue_softmax` predicts an item among the catalogue or a sample of it, each item embedded alone as in serving.
+- `within_user` puts the better events of a user above the others, for the CVR head.
 - `alignment` is LEARN's loss (arXiv 2405.03988), dense all-action as in PinnerFormer (KDD 2022). It compares states of
   a user's history with that user's targets; the targets of other users are the negatives.
 """
@@ -87,3 +88,16 @@ def alignment(query: Tensor, targets: Targets, scale: float, own: slice | None =
     loss = torch.logaddexp(positive, log_negative) - positive
     weight = present[own][:, None, :].expand(q, h, t).to(loss.dtype)
     return (loss * weight).sum() / (present.sum() * h).clamp(min=1)
+
+
+def within_user(logit: Tensor, preference: Tensor, owner: Tensor) -> Tensor:
+    """Mean of softplus(logit_j - logit_i) over pairs of one user's events where i is preferred to j; 0 without pairs.
+
+    All inputs are [n]: `preference` is a label or a value, the higher the better, and `owner` the event's user. This is
+    the pairwise logistic loss (RankNet, Burges et al. 2005), taken within users and added to the pointwise loss
+    ("combined-pair", Li et al., KDD 2015). Knowing how much a user likes in general does not lower it, so the head must
+    learn which items go with which user.
+    """
+    pair = (owner[:, None] == owner[None]) & (preference[:, None] > preference[None])  # [n,n]
+    gap = (logit[None] - logit[:, None])[pair]
+    return F.softplus(gap).mean() if len(gap) else logit.sum() * 0.0

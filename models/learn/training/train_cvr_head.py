@@ -1,349 +1,231 @@
-"""Trains the CVR head, either on frozen towers or together with them.
+"""Trains the CVR head on frozen towers, and then, if that is asked for, head and towers together.
 
-The label is `value >= liked_from`. MovieLens records neither impressions nor conversions, so `rating >= 4` is a PROXY
-for a conversion there, among the items that a user rated: the head learns what users like, not what they buy.
+The label is `value >= liked_from`, or the event's action (`conversions`). MovieLens records neither impressions nor
+conversions, so `rating >= 4` is a PROXY for a conversion there, among the items that a user rated: the head learns what
+users like, not what they buy. For a log of events alone, `task` = "click" learns which items a user meets
+(`cvr_negatives`).
 
 Training respects time. The head learns from each user's training events, each paired with the user state just before
-it. The epoch with the best AUC on the validation events is kept, and its head is measured once on the test events.
-
-The user tower reads either every item that the user met or only the liked ones (`CvrTrainConfig.history`). Both can be
-served, because the server's caller decides which items it sends as history; the bundle's manifest says which (`keeps`).
-The value of each item cannot be served. Towers can read what the user did with an item (`PchConfig.actions`), but this
-training does not read it from the log yet.
+it. The epoch with the best UAUC on the validation events is kept: a ranking model orders one user's items, and a pooled
+AUC also rewards knowing which users like more than others. The head of that epoch is measured once on the test events.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from learn.content.standardise import fit
-from learn.data import Dataset, Event, Sequence, Split
-from learn.data.dataset import Sequences
-from learn.evaluation.auc import auc
+from learn.data import Dataset, Split
+from learn.evaluation.auc import auc, uauc
+from learn.evaluation.full_ranking import metrics, tower_ranks
 from learn.models.cvr import CvrConfig, CvrHead
 from learn.models.pch import Pch
-from learn.padding import pad
+from learn.training import cvr_tuning
 from learn.training.best_weights import BestWeights, train_epochs
+from learn.training.cvr_config import LIKED_FROM, CvrTrainConfig
+from learn.training.cvr_events import (
+    Examples,
+    Window,
+    event_spans,
+    examples,
+    label,
+    training_spans,
+    windows,
+)
+from learn.training.cvr_negatives import catalogue, with_negatives
+from learn.training.train_recommender import TrainConfig
 
-LIKED_FROM = 4.0
-# How many windows the user tower reads at once.
-CHUNK = 64
+# `research.ranking` takes these from here.
+__all__ = ["LIKED_FROM", "label"]
 
-History = Literal["all", "liked"]
-Reading = Literal["sliding", "exact"]
-
-
-@dataclass(frozen=True)
-class CvrTrainConfig:
-    """One run of the CVR stage."""
-
-    seed: int = 1
-    epochs: int = 8
-    batch: int = 512
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    # An event with this value or a higher one counts as a conversion: 4 for star ratings, 1 where values are 0 and 1.
-    liked_from: float = LIKED_FROM
-    # Which of a user's earlier items the user tower reads. Choose the one that callers will send in production.
-    history: History = "all"
-    # Whether the head's loss trains the towers as well. That changes what the towers retrieve: evaluate them again.
-    tune_towers: bool = False
-    tune_learning_rate: float = 3e-4
-    # Weight of the `within_user_loss`, which rewards the right order among one user's events. Only with `tune_towers`.
-    within_user_weight: float = 0.0
-    # Windows per step while the towers are tuned; a window has up to `max_history` items, and their events.
-    tune_windows: int = 16
+Part = Literal["training", "validation", "test"]
+PARTS = get_args(Part)
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Events as the head sees them: user state [n,E], item [n] (catalogue index), label [n]."""
+class CvrData:
+    """What the head is trained on; content [I,C] is in the order of the catalogue."""
 
-    user: Tensor
-    item: Tensor
-    label: Tensor
+    content: Tensor
+    dataset: Dataset
+    split: Split
 
 
 @dataclass(frozen=True)
-class Window:
-    """A stretch of one user's history, and the events that are predicted from its states.
+class Fitted:
+    """A head and what decided for it: figures on the validation events, and the epochs that were kept."""
 
-    `history` [l] holds catalogue indices. Event j (of n) is predicted from the state after the first `state[j]` items,
-    which is the start token's state where that is 0. `item` [n] and `label` [n] are the event's item and whether it is
-    a conversion. `row` [n] is the event's position in the order of the requested spans.
-    """
-
-    history: np.ndarray
-    state: np.ndarray
-    item: np.ndarray
-    label: np.ndarray
-    row: np.ndarray
-
-
-def label(values: np.ndarray, liked_from: float = LIKED_FROM) -> np.ndarray:
-    """1 for a conversion or its proxy, 0 otherwise."""
-    return (values >= liked_from).astype(np.float32)
-
-
-def is_history(values: np.ndarray, history: History, liked_from: float = LIKED_FROM) -> np.ndarray:
-    """[n] Which events are part of the histories of later ones."""
-    if history not in ("all", "liked"):
-        raise ValueError(f"history is {history!r}, expected 'all' or 'liked'")
-    return values >= liked_from if history == "liked" else np.ones(len(values), dtype=bool)
-
-
-def windows(
-    sequences: list[Sequence],
-    spans: list[tuple[int, int, int]],
-    longest: int,
-    history: History,
-    reading: Reading,
-    liked_from: float = LIKED_FROM,
-) -> list[Window]:
-    """Windows that cover the events of `spans`. A span (user, begin, end) is the user's positions begin <= p < end.
-
-    "exact": an event is predicted from the newest `longest` items before it, as in serving. "sliding": windows move by
-    half of `longest`, so a state has read at least half of what it would read in serving, or all that there is. For
-    long sequences this is 40 times cheaper than one window per event.
-    """
-    stride = max(1, longest // 2)
-    found, n_rows = [], 0
-    for user, begin, end in spans:
-        sequence = sequences[user]
-        items, values = np.asarray(sequence.items[:end]), np.asarray(sequence.values[:end])
-        in_history = is_history(values, history, liked_from)
-        past = items[in_history]
-        n_before = (np.cumsum(in_history) - in_history)[begin:end]  # [n] how many items of `past` precede each event
-        if reading == "sliding":
-            starts = np.maximum(0, n_before // stride - 1) * stride
-        else:
-            starts = np.maximum(0, n_before - longest)
-        for start in np.unique(starts):
-            events = np.flatnonzero(starts == start)
-            state, position = n_before[events] - start, begin + events
-            labels = label(values[position], liked_from)
-            found.append(Window(past[start : start + state.max()], state, items[position], labels, n_rows + events))
-        n_rows += end - begin
-    return found
-
-
-def states(pch: Pch, content: Tensor, batch: list[Window]) -> Tensor:
-    """User states [n,E] of all events of these windows, in the order of the windows."""
-    index = torch.from_numpy(pad([window.history for window in batch])[0])
-    all_states = pch.states(content[index])  # [b,l+1,E]; padding is on the right, so no event's state has read it
-    window_of_event = np.repeat(np.arange(len(batch)), [len(window.state) for window in batch])
-    state_of_event = np.concatenate([window.state for window in batch])
-    return all_states[torch.from_numpy(window_of_event), torch.from_numpy(state_of_event)]
-
-
-@torch.no_grad()
-def examples(pch: Pch, content: Tensor, found: list[Window]) -> Examples:
-    """The events of all windows with their user states, in the order of `Window.row`."""
-    pch.eval()
-    by_length = sorted(found, key=lambda window: len(window.history))
-    if not by_length:
-        return Examples(torch.zeros(0, pch.config.out_dim), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-    order = torch.from_numpy(np.argsort(np.concatenate([window.row for window in by_length])))
-    user = torch.cat([states(pch, content, batch) for batch in _batches(by_length, CHUNK)])
-    item = torch.from_numpy(np.concatenate([window.item for window in by_length]))
-    liked = torch.from_numpy(np.concatenate([window.label for window in by_length]))
-    return Examples(user[order], item[order], liked[order])
-
-
-def training_examples(
-    pch: Pch, content: Tensor, dataset: Dataset, split: Split, config: CvrTrainConfig | None = None
-) -> Examples:
-    """Every training event with the user state just before it, read through sliding windows."""
-    config = config or CvrTrainConfig()
-    spans, longest = training_spans(split), pch.config.max_history
-    found = windows(dataset.sequences, spans, longest, config.history, "sliding", config.liked_from)
-    return examples(pch, content, found)
-
-
-def training_spans(split: Split) -> list[tuple[int, int, int]]:
-    """The training events: one span per user who has any."""
-    return [(user, 0, n_train) for user, n_train in enumerate(split.n_train) if n_train]
-
-
-def event_spans(events: list[Event]) -> list[tuple[int, int, int]]:
-    """One span per held-out event."""
-    return [(event.user, event.position, event.position + 1) for event in events]
-
-
-def check_labels(sequences: Sequences, split: Split, parts: tuple[str, ...], liked_from: float, advice: str) -> None:
-    """Raises ValueError, ending in `advice`, if all events of one of the `parts` have the same label.
-
-    A part is "training", "validation" or "test".
-    """
-    events = {"validation": split.validation, "test": split.test}
-    for part in parts:
-        spans = training_spans(split) if part == "training" else event_spans(events[part])
-        n_events = n_liked = 0
-        for user, begin, end in spans:
-            n_events += end - begin
-            n_liked += int(label(np.asarray(sequences[user].values[begin:end]), liked_from).sum())
-        if n_liked in (0, n_events):
-            raise ValueError(
-                f"{n_liked:,} of the {n_events:,} {part} events have a value of cvr.liked_from = {liked_from:g} or "
-                f"more, but training, choosing and measuring a CVR head each need both labels: {advice}"
-            )
+    head: CvrHead
+    figures: dict[str, float]
 
 
 def train_head(
-    config: CvrTrainConfig, sizes: CvrConfig, pch: Pch, content: Tensor, dataset: Dataset, split: Split
+    config: CvrTrainConfig, sizes: CvrConfig, pch: Pch, data: CvrData, next_item: TrainConfig | None = None
 ) -> tuple[CvrHead, dict[str, float]]:
     """Returns the head of the best epoch on validation, and its metrics on the test events.
 
-    With `tune_towers`, `pch` is changed in place; save it together with the head.
+    With `tune_towers`, `pch` is changed in place, so save it together with the head; `next_item` is how the towers
+    were trained, and the metrics say what they retrieve before and after.
     """
-    head, best_auc = fit_head(config, sizes, pch, content, dataset, split)
+    before = _retrieved(pch, data) if config.tune_towers else {}
+    fitted = fit_head(config, sizes, pch, data, next_item)
+    figures = dict(fitted.figures)
+    if config.tune_towers:
+        figures |= {f"{name}_before_cvr": value for name, value in before.items()} | _retrieved(pch, data)
     with torch.no_grad():
-        item = pch.alone(content)
-    longest, spans = pch.config.max_history, event_spans(split.test)
-    train = training_examples(pch, content, dataset, split, config)
-    test_windows = windows(dataset.sequences, spans, longest, config.history, "exact", config.liked_from)
-    test = examples(pch, content, test_windows)
-    return head, {"cvr_validation_auc": best_auc} | measure(head, train, test, item)
+        item = pch.alone(data.content)
+    train = training_examples(pch, data, config)
+    test = held_out_examples(pch, data, config, "test")
+    return fitted.head, figures | measure(fitted.head, train, test, item)
 
 
 def fit_head(
-    config: CvrTrainConfig, sizes: CvrConfig, pch: Pch, content: Tensor, dataset: Dataset, split: Split
-) -> tuple[CvrHead, float]:
-    """Returns the head of the best epoch on validation, and its validation AUC. Test events are not read."""
+    config: CvrTrainConfig, sizes: CvrConfig, pch: Pch, data: CvrData, next_item: TrainConfig | None = None
+) -> Fitted:
+    """Returns the head of the best epoch on validation. Test events are not read."""
     torch.manual_seed(config.seed)
-    head = CvrHead(sizes)
-    longest = pch.config.max_history
-    liked = config.liked_from
-    train = windows(dataset.sequences, training_spans(split), longest, config.history, "sliding", liked)
-    validation = windows(dataset.sequences, event_spans(split.validation), longest, config.history, "exact", liked)
-    if config.tune_towers:
-        return head.eval(), _tune(config, head, pch, content, (train, validation))
+    head = CvrHead(replace(sizes, click=config.task == "click_and_conversion"))
     with torch.no_grad():
-        item = pch.alone(content)  # [I,E]
-    training, held_out = examples(pch, content, train), examples(pch, content, validation)
+        item = pch.alone(data.content)  # [I,E]
+    training, held_out = training_examples(pch, data, config), held_out_examples(pch, data, config, "validation")
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     best = BestWeights([head])
-    train_epochs(
+    epoch = train_epochs(
         best,
         tqdm(range(1, config.epochs + 1), desc="train cvr", unit="epoch"),
-        train_epoch=lambda: _train_epoch(head, optimizer, training, item, config.batch),
-        validate=lambda: auc(predict(head, held_out, item), held_out.label.numpy()),
+        train_epoch=lambda: _train_epoch(config, head, optimizer, training, item),
+        validate=lambda: choosing_figure(head, held_out, item),
     )
-    return head.eval(), best.figure
+    figures = {"cvr_epoch": epoch}
+    if config.tune_towers:
+        figures["cvr_tune_epoch"] = _tune(config, head, pch, data, next_item or TrainConfig())
+        held_out = held_out_examples(pch, data, config, "validation")
+        with torch.no_grad():
+            item = pch.alone(data.content)
+    return Fitted(head.eval(), figures | _validation_figures(head, held_out, item))
+
+
+def training_windows(longest: int, data: CvrData, config: CvrTrainConfig) -> list[Window]:
+    """Windows over every training event; they slide, so a state has read at least half of what serving reads."""
+    found = windows(data.dataset.sequences, training_spans(data.split), longest, config, "sliding")
+    return _with_negatives(found, data, config, "training")
+
+
+def training_examples(pch: Pch, data: CvrData, config: CvrTrainConfig) -> Examples:
+    """Every training event with the user state just before it."""
+    return examples(pch, data.content, training_windows(pch.config.max_history, data, config))
+
+
+def held_out_examples(pch: Pch, data: CvrData, config: CvrTrainConfig, part: Part) -> Examples:
+    """The "validation" or "test" events with the user states that serving would give."""
+    spans = event_spans(getattr(data.split, part))
+    found = windows(data.dataset.sequences, spans, pch.config.max_history, config, "exact")
+    return examples(pch, data.content, _with_negatives(found, data, config, part))
+
+
+def _with_negatives(found: list[Window], data: CvrData, config: CvrTrainConfig, part: Part) -> list[Window]:
+    """Adds the negatives of the click task, the same at every call."""
+    if config.task != "click":
+        return found
+    # Training may not learn from a negative that the user meets later; held-out negatives are no event of the user's.
+    ends = data.split.n_train if part == "training" else [None] * len(data.split.n_train)
+    met = [data.dataset.sequences[window.owner].items[: ends[window.owner]] for window in found]
+    rng = np.random.default_rng([config.seed, PARTS.index(part)])
+    return with_negatives(found, met, catalogue(data.dataset, data.split), config.negatives, rng)
 
 
 def measure(head: CvrHead, train: Examples, test: Examples, item: Tensor) -> dict[str, float]:
-    """AUC on the test events, next to two baselines: the base rate, and the mean label of each item."""
-    labels = test.label.numpy()
-    n_items = len(item)
-    seen = torch.bincount(train.item, minlength=n_items).float()
-    liked = torch.bincount(train.item, weights=train.label, minlength=n_items).float()
-    # Each mean is smoothed with five events at the base rate; otherwise items with a single event would rank first.
-    mean = (liked + 5 * train.label.mean()) / (seen + 5)
-    return {
-        "cvr_auc": auc(predict(head, test, item), labels),
-        "cvr_item_mean_auc": auc(mean[test.item].numpy(), labels),
-        "cvr_base_rate": float(labels.mean()),
-        "cvr_n_test": len(labels),
-    }
+    """AUC and UAUC on the test events, next to two baselines: the base rate, and the mean label of each item.
+
+    UAUCs are left out if no user has test events of both labels.
+    """
+    labels, scores = test.label.numpy(), predict(head, test, item)
+    mean = item_means(train.item, train.label, len(item))[test.item].numpy()
+    figures = {"cvr_auc": auc(scores, labels), "cvr_item_mean_auc": auc(mean, labels)}
+    owner = test.owner.numpy()
+    within = {"cvr_uauc": uauc(scores, labels, owner), "cvr_item_mean_uauc": uauc(mean, labels, owner)}
+    figures |= {name: value for name, value in within.items() if not np.isnan(value)}
+    return figures | {"cvr_base_rate": float(labels.mean()), "cvr_n_test": len(labels)}
+
+
+def item_means(item: Tensor, label: Tensor, n_items: int) -> Tensor:
+    """[I] the mean label of each item, given the items and labels [n] of the training events.
+
+    Each mean is smoothed with five events at the base rate; otherwise items with a single event would rank first.
+    """
+    seen = torch.bincount(item, minlength=n_items).float()
+    liked = torch.bincount(item, weights=label, minlength=n_items).float()
+    return (liked + 5 * label.mean()) / (seen + 5)
 
 
 @torch.no_grad()
 def predict(head: CvrHead, examples: Examples, item: Tensor) -> np.ndarray:
-    """Logits [n]."""
-    return head(examples.user, item[examples.item], torch.arange(len(examples.item)))[1].numpy()
+    """The logits [n] of what is labelled."""
+    head.eval()
+    return head.outcome(examples.user, item[examples.item], torch.arange(len(examples.item)))[0].numpy()
 
 
-def _train_epoch(head: CvrHead, optimizer: torch.optim.Optimizer, train: Examples, item: Tensor, batch: int) -> None:
-    order = torch.randperm(len(train.item))
-    for begin in range(0, len(order), batch):
-        chosen = order[begin : begin + batch]
-        logit = head(train.user[chosen], item[train.item[chosen]], torch.arange(len(chosen)))[1]
-        _step(optimizer, F.binary_cross_entropy_with_logits(logit, train.label[chosen]))
+def choosing_figure(head: CvrHead, held_out: Examples, item: Tensor) -> float:
+    """UAUC, or the pooled AUC if no user has events of both labels, as with one validation event per user."""
+    labels, scores = held_out.label.numpy(), predict(head, held_out, item)
+    figure = uauc(scores, labels, held_out.owner.numpy())
+    return auc(scores, labels) if np.isnan(figure) else figure
 
 
-def _tune(
-    config: CvrTrainConfig, head: CvrHead, pch: Pch, content: Tensor, found: tuple[list[Window], list[Window]]
-) -> float:
-    """Trains head and towers together, leaves both with the weights of the best epoch, and returns its validation AUC.
+def _validation_figures(head: CvrHead, held_out: Examples, item: Tensor) -> dict[str, float]:
+    labels, scores = held_out.label.numpy(), predict(head, held_out, item)
+    figures = {"cvr_validation_auc": auc(scores, labels)}
+    figure = uauc(scores, labels, held_out.owner.numpy())
+    return figures if np.isnan(figure) else figures | {"cvr_validation_uauc": figure}
 
-    `found` are the windows of the training and the validation events.
+
+def _train_epoch(
+    config: CvrTrainConfig, head: CvrHead, optimizer: torch.optim.Optimizer, train: Examples, item: Tensor
+) -> None:
+    head.train()
+    for chosen in event_batches(train.owner, config):
+        batch = train.take(chosen)
+        outcome = head.outcome(batch.user, item[batch.item], torch.arange(len(chosen)))
+        cvr_tuning.step(optimizer, cvr_tuning.head_loss(config, outcome, batch))
+
+
+def event_batches(owner: Tensor, config: CvrTrainConfig) -> tuple[Tensor, ...]:
+    """Random batches of events [n], given their owners: each event once.
+
+    With a `within_user_weight`, up to `events_per_user` events of a user stay together, so that there are pairs.
     """
-    train, validation = found
-    # The first layer learns badly from raw content, so it is trained on standardised content. The towers take raw
-    # content before and after.
-    standardisation = fit(content, "scale")
-    standardisation.unfold_from(pch.adaptor[0])
-    content = standardisation.apply(content)
-    groups = [
-        {"params": list(pch.parameters()), "lr": config.tune_learning_rate},
-        {"params": list(head.parameters()), "lr": config.learning_rate},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    order = torch.randperm(len(owner))
+    if config.within_user_weight:
+        order = order[torch.argsort(owner[order], stable=True)]  # user by user, in random order within a user
+        of_user, n_events = torch.unique_consecutive(owner[order], return_inverse=True, return_counts=True)[1:]
+        first = torch.cumsum(n_events, 0) - n_events
+        part = (torch.arange(len(order)) - first[of_user]) // config.events_per_user
+        group = torch.unique_consecutive(torch.stack([of_user, part]), dim=1, return_inverse=True)[1]
+        place = torch.randperm(int(group.max()) + 1 if len(group) else 0)
+        order = order[torch.argsort(place[group], stable=True)]
+    return order.split(config.batch)
 
-    def train_epoch() -> None:
-        pch.train()
-        order = torch.randperm(len(train)).tolist()
-        for batch in _batches([train[index] for index in order], config.tune_windows):
-            _step(optimizer, _window_loss(config, head, pch, content, batch))
+
+def _tune(config: CvrTrainConfig, head: CvrHead, pch: Pch, data: CvrData, next_item: TrainConfig) -> int:
+    train = training_windows(pch.config.max_history, data, config)
 
     def validate() -> float:
-        held_out = examples(pch, content, validation)
+        held_out = held_out_examples(pch, data, config, "validation")
         with torch.no_grad():
-            item = pch.alone(content)
-        return auc(predict(head, held_out, item), held_out.label.numpy())
+            item = pch.alone(data.content)
+        return choosing_figure(head, held_out, item)
 
-    best = BestWeights([head, pch])
-    epochs = tqdm(range(1, config.epochs + 1), desc="train cvr and towers", unit="epoch")
-    train_epochs(best, epochs, train_epoch, validate)
-    standardisation.fold_into(pch.adaptor[0])
-    pch.eval()
-    return best.figure
+    tune_data = cvr_tuning.TuneData(train, data.content, data.dataset, data.split)
+    return cvr_tuning.tune(config, replace(next_item, seed=config.seed), head, pch, tune_data, validate)
 
 
-def within_user_loss(logit: Tensor, liked: Tensor, window: Tensor) -> Tensor:
-    """Mean of softplus(logit_j - logit_i) over pairs of events of one window, i liked and j not; 0 without pairs.
-
-    All inputs are [n]; `window` is the index of the event's window, and so separates users. This is the pairwise
-    logistic loss (RankNet, Burges et al. 2005), taken within users and added to the pointwise loss ("combined-pair",
-    Li et al., KDD 2015). Knowing how much a user likes in general does not lower it, so the head must learn which
-    items go with which user.
-    """
-    pair = (window[:, None] == window[None]) & (liked[:, None] > 0.5) & (liked[None] < 0.5)  # [n,n]
-    gap = (logit[None] - logit[:, None])[pair]
-    return F.softplus(gap).mean() if len(gap) else logit.sum() * 0.0
-
-
-def _window_loss(config: CvrTrainConfig, head: CvrHead, pch: Pch, content: Tensor, batch: list[Window]) -> Tensor:
-    item = torch.from_numpy(np.concatenate([window.item for window in batch]))
-    liked = torch.from_numpy(np.concatenate([window.label for window in batch]))
-    distinct, place = torch.unique(item, return_inverse=True)
-    embedding = pch.alone(content[distinct])[place]
-    logit = head(states(pch, content, batch), embedding, torch.arange(len(item)))[1]
-    loss = F.binary_cross_entropy_with_logits(logit, liked)
-    if config.within_user_weight:
-        n_events = torch.tensor([len(window.item) for window in batch])
-        window_of_event = torch.repeat_interleave(torch.arange(len(batch)), n_events)
-        loss = loss + config.within_user_weight * within_user_loss(logit, liked, window_of_event)
-    return loss
-
-
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    for group in optimizer.param_groups:
-        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.step()
-
-
-def _batches(found: list[Window], size: int) -> Iterator[list[Window]]:
-    for begin in range(0, len(found), size):
-        yield found[begin : begin + size]
+def _retrieved(pch: Pch, data: CvrData) -> dict[str, float]:
+    """NDCG@10 on the test events, the figure that tuning must not lose."""
+    if not data.split.test:
+        return {}
+    return {"ndcg_at_10": metrics(tower_ranks(pch, data.content, data.dataset, data.split.test))["ndcg_at_10"]}

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,22 +65,35 @@ class TrainConfig:
     align_sampling: Literal["two-stage", "uniform", "recent"] = "two-stage"
     # Users are drawn in proportion to (number of events) ** this: 0 weights all users equally, 1 all events.
     user_exponent: float = 0.5
+    # The share of windows whose actions are hidden, if the towers read actions: not every caller of a server sends any.
+    hide_actions: float = 0.1
     check_every: int = 100
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
 
+    def recorded(self) -> dict[str, Any]:
+        """The settings as checkpoints and results of studies have them: without a `hide_actions` that nobody set.
+
+        So both still match those that were written before there was this setting.
+        """
+        settings = asdict(self)
+        if self.hide_actions == TrainConfig.hide_actions:
+            del settings["hide_actions"]
+        return settings
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of b users: item [b,l] (catalogue indices) and time [b,l], padded on the right; length [b]."""
+    """Windows of b users: item (catalogue indices), time and action [b,l], padded on the right; length [b]."""
 
     item: Tensor
     time: Tensor
     length: Tensor
+    action: Tensor
 
     def rows(self, chosen: slice) -> Batch:
         """The batch of the users in `chosen`."""
-        return Batch(self.item[chosen], self.time[chosen], self.length[chosen])
+        return Batch(self.item[chosen], self.time[chosen], self.length[chosen], self.action[chosen])
 
     def real(self) -> Tensor:
         """[b,l]: True for events, False for padding."""
@@ -125,8 +138,7 @@ class Trainer:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * schedule(number, self.config.warmup, self.config.steps)
-        n_users = min(self.config.users, len(self.users))
-        users = self.rng.choice(self.users, size=n_users, replace=False, p=self.user_probability)
+        users = self.draw_users()
         parts = {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             if self.config.next_weight:
@@ -140,11 +152,16 @@ class Trainer:
         self.optimizer.step()
         return {name: data_parallel.summed(part) for name, part in parts.items()}
 
+    def draw_users(self) -> np.ndarray:
+        """The users of a step."""
+        n_users = min(self.config.users, len(self.users))
+        return self.rng.choice(self.users, size=n_users, replace=False, p=self.user_probability)
+
     def next_item(self, users: np.ndarray) -> Tensor:
         """Predicts the next item from every state, with each candidate embedded alone. Returns this process's share."""
         size = self.model.max_history + 1
         bounds = [window(self.rng, int(self.n_train[user]), size) for user in users]
-        batch = self._pack([np.arange(*bound) for bound in bounds], users)
+        batch = self._with_hidden_actions(self._pack([np.arange(*bound) for bound in bounds], users))
         asked = batch.real()
         # A window cut from the middle of a sequence must not teach that sequences begin there.
         starts = torch.tensor([begin > 0 for begin, _ in bounds], device=self.device)
@@ -152,7 +169,7 @@ class Trainer:
         candidate, log_inclusion = self._candidates(batch.item[asked])
         own = data_parallel.share(len(users))
         mine, asked_mine = batch.rows(own), asked[own]
-        states = self.states(mine.item[:, :-1], mine.time)[asked_mine]  # [q,E]
+        states = self.states(mine.item[:, :-1], mine.time, mine.action[:, :-1])[asked_mine]  # [q,E]
         position = torch.searchsorted(candidate, mine.item[asked_mine])
         keys = self.model.item_embeddings(candidate)
         total = losses.catalogue_softmax(states, keys, position, log_inclusion, self.scale, reduction="sum")
@@ -187,8 +204,8 @@ class Trainer:
             chosen.append(self.rng.integers(1, len(histories[-1]) + 1, size=h))
             chosen[-1][0] = len(histories[-1])
         own = data_parallel.share(len(users))
-        past, future = self._pack(histories, users).rows(own), self._pack(targets, users)
-        states = self.states(past.item, _with_request(past))  # [b,l+1,E]
+        past, future = self._with_hidden_actions(self._pack(histories, users)).rows(own), self._pack(targets, users)
+        states = self.states(past.item, _with_request(past), past.action)  # [b,l+1,E]
         at = torch.from_numpy(np.stack(chosen)[own]).to(self.device)[:, :, None].expand(-1, -1, states.shape[-1])
         key = self.model.target_keys(future.item, _with_request(future))  # [all b,t,E]
         log_frequency = self.align_frequency.clamp_min(1e-9).log()[future.item]
@@ -202,9 +219,16 @@ class Trainer:
         sequences = [self.dataset.sequences[user] for user in users]
         items = [s.items[p] for s, p in zip(sequences, positions, strict=True)]
         times = [s.timestamps[p] for s, p in zip(sequences, positions, strict=True)]
+        actions = [s.actions[p] for s, p in zip(sequences, positions, strict=True)]
         length = torch.tensor([len(p) for p in positions], device=self.device)
-        item, time = (torch.from_numpy(pad(rows)[0]).to(self.device) for rows in (items, times))
-        return Batch(item, time, length)
+        item, time, action = (torch.from_numpy(pad(rows)[0]).to(self.device) for rows in (items, times, actions))
+        return Batch(item, time, length, action)
+
+    def _with_hidden_actions(self, batch: Batch) -> Batch:
+        if not getattr(self.model.config, "actions", ()) or self.config.hide_actions == 0.0:
+            return batch
+        hidden = torch.from_numpy(self.rng.random(len(batch.length)) < self.config.hide_actions).to(self.device)
+        return replace(batch, action=batch.action.masked_fill(hidden[:, None], 0))
 
 
 def _with_request(batch: Batch) -> Tensor:
@@ -313,11 +337,14 @@ class _Progress:
 
 def _identity(config: TrainConfig, model: Recommender, dataset: Dataset, split: Split) -> str:
     """SHA-256 over everything that the result of a run depends on, before its first step."""
-    found = hashlib.sha256(json.dumps([asdict(config), model.settings()]).encode())
+    found = hashlib.sha256(json.dumps([config.recorded(), model.settings()]).encode())
     for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
         found.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    reads_actions = bool(getattr(model.config, "actions", ()))
     for sequence, n_train in zip(dataset.sequences, split.n_train, strict=True):
         found.update(np.array([n_train, *sequence.items[:n_train], *sequence.timestamps[:n_train]], "<i8").tobytes())
+        if reads_actions:
+            found.update(sequence.actions[:n_train].tobytes())
     found.update(np.array([(event.user, event.position) for event in split.validation], "<i8").tobytes())
     return found.hexdigest()
 

@@ -49,7 +49,7 @@ class Hstu(Recommender):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
 
-    def states(self, items: Tensor, times: Tensor) -> Tensor:
+    def states(self, items: Tensor, times: Tensor, actions: Tensor | None = None) -> Tensor:
         """The state at each event; state 0 is zero, as in SASRec."""
         length = items.shape[1]
         x = self.dropout(self.table[items] * self.config.width**0.5 + self.positions[:length])

@@ -67,7 +67,7 @@ class LoraEncoder(Recommender):
     def _forget(self) -> None:
         self._table = self._encoded = None
 
-    def states(self, items: Tensor, times: Tensor) -> Tensor:
+    def states(self, items: Tensor, times: Tensor, actions: Tensor | None = None) -> Tensor:
         """State j is the mean of the first j item embeddings; state 0 is zero. `times` is not read."""
         if self.training:
             known = torch.unique(items)

@@ -40,7 +40,7 @@ class SasRec(Recommender):
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(config.width)
 
-    def states(self, items: Tensor, times: Tensor) -> Tensor:
+    def states(self, items: Tensor, times: Tensor, actions: Tensor | None = None) -> Tensor:
         """The state at each event; state 0 is zero, since SASRec needs an event. `times` is not read."""
         x = self.table[items] * self.config.width**0.5 + self.positions[: items.shape[1]]
         x = self.dropout(x)

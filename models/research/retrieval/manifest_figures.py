@@ -70,7 +70,7 @@ def figures_of(folder: Path, model: str, subject: Subject) -> dict[str, Any]:
 
 def _as_config(settings: Settings) -> dict[str, Any]:
     """The settings in the form of a study's `config`, without those that differ anyway: seed and content width."""
-    sizes, training = asdict(settings.pch), asdict(settings.train)
+    sizes, training = settings.pch.recorded(), settings.train.recorded()
     del sizes["content_dim"], training["seed"]
     arm = {"standardise": settings.standardise, "ids": "none", "sizes": sizes}
     return as_read({"arm": arm, "train": training, "split": asdict(settings.chosen_split())})

@@ -23,7 +23,7 @@ from pydantic import model_validator as validator
 from learn.data import DataError, Dataset, Split
 from learn.evaluation import metrics
 from research import record_files
-from research.record_files import RANKING_STUDY_FILE, RETRIEVAL_STUDY_FILE, Column, Record, Strict
+from research.record_files import CVR_STUDY_FILE, RANKING_STUDY_FILE, RETRIEVAL_STUDY_FILE, Column, Record, Strict
 
 StudyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 # Such as "learn-text" or, for an ablation of it, "learn-text/variant-2".
@@ -232,6 +232,8 @@ def read(root: Path) -> Results:
             results.retrieval[folder.name] = read_study(folder)
         elif (folder / RANKING_STUDY_FILE).exists():
             results.ranking.append(folder)
+        elif (folder / CVR_STUDY_FILE).exists():
+            continue  # Studies of the head have a summary of their own, `learn cvr-study`.
         elif any(folder.glob("*.npz")):
             raise DataError(
                 folder, None, None, f"holds results, but neither {RETRIEVAL_STUDY_FILE} nor {RANKING_STUDY_FILE}"

@@ -245,7 +245,7 @@ def run_config(study: Study, arm: Arm) -> dict[str, Any]:
         recorded["sizes"] = sizes.recorded()
     else:
         recorded["sizes"] = {} if sizes is None else asdict(sizes)
-    training = asdict(study.train) | arm.train
+    training = study.train.recorded() | arm.train
     del training["seed"]
     return as_read({"arm": recorded, "train": training, "split": asdict(study.chosen_split())})
 

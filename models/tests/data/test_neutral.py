@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import duckdb
+import numpy as np
 import pytest
 from conftest import write_movielens
 
 from learn import data
 from learn.data import DataError
+from learn.data.actions import ActionThresholds
 from learn.data.item_text import ItemText
 
 MOVIES = [
@@ -146,3 +149,29 @@ def test_ids_and_texts_with_any_characters_survive_a_round_trip(tmp_path):
     assert list(zip(dataset.item_ids, dataset.texts, strict=True)) == items
     # Numeric ids come first, by value and however long; the others follow by code point.
     assert [s.user for s in dataset.sequences] == ["007", "7", "10", "1" * 400, " 7", "a", 'é\n"x"', "\u2028,"]
+
+
+def test_values_become_actions_by_thresholds_unless_the_log_has_actions(tmp_path):
+    items = [("a", ItemText(title="A"))]
+    thresholds = ActionThresholds(liked_from=4.1, disliked_to=2.5)
+    for action, want in (("", [4, 4, 2, 2, 3, 3]), ("purchase", [7] * 6)):
+        values = [1.0, 2.5, 2.6, 4.0, 4.1, 5.0]
+        events = [data.Interaction("u", "a", when, value, action) for when, value in enumerate(values)]
+        data.write_neutral(events, items, tmp_path)
+        data.prepare(tmp_path, tmp_path / "prepared")
+        sequences = data.read_prepared(tmp_path / "prepared", thresholds).sequences
+        assert sequences[0].actions.tolist() == want and sequences[0].actions.dtype == np.uint8
+        assert sequences.actions_that_occur() == set(want)
+        # What `learn features` reads from the same values, as decimals and not in fp32.
+        by_sql = duckdb.sql(f"SELECT {thresholds.sql('v')} FROM unnest([1.0, 2.5, 2.6, 4.0, 4.1, 5.0]::DOUBLE[]) t(v)")
+        assert action or [row[0] for row in by_sql.fetchall()] == want
+    assert data.read_prepared(tmp_path / "prepared").sequences.actions_that_occur() == {7}
+
+
+def test_a_log_without_values_says_so_and_has_no_actions(tmp_path):
+    data.write_neutral([data.Interaction("u", "a", 1)], [("a", ItemText(title="A"))], tmp_path)
+    (tmp_path / data.INTERACTIONS).write_text("user,item,timestamp\nu,a,1\n")
+    meta = data.prepare(tmp_path, tmp_path / "prepared")
+    assert not meta.has_values and not meta.has_actions
+    sequences = data.read_prepared(tmp_path / "prepared", ActionThresholds(liked_from=1)).sequences
+    assert sequences[0].actions.tolist() == [0]

@@ -9,7 +9,8 @@ import pytest
 from conftest import MODELS
 
 from learn import data
-from learn.run_settings import read_settings
+from learn.run_settings import read_settings, read_toml
+from research.cvr.study import CvrStudy
 from research.retrieval import result_files
 from research.retrieval.study import Inputs, only, read_study, run_config, run_study
 
@@ -148,8 +149,11 @@ def test_an_ablation_runs_without_its_reference(tmp_path, inputs):
 
 @pytest.mark.parametrize("path", sorted((MODELS / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_shipped_configs_can_be_read(path):
-    is_study = "models" in tomllib.loads(path.read_text())
-    (read_study if is_study else read_settings)(path)
+    tables = tomllib.loads(path.read_text())
+    if "arms" in tables:
+        read_toml(CvrStudy, path)
+    else:
+        (read_study if "models" in tables else read_settings)(path)
 
 
 @pytest.mark.parametrize(

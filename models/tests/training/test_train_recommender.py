@@ -17,6 +17,8 @@ from learn.models.cvr import CvrConfig
 from learn.models.pch import Pch, PchConfig
 from learn.models.recommender import IdTowers, Learn
 from learn.training import train_cvr_head, train_recommender
+from learn.training.cvr_config import CvrTrainConfig
+from learn.training.train_cvr_head import CvrData
 from learn.training.train_recommender import Trainer
 from research.baselines.hstu import Hstu, HstuConfig
 from research.baselines.sasrec import SasRec, SasRecConfig
@@ -281,6 +283,38 @@ def test_training_never_reads_a_held_out_event(world):
     assert trainer.next_frequency.sum() == pytest.approx(1.0) == trainer.align_frequency.sum()
 
 
+def test_what_users_did_with_items_tells_what_they_meet_next_if_the_towers_read_it(tmp_path):
+    """The next item is of the group that the last action names; without actions, it could be of either group."""
+    rng = np.random.default_rng(0)
+    sequences = []
+    for user in range(80):
+        actions = rng.integers(3, 5, 12).astype(np.uint8)  # like and dislike
+        items = [int(rng.integers(N_ITEMS))]
+        while len(items) < 12:
+            half = N_ITEMS // 2
+            item = int(rng.integers(half)) + (half if actions[len(items) - 1] == 4 else 0)
+            if item not in items:
+                items.append(item)
+        sequences.append(data.Sequence(str(user), np.array(items), np.ones(12, np.float32), np.arange(12), actions))
+    dataset = data.Dataset([str(i) for i in range(N_ITEMS)], [], sequences)
+    content = torch.nn.functional.one_hot(torch.arange(N_ITEMS) * 2 // N_ITEMS, 12).float() + 0.1 * torch.randn(60, 12)
+    ranks = {}
+    for actions in ((), ("dislike", "like")):
+        sizes = replace(SIZES, actions=actions)
+        torch.manual_seed(0)
+        model = Learn(Pch(sizes), content)
+        config = train_recommender.TrainConfig(
+            steps=120, users=16, warmup=5, learning_rate=3e-3, n_uniform=16, check_every=40
+        )
+        split = data.split(dataset.sequences, data.SplitConfig())
+        train_recommender.train(config, model, dataset, split, tmp_path / str(len(actions)))
+        ranks[actions] = np.median(retrieval.retrieve(model, dataset, split.test).rank)
+        model.finish()
+        served = full_ranking.tower_ranks(model.pch, content, dataset, split.test)
+        assert np.median(served) == pytest.approx(ranks[actions], abs=1)
+    assert ranks["dislike", "like"] + 3 < ranks[()]
+
+
 def test_a_data_set_in_which_no_user_has_two_events_is_refused(world):
     content, dataset = world
     with pytest.raises(ValueError, match="no user has two events"):
@@ -294,9 +328,9 @@ def test_the_head_learns_which_films_are_liked(world, tmp_path):
     model, split, _ = fit(world, tmp_path, steps=30)
     model.finish()
     pch = model.pch
-    config = train_cvr_head.CvrTrainConfig(epochs=15, batch=64, learning_rate=5e-3)
+    config = CvrTrainConfig(epochs=15, batch=64, learning_rate=5e-3)
     sizes = CvrConfig(in_dim=12, fuse_dim=16, mid_dim=8)
-    _head, figures = train_cvr_head.train_head(config, sizes, pch, content, dataset, split)
+    _head, figures = train_cvr_head.train_head(config, sizes, pch, CvrData(content, dataset, split))
     assert figures["cvr_auc"] > 0.9
     assert 0.2 < figures["cvr_base_rate"] < 0.8
 
@@ -309,7 +343,8 @@ def test_head_examples_cover_each_training_event_once_with_the_state_before_it(n
     run = rng.permutation(40)[:n_events]
     values = np.where(np.arange(n_events) % 3 == 0, 5.0, 3.0)
     dataset = data.Dataset([""] * 40, [], [data.Sequence("u", run, values, np.arange(n_events))])
-    found = train_cvr_head.training_examples(pch, content, dataset, data.Split([n_events], [], []))
+    cvr_data = CvrData(content, dataset, data.Split([n_events], [], []))
+    found = train_cvr_head.training_examples(pch, cvr_data, CvrTrainConfig())
     assert found.item.tolist() == run.tolist()
     assert found.label.tolist() == (values >= 4).tolist()
     for position in range(n_events):
@@ -324,3 +359,25 @@ def test_the_learning_rate_schedule_rises_and_then_falls_almost_to_zero():
     assert values[0] == pytest.approx(0.1) and values[9] == pytest.approx(1.0)
     assert all(a >= b for a, b in itertools.pairwise(values[10:]))
     assert values[-1] < 0.01
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
+def test_actions_of_a_share_of_the_windows_are_hidden(tmp_path, share, expected):
+    rng = np.random.default_rng(0)
+    sequences = [
+        data.Sequence(
+            str(user), rng.permutation(N_ITEMS)[:12], np.ones(12, np.float32), np.arange(12), np.full(12, 3, np.uint8)
+        )
+        for user in range(400)
+    ]
+    dataset = data.Dataset([str(i) for i in range(N_ITEMS)], [], sequences)
+    model = Learn(Pch(replace(SIZES, actions=("like",))), torch.randn(N_ITEMS, 12))
+    config = train_recommender.TrainConfig(steps=1, users=400, n_uniform=16, hide_actions=share)
+    trainer = train_recommender.Trainer(config, model, dataset, data.split(dataset.sequences, data.SplitConfig()))
+    seen = []
+    read = trainer.states
+    trainer.states = lambda items, times, actions=None: (seen.append(actions), read(items, times, actions))[1]
+    trainer.next_item(trainer.draw_users())
+    real = seen[0][:, 0]
+    assert set(real.tolist()) <= {0, 3}
+    assert (real == 0).float().mean().item() == pytest.approx(expected, abs=0.08)

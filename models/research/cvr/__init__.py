@@ -1,0 +1,1 @@
+"""Studies of the CVR head: which of its parts put a user's events in a better order."""
