@@ -82,15 +82,29 @@ async fn an_item_that_is_not_used_takes_its_action_with_it() {
 
 #[tokio::test]
 async fn a_model_without_actions_takes_calls_that_send_them() {
-    for bundle in [reencoded(), shipped()] {
-        let server = Server::start_with(&bundle, "");
-        let info = server.client().await.get_model_info(GetModelInfoRequest {}).await.unwrap().into_inner();
-        assert_eq!(info.models[0].history_actions, [0; 0]);
-        let without = ask(&server, films("h", 2), &[]).await;
-        let with = ask(&server, films("h", 2), &[Action::Like, Action::Dislike]).await;
-        assert_eq!((&with.user_emb, statuses(&with)), (&without.user_emb, vec!["OK"; 2]));
-        assert_eq!(server.scrape().sum("midemb_cache_lookups_total", &["cache=\"user\"", "result=\"hit\""]), 1.0);
+    let server = Server::start_with(&reencoded(), "");
+    let info = server.client().await.get_model_info(GetModelInfoRequest {}).await.unwrap().into_inner();
+    assert_eq!(info.models[0].history_actions, [0; 0]);
+    let without = ask(&server, films("h", 2), &[]).await;
+    let with = ask(&server, films("h", 2), &[Action::Like, Action::Dislike]).await;
+    assert_eq!((&with.user_emb, statuses(&with)), (&without.user_emb, vec!["OK"; 2]));
+    assert_eq!(server.scrape().sum("midemb_cache_lookups_total", &["cache=\"user\"", "result=\"hit\""]), 1.0);
+}
+
+#[tokio::test]
+async fn the_shipped_model_knows_likes_from_dislikes_and_takes_histories_without_actions() {
+    use Action::{Click, Dislike, Like};
+    let server = Server::start_with(&shipped(), "");
+    let info = server.client().await.get_model_info(GetModelInfoRequest {}).await.unwrap().into_inner();
+    assert_eq!(info.models[0].history_actions().collect::<Vec<_>>(), [Click, Like, Dislike]);
+    assert_eq!((info.models[0].history_liked_from, info.models[0].history_disliked_to), (Some(4.0), Some(2.5)));
+    let mut users = Vec::new();
+    for actions in [vec![], vec![Like, Like], vec![Dislike, Dislike]] {
+        let answer = ask(&server, films("h", 2), &actions).await;
+        assert_eq!(statuses(&answer), ["OK"; 2]);
+        users.push(floats(&answer.user_emb));
     }
+    assert!(users[0] != users[1] && users[1] != users[2]);
 }
 
 /// Traffic would find out, not the load: an action that the tower has no row for, or a list in another order than the trainer's.

@@ -111,8 +111,16 @@ def test_the_item_tower_graph_matches_pytorch(changes):
         np.testing.assert_allclose(item, pch.states(content[:, None])[:, 1].detach(), **CLOSE)
 
 
-def test_the_cvr_graph_matches_pytorch():
-    head = CvrHead(CvrConfig(in_dim=6, fuse_dim=10, mid_dim=4)).eval()
+@pytest.mark.parametrize(
+    "parts",
+    [{}, {"product": True}, {"dot": True}, {"product": True, "dot": True, "dropout": 0.5}],
+    ids=["sum", "product", "dot", "all"],
+)
+def test_the_cvr_graph_matches_pytorch(parts):
+    head = CvrHead(CvrConfig(in_dim=6, fuse_dim=10, mid_dim=4, **parts)).eval()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
     model = tower_export.cvr_model(head)
     for n_users, row in ((1, [0]), (1, [0, 0, 0]), (3, [2, 0, 2, 1]), (3, [1]), (2, [0, 1, 1, 0])):
         user, item = torch.randn(n_users, 6), torch.randn(len(row), 6)
@@ -154,7 +162,7 @@ def test_graphs_use_only_operators_that_onnx_defines(folder, name):
 
 
 def test_the_shipped_graphs_are_what_the_code_writes_now():
-    pch, head = Pch(PchConfig()), CvrHead(CvrConfig())
+    pch, head = Pch(PchConfig(actions=("click", "like", "dislike"))), CvrHead(CvrConfig())
     for name, model in (
         ("user_tower.onnx", tower_export.user_tower_model(pch)),
         ("item_tower.onnx", tower_export.item_tower_model(pch)),
