@@ -1,7 +1,7 @@
 """The command line: one subcommand per step; each is a thin call into its module.
 
 Steps pass their results on through one folder (`--run`); learn/training_run.py lists its files. Settings come from one
-TOML file (`--config`); without it, the settings of the shipped bundle apply.
+TOML file (`--config`); without it, the defaults in learn/run_settings.py apply.
 """
 
 from __future__ import annotations

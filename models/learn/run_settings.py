@@ -1,7 +1,7 @@
 """One TOML file for all settings of a run: what is held out, the towers' sizes, how they and the head are trained.
 
-Every value defaults to that of the shipped bundle, so a file names only what differs. `configs/` has one file for each
-published setting.
+A file names only what differs from the defaults, as `configs/shipped.toml` does for the shipped bundle. `configs/` has
+one file for each published setting.
 """
 
 from __future__ import annotations

@@ -343,6 +343,8 @@ class Run:
             facts = facts | {"started_from": list(started_from)}
         facts = facts | {"metrics": {name: _rounded(value) for name, value in figures.items()}}
         source, values = self.trained_source.loaded(), self.action_thresholds()
+        if values is None and self.keeps() == "liked" and not data.read_meta(self.folder / "data").has_actions:
+            values = ActionThresholds(self.settings.cvr.liked_from)
         trained = shipped_bundle.Trained(source, self.towers(), self.head(), self.keeps(), values)
         shipped_bundle.write_default(trained, facts, out, label)
 

@@ -18,7 +18,14 @@ from learn.data.dataset import DataError, Dataset, Event, Interaction, Sequence
 from learn.data.layouts import find_layout
 from learn.data.neutral import COLUMNS, INTERACTIONS, ITEMS, read_movielens, read_neutral, write_neutral
 from learn.data.preparation import PrepareConfig, prepare
-from learn.data.prepared_folder import Prepared, PreparedSequences, read_meta, read_prepared, verify_prepared
+from learn.data.prepared_folder import (
+    Prepared,
+    PreparedSequences,
+    has_own_actions,
+    read_meta,
+    read_prepared,
+    verify_prepared,
+)
 from learn.data.splits import Split, SplitConfig, TimeSplitConfig, split
 
 __all__ = [
@@ -37,6 +44,7 @@ __all__ = [
     "SplitConfig",
     "TimeSplitConfig",
     "find_layout",
+    "has_own_actions",
     "movie_text",
     "plain_title",
     "prepare",

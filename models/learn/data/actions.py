@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -33,6 +34,9 @@ class ActionThresholds:
     disliked_to: float | None = None
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; expected a number")
         if self.disliked_to is None:
             return
         if self.liked_from is None:

@@ -200,6 +200,13 @@ def verify_prepared(folder: Path) -> Prepared:
     return meta
 
 
+def has_own_actions(dataset: Dataset) -> bool:
+    """Whether the log has actions. Those that are read from its values depend only on these and on the thresholds."""
+    if isinstance(dataset.sequences, PreparedSequences):
+        return dataset.sequences.meta.has_actions
+    return any(sequence.actions.any() for sequence in dataset.sequences)
+
+
 class ArrayWriter:
     """Writes a .npy file of a known length part by part, with only one part in memory."""
 

@@ -35,7 +35,7 @@ from learn.data.actions import ACTIONS
 
 @dataclass(frozen=True)
 class PchConfig:
-    """Sizes of the towers. The defaults are those of the shipped bundle."""
+    """Sizes of the towers. The defaults are those of the shipped bundle, which reads actions as well."""
 
     content_dim: int = 384
     adaptor_hidden: int = 1024

@@ -14,7 +14,7 @@ LIKED_FROM = 4.0
 
 @dataclass(frozen=True)
 class CvrTrainConfig:
-    """One run of the CVR stage. The defaults are those of the shipped bundle."""
+    """One run of the CVR stage. `configs/shipped.toml` has what differs for the shipped bundle."""
 
     seed: int = 1
     # Epochs of the head on frozen towers.
@@ -24,7 +24,8 @@ class CvrTrainConfig:
     weight_decay: float = 0.01
     # "conversion": which of the items that a user met were liked. "click": which items a user meets at all, for a log
     # that says no more; then every event is positive, and the negatives are drawn from the catalogue.
-    # "click_and_conversion": both, for a log with impressions (ESMM; Ma et al., SIGIR 2018). The head learns whether an
+    # "click_and_conversion": both, for a log with impressions (ESMM; Ma et al., SIGIR 2018), a row for each, with the
+    # strongest action that followed. The head learns whether an
     # item that was shown is clicked, and whether it is clicked and converts; `cvr` of the bundle is the probability of
     # a conversion after a click.
     task: Task = "conversion"
@@ -36,7 +37,8 @@ class CvrTrainConfig:
     negatives: int = 4
     # An event with this value or a higher one counts as a conversion: 4 for star ratings, 1 where values are 0 and 1.
     liked_from: float = LIKED_FROM
-    # Actions that count as a conversion instead, for a log with a column of actions: ["purchase"], for example. An item
+    # Actions that count as a conversion instead, for a log with a column of actions: ["purchase"], for example. The log
+    # has one row for a user and an item then, with the strongest action. An item
     # is then liked, for `history`, if its action is one of `learn.data.actions.LIKED`, as in `learn features`.
     conversions: tuple[str, ...] = ()
     # Which of a user's earlier items the user tower reads. Choose the one that callers will send in production.

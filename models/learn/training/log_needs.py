@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from learn.data import PreparedSequences, Split
 from learn.data.actions import number
 from learn.data.dataset import Sequences
@@ -37,6 +39,12 @@ def check_liked(sequences: PreparedSequences, config: CvrTrainConfig) -> None:
             'cvr.history is "liked", and the log has a column `action`, by which callers and `learn features` see what '
             "is liked: say in cvr.conversions which actions are conversions, or leave the column out"
         )
+    known = sequences.thresholds.liked_from
+    if config.history == "liked" and not sequences.meta.has_actions and known not in (None, config.liked_from):
+        raise ValueError(
+            f'cvr.history is "liked", by cvr.liked_from = {config.liked_from:g}, but callers and `learn features` go '
+            f"by actions.liked_from = {known:g}: give both the same value"
+        )
 
 
 def check_both_labels(sequences: Sequences, split: Split, config: CvrTrainConfig) -> None:
@@ -61,7 +69,21 @@ def check_both_labels(sequences: Sequences, split: Split, config: CvrTrainConfig
                 'cvr.task = "click_and_conversion" learns from items that were only shown and from others; without '
                 'impressions in the log, cvr.task = "conversion" learns from what it has'
             )
+    if config.task == "click_and_conversion" or config.conversions:
+        _check_one_row_per_item(sequences, config)
     check_labels(sequences, split, config, "hold out other events, or set another value")
+
+
+def _check_one_row_per_item(sequences: Sequences, config: CvrTrainConfig) -> None:
+    """A label is that of one row: a view and its click would be a negative and a positive for the same impression."""
+    for sequence in sequences:
+        _items, counts = np.unique(sequence.items, return_counts=True)
+        if counts.size and counts.max() > 1:
+            told = 'cvr.task = "click_and_conversion"' if config.task == "click_and_conversion" else "cvr.conversions"
+            raise ValueError(
+                f"with {told}, a row of the log is one impression with the strongest action that followed, but user "
+                f"{sequence.user!r} has {counts.max()} rows of one item: keep one row for each user and item"
+            )
 
 
 def _n_only_shown(sequences: Sequences, config: CvrTrainConfig) -> int:

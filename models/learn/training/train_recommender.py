@@ -71,6 +71,10 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.hide_actions <= 1.0:
+            raise ValueError(f"hide_actions is {self.hide_actions}; expected a share from 0 to 1")
+
     def recorded(self) -> dict[str, Any]:
         """The settings as checkpoints and results of studies have them: without a `hide_actions` that nobody set.
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from learn.run_settings import Settings, read_toml
+from learn.training import log_needs
 from learn.training_run import Run
 from research.cvr.study import CvrStudy, run_study
 
@@ -15,4 +16,6 @@ def study_run(config: Path, folder: Path, encoder: Path, out: Path) -> None:
     study = read_toml(CvrStudy, config)
     run = Run(folder, encoder, replace(Settings(), actions=study.thresholds))
     dataset = run.dataset()
+    if any(arm.actions for arm in study.arms.values()):
+        log_needs.check_actions(dataset.sequences, tuple(study.actions))
     run_study(study, dataset, run.content(dataset), folder / "cvr-study", out / study.study)

@@ -65,6 +65,8 @@ class CvrStudy(SplitSettings):
         for name, arm in self.arms.items():
             if "seed" in arm.cvr:
                 raise ValueError(f"arms.{name}.cvr: seeds belong to the study")
+            if other := {"task", "liked_from", "conversions", "impressions"} & set(arm.cvr):
+                raise ValueError(f"arms.{name}.cvr.{min(other)}: all arms are judged by values of 4 and more")
             self.head_of(arm, f"arms.{name}")
             self.training_of(arm, 1, f"arms.{name}")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from learn.atomic_file import replacing
-from learn.data import Dataset, Split
+from learn.data import Dataset, Split, has_own_actions
 from learn.data.actions import ActionThresholds
 from learn.models.pch import Pch, PchConfig
 from learn.models.recommender import Learn
@@ -44,6 +44,8 @@ def data_digest(dataset: Dataset, content: Tensor, split: Split) -> str:
     for sequence, n_train in zip(dataset.sequences, split.n_train, strict=True):
         found.update(np.array([n_train, len(sequence.items)], "<i8").tobytes())
         found.update(sequence.items.astype("<i8").tobytes() + sequence.values.astype("<f4").tobytes())
+        if has_own_actions(dataset):
+            found.update(sequence.actions.tobytes())
     for events in (split.validation, split.test):
         found.update(np.array([(event.user, event.position) for event in events], "<i8").tobytes())
     return found.hexdigest()

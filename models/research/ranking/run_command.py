@@ -22,6 +22,11 @@ def rank_run(run: Run, seeds: tuple[int, ...]) -> None:
     Writes a folder of results for each model, and ranking-towers/, which has the bundle and the features of each seed.
     """
     dataset, settings = run.dataset(), run.settings
+    if settings.cvr.task != "conversion" or settings.cvr.conversions:
+        raise ValueError(
+            "`learn rank` judges by values of cvr.liked_from or more, so it cannot judge a head with cvr.conversions "
+            "or another cvr.task; docs/ranking.md shows how to train a ranker on labels of your own"
+        )
     split = RankSplitConfig() if settings.time_split is None else by_time(dataset.sequences, settings.time_split)
     split = replace(split, liked_from=settings.cvr.liked_from)
     events = event_parts.cut(dataset, split)

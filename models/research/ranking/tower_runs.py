@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from learn.atomic_file import replacing
-from learn.data import Dataset
+from learn.data import Dataset, has_own_actions
 from learn.data.actions import ACTIONS
 from learn.run_settings import PrepareSettings, Settings
 from learn.serving.features import STATUS, VECTORS, FeaturesConfig, compute_features
@@ -129,6 +129,9 @@ def digest(dataset: Dataset, events: Events) -> str:
     found = hashlib.sha256()
     for column in (events.user, events.item, events.value, events.clock, events.part):
         found.update(np.ascontiguousarray(column).tobytes())
+    if has_own_actions(dataset):
+        for sequence in dataset.sequences:
+            found.update(sequence.actions.tobytes())
     for item_id, text in zip(dataset.item_ids, dataset.texts, strict=True):
         found.update(json.dumps([item_id, text.to_json()]).encode())
     return found.hexdigest()
@@ -199,8 +202,8 @@ def log_table(dataset: Dataset, events: Events, rows: np.ndarray) -> pa.Table:
         "timestamp": pa.array(events.clock[rows].astype(np.int64)),
         "value": pa.array(events.value[rows].astype(np.float64)),
     }
-    action = np.concatenate([np.asarray(sequence.actions) for sequence in dataset.sequences])
-    if action.any():
+    if has_own_actions(dataset):
+        action = np.concatenate([np.asarray(sequence.actions) for sequence in dataset.sequences])
         columns["action"] = pa.array(np.array(["", *ACTIONS])[action[rows]].tolist(), pa.string())
     return pa.table(columns)
 

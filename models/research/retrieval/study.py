@@ -97,6 +97,8 @@ class Study(SplitSettings):
             strict(TrainConfig, asdict(self.train) | arm.train, f"models.{name}.train")
             if arm.kind in _SIZES:
                 strict(_SIZES[arm.kind], arm.sizes, f"models.{name}.sizes")
+            if arm.sizes.get("actions"):
+                raise ValueError(f"models.{name}.sizes.actions: these studies read no actions from the log")
 
     def runs(self) -> list[tuple[str, int]]:
         """Every (model, seed) by seed, ablations last, so that a study that is stopped has all main models."""
