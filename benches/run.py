@@ -56,6 +56,13 @@ Note = Callable[[str, float], None]
 Figures = dict[str, list[float]]
 
 
+def require_built() -> None:
+    """Ends the program unless the server and the load generator are there."""
+    for program, target in ((MIDEMB, "build"), (BENCH, "bench-build")):
+        if not program.exists():
+            sys.exit(f"{program} is missing: run `make {target}`")
+
+
 def run_json(*command: str) -> list[dict]:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if run.returncode != 0:
@@ -248,9 +255,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", type=Path, help="also write the report to this file")
     args = parser.parse_args()
-    for program, target in ((MIDEMB, "build"), (BENCH, "bench-build")):
-        if not program.exists():
-            sys.exit(f"{program} is missing: run `make {target}`")
+    require_built()
     figures: Figures = defaultdict(list)
 
     def note(name: str, value: float) -> None:

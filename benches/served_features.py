@@ -23,7 +23,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from run import BENCH, BUSY, MIDEMB, Figures, Server, hot, machine, serving, table
+from run import BUSY, Figures, Server, hot, machine, require_built, serving, table
 
 PERCENT = {"off": None, "1 %": "1", "100 %": "100"}
 N_REQUESTS = ["--requests", "2000"]
@@ -71,9 +71,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", type=Path, help="also write the report to this file")
     args = parser.parse_args()
-    for program, target in ((MIDEMB, "build"), (BENCH, "bench-build")):
-        if not program.exists():
-            sys.exit(f"{program} is missing: run `make {target}`")
+    require_built()
     figures: Figures = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         for i in range(args.rounds):

@@ -40,6 +40,16 @@ def compact(values: np.ndarray) -> np.ndarray:
 Column = Annotated[np.ndarray, AfterValidator(compact)]
 
 
+def run_path(folder: Path, name: str, seed: int) -> Path:
+    """Where a study keeps the run of a model or an arm, whether it exists or not."""
+    return folder / f"{name.replace('/', '--')}-seed{seed}.npz"
+
+
+def score_ranks(scores: np.ndarray) -> np.ndarray:
+    """[n] the place of each score among the distinct ones, the lowest at 0."""
+    return np.unique(scores, return_inverse=True)[1]
+
+
 class Strict(BaseModel):
     """Unknown fields are errors, and so is a number in quotes."""
 

@@ -150,8 +150,9 @@ impl ServedFeatures {
         self.queue.end();
         let writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let left = end_by.saturating_duration_since(Instant::now());
+        let ended = writing.recv_timeout(left);
         let n_requests = self.queue.n_waiting();
-        match writing.recv_timeout(left) {
+        match ended {
             Ok(()) => {}
             Err(RecvTimeoutError::Timeout) => tracing::warn!(
                 n_requests,

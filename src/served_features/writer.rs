@@ -74,11 +74,9 @@ impl Writer {
 
     /// Removes what killed processes left, and finds what they finished.
     fn clean_up(&mut self) {
-        match folder::remove_left_overs(&self.options.folder) {
-            Ok(0) => {}
-            Ok(n_files) => tracing::info!(n_files, "unfinished files of served features removed"),
-            // Whatever keeps it from being read keeps it from being written, which is then logged.
-            Err(_) => {}
+        // Whatever keeps the folder from being read keeps it from being written, which is then logged.
+        if let Ok(n_files @ 1..) = folder::remove_left_overs(&self.options.folder) {
+            tracing::info!(n_files, "unfinished files of served features removed");
         }
         self.measure();
     }

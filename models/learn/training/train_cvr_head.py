@@ -27,21 +27,17 @@ from learn.models.cvr import CvrConfig, CvrHead
 from learn.models.pch import Pch
 from learn.training import cvr_tuning
 from learn.training.best_weights import BestWeights, train_epochs
-from learn.training.cvr_config import LIKED_FROM, CvrTrainConfig
+from learn.training.cvr_config import CvrTrainConfig
 from learn.training.cvr_events import (
     Examples,
     Window,
     event_spans,
     examples,
-    label,
     training_spans,
     windows,
 )
 from learn.training.cvr_negatives import catalogue, with_negatives
 from learn.training.train_recommender import TrainConfig
-
-# `research.ranking` takes these from here.
-__all__ = ["LIKED_FROM", "label"]
 
 Part = Literal["training", "validation", "test"]
 PARTS = get_args(Part)
@@ -79,9 +75,12 @@ def train_head(
         figures |= {f"{name}_before_cvr": value for name, value in before.items()} | _retrieved(pch, data)
     with torch.no_grad():
         item = pch.alone(data.content)
-    train = training_examples(pch, data, config)
+    # The item means need no user states, which take a run of the tower over all training events.
+    seen = training_windows(pch.config.max_history, data, config)
+    items, labels = (np.concatenate([getattr(window, name) for window in seen]) for name in ("item", "label"))
+    means = item_means(torch.from_numpy(items), torch.from_numpy(labels), len(item))
     test = held_out_examples(pch, data, config, "test")
-    return fitted.head, figures | measure(fitted.head, train, test, item)
+    return fitted.head, figures | measure(fitted.head, means, test, item)
 
 
 def fit_head(
@@ -139,13 +138,13 @@ def _with_negatives(found: list[Window], data: CvrData, config: CvrTrainConfig, 
     return with_negatives(found, met, catalogue(data.dataset, data.split), config.negatives, rng)
 
 
-def measure(head: CvrHead, train: Examples, test: Examples, item: Tensor) -> dict[str, float]:
-    """AUC and UAUC on the test events, next to two baselines: the base rate, and the mean label of each item.
+def measure(head: CvrHead, means: Tensor, test: Examples, item: Tensor) -> dict[str, float]:
+    """AUC and UAUC on the test events, next to two baselines: the base rate, and the mean label of each item [I].
 
     UAUCs are left out if no user has test events of both labels.
     """
     labels, scores = test.label.numpy(), predict(head, test, item)
-    mean = item_means(train.item, train.label, len(item))[test.item].numpy()
+    mean = means[test.item].numpy()
     figures = {"cvr_auc": auc(scores, labels), "cvr_item_mean_auc": auc(mean, labels)}
     owner = test.owner.numpy()
     within = {"cvr_uauc": uauc(scores, labels, owner), "cvr_item_mean_uauc": uauc(mean, labels, owner)}

@@ -30,7 +30,7 @@ from learn.training.cvr_events import event_spans, label, training_spans
 from learn.training.train_cvr_head import CvrData, fit_head, held_out_examples, item_means, predict
 from learn.training.train_recommender import TrainConfig
 from research import record_files
-from research.cvr import result_files, summary
+from research.cvr import summary
 from research.cvr.result_files import CvrRun, CvrStudyRecord
 from research.cvr.towers import TowerData, TowersConfig, data_digest, trained_towers
 
@@ -96,7 +96,7 @@ def run_study(
     record_files.write(out / record_files.CVR_STUDY_FILE, _describe(study, tower_data))
     for seed in study.seeds:
         for name, arm in study.arms.items():
-            path, config = result_files.run_path(out, name, seed), _recorded(study, arm)
+            path, config = record_files.run_path(out, name, seed), _recorded(study, arm)
             if not _is_done(path, config, tower_data.digest):
                 record_files.write(path, _run(study, name, seed, tower_data, work))
     rows = summary.summarise(out)
@@ -123,7 +123,7 @@ def _run(study: CvrStudy, name: str, seed: int, tower_data: TowerData, work: Pat
         config=_recorded(study, arm),
         figures={key: round(float(value), 6) for key, value in figures.items()},
         seconds=round(time.monotonic() - begin, 1),
-        score_rank=result_files.score_ranks(scores),
+        score_rank=record_files.score_ranks(scores),
     )
 
 
@@ -145,7 +145,7 @@ def _describe(study: CvrStudy, tower_data: TowerData) -> CvrStudyRecord:
         split=as_read(asdict(study.chosen_split())),
         user=users,
         label=labels.astype(np.uint8),
-        item_mean_rank=result_files.score_ranks(means[items]),
+        item_mean_rank=record_files.score_ranks(means[items]),
     )
 
 

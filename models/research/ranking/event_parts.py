@@ -23,7 +23,8 @@ from learn.data import Dataset, TimeSplitConfig
 from learn.data.dataset import Sequences
 from learn.data.prepared_folder import KeywordBoundary
 from learn.data.splits import check_keywords, time_cuts
-from learn.training.train_cvr_head import LIKED_FROM, label
+from learn.training.cvr_config import LIKED_FROM
+from learn.training.cvr_events import label
 
 TOWER_PART, RANKER_PART, VALIDATION, TEST = range(4)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import NonNegativeInt
 from pydantic import model_validator as validator
 
@@ -72,16 +71,6 @@ class RankingResults:
 
     study: RankingStudy
     runs: dict[str, dict[int, RankingRun]]
-
-
-def run_path(folder: Path, arm: str, seed: int) -> Path:
-    """Where the file of a run is, whether it exists or not."""
-    return folder / f"{arm}-seed{seed}.npz"
-
-
-def score_ranks(scores: np.ndarray) -> np.ndarray:
-    """[n] the place of each score among the distinct ones, the lowest at 0."""
-    return np.unique(scores, return_inverse=True)[1]
 
 
 def study_name(folder: Path) -> str:

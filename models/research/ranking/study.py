@@ -26,7 +26,7 @@ from torch import Tensor
 from learn.data import Dataset
 from learn.toml_config import as_read
 from research import record_files
-from research.ranking import event_parts, features, result_files, summary, tower_runs
+from research.ranking import event_parts, features, summary, tower_runs
 from research.ranking.arms import ARMS, CONTROL
 from research.ranking.auc_metrics import GroupConfig, HeldOut
 from research.ranking.event_parts import RANKER_PART, TEST, TOWER_PART, VALIDATION, Events, RankSplitConfig
@@ -152,9 +152,9 @@ def run_seed(config: RankConfig, seed: int, table: Table, source: FeatureSource,
             chosen={name: _rounded(value) for name, value in fitted.chosen.items()},
             seconds=shared_seconds | {"ranker": round(time.monotonic() - begin, 1)},
             learned=figures,
-            score_rank=result_files.score_ranks(scores),
+            score_rank=record_files.score_ranks(scores),
         )
-        record_files.write(result_files.run_path(out, arm, seed), run)
+        record_files.write(record_files.run_path(out, arm, seed), run)
         print(f"{config.study}: {arm}, seed {seed}: {run.chosen}", flush=True)
 
 
@@ -207,7 +207,7 @@ def _recorded_config(config: RankConfig) -> dict[str, Any]:
 
 
 def _is_done(out: Path, arm: str, seed: int, config: RankConfig, table: Table) -> bool:
-    path = result_files.run_path(out, arm, seed)
+    path = record_files.run_path(out, arm, seed)
     if not path.is_file():
         return False
     run = record_files.read(path, RankingRun)

@@ -196,7 +196,7 @@ def measured(study: Study, ranking: metrics.Ranking, counts: np.ndarray) -> dict
 
 def run_path(root: Path, study: str, model: str, seed: int) -> Path:
     """Where the file of a run is, whether it exists or not."""
-    return root / study / f"{model.replace('/', '--')}-seed{seed}.npz"
+    return record_files.run_path(root / study, model, seed)
 
 
 def write_study(root: Path, study: Study) -> Path:

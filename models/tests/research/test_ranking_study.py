@@ -17,10 +17,11 @@ from research.ranking import summary
 from research.ranking.boosted_ranker import Boosted, BoostedTrial
 from research.ranking.event_parts import RANKER_PART, TEST, VALIDATION, cut
 from research.ranking.ranker import Dcn, RankerConfig, Trial
-from research.ranking.result_files import RankingRun, RankingStudy, score_ranks
+from research.ranking.result_files import RankingRun, RankingStudy
 from research.ranking.study import RankConfig, rank
 from research.ranking.summary import summarise
 from research.ranking.tower_runs import Features, Learned
+from research.record_files import score_ranks
 
 N_ITEMS, N_USERS, LENGTH = 400, 120, 40
 CONFIG = RankConfig(
