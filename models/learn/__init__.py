@@ -27,7 +27,9 @@ test_architecture.py). Code that only studies and the report need is in the pack
         retrieval        the same for any recommender
 
     training
-        train_recommender    the loop, its checkpoints and its losses (losses, sampling)
+        train_config         the settings of a run of the towers
+        trainer              one step of any recommender: draws, losses (losses, sampling), gradients
+        train_recommender    the loop: checks on validation, and where a run resumes
         train_cvr_head       the head, on frozen towers and then with them (cvr_tuning)
         cvr_config, cvr_events, cvr_negatives   its settings; the events that it learns from
         log_needs            what training needs of a log, checked first

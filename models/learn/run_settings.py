@@ -19,7 +19,7 @@ from learn.models.cvr import CvrConfig
 from learn.models.pch import PchConfig
 from learn.toml_config import strict
 from learn.training.cvr_config import CvrTrainConfig
-from learn.training.train_recommender import TrainConfig
+from learn.training.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

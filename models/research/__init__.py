@@ -11,6 +11,7 @@ baselines            the models that LEARN is compared with
 
 retrieval            full-ranking studies
     study            several models and seeds under one protocol (`learn study`)
+    arms             the models of a study: how its TOML describes one, and how it is built
     result_files     what their files hold
     estimates        means and differences with their intervals
     manifest_figures the figures of one model, for the manifest of a bundle

@@ -1,6 +1,6 @@
 """Trains the towers further, together with the CVR head, and with next-item prediction as their second loss.
 
-The head's loss teaches the towers what users like; next-item prediction, as in `train_recommender`, keeps what they
+The head's loss teaches the towers what users like; next-item prediction, as in `trainer`, keeps what they
 retrieve. The towers have a learning rate and a weight decay of their own.
 """
 
@@ -21,7 +21,8 @@ from learn.training import losses
 from learn.training.best_weights import BestWeights, train_epochs
 from learn.training.cvr_config import CvrTrainConfig
 from learn.training.cvr_events import Examples, Stacked, Window, batches, stack
-from learn.training.train_recommender import TrainConfig, Trainer
+from learn.training.train_config import TrainConfig
+from learn.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

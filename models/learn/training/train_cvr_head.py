@@ -37,7 +37,7 @@ from learn.training.cvr_events import (
     windows,
 )
 from learn.training.cvr_negatives import catalogue, with_negatives
-from learn.training.train_recommender import TrainConfig
+from learn.training.train_config import TrainConfig
 
 Part = Literal["training", "validation", "test"]
 PARTS = get_args(Part)

@@ -27,8 +27,8 @@ from learn.models.pch import Pch, PchConfig
 from learn.toml_config import as_read, strict
 from learn.training.cvr_config import CvrTrainConfig
 from learn.training.cvr_events import event_spans, label, training_spans
+from learn.training.train_config import TrainConfig
 from learn.training.train_cvr_head import CvrData, fit_head, held_out_examples, item_means, predict
-from learn.training.train_recommender import TrainConfig
 from research import record_files
 from research.cvr import summary
 from research.cvr.result_files import CvrRun, CvrStudyRecord

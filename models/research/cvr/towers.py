@@ -16,7 +16,8 @@ from learn.data import Dataset, Split, has_own_actions
 from learn.data.actions import ActionThresholds
 from learn.models.pch import Pch, PchConfig
 from learn.models.recommender import Learn
-from learn.training.train_recommender import TrainConfig, train
+from learn.training.train_config import TrainConfig
+from learn.training.train_recommender import train
 
 
 @dataclass(frozen=True)

@@ -16,62 +16,30 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from learn import data
 from learn.content import ceg, embedding_store
-from learn.content.standardise import Method
 from learn.data.splits import SplitSettings
 from learn.evaluation.full_ranking import array_ranking, popularity
 from learn.evaluation.metrics import Ranking
 from learn.evaluation.retrieval import retrieve
-from learn.models.pch import Pch, PchConfig
-from learn.models.recommender import ContentMean, Ids, IdTowers, Learn, Recommender
+from learn.models.pch import PchConfig
 from learn.run_settings import EncoderSettings, PrepareSettings, read_toml
 from learn.toml_config import as_read, strict
 from learn.training import data_parallel
-from learn.training.train_recommender import TrainConfig, train
+from learn.training.train_config import TrainConfig
+from learn.training.train_recommender import train
 from learn.training_run import Prompts, prepare_config
-from research.baselines.hstu import Hstu, HstuConfig
-from research.baselines.lora import LoraEncoder, LoraSizes
-from research.baselines.sasrec import SasRec, SasRecConfig
 from research.retrieval import result_files
+from research.retrieval.arms import SIZES, Arm, Content, Inputs, build, content_name
 
 # Tags per item, where a content has keywords.
 N_KEYWORDS = 8
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One model of a study as its TOML describes it. `sizes` and `train` override single values of the defaults."""
-
-    kind: Literal["popularity", "content-mean", "sasrec", "hstu", "id-towers", "learn", "lora"]
-    label: str
-    family: Literal["baseline", "learn", "ablation"] = "baseline"
-    sizes: dict[str, Any] = field(default_factory=dict)
-    train: dict[str, Any] = field(default_factory=dict)
-    # The name of the content in the study, how its embeddings are standardised, and whether ids are learned too.
-    content: str = "minilm"
-    standardise: Method = "whiten"
-    ids: Ids = "none"
-    # The model that an ablation is compared with, and the question that it answers.
-    reference: str = ""
-    question: str = ""
-    # Only the first `n_seeds` seeds of the study.
-    n_seeds: int | None = None
-
-
-@dataclass(frozen=True)
-class Content:
-    """What content embeddings are made from: the encoder, and whether texts contain keywords."""
-
-    encoder: str
-    keywords: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,8 +63,8 @@ class Study(SplitSettings):
             if set(arm.train) & {"seed"}:
                 raise ValueError(f"models.{name}.train: seeds belong to the study")
             strict(TrainConfig, asdict(self.train) | arm.train, f"models.{name}.train")
-            if arm.kind in _SIZES:
-                strict(_SIZES[arm.kind], arm.sizes, f"models.{name}.sizes")
+            if arm.kind in SIZES:
+                strict(SIZES[arm.kind], arm.sizes, f"models.{name}.sizes")
             if arm.sizes.get("actions"):
                 raise ValueError(f"models.{name}.sizes.actions: these studies read no actions from the log")
 
@@ -110,15 +78,6 @@ class Study(SplitSettings):
         if arm.kind in ("popularity", "content-mean"):
             return self.seeds[:1]  # They have no randomness.
         return self.seeds[: arm.n_seeds]
-
-
-_SIZES = {
-    "sasrec": SasRecConfig,
-    "hstu": HstuConfig,
-    "id-towers": PchConfig,
-    "learn": PchConfig,
-    "lora": LoraSizes,
-}
 
 
 def read_study(path: Path) -> Study:
@@ -138,18 +97,6 @@ def only(study: Study, names: Sequence[str]) -> Study:
     return replace(study, models={name: study.models[name] for name in names})
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What all runs of a study read: the prepared data and, by name of content, a file [I,C] and the encoder's folder.
-
-    The name of a file contains the digest of the weights, tokenizer and texts that it was made from.
-    """
-
-    dataset: data.Dataset
-    content: Mapping[str, Path]
-    encoders: Mapping[str, Path]
-
-
 def inputs_of(study: Study, source: Path, run: Path, encoders: Path) -> Inputs:
     """Prepares the data set in `source` and encodes its items for every content that a model of the study needs."""
     needed = {arm.content for arm in study.models.values() if arm.kind in ("content-mean", "learn")}
@@ -167,41 +114,10 @@ def inputs_of(study: Study, source: Path, run: Path, encoders: Path) -> Inputs:
     return Inputs(data.read_prepared(run / "data"), content, folders)
 
 
-def build(arm: Arm, inputs: Inputs) -> Recommender:
-    """The model of an arm with random weights."""
-    n_items = len(inputs.dataset.item_ids)
-    if arm.kind == "sasrec":
-        return SasRec(strict(SasRecConfig, arm.sizes, "sizes"), n_items)
-    if arm.kind == "hstu":
-        return Hstu(strict(HstuConfig, arm.sizes, "sizes"), n_items)
-    if arm.kind == "content-mean":
-        return ContentMean(_content(arm, inputs), PchConfig().max_history)
-    if arm.kind == "lora":
-        sizes = strict(LoraSizes, arm.sizes, "sizes")
-        encoder = ceg.load(inputs.encoders[arm.content], EncoderSettings.max_tokens)
-        return LoraEncoder(sizes, encoder, Prompts(inputs.dataset.texts))
-    sizes = strict(PchConfig, arm.sizes, "sizes")
-    if arm.kind == "id-towers":
-        return IdTowers(Pch(sizes), n_items)
-    content = _content(arm, inputs)
-    # Variant 3 has no item tower, so the user tower's outputs have to be in the space of the content embeddings.
-    out_dim = content.shape[1] if sizes.item_tower == "content" else sizes.out_dim
-    sizes = replace(sizes, content_dim=content.shape[1], out_dim=out_dim)
-    return Learn(Pch(sizes), content, arm.standardise, arm.ids)
-
-
-def _content_name(arm: Arm, inputs: Inputs) -> str | None:
-    return inputs.content[arm.content].stem if arm.kind in ("content-mean", "learn") else None
-
-
-def _content(arm: Arm, inputs: Inputs) -> Tensor:
-    return torch.from_numpy(np.load(inputs.content[arm.content]).astype(np.float32))
-
-
 def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> None:
     """Trains one model with one seed and writes its file; does nothing if the file exists with the same config."""
     arm, path = study.models[name], result_files.run_path(root, study.study, name, seed)
-    config = run_config(study, arm) | {"content": _content_name(arm, inputs), "seed": seed}
+    config = run_config(study, arm) | {"content": content_name(arm, inputs), "seed": seed}
     if path.is_file() and result_files.read_run(path).config == config:
         return
     split = data.split(inputs.dataset.sequences, study.chosen_split())
@@ -242,7 +158,7 @@ def run_config(study: Study, arm: Arm) -> dict[str, Any]:
     """The settings that a run depends on, without its seed and content, as its file records them."""
     recorded = {key: value for key, value in asdict(arm).items() if key in ("kind", "content", "standardise", "ids")}
     # Defaults are written out, so that a run with other defaults counts as another run.
-    sizes = strict(_SIZES[arm.kind], arm.sizes, "sizes") if arm.kind in _SIZES else None
+    sizes = strict(SIZES[arm.kind], arm.sizes, "sizes") if arm.kind in SIZES else None
     if isinstance(sizes, PchConfig):
         recorded["sizes"] = sizes.recorded()
     else:

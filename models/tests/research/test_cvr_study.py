@@ -16,7 +16,7 @@ from learn.data.item_text import ItemText
 from learn.evaluation.auc import auc
 from learn.models.pch import PchConfig
 from learn.run_settings import read_toml
-from learn.training.train_recommender import TrainConfig
+from learn.training.train_config import TrainConfig
 from research.cvr import result_files, study, summary
 from research.cvr.result_files import CvrResults, CvrRun, CvrStudyRecord
 from research.cvr.study import CvrArm, CvrStudy

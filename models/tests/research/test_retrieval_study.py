@@ -12,7 +12,8 @@ from learn import data
 from learn.run_settings import read_settings, read_toml
 from research.cvr.study import CvrStudy
 from research.retrieval import result_files
-from research.retrieval.study import Inputs, only, read_study, run_config, run_study
+from research.retrieval.arms import Inputs
+from research.retrieval.study import only, read_study, run_config, run_study
 
 TOML = """
 study = "tiny"

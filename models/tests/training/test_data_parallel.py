@@ -22,7 +22,8 @@ def train_and_save(out: Path, loss: str) -> None:
     from learn import data
     from learn.models.recommender import Learn
     from learn.training import data_parallel
-    from learn.training.train_recommender import TrainConfig, train
+    from learn.training.train_config import TrainConfig
+    from learn.training.train_recommender import train
 
     torch.set_num_threads(1)
     data_parallel.start()

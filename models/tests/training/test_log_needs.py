@@ -12,7 +12,7 @@ from learn.data import Sequence, Split
 from learn.data.actions import ActionThresholds, number
 from learn.training import log_needs
 from learn.training.cvr_config import CvrTrainConfig
-from learn.training.train_recommender import TrainConfig
+from learn.training.train_config import TrainConfig
 
 
 def sequence(items, actions):

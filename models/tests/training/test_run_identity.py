@@ -12,7 +12,7 @@ from learn.data.splits import Event
 from learn.models.pch import Pch, PchConfig
 from learn.models.recommender import IdTowers, Learn
 from learn.training import train_recommender
-from learn.training.train_recommender import TrainConfig
+from learn.training.train_config import TrainConfig
 
 N_ITEMS = 5
 SIZES = PchConfig(content_dim=6, adaptor_hidden=4, width=4, layers=1, heads=2, ffn=4, out_dim=4, max_history=3)

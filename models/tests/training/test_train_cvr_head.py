@@ -17,6 +17,7 @@ from learn.training import losses
 from learn.training.cvr_config import CvrTrainConfig
 from learn.training.cvr_events import Examples, examples, is_history, windows
 from learn.training.cvr_negatives import catalogue, with_negatives
+from learn.training.train_config import TrainConfig
 from learn.training.train_cvr_head import (
     CvrData,
     choosing_figure,
@@ -26,7 +27,6 @@ from learn.training.train_cvr_head import (
     predict,
     train_head,
 )
-from learn.training.train_recommender import TrainConfig
 
 N_ITEMS = 40
 

@@ -18,8 +18,9 @@ from learn.models.pch import Pch, PchConfig
 from learn.models.recommender import IdTowers, Learn
 from learn.training import train_cvr_head, train_recommender
 from learn.training.cvr_config import CvrTrainConfig
+from learn.training.train_config import TrainConfig
 from learn.training.train_cvr_head import CvrData
-from learn.training.train_recommender import Trainer
+from learn.training.trainer import Trainer, schedule
 from research.baselines.hstu import Hstu, HstuConfig
 from research.baselines.sasrec import SasRec, SasRecConfig
 
@@ -49,7 +50,7 @@ def fit(world, tmp_path, kind="learn", **changes):
     content, dataset = world
     split = data.split(dataset.sequences, data.SplitConfig())
     sizes = {"steps": 120, "users": 16, "warmup": 10, "learning_rate": 3e-3, "n_uniform": 16, "check_every": 20}
-    config = train_recommender.TrainConfig(**(sizes | changes))
+    config = TrainConfig(**(sizes | changes))
     torch.manual_seed(config.seed)
     model = MODELS[kind](content)
     return model, split, train_recommender.train(config, model, dataset, split, tmp_path / "run")
@@ -130,7 +131,7 @@ def test_item_frequencies_affect_the_loss_only_with_the_logq_correction(world, l
     found = []
     for log_q in (True, False):
         for spread in (1.0, 50.0):
-            config = train_recommender.TrainConfig(users=16, n_uniform=8, candidates="batch", log_q=log_q, **weights)
+            config = TrainConfig(users=16, n_uniform=8, candidates="batch", log_q=log_q, **weights)
             torch.manual_seed(0)
             trainer = Trainer(config, Learn(Pch(replace(SIZES, dropout=0.0)), content), dataset, split)
             # Makes some films far more frequent than others, if `spread` is large.
@@ -156,8 +157,8 @@ def test_an_item_without_training_events_is_a_candidate_only_on_request(world, c
         split.n_train[user] = next(
             (at for at, item in enumerate(sequence.items) if item in held_out_items), split.n_train[user]
         )
-    config = train_recommender.TrainConfig(candidates=candidates, unseen_negatives=unseen, n_uniform=2000)
-    trainer = train_recommender.Trainer(config, MODELS["learn"](content), dataset, split)
+    config = TrainConfig(candidates=candidates, unseen_negatives=unseen, n_uniform=2000)
+    trainer = Trainer(config, MODELS["learn"](content), dataset, split)
     met = np.unique(np.concatenate([s.items[:n] for s, n in zip(dataset.sequences, split.n_train, strict=True)]))
     assert len(met) == N_ITEMS - 2
     candidate, log_inclusion = trainer._candidates(torch.from_numpy(met[:5]))
@@ -167,10 +168,8 @@ def test_an_item_without_training_events_is_a_candidate_only_on_request(world, c
 
 def test_an_item_is_a_target_as_often_as_the_logq_correction_assumes(world):
     content, dataset = world
-    config = train_recommender.TrainConfig(users=4, candidates="batch", align_weight=1.0)
-    trainer = train_recommender.Trainer(
-        config, MODELS["learn"](content), dataset, data.split(dataset.sequences, data.SplitConfig())
-    )
+    config = TrainConfig(users=4, candidates="batch", align_weight=1.0)
+    trainer = Trainer(config, MODELS["learn"](content), dataset, data.split(dataset.sequences, data.SplitConfig()))
     next_targets, packs = [], []
     trainer._candidates = lambda target: (next_targets.append(target), Trainer._candidates(trainer, target))[1]
     trainer._pack = lambda positions, users: (
@@ -206,20 +205,18 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_do_not(world, tmp_path):
 
 def test_an_interrupted_run_resumes_to_the_same_weights_and_curve(world, tmp_path, monkeypatch):
     whole, _, curve = fit(world, tmp_path / "whole", steps=8, check_every=2)
-    step = train_recommender.Trainer.step
+    step = Trainer.step
 
     def interrupted_step(self, number):
         if number == 5:
             raise KeyboardInterrupt
         return step(self, number)
 
-    monkeypatch.setattr(train_recommender.Trainer, "step", interrupted_step)
+    monkeypatch.setattr(Trainer, "step", interrupted_step)
     with pytest.raises(KeyboardInterrupt):
         fit(world, tmp_path / "cut", steps=8, check_every=2)
     resumed_steps = []
-    monkeypatch.setattr(
-        train_recommender.Trainer, "step", lambda self, number: resumed_steps.append(number) or step(self, number)
-    )
+    monkeypatch.setattr(Trainer, "step", lambda self, number: resumed_steps.append(number) or step(self, number))
     resumed, _, curve_again = fit(world, tmp_path / "cut", steps=8, check_every=2)
     assert resumed_steps == [4, 5, 6, 7]
     assert [{**r, "seconds": 0} for r in curve_again] == [{**r, "seconds": 0} for r in curve]
@@ -239,14 +236,14 @@ def test_the_identity_of_a_run_covers_config_model_data_and_split(world):
 
     def identity(config=None, model=MODELS["learn"], content=content, dataset=dataset, split=split):
         torch.manual_seed(1)
-        return train_recommender._identity(config or train_recommender.TrainConfig(), model(content), dataset, split)
+        return train_recommender._identity(config or TrainConfig(), model(content), dataset, split)
 
     sequences = [
         *dataset.sequences[:-1],
         replace(dataset.sequences[-1], timestamps=dataset.sequences[-1].timestamps + 1),
     ]
     others = [
-        identity(config=train_recommender.TrainConfig(n_uniform=7)),
+        identity(config=TrainConfig(n_uniform=7)),
         identity(model=lambda content: Learn(Pch(replace(SIZES, item_tower="alone")), content)),
         identity(model=lambda content: Learn(Pch(replace(SIZES, dropout=0.3)), content)),
         identity(model=lambda content: Learn(Pch(SIZES), content, "whiten")),
@@ -268,7 +265,7 @@ def test_the_weights_of_the_best_check_on_validation_are_kept(world, tmp_path):
 def test_training_never_reads_a_held_out_event(world):
     content, dataset = world
     split = data.split(dataset.sequences, data.SplitConfig())
-    trainer = train_recommender.Trainer(train_recommender.TrainConfig(), MODELS["learn"](content), dataset, split)
+    trainer = Trainer(TrainConfig(), MODELS["learn"](content), dataset, split)
     held_out = {(u, int(item)) for u, s in enumerate(dataset.sequences) for item in s.items[-2:]}
     packed = []
     pack = trainer._pack
@@ -303,9 +300,7 @@ def test_what_users_did_with_items_tells_what_they_meet_next_if_the_towers_read_
         sizes = replace(SIZES, actions=actions)
         torch.manual_seed(0)
         model = Learn(Pch(sizes), content)
-        config = train_recommender.TrainConfig(
-            steps=120, users=16, warmup=5, learning_rate=3e-3, n_uniform=16, check_every=40
-        )
+        config = TrainConfig(steps=120, users=16, warmup=5, learning_rate=3e-3, n_uniform=16, check_every=40)
         split = data.split(dataset.sequences, data.SplitConfig())
         train_recommender.train(config, model, dataset, split, tmp_path / str(len(actions)))
         ranks[actions] = np.median(retrieval.retrieve(model, dataset, split.test).rank)
@@ -318,9 +313,7 @@ def test_what_users_did_with_items_tells_what_they_meet_next_if_the_towers_read_
 def test_a_data_set_in_which_no_user_has_two_events_is_refused(world):
     content, dataset = world
     with pytest.raises(ValueError, match="no user has two events"):
-        train_recommender.Trainer(
-            train_recommender.TrainConfig(), MODELS["learn"](content), dataset, data.Split([1] * 60, [], [])
-        )
+        Trainer(TrainConfig(), MODELS["learn"](content), dataset, data.Split([1] * 60, [], []))
 
 
 def test_the_head_learns_which_films_are_liked(world, tmp_path):
@@ -355,7 +348,7 @@ def test_head_examples_cover_each_training_event_once_with_the_state_before_it(n
 
 
 def test_the_learning_rate_schedule_rises_and_then_falls_almost_to_zero():
-    values = [train_recommender.schedule(step, 10, 100) for step in range(100)]
+    values = [schedule(step, 10, 100) for step in range(100)]
     assert values[0] == pytest.approx(0.1) and values[9] == pytest.approx(1.0)
     assert all(a >= b for a, b in itertools.pairwise(values[10:]))
     assert values[-1] < 0.01
@@ -372,8 +365,8 @@ def test_actions_of_a_share_of_the_windows_are_hidden(tmp_path, share, expected)
     ]
     dataset = data.Dataset([str(i) for i in range(N_ITEMS)], [], sequences)
     model = Learn(Pch(replace(SIZES, actions=("like",))), torch.randn(N_ITEMS, 12))
-    config = train_recommender.TrainConfig(steps=1, users=400, n_uniform=16, hide_actions=share)
-    trainer = train_recommender.Trainer(config, model, dataset, data.split(dataset.sequences, data.SplitConfig()))
+    config = TrainConfig(steps=1, users=400, n_uniform=16, hide_actions=share)
+    trainer = Trainer(config, model, dataset, data.split(dataset.sequences, data.SplitConfig()))
     seen = []
     read = trainer.states
     trainer.states = lambda items, times, actions=None: (seen.append(actions), read(items, times, actions))[1]
