@@ -3,7 +3,10 @@
 dataset          the types: Dataset, Sequence, Event, DataError
 actions          what users can do with items
 item_text        the six fields of an item -> the prompt that the encoder reads
-layouts          which data set a folder contains, and how its log is read
+sources          the files of a table: folders, globs, object stores
+layouts          how the log of a data set is read (neutral_layout: the neutral format)
+known_layouts    which data set a folder contains
+timestamp_unit   whether whole numbers are seconds, milliseconds, microseconds or nanoseconds
 catalogue        the items of each data set, and their text
 preparation      raw files -> a prepared folder, streaming
 log_checks       how each record of a log is validated
@@ -14,8 +17,8 @@ neutral          the neutral format, for every other data set
 """
 
 from learn.data.catalogue import movie_text, plain_title
-from learn.data.dataset import DataError, Dataset, Event, Interaction, Sequence
-from learn.data.layouts import find_layout
+from learn.data.dataset import DataError, Dataset, Event, Events, Interaction, Sequence
+from learn.data.known_layouts import find_layout
 from learn.data.neutral import COLUMNS, INTERACTIONS, ITEMS, read_movielens, read_neutral, write_neutral
 from learn.data.preparation import PrepareConfig, prepare
 from learn.data.prepared_folder import (
@@ -26,7 +29,8 @@ from learn.data.prepared_folder import (
     read_prepared,
     verify_prepared,
 )
-from learn.data.splits import Split, SplitConfig, TimeSplitConfig, split
+from learn.data.sources import NeutralFiles
+from learn.data.splits import Split, SplitConfig, TimeSplitConfig, sample_events, split
 
 __all__ = [
     "COLUMNS",
@@ -35,7 +39,9 @@ __all__ = [
     "DataError",
     "Dataset",
     "Event",
+    "Events",
     "Interaction",
+    "NeutralFiles",
     "PrepareConfig",
     "Prepared",
     "PreparedSequences",
@@ -52,6 +58,7 @@ __all__ = [
     "read_movielens",
     "read_neutral",
     "read_prepared",
+    "sample_events",
     "split",
     "verify_prepared",
     "write_neutral",

@@ -21,6 +21,7 @@ import pyarrow.parquet
 from learn.data.dataset import DataError
 from learn.data.item_record import record_id, record_text
 from learn.data.item_text import LIST_FIELDS, STRING_FIELDS, ItemText
+from learn.data.sources import AnyPath, parquet_source
 
 Item = tuple[int, str, ItemText]
 FIELDS = (*STRING_FIELDS, *LIST_FIELDS)
@@ -28,11 +29,11 @@ FIELDS = (*STRING_FIELDS, *LIST_FIELDS)
 # --- lines of text ---------------------------------------------------------------------------------------------------
 
 
-def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+def lines(path: AnyPath, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, line without its line ending) of a text file, plain or .gz."""
     row = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
             for row, line in enumerate(file, start=1):
                 yield row, line.decode(encoding).rstrip("\r\n")
     except UnicodeDecodeError as error:
@@ -91,7 +92,7 @@ def find_mixed_line_ending(path: Path) -> int | None:
     return None
 
 
-def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_objects(path: AnyPath) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number, object) of a JSON Lines file, skipping empty lines."""
     for row, line in lines(path):
         if not line.strip():
@@ -108,16 +109,16 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 # --- the neutral format ----------------------------------------------------------------------------------------------
 
 
-def neutral_jsonl(path: Path) -> Iterator[Item]:
+def neutral_jsonl(path: AnyPath) -> Iterator[Item]:
     """Records `{"id", "text": {..}}`, or `{"id", ..}` with any of the six fields beside the id."""
     for row, record in json_objects(path):
         yield _neutral_item(path, row, record)
 
 
-def neutral_parquet(path: Path) -> Iterator[Item]:
+def neutral_parquet(path: AnyPath) -> Iterator[Item]:
     """Columns `id` and `text` (a struct), or `id` and any of the six fields."""
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(parquet_source(path)) as file:
             row = 0
             for batch in file.iter_batches(batch_size=4096):
                 for record in batch.to_pylist():
@@ -127,7 +128,24 @@ def neutral_parquet(path: Path) -> Iterator[Item]:
         raise DataError(path, None, None, str(error)) from error
 
 
-def _neutral_item(path: Path, row: int, record: dict[str, Any]) -> Item:
+def neutral_csv(path: Path) -> Iterator[Item]:
+    """A header with `id` and any of the six fields. In a field that is a list, `|` stands between its entries."""
+    require_columns(path, header(path), ["id"])
+    reader = csv.DictReader((line + "\n" for _row, line in lines(path, "utf-8-sig")), strict=True)
+    try:
+        for row, record in enumerate(reader, start=2):
+            if None in record or None in record.values():
+                raise DataError(path, row, None, f"expected {len(reader.fieldnames or [])} fields, as in the header")
+            given: dict[str, Any] = {name: value for name, value in record.items() if value}
+            for name in LIST_FIELDS:
+                if name in given:
+                    given[name] = [entry for entry in given[name].split("|") if entry]
+            yield _neutral_item(path, row, given)
+    except csv.Error as error:
+        raise DataError(path, reader.line_num, None, f"malformed: {error}") from error
+
+
+def _neutral_item(path: AnyPath, row: int, record: dict[str, Any]) -> Item:
     field = "id"
     try:
         identifier = record_id(record)

@@ -6,8 +6,10 @@ memory-mapped arrays. Tests build a `Dataset` from arrays in memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
+from operator import eq
 from pathlib import Path
 from typing import TypeAlias
 
@@ -83,3 +85,25 @@ class Event:
 
     user: int
     position: int
+
+
+@dataclass(frozen=True, eq=False)
+class Events(AnySequence[Event]):
+    """A list of events that takes 16 bytes per event: `users` and `positions`, int64 [n]. A slice is `Events` again."""
+
+    users: np.ndarray
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Events(self.users[index], self.positions[index])
+        return Event(int(self.users[index]), int(self.positions[index]))
+
+    def __iter__(self) -> Iterator[Event]:
+        return map(Event, self.users.tolist(), self.positions.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AnySequence) and len(self) == len(other) and all(map(eq, self, other))

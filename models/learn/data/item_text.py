@@ -7,7 +7,7 @@ Jinja2 and minijinja share; tests check that both give the bytes in `tests/fixtu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -77,3 +77,13 @@ def render(text: ItemText, source: str | None = None) -> str:
     For an empty item it is the opening sentence alone; see `ItemText.is_empty`.
     """
     return _template(template_source() if source is None else source).render(text.to_json())
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a catalogue, rendered at each iteration so that they are never all in memory."""
+
+    texts: Iterable[ItemText]
+
+    def __iter__(self) -> Iterator[str]:
+        return (render(text) for text in self.texts)

@@ -33,11 +33,15 @@ def unknown_item(column: str, catalogue: str) -> list[Check]:
     return [("i.row IS NULL", column, f"{QUOTE} || r.item || {QUOTE} || {text(f' is not in {catalogue}')}")]
 
 
-def invalid_timestamp(column: str | None) -> list[Check]:
-    """The timestamp is not a whole number of at most 18 digits, which always fits in 64 bits."""
+# Whole numbers of at most 18 digits, which always fit in 64 bits.
+WHOLE_NUMBER = "regexp_full_match(trim(r.timestamp), '[+-]?[0-9]{1,18}')"
+
+
+def invalid_timestamp(column: str | None, is_valid: str = WHOLE_NUMBER) -> list[Check]:
+    """The timestamp does not meet the SQL condition `is_valid`, by default that it is a `WHOLE_NUMBER`."""
     if column is None:
         return []
-    not_whole = "NOT regexp_full_match(trim(r.timestamp), '[+-]?[0-9]{1,18}')"
+    not_whole = f"NOT {is_valid}"
     return [
         *_invalid_number("timestamp", column, "DOUBLE"),
         (not_whole, column, _expected("a whole number", "timestamp")),

@@ -1,10 +1,14 @@
-"""The neutral format, for every data set that has no layout of its own: two files in one folder.
+"""The neutral format, for every data set that has no layout of its own: two tables, in one folder or where you say.
 
-interactions.csv or .parquet   user,item and optionally timestamp (seconds), value and action; other columns are
-                               ignored. Without timestamps the order of the file counts; without values all are 1; an
-                               action is one of `learn.data.actions.ACTIONS`, or empty if it is not known.
-items.jsonl or .parquet        one object per line: {"id": "..", "text": {any of the six fields}}, or the fields
-                               beside the id; in Parquet a struct `text` or columns of those names
+interactions   user,item and optionally timestamp, value and action; other columns are ignored. Without timestamps the
+               order of the file counts; whole numbers are seconds, milliseconds, microseconds or nanoseconds, which is
+               recognised (`timestamp_unit`). Without values all are 1; an action is one of
+               `learn.data.actions.ACTIONS`, or empty if it is not known.
+items          one record per item: {"id": "..", "text": {any of the six fields}}, or the fields beside the id; in
+               Parquet a struct `text` or columns of those names; in CSV columns of those names, in which `|` stands
+               between the entries of a list
+
+Each is .csv, .jsonl (.jsonl.gz) or .parquet: one file, such as interactions.csv, or a folder of files (`sources`).
 """
 
 from __future__ import annotations

@@ -19,20 +19,23 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import duckdb
 import numpy as np
 import pyarrow
 from tqdm import tqdm
 
-from learn.data import keywords, log_checks, prepared_folder, sql
+from learn.data import catalogue, keywords, log_checks, prepared_folder, sources, sql, timestamp_unit
 from learn.data.dataset import DataError
 from learn.data.item_text import ItemText
-from learn.data.layouts import TEXT_FIELDS, Layout, Log, check_quotes, find_layout, read_error
+from learn.data.known_layouts import find_layout
+from learn.data.layouts import TEXT_FIELDS, Layout, Log, check_quotes, read_error
 from learn.data.prepared_folder import ArrayWriter, KeywordBoundary, Prepared
+from learn.data.sources import NeutralFiles
 from learn.data.splits import SplitConfig, TimeSplitConfig
 
 
@@ -65,8 +68,13 @@ class PrepareConfig:
             raise ValueError(f"text_fields has {unknown[0]!r}; expected names from {', '.join(TEXT_FIELDS)}")
 
 
-def prepare(source: Path, out: Path, config: PrepareConfig | None = None) -> Prepared:
+Source: TypeAlias = Path | str | NeutralFiles
+
+
+def prepare(source: Source, out: Path, config: PrepareConfig | None = None) -> Prepared:
     """Reads the data set in `source`, of any known layout, writes a prepared folder to `out` and prints its counts.
+
+    `source` is a folder, a URL of an object store (s3:// or gs://), or two tables that are named (`sources`).
 
     Raises `DataError` if a file is invalid, and ValueError if the config is. Files of an earlier call stay in `out`
     until the new ones are complete.
@@ -76,9 +84,9 @@ def prepare(source: Path, out: Path, config: PrepareConfig | None = None) -> Pre
     return meta
 
 
-def build(source: Path, out: Path, config: PrepareConfig) -> Prepared:
+def build(source: Source, out: Path, config: PrepareConfig) -> Prepared:
     """Like `prepare`, but prints nothing."""
-    if source.resolve() == out.resolve():
+    if isinstance(source, Path | str) and Path(source).resolve() == out.resolve():
         raise ValueError(f"{out} is the folder of the raw files; prepare into another folder")
     layout = find_layout(source)
     _check_tags(layout, config, source)
@@ -89,7 +97,7 @@ def build(source: Path, out: Path, config: PrepareConfig) -> Prepared:
     return meta
 
 
-def _check_tags(layout: Layout, config: PrepareConfig, source: Path) -> None:
+def _check_tags(layout: Layout, config: PrepareConfig, source: Source) -> None:
     if not config.max_keywords:
         return
     if layout.tags is None:
@@ -122,6 +130,9 @@ class _Preparation:
         self.db = duckdb.connect(str(work / "log.duckdb"), config=settings)
         # DuckDB 2.0 draws its progress bar on standard output, where it would mix with our own output.
         self.db.execute("SET enable_progress_bar = false")
+        self.unit = timestamp_unit.UNITS[0]
+        # The first row of each file of the catalogue, which are numbered together.
+        self.item_files: list[tuple[int, sources.AnyPath]] = []
 
     def run(self) -> Prepared:
         """Runs all steps; afterwards the files of the prepared folder are in `work`."""
@@ -144,7 +155,7 @@ class _Preparation:
         """Creates items(row, id, text), where the text is JSON with the configured fields only."""
         self.db.execute("CREATE TABLE items (row BIGINT, id VARCHAR, text VARCHAR)")
         batch: list[tuple[int, str, str]] = []
-        for row, identifier, item_text in self.layout.read_items(self.layout.items):
+        for row, identifier, item_text in self._numbered_items():
             given = {key: value for key, value in item_text.to_json().items() if value and key in self.fields}
             if ItemText.from_json(given).is_empty:
                 self._reject_item_without_text(row, identifier)
@@ -155,6 +166,20 @@ class _Preparation:
                 batch = []
         self._insert_items(batch)
         self._reject_duplicate_items()
+
+    def _numbered_items(self) -> Iterator[catalogue.Item]:
+        """The items of all files, with rows that go on from file to file."""
+        first = 0
+        for path in self.layout.items_files or (self.layout.items,):
+            self.item_files.append((first, path))
+            row = 0
+            for row, identifier, item_text in self.layout.read_items(path):
+                yield first + row, identifier, item_text
+            first += row
+
+    def _item_error(self, row: int, column: str, reason: str) -> DataError:
+        first, path = max(file for file in self.item_files if file[0] < row)
+        return DataError(path, row - first, column, reason)
 
     def _insert_items(self, batch: list[tuple[int, str, str]]) -> None:
         if batch:
@@ -168,12 +193,12 @@ class _Preparation:
             return
         found = sql.first_row(self.db, f"SELECT row, id {duplicates} ORDER BY row LIMIT 1")
         if found:
-            raise DataError(self.layout.items, found[0], "id", f"{found[1]!r} occurs a second time; ids must be unique")
+            raise self._item_error(found[0], "id", f"{found[1]!r} occurs a second time; ids must be unique")
 
     def _reject_item_without_text(self, row: int, identifier: str) -> None:
         if not self.layout.is_lenient:
             reason = f"{identifier!r} has no text to encode; give at least one of {', '.join(self.fields)}"
-            raise DataError(self.layout.items, row, "text", reason)
+            raise self._item_error(row, "text", reason)
         self._count_dropped("items without text", 1)
 
     def _count_dropped(self, what: str, count: int) -> None:
@@ -199,14 +224,24 @@ class _Preparation:
         self._load("log", log, f"CAST({value} AS FLOAT)", log_checks.invalid_value(log.columns.value))
         if self.layout.is_lenient:
             self._keep("log", "item IS NOT NULL", "events of items without text")
+        if log.columns.timestamp is not None and self.layout.ticks_per_second is None:
+            self._recognise_unit(log)
+
+    def _recognise_unit(self, log: Log) -> None:
+        try:
+            self.unit = timestamp_unit.recognise(self.db, "log")
+        except timestamp_unit.MixedUnits as error:
+            raise log.problem(error.record, log.columns.timestamp, str(error)) from error
 
     def _load(self, table: str, log: Log, value: str, value_checks: list[log_checks.Check]) -> None:
         columns = log.columns
         checks = log_checks.broken_record() + log_checks.empty_fields(columns)
         if not self.layout.is_lenient:
             checks += log_checks.unknown_item(columns.item, self.layout.items.name)
-        checks += log_checks.invalid_timestamp(columns.timestamp) + value_checks
+        checks += log_checks.invalid_timestamp(columns.timestamp, timestamp_unit.whole_number("r.timestamp"))
+        checks += value_checks
         checks += log_checks.unknown_action(columns.action)
+        sources.register(self.db, tuple(file.path for file in log.files or (log,)))
         sort_key = "r.record" if columns.timestamp is None else "TRY_CAST(trim(r.timestamp) AS BIGINT)"
         try:
             self.db.execute(f"""
@@ -312,7 +347,7 @@ class _Preparation:
     def _seconds(self, batch: pyarrow.RecordBatch, begin: int, offsets: np.ndarray) -> np.ndarray:
         if self.layout.log.columns.timestamp is None:
             return np.arange(begin, begin + len(batch)) - offsets[batch["user_index"].to_numpy()]
-        return batch["sort_key"].to_numpy() // self.layout.ticks_per_second
+        return batch["sort_key"].to_numpy() // (self.layout.ticks_per_second or self.unit.per_second)
 
     def count_keywords(self) -> None:
         """Creates keywords(item, tags); see the module `keywords` for which tags count."""
@@ -349,6 +384,7 @@ class _Preparation:
             has_timestamps=self.layout.log.columns.timestamp is not None,
             has_actions=self._has_actions,
             has_values=self.layout.log.columns.value is not None,
+            timestamp_unit=self.unit.name,
             digest=prepared_folder.content_digest(files),
             dropped=self.dropped,
             keywords=self.boundary,

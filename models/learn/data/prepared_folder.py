@@ -79,6 +79,8 @@ class Prepared:
     has_actions: bool = False
     # False: the log has no column of values, and all values are 1.
     has_values: bool = True
+    # The unit in which the file has timestamps; those of the prepared folder are in seconds.
+    timestamp_unit: str = "seconds"
     # What was left out and how much of it, e.g. {"events of items without text": 12}.
     dropped: dict[str, int] = field(default_factory=dict)
     keywords: KeywordBoundary | None = None
@@ -92,7 +94,8 @@ class Prepared:
     def __str__(self) -> str:
         left_out = "".join(f"; left out: {count} {what}" for what, count in self.dropped.items() if count)
         counts = f"{self.n_users} users, {self.n_items} items, {self.n_events} events"
-        return f"{counts} ({self.layout}{left_out}); digest {self.digest[:12]}"
+        unit = "" if self.timestamp_unit == "seconds" else f"; timestamps were read as {self.timestamp_unit}"
+        return f"{counts} ({self.layout}{left_out}{unit}); digest {self.digest[:12]}"
 
 
 class PreparedSequences(AnySequence[Sequence]):

@@ -8,12 +8,13 @@ depend on the order of the file.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from learn.data.dataset import Event, Sequences
+from learn.data.dataset import Event, Events, Sequences
 from learn.data.prepared_folder import KeywordBoundary, PreparedSequences
 
 # Timestamps counted at once: 8 MB.
@@ -78,8 +79,21 @@ class Split:
     """
 
     n_train: list[int]
-    validation: list[Event]
-    test: list[Event]
+    validation: AnySequence[Event]
+    test: AnySequence[Event]
+
+
+def sample_events(events: AnySequence[Event], n_events: int, seed: int) -> AnySequence[Event]:
+    """At most `n_events` of the events, in their order; the same ones for the same seed and the same events.
+
+    Training validates on such a sample where ranking the whole catalogue for every held-out event would take longer
+    than the steps between two checks. Of n events, a hit rate has a standard error of at most .5 / sqrt(n).
+    """
+    if len(events) <= n_events:
+        return events
+    chosen = np.sort(np.random.default_rng(seed).choice(len(events), n_events, replace=False))
+    found = [events[index] for index in chosen.tolist()]
+    return Events(np.array([event.user for event in found]), np.array([event.position for event in found]))
 
 
 def split(sequences: Sequences, config: SplitConfig | TimeSplitConfig) -> Split:
@@ -98,27 +112,29 @@ def split(sequences: Sequences, config: SplitConfig | TimeSplitConfig) -> Split:
 
 def _leave_last_out(sequences: Sequences, config: SplitConfig) -> Split:
     """Holds nothing out from users with no more than `config.held_out` events: none would be left for training."""
-    n_train, validation, test = [], [], []
-    for user, n_events in enumerate(_user_lengths(sequences)):
-        if n_events <= config.held_out:
-            n_train.append(n_events)
-            continue
-        first_test = n_events - config.n_test
-        n_train.append(n_events - config.held_out)
-        validation += [Event(user, position) for position in range(n_train[-1], first_test)]
-        test += [Event(user, position) for position in range(first_test, n_events)]
-    return Split(n_train, validation, test)
+    n_events = _user_lengths(sequences)
+    is_split = n_events > config.held_out
+    n_train = np.where(is_split, n_events - config.held_out, n_events)
+    first_test = np.where(is_split, n_events - config.n_test, n_events)
+    return Split(n_train.tolist(), _spans(n_train, first_test), _spans(first_test, n_events))
+
+
+def _spans(begin: np.ndarray, end: np.ndarray) -> Events:
+    """The events from `begin` [U] to before `end` [U] of every user, user by user."""
+    n_events = end - begin
+    before = np.cumsum(n_events) - n_events
+    users = np.repeat(np.arange(len(n_events)), n_events)
+    return Events(users, np.arange(n_events.sum()) - before[users] + begin[users])
 
 
 def _split_by_time(sequences: Sequences, cuts: tuple[int, int]) -> Split:
-    n_train, validation, test = [], [], []
+    n_events = _user_lengths(sequences)
+    found = np.empty((len(n_events), 2), np.int64)
     for user, timestamps in enumerate(_user_timestamps(sequences)):
         # "left": an event at the cut itself is held out.
-        first, second = np.searchsorted(timestamps, cuts, side="left").tolist()
-        n_train.append(first)
-        validation += [Event(user, position) for position in range(first, second)]
-        test += [Event(user, position) for position in range(second, len(timestamps))]
-    return Split(n_train, validation, test)
+        found[user] = np.searchsorted(timestamps, cuts, side="left")
+    first, second = found.T
+    return Split(first.tolist(), _spans(first, second), _spans(second, n_events))
 
 
 def time_cuts(sequences: Sequences, config: TimeSplitConfig) -> tuple[int, int]:
@@ -186,7 +202,7 @@ def _user_timestamps(sequences: Sequences) -> Iterator[np.ndarray]:
     return (whole[begin:end] for begin, end in pairwise(offsets))
 
 
-def _user_lengths(sequences: Sequences) -> list[int]:
+def _user_lengths(sequences: Sequences) -> np.ndarray:
     if isinstance(sequences, PreparedSequences):
-        return sequences.lengths.tolist()
-    return [len(sequence.items) for sequence in sequences]
+        return sequences.lengths
+    return np.array([len(sequence.items) for sequence in sequences], np.int64)

@@ -1,4 +1,4 @@
-"""Metrics of a full ranking, computed from the ranks. Uses numpy only, so that a report needs no PyTorch.
+"""Metrics of a full ranking, computed from the ranks with numpy alone.
 
 Each prediction has one correct item; `rank` counts from 1:
 
@@ -10,6 +10,9 @@ Each prediction has one correct item; `rank` counts from 1:
 Recall over events would equal the hit rate. Over users it differs as soon as some users have more test events than
 others, for example within a group of events. LEARN (arXiv 2405.03988) reports both H@100 and R@100 without a definition
 in the sources at hand, so this reading is ours.
+
+`_by_user` behind the name of a metric, as in `ndcg_at_10_by_user`, makes it a mean over users, too: of each user's own
+mean. Where a few users have most of the events, the mean over events is mostly about these users.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 CUTOFFS = (10, 50, 100, 200)
+BY_USER = "_by_user"
 NAMES = ("mrr", *(f"{kind}_at_{k}" for kind in ("hr", "ndcg", "mrr", "recall") for k in CUTOFFS))
 # The number of items of each user's list that count for head share and coverage.
 TOP = 10
@@ -65,10 +69,14 @@ def rank_scores(scores: np.ndarray, target: np.ndarray, seen: list[np.ndarray], 
 
 
 def event_values(rank: np.ndarray, metric: str) -> np.ndarray:
-    """[e] the contribution of each event. Recall has the same values as the hit rate; only its mean differs."""
-    if metric == "mrr":
+    """[e] the contribution of each event. Recall has the same values as the hit rate; only its mean differs.
+
+    The same holds for a metric by user.
+    """
+    name = metric.removesuffix(BY_USER)
+    if name == "mrr":
         return 1.0 / rank
-    parts = re.fullmatch(r"(hr|recall|ndcg|mrr)_at_([1-9]\d*)", metric)
+    parts = re.fullmatch(r"(hr|recall|ndcg|mrr)_at_([1-9]\d*)", name)
     if not parts:
         raise ValueError(f"unknown metric {metric!r}; known are {', '.join(NAMES)} and the same at other cut-offs")
     kind, k = parts[1], int(parts[2])
@@ -78,7 +86,7 @@ def event_values(rank: np.ndarray, metric: str) -> np.ndarray:
 
 def is_over_users(metric: str) -> bool:
     """Whether the metric is a mean over users with equal weights, and not over events."""
-    return metric.startswith("recall_at_")
+    return metric.startswith("recall_at_") or metric.endswith(BY_USER)
 
 
 def figures(rank: np.ndarray, user: np.ndarray) -> dict[str, float]:

@@ -59,11 +59,16 @@ def user_states(model: Recommender, dataset: Dataset, events: list[Event]) -> Te
 
 @torch.inference_mode()
 def item_table(model: Recommender, n_items: int) -> Tensor:
-    """[I,E] on the CPU: all item embeddings."""
+    """[I,E] on the CPU: all item embeddings; only the result is as large as the catalogue."""
     model.eval()
     device = next(model.buffers(), next(model.parameters(), torch.empty(0))).device
-    chunks = torch.arange(n_items, device=device).split(4096)
-    return torch.cat([model.item_embeddings(chunk).float().cpu() for chunk in chunks])
+    found = torch.empty(n_items, 0)
+    for chunk in torch.arange(n_items).split(4096):
+        embedded = model.item_embeddings(chunk.to(device)).float().cpu()
+        if not found.numel():
+            found = torch.empty(n_items, embedded.shape[1])
+        found[chunk] = embedded
+    return found
 
 
 def retrieve(model: Recommender, dataset: Dataset, events: list[Event]) -> Ranking:

@@ -38,7 +38,7 @@ PRECISION = "int8"
 N_TEXTS, N_CHECKED = 512, 256
 # The smallest cosine to the model that any text of `N_CHECKED` may have. MiniLM with the titles of ml-latest-small has
 # .9939 at least and .9963 in the median there, and .9922 and .9964 over all 9,742 titles; graphs that were quantised
-# badly had .79 to .93 ("An encoder in int8" in models/README.md). A manifest's tolerance cannot be wider, either.
+# badly had .79 to .93 (models/INT8.md). A manifest's tolerance cannot be wider, either.
 MIN_COSINE = 0.98
 # A graph that another version of the quantiser made is not found again.
 VERSION = 2

@@ -29,7 +29,7 @@ class Tolerance:
 
 SINGLE_PRECISION = Tolerance()
 # Content of an encoder in int8 on another CPU: about twice what was measured on MiniLM when noise of one part in 10^7
-# moved some values to the other side of a step ("An encoder in int8" in models/README.md).
+# moved some values to the other side of a step (models/INT8.md).
 INT8 = Tolerance(0.02, 0.997)
 # The server accepts no wider tolerance (src/bundle/manifest.rs): a vector further away is another vector.
 MAX_ABSOLUTE, MIN_COSINE = 0.1, 0.98

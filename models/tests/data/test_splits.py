@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from learn import data
-from learn.data import Sequence, SplitConfig, TimeSplitConfig, splits
+from learn.data import Event, Events, Sequence, SplitConfig, TimeSplitConfig, sample_events, splits
 
 
 def sequences(*lengths):
@@ -100,3 +100,23 @@ def test_every_event_is_in_one_part_and_the_parts_follow_one_another(config):
 def test_an_invalid_split_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_events_are_a_list_in_little_memory():
+    events = Events(np.array([0, 0, 2]), np.array([3, 4, 1]))
+    listed = [Event(0, 3), Event(0, 4), Event(2, 1)]
+    assert list(events) == listed and events == listed and events != listed[:2] and len(events) == 3
+    assert events[1] == events[-2] == Event(0, 4) and isinstance(events[1].user, int)
+    assert isinstance(events[1:], Events) and events[1:] == listed[1:]
+    assert not events[:0] and Event(2, 1) in events
+
+
+def test_a_sample_of_events_is_fixed_by_its_seed_and_in_order():
+    events = Events(np.arange(1000) // 3, np.arange(1000) % 3)
+    one, same, other = (sample_events(events, 50, seed) for seed in (1, 1, 2))
+    assert len(one) == 50 and one == same and one != other
+    order = [(event.user, event.position) for event in one]
+    assert order == sorted(set(order)) and set(one) <= set(events)
+    # A plain list gives the same sample, and few events are not sampled.
+    assert sample_events(list(events), 50, 1) == one
+    assert sample_events(events, 1000, 1) is events

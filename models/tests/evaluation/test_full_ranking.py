@@ -6,9 +6,21 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from conftest import small_pch
 
-from learn.data import Dataset, Event, Sequence, Split
+from learn.data import (
+    Dataset,
+    Event,
+    Interaction,
+    Sequence,
+    Split,
+    SplitConfig,
+    prepare,
+    read_prepared,
+    split,
+    write_neutral,
+)
 from learn.data.item_text import ItemText
 from learn.evaluation import full_ranking
 from learn.evaluation.auc import auc
@@ -112,3 +124,78 @@ def test_ranking_in_chunks_gives_the_same_ranks(monkeypatch):
     whole = full_ranking.array_ranking(user, item, dataset, events)
     monkeypatch.setattr(full_ranking, "CHUNK", 2)
     assert full_ranking.array_ranking(user, item, dataset, events).rank.tolist() == whole.rank.tolist()
+
+
+def drawn_world(n_items=50, seed=1):
+    rng = np.random.default_rng(seed)
+    runs = [rng.integers(0, n_items, int(n)) for n in rng.integers(3, 20, 12)]
+    sequences = [Sequence(str(user), run, np.ones(len(run))) for user, run in enumerate(runs)]
+    dataset = Dataset([str(i) for i in range(n_items)], [ItemText(title=str(i)) for i in range(n_items)], sequences)
+    return dataset, [Event(user, position) for user, run in enumerate(runs) for position in range(1, len(run))]
+
+
+def test_ranks_do_not_depend_on_how_many_scores_fit_in_memory(monkeypatch):
+    dataset, events = drawn_world()
+    scores = np.random.default_rng(2).normal(size=(len(events), 50)).astype(np.float32)
+    want = full_ranking.full_ranking(dataset, events, lambda rows: scores[rows])
+    asked = []
+
+    def score(rows):
+        asked.append(len(scores[rows]))
+        return scores[rows]
+
+    monkeypatch.setattr(full_ranking, "SCORE_BYTES", 3 * 50 * full_ranking.BYTES_PER_SCORE)
+    found = full_ranking.full_ranking(dataset, events, score)
+    assert max(asked) == 3 and sum(asked) == len(events)
+    assert found.rank.tolist() == want.rank.tolist()
+    assert [set(row) for row in found.top.tolist()] == [set(row) for row in want.top.tolist()]
+    # A catalogue whose scores for one event exceed the limit is still ranked, one event at a time.
+    asked.clear()
+    monkeypatch.setattr(full_ranking, "SCORE_BYTES", 1)
+    assert full_ranking.full_ranking(dataset, events, score).rank.tolist() == want.rank.tolist() and max(asked) == 1
+
+
+def test_tower_ranks_read_a_memory_mapped_table_in_fp16_piece_by_piece(tmp_path, monkeypatch):
+    dataset, events = drawn_world()
+    content, pch = torch.randn(50, 12).half(), small_pch()
+    np.save(tmp_path / "content.npy", content.numpy())
+    stored = torch.from_numpy(np.load(tmp_path / "content.npy", mmap_mode="c"))
+    want = full_ranking.tower_ranks(pch, content.float(), dataset, events)
+    monkeypatch.setattr(full_ranking, "ITEM_CHUNK", 7)
+    monkeypatch.setattr(full_ranking, "CHUNK", 16)
+    assert full_ranking.tower_ranks(pch, stored, dataset, events).tolist() == want.tolist()
+    figures = full_ranking.sequence_against_alone(pch, stored, dataset, events)
+    assert figures == full_ranking.sequence_against_alone(pch, content.float(), dataset, events)
+
+
+def test_the_pool_is_a_fixed_sample_of_users_if_there_are_too_many_targets(monkeypatch):
+    dataset, events = drawn_world()
+    content, pch = torch.randn(50, 12), small_pch()
+    whole = full_ranking.sequence_against_alone(pch, content, dataset, events)
+    monkeypatch.setattr(full_ranking, "POOL_CHUNK", 8)
+    assert full_ranking.sequence_against_alone(pch, content, dataset, events) == whole
+    by_user = {user: list(range(1, 5)) for user in range(12)}
+    monkeypatch.setattr(full_ranking, "POOL", 21)
+    chosen = full_ranking._users_of_pool(by_user)
+    assert len(chosen) == 5 and chosen == sorted(chosen) == full_ranking._users_of_pool(by_user)
+    monkeypatch.setattr(full_ranking, "POOL", 3)
+    assert len(full_ranking._users_of_pool(by_user)) == 1
+    assert full_ranking.sequence_against_alone(pch, content, dataset, events).keys() == whole.keys()
+
+
+def test_popularity_of_a_prepared_folder_equals_a_count_user_by_user(tmp_path, monkeypatch):
+    dataset, _events = drawn_world()
+    interactions = [
+        Interaction(sequence.user, str(item), position)
+        for sequence in dataset.sequences
+        for position, item in enumerate(sequence.items)
+    ]
+    write_neutral(interactions, zip(dataset.item_ids, dataset.texts, strict=True), tmp_path / "raw")
+    prepare(tmp_path / "raw", tmp_path / "data")
+    prepared = read_prepared(tmp_path / "data")
+    found = split(prepared.sequences, SplitConfig(n_test=3, n_validation=2))
+    assert 0 in [len(s.items) - n for s, n in zip(prepared.sequences, found.n_train, strict=True)]
+    in_memory = Dataset(prepared.item_ids, prepared.texts, prepared.sequences[:])
+    want = full_ranking.popularity(in_memory, found)
+    monkeypatch.setattr(full_ranking, "COUNT_CHUNK", 7)
+    assert full_ranking.popularity(prepared, found).tolist() == want.tolist()
