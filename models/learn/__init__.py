@@ -11,14 +11,17 @@ test_architecture.py). Code that only studies and the report need is in the pack
         graph_encoder    an encoder that is an ONNX graph already, run by ONNX Runtime
         language_model   a checkpoint's folder -> the model (baichuan: one more layout; minilm: the shipped encoder)
         batching         rows of unequal length -> batches with little padding
-        embedding_store  a catalogue's embeddings on disk
+        embedding_store  a catalogue's embeddings on disk (text_store: the vectors of single texts)
+        content_table    the same as a model looks them up, in memory or not
         standardise      content embeddings -> inputs that a first layer can learn from
 
     models
         pch              content embeddings -> user and item embeddings (the towers)
+        content_skip     content that goes past the transformer, in both towers
         cvr              user and item embedding -> mid-emb and conversion probability
         recommender      what every retrieval model looks like from outside; LEARN, ID towers, content mean
         served_graphs    towers and head as the server runs them
+        weights_file     their weights on disk
 
     evaluation
         metrics          figures from ranks
@@ -29,7 +32,9 @@ test_architecture.py). Code that only studies and the report need is in the pack
     training
         train_config         the settings of a run of the towers
         trainer              one step of any recommender: draws, losses (losses, sampling), gradients
-        train_recommender    the loop: checks on validation, and where a run resumes
+        train_recommender    the loop: checks on validation, and where a run resumes (listeners: who is told)
+        run_length           how long that is, and what to change next time
+        content_skip         the skip of trained towers, with the weight that validation chooses
         train_cvr_head       the head, on frozen towers and then with them (cvr_tuning)
         cvr_config, cvr_events, cvr_negatives   its settings; the events that it learns from
         log_needs            what training needs of a log, checked first
@@ -52,8 +57,8 @@ test_architecture.py). Code that only studies and the report need is in the pack
 
     run_settings     all settings of a run in one TOML file (toml_config: strict reading)
     training_run     one training run as a folder
-    atomic_file, padding, progress   small helpers that any package may use
-    cli              one command for each step of a run (features_arguments: the arguments of one of them)
+    allocator, atomic_file, padding, progress   small helpers that any package may use
+    cli              one command for each step of a run (run_, study_ and features_arguments: their arguments)
 
 Facts about the method are documented, with their sources, beside the code that uses them.
 """

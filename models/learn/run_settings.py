@@ -90,6 +90,10 @@ class Settings(SplitSettings):
     # up to which one the user dislikes it. What is between them is a click.
     actions: ActionThresholds = field(default_factory=ActionThresholds)
     standardise: Method = "scale"
+    # "scaffold": while the towers are trained, every item also has vectors that do not depend on its text. They take up
+    # what text cannot explain, such as popularity, and are not served. `id_dropout` is how often an item lacks its own.
+    ids: Literal["none", "scaffold"] = "none"
+    id_dropout: float = 0.5
     pch: PchConfig = field(default_factory=PchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     head: CvrConfig = field(default_factory=CvrConfig)

@@ -7,25 +7,23 @@
                      trained on, for the steps after it
     train.jsonl      one line per check                    (train)
     checkpoint.pt    where a stopped training resumes      (train)
-    towers.pt        sizes and weights of the towers, and  (train)
-                     the runs they were trained in
-    cvr.pt           sizes and weights of the head, and    (cvr)
+    towers.safetensors: sizes and weights of the towers, and the runs they were trained in (train)
+    cvr.safetensors  sizes and weights of the head, and    (cvr)
                      which items its histories held
-    tuned.pt         the towers again, if it tunes them    (cvr)
+    tuned.safetensors   the towers again, if it tunes them (cvr)
     cvr.json         its figures                           (cvr)
     metrics.json     the towers' figures                   (evaluate)
     ranking/, ranking-lightgbm/: a record per arm and seed (rank, in research)
     ranking-towers/  towers of the past, their features    (rank, in research)
 
 Apart from this folder, steps read only the raw data (prepare), the encoder's folder and, with `--from`, the towers of
-another run.
+another run. Files of earlier versions (towers.pt, cvr.pt and tuned.pt) are still read.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,29 +37,21 @@ from learn import data
 from learn.atomic_file import replacing
 from learn.content import ceg, embedding_store
 from learn.content.graph_encoder import GraphEncoder
+from learn.content.standardise import fits_in_memory
 from learn.data.actions import ActionThresholds
-from learn.data.item_text import ItemText, render
+from learn.data.item_text import Prompts
 from learn.evaluation import full_ranking
+from learn.models import weights_file
 from learn.models.cvr import CvrConfig, CvrHead
 from learn.models.pch import Pch, PchConfig
 from learn.models.recommender import Learn
 from learn.run_settings import PrepareSettings, Settings
 from learn.serving import int8_encoder, shipped_bundle, verify_cases
 from learn.serving.tolerances import SINGLE_PRECISION, Tolerance
-from learn.training import data_parallel, log_needs
+from learn.training import content_skip, data_parallel, log_needs
 from learn.training.cvr_config import History
 from learn.training.train_cvr_head import CvrData, train_head
 from learn.training.train_recommender import train
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The prompts of a catalogue, rendered at each iteration so that they are never all in memory."""
-
-    texts: Iterable[ItemText]
-
-    def __iter__(self) -> Iterator[str]:
-        return (render(text) for text in self.texts)
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,7 @@ class Run:
     def __post_init__(self) -> None:
         self.settings.encoder.check()
 
-    def prepare(self, source: Path) -> None:
+    def prepare(self, source: Path | str | data.NeutralFiles) -> None:
         """Reads a data set of any supported layout from `source` and writes data/."""
         data.prepare(source, self.folder / "data", prepare_config(self.settings.prepare, self.settings.chosen_split()))
 
@@ -111,7 +101,7 @@ class Run:
 
         Raises ValueError for towers of another precision than that of the settings.
         """
-        path, wanted = self.folder / "towers.pt", self.settings.encoder.precision
+        path, wanted = weights_file.path_in(self.folder, "towers"), self.settings.encoder.precision
         # The first version with int8 did not name the graph.
         graph = _read(path, "train").get("graph", int8_encoder.only_kept(self.folder))
         trained = "int8" if graph else "float"
@@ -123,13 +113,17 @@ class Run:
         return int8_encoder.kept(self.folder, graph, self._model) if graph else self._model
 
     def content(self, dataset: data.Dataset) -> Tensor:
-        """Content embeddings of the catalogue, fp32 [I,C]. Only items that are not in cache/ are encoded."""
+        """Content embeddings of the catalogue [I,C]. Only texts that are not in cache/ are encoded.
+
+        They are fp32 if they fit in memory (`standardise.IN_MEMORY_BYTES`), else a memory map as stored.
+        """
         return self._content(self.source, dataset)
 
     def _content(self, encoder: ceg.EncoderFolder | GraphEncoder, dataset: data.Dataset) -> Tensor:
         storage = embedding_store.StoreConfig(dtype=self.settings.encoder.storage)
         found = embedding_store.encode_cached(encoder, Prompts(dataset.texts), self.folder / "cache", storage)
-        return torch.from_numpy(np.asarray(found, dtype=np.float32))
+        content = torch.from_numpy(found)
+        return content.float() if fits_in_memory(content) else content
 
     def train(self, start: Path | None = None) -> None:
         """Trains the towers and saves them; `pch.content_dim` is set to the width of the encoder's output.
@@ -149,21 +143,27 @@ class Run:
         if graph and data_parallel.is_first():
             int8_encoder.keep(encoder, self.folder)
         content = data_parallel.first_then_others(lambda: self.content(dataset))
-        sizes = replace(settings.pch, content_dim=content.shape[1])
+        # The skip is attached to the trained towers.
+        sizes = replace(settings.pch, content_dim=content.shape[1], skip_dim=0)
         torch.manual_seed(settings.train.seed)
-        model = Learn(Pch(sizes), content, settings.standardise)
+        model = Learn(Pch(sizes), content, settings.standardise, settings.ids, settings.id_dropout)
         if first_towers is not None:
             model.load_towers(first_towers["weights"])
         model = model.to(device)
-        train(settings.train, model, dataset, self.split(dataset), self.folder)
+        split = self.split(dataset)
+        train(settings.train, model, dataset, split, self.folder)
+        if settings.pch.skip_dim:
+            tried = content_skip.attach(model, content, settings.pch.skip_dim, dataset, split)
+            if data_parallel.is_first():
+                print(content_skip.table(tried))
         model.cpu().finish()
         if data_parallel.is_first():
             # These belong to the towers that are replaced here.
-            self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
+            self._remove_results("tuned", "cvr")
             lineage = [*(first_towers["lineage"] if first_towers else []), own]
             facts = {"origin": origin, "lineage": lineage, "graph": graph}
-            _save(self.folder / "towers.pt", model.pch, sizes, facts)
-            self._remove("checkpoint.pt")
+            weights_file.write(self.folder, "towers", model.pch, model.pch.config, facts)
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
             int8_encoder.forget_others(graph, self.folder)
         data_parallel.stop()
 
@@ -217,7 +217,7 @@ class Run:
             )
         for name, wanted in {"encoder": encoder, **asdict(self.settings.pch)}.items():
             # The same encoder gives the same content_dim; the other settings here have no weights and may differ.
-            is_free = name in ("content_dim", "dropout", "item_tower") or (
+            is_free = name in ("content_dim", "dropout", "item_tower", "skip_dim") or (
                 name == "max_history" and self.settings.pch.positions == "none"
             )
             if found[name] != wanted and not is_free:
@@ -226,15 +226,16 @@ class Run:
 
     def started_from(self) -> tuple[str, ...]:
         """The names of the runs that this run's towers were trained in before, oldest first."""
-        lineage = self._load(self.folder / "towers.pt", "train")["lineage"]
+        lineage = self._load(weights_file.path_in(self.folder, "towers"), "train")["lineage"]
         return tuple(past["run"] for past in lineage[:-1])
 
     def _generation(self) -> dict[str, Any]:
-        """This run's entry in the `lineage` of towers.pt, which has one entry per run, oldest first."""
+        """This run's entry in the `lineage` of its towers, which has one entry per run, oldest first."""
         # Only users and times identify the log, so it is the same log whatever the order of the catalogue.
         files = data.read_meta(self.folder / "data").files
         events = " ".join(files[name] for name in ("users.txt", "offsets.npy", "timestamps.npy"))
-        return {"run": self.folder.resolve().name, "events": events, "split": asdict(self.settings.chosen_split())}
+        own = {"run": self.folder.resolve().name, "events": events, "split": asdict(self.settings.chosen_split())}
+        return weights_file.plain(own)
 
     def check_labels(self) -> None:
         """Raises ValueError if all events are conversions or none is, so that a head has nothing to learn."""
@@ -245,22 +246,22 @@ class Run:
     def train_cvr(self) -> None:
         """Trains the head and saves it; with `cvr.tune_towers`, saves the tuned towers as well."""
         self.check_labels()
-        trained = self._load(self.folder / "towers.pt", "train")
-        self._remove("tuned.pt", "cvr.pt", "cvr.json", "metrics.json")
+        trained = self._load(weights_file.path_in(self.folder, "towers"), "train")
+        self._remove_results("tuned", "cvr")
         dataset, pch = self.dataset(), self.towers()
-        sizes = replace(self.settings.head, in_dim=pch.config.out_dim)
+        sizes = replace(self.settings.head, in_dim=pch.config.embedding_dim)
         cvr_data = CvrData(self._content(self.trained_source, dataset), dataset, self.split(dataset))
         head, figures = train_head(self.settings.cvr, sizes, pch, cvr_data, self.settings.train)
         if self.settings.cvr.tune_towers:
             facts = {name: trained.get(name) for name in ("origin", "lineage", "graph")}
-            _save(self.folder / "tuned.pt", pch, pch.config, facts)
+            weights_file.write(self.folder, "tuned", pch, pch.config, facts)
         facts = {"origin": trained["origin"], "history": self.settings.cvr.history, "task": self.settings.cvr.task}
-        _save(self.folder / "cvr.pt", head, head.config, facts)
+        weights_file.write(self.folder, "cvr", head, head.config, facts)
         _report(self.folder / "cvr.json", figures)
 
     def head(self) -> CvrHead:
         """The head that `train_cvr` wrote."""
-        saved = self._load(self.folder / "cvr.pt", "cvr")
+        saved = self._load(weights_file.path_in(self.folder, "cvr"), "cvr")
         head = CvrHead(CvrConfig(**saved["sizes"]))
         head.load_state_dict(saved["weights"])
         return head.eval()
@@ -270,12 +271,12 @@ class Run:
 
         Where an earlier version trained the head, it is taken from the settings, and that is printed.
         """
-        if found := self._load(self.folder / "cvr.pt", "cvr").get("history"):
+        if found := self._load(path := weights_file.path_in(self.folder, "cvr"), "cvr").get("history"):
             return found
         assumed = self.settings.cvr.history
         print(
             f'history.keeps = "{assumed}" is assumed, from cvr.history of the settings, because an earlier version '
-            f"wrote {self.folder / 'cvr.pt'} and did not record it: pass that run's config, or train the head again"
+            f"wrote {path} and did not record it: pass that run's config, or train the head again"
         )
         return assumed
 
@@ -313,7 +314,7 @@ class Run:
         name = f"{self.encoder.resolve().name} {encoder.identity.hexdigest()[:12]}"
         origin = {"split": asdict(self.settings.chosen_split()), "encoder": name}
         thresholds = self.action_thresholds()
-        return origin if thresholds is None else origin | {"actions": asdict(thresholds)}
+        return weights_file.plain(origin if thresholds is None else origin | {"actions": asdict(thresholds)})
 
     def _load(self, path: Path, step: str) -> dict[str, Any]:
         saved = _read(path, step)
@@ -325,8 +326,11 @@ class Run:
             )
         return saved
 
-    def _remove(self, *names: str) -> None:
-        for name in names:
+    def _remove_results(self, *stems: str) -> None:
+        """Removes these weights, and the figures that were measured with them."""
+        for stem in stems:
+            weights_file.remove(self.folder, stem)
+        for name in ("cvr.json", "metrics.json"):
             (self.folder / name).unlink(missing_ok=True)
 
     def export(self, out: Path, label: shipped_bundle.Label, facts: dict[str, Any]) -> None:
@@ -363,14 +367,14 @@ def prepare_config(wanted: PrepareSettings, split: data.SplitConfig | data.TimeS
 
 
 def _trained_towers(run: Path) -> Path:
-    tuned = run / "tuned.pt"
-    return tuned if tuned.is_file() else run / "towers.pt"
+    tuned = weights_file.path_in(run, "tuned")
+    return tuned if tuned.is_file() else weights_file.path_in(run, "towers")
 
 
 def _read(path: Path, step: str) -> dict[str, Any]:
     try:
-        return torch.load(_there(path, step), weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        return weights_file.read(_there(path, step))
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read; write it again with `learn {step}`: {error}") from error
 
 
@@ -378,12 +382,6 @@ def _there(path: Path, step: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; `learn {step}` writes it")
     return path
-
-
-def _save(path: Path, module: torch.nn.Module, sizes: Any, facts: dict[str, Any]) -> None:
-    saved = {"sizes": asdict(sizes), "weights": module.state_dict()} | facts
-    with replacing(path) as partial:
-        torch.save(saved, partial)
 
 
 def _report(path: Path, figures: dict[str, float]) -> None:

@@ -36,6 +36,8 @@ def small_pch(**changes) -> Pch:
             parameter.add_(torch.randn_like(parameter) * 0.2)
         if pch.actions is not None:
             pch.actions.weight[0] = 0.0  # As in training, which never moves the vector of an unknown action.
+        if pch.skip is not None:
+            pch.skip.weight.fill_(0.4)
     return pch.eval()
 
 

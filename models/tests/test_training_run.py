@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import write_movielens
 from live_server import serving
+from safetensors.torch import load_file
 
 from learn.cli import main
+from learn.models import weights_file
 from learn.serving import bundle_check, fixture_bundles
 from research import record_files
 from research.ranking.result_files import RankingStudy
@@ -39,7 +41,7 @@ def test_all_commands_work_with_a_custom_encoder_and_refuse_mismatched_inputs(tm
     assert manifest["provenance"]["metrics"]["n_users"] == 12
     bundle_check.verify(tmp_path / "out")
 
-    towers = (tmp_path / "run" / "towers.pt").read_bytes()
+    towers = (tmp_path / "run" / "towers.safetensors").read_bytes()
     (tmp_path / "tuned.toml").write_text(
         "[cvr]\ntune_towers = true\nhistory = 'liked'\nepochs = 1\n[train]\nsteps = 3\n"
     )
@@ -50,11 +52,9 @@ def test_all_commands_work_with_a_custom_encoder_and_refuse_mismatched_inputs(tm
     assert "metrics.json is missing; `learn evaluate` writes it" in capsys.readouterr().err
     for step, more in (("evaluate", []), ("export", bundle_options)):
         assert main([step, *map(str, run_options[2:] + more), *config]) == 0
-    assert (tmp_path / "run" / "towers.pt").read_bytes() == towers
-    tuned = torch.load(tmp_path / "run" / "tuned.pt")["weights"]
-    assert not torch.equal(
-        tuned["projection.weight"], torch.load(tmp_path / "run" / "towers.pt")["weights"]["projection.weight"]
-    )
+    assert (tmp_path / "run" / "towers.safetensors").read_bytes() == towers
+    tuned, trained = (load_file(tmp_path / "run" / f"{stem}.safetensors") for stem in ("tuned", "towers"))
+    assert not torch.equal(tuned["projection.weight"], trained["projection.weight"])
     bundle_check.verify(tmp_path / "out")
     _check_what_the_manifest_says_of_histories(
         tmp_path, list(map(str, run_options[2:] + bundle_options)), config, capsys
@@ -66,7 +66,9 @@ def test_all_commands_work_with_a_custom_encoder_and_refuse_mismatched_inputs(tm
     _check_training_from_other_towers(tmp_path, run_options, capsys)
     # Training new towers removes the tuned towers and the head, which belong to the old towers.
     assert main(["train", *map(str, run_options[2:]), *config]) == 0
-    assert not (tmp_path / "run" / "tuned.pt").exists() and not (tmp_path / "run" / "cvr.pt").exists()
+    assert {path.stem for path in (tmp_path / "run").glob("*.*") if path.suffix in (".pt", ".safetensors")} == {
+        "towers"
+    }
 
 
 def _check_what_the_manifest_says_of_histories(tmp_path, export_options, config, capsys):
@@ -82,12 +84,13 @@ def _check_what_the_manifest_says_of_histories(tmp_path, export_options, config,
     assert main(["export", *export_options, "--threads", "1"]) == 0
     assert keeps() == "liked"
     assert "is assumed" not in capsys.readouterr().out
-    # An earlier version wrote files without these two entries.
-    for name in ("towers.pt", "tuned.pt", "cvr.pt"):
-        saved = torch.load(tmp_path / "run" / name)
+    # An earlier version wrote files of PyTorch, without these two entries.
+    for stem in ("towers", "tuned", "cvr"):
+        saved = weights_file.read(tmp_path / "run" / f"{stem}.safetensors")
         saved["sizes"].pop("actions", None)
         saved.pop("history", None)
-        torch.save(saved, tmp_path / "run" / name)
+        torch.save(saved, tmp_path / "run" / f"{stem}.pt")
+        (tmp_path / "run" / f"{stem}.safetensors").unlink()
     assert main(["export", *export_options, "--threads", "1"]) == 0
     assert keeps() == "all"
     assert 'history.keeps = "all" is assumed, from cvr.history of the settings' in capsys.readouterr().out
@@ -112,8 +115,10 @@ def _check_training_from_other_towers(tmp_path, run_options, capsys):
     next_run_options += ["--config", str(tmp_path / "still.toml")]
     assert main(["prepare", "--data", str(tmp_path / "other"), *next_run_options]) == 0
     assert main(["train", *next_run_options, "--from", str(tmp_path / "run")]) == 0
-    assert [past["run"] for past in torch.load(tmp_path / "next" / "towers.pt")["lineage"]] == ["run", "next"]
-    before, after = (torch.load(tmp_path / name)["weights"] for name in ("run/tuned.pt", "next/towers.pt"))
+    # The first are in a file of an earlier version; see `_check_what_the_manifest_says_of_histories`.
+    saved = [weights_file.read(tmp_path / name) for name in ("run/tuned.pt", "next/towers.safetensors")]
+    assert [past["run"] for past in saved[1]["lineage"]] == ["run", "next"]
+    before, after = (found["weights"] for found in saved)
     assert before.keys() == after.keys()
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-4)
@@ -159,7 +164,7 @@ def _check_training_from_other_towers(tmp_path, run_options, capsys):
         assert main([step, *next_run_options, *map(str, more)]) == 0
     assert tomllib.loads((tmp_path / "second" / "manifest.toml").read_text())["provenance"]["started_from"] == ["run"]
     assert main(["train", *next_run_options, "--from", str(tmp_path / "nowhere")]) == 1
-    assert "nowhere/towers.pt is missing; `learn train` writes it" in capsys.readouterr().err
+    assert "nowhere/towers.safetensors is missing; `learn train` writes it" in capsys.readouterr().err
 
 
 SHOP_STUDY = """
@@ -322,7 +327,7 @@ def test_towers_learn_actions_from_the_log_and_the_server_reads_the_same(tmp_pat
     golden = json.loads((tmp_path / "bundle" / "golden.json").read_text())
     assert sum("actions" in user for user in golden["users"]) >= 3
     assert manifest["provenance"]["metrics"].keys() >= {"ndcg_at_10_before_cvr", "cvr_tune_epoch"}
-    origin = torch.load(tmp_path / "run" / "towers.pt")["origin"]
+    origin = weights_file.read(tmp_path / "run" / "towers.safetensors")["origin"]
     if source == "values":
         assert origin["actions"] == {"liked_from": 4.0, "disliked_to": 2.5}
     else:
@@ -346,7 +351,7 @@ def test_a_log_of_events_alone_trains_a_head_for_clicks(tmp_path, capsys):
     options += ["--config", str(tmp_path / "click.toml"), "--data", str(tmp_path / "in"), "--out", str(tmp_path / "b")]
     assert main(["all", *options]) == 0
     bundle_check.verify(tmp_path / "b")
-    assert torch.load(tmp_path / "run" / "cvr.pt")["task"] == "click"
+    assert weights_file.read(tmp_path / "run" / "cvr.safetensors")["task"] == "click"
     assert (
         tomllib.loads((tmp_path / "b" / "manifest.toml").read_text())["provenance"]["metrics"]["cvr_base_rate"] == 0.2
     )

@@ -12,6 +12,9 @@ unknown action, else 1 + the action's position in that setting, and a learned ve
 item. That of 0 is zero, so a history without actions has the same states as in towers without actions. An item alone
 has no action.
 
+With `PchConfig.skip_dim`, both embeddings end with S more numbers, which go past the transformer (`content_skip`): E is
+then `embedding_dim`, and what `adapt` gives of an item has these S numbers after its D.
+
 Three methods run the same layers, and tests check that they agree:
 - `states` computes every position, for training.
 - `last` computes only what the last position needs: in the last layer, one query and one feed-forward row.
@@ -23,7 +26,7 @@ Padding is on the right, so the causal mask already hides it from every real pos
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -31,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learn.data.actions import ACTIONS
+from learn.models.content_skip import ContentSkip
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class PchConfig:
     dropout: float = 0.1
     # The actions that the user tower tells apart, some of `ACTIONS`.
     actions: tuple[str, ...] = ()
+    # How many whitened components of the content both embeddings have beside the towers' own numbers. 0: none.
+    skip_dim: int = 0
 
     def __post_init__(self) -> None:
         # A list, from a TOML file or a saved table, becomes a tuple.
@@ -67,14 +73,21 @@ class PchConfig:
             raise ValueError(f"actions is {list(self.actions)}, but each action may be named only once")
 
     def recorded(self) -> dict[str, Any]:
-        """The sizes as checkpoints and results of studies have them: without `actions` where there are none.
+        """The sizes as checkpoints and studies have them: without `actions` and `skip_dim` where there are none.
 
-        So both still match those that were written before there was this setting.
+        So both still match those that were written before there were these settings.
         """
-        sizes = asdict(self)
-        if not self.actions:
-            del sizes["actions"]
-        return sizes
+        return {name: value for name, value in asdict(self).items() if value or name not in ("actions", "skip_dim")}
+
+    @property
+    def embedding_dim(self) -> int:
+        """The size of a user or an item embedding."""
+        return self.out_dim + self.skip_dim
+
+    @property
+    def adapted_dim(self) -> int:
+        """The size of what `Pch.adapt` gives of an item."""
+        return self.width + self.skip_dim
 
     def action_number(self, name: str) -> int:
         """The number by which `Pch` knows an action; 0 for an unknown action and for one that is not in `actions`."""
@@ -153,29 +166,47 @@ class Pch(nn.Module):
             self.actions = nn.Embedding(1 + len(config.actions), config.width, padding_idx=0)
             with torch.no_grad():
                 self.actions.weight.mul_(0.02)
+        self.skip = ContentSkip(config.content_dim, config.skip_dim) if config.skip_dim else None
+
+    def attach(self, skip: ContentSkip) -> None:
+        """Adds a skip to towers that were trained without one, or replaces theirs."""
+        self.skip, self.config = skip, replace(self.config, skip_dim=skip.linear.out_features)
+
+    def detach(self) -> None:
+        """Takes the skip away, so that the transformer can be trained."""
+        self.skip, self.config = None, replace(self.config, skip_dim=0)
+
+    def content_layers(self) -> list[nn.Linear]:
+        """The layers that read content embeddings, into which a standardisation can be folded."""
+        return [self.adaptor[0], *([] if self.skip is None else [self.skip.linear])]
 
     def adapt(self, content: Tensor) -> Tensor:
-        """Content embeddings [...,C] -> inputs of the transformer, [...,D]."""
-        return self.adaptor(content)
+        """Content embeddings [...,C] -> inputs of the transformer, [...,D], and the directions of the skip, [...,S]."""
+        adapted = self.adaptor(content)
+        return adapted if self.skip is None else torch.cat([adapted, self.skip(content)], dim=-1)
 
     def states(self, content: Tensor, actions: Tensor | None = None) -> Tensor:
         """Content [b,l,C], actions [b,l] -> the output at the start token and at every item, [b,l+1,E]."""
         return self.states_from_adapted(self.adapt(content), actions)
 
     def states_from_adapted(self, items: Tensor, actions: Tensor | None = None) -> Tensor:
-        """Like `states`, for items [b,l,D] that have already been through `adapt`."""
+        """Like `states`, for items [b,l,D+S] that have already been through `adapt`."""
         x = self._embed(items, actions)
         mask = self._causal_mask(x)
         for block in self.blocks:
             x = block(x, *block.keys_values(x), mask)
-        return self.output(self._project(x))
+        states = self.output(self._project(x))
+        if self.skip is None:
+            return states
+        read = self._directions(items).cumsum(dim=1)
+        return self.skip.joined(states, F.pad(read, (0, 0, 1, 0)))
 
     def last(self, content: Tensor, mask: Tensor, actions: Tensor | None = None) -> Tensor:
         """Content [b,l,C], mask [b,l] (1 = item, 0 = padding on the right) -> the output at the last item, [b,E]."""
         return self.last_from_adapted(self.adapt(content), mask, actions)
 
     def last_from_adapted(self, items: Tensor, mask: Tensor, actions: Tensor | None = None) -> Tensor:
-        """Like `last`, for items [b,l,D] that have already been through `adapt`."""
+        """Like `last`, for items [b,l,D+S] that have already been through `adapt`."""
         x = self._embed(items, actions)
         causal = self._causal_mask(x)
         *earlier, final = self.blocks
@@ -186,15 +217,26 @@ class Pch(nn.Module):
         index = torch.arange(x.shape[1], device=x.device)
         up_to_last = causal_mask(n_items[:, None, None, None], index[None, None, None, :])  # [b,1,1,l+1]
         last = final(x.gather(1, last_index), *final.keys_values(x), up_to_last)  # [b,1,D]
-        return self.output(self._project(last)).squeeze(1)
+        state = self.output(self._project(last)).squeeze(1)
+        if self.skip is None:
+            return state
+        return self.skip.joined(state, (self._directions(items) * mask[..., None]).sum(dim=1))
 
     def alone(self, content: Tensor) -> Tensor:
         """Content [n,C] -> for each item, the output at the item of the sequence [start, item], [n,E]."""
-        return self.output(self.alone_before_output(self.adapt(content)))
+        return self.alone_from_adapted(self.adapt(content))
+
+    def alone_from_adapted(self, items: Tensor) -> Tensor:
+        """Like `alone`, for items [n,D+S] that have already been through `adapt`."""
+        return self.with_skip(self.output(self.alone_before_output(items)), items)
+
+    def with_skip(self, tower: Tensor, items: Tensor) -> Tensor:
+        """The tower's part of item embeddings [n,...] and the items' adapted content [n,D+S] -> [n,E]."""
+        return tower if self.skip is None else self.skip.joined(tower, self._directions(items))
 
     def alone_before_output(self, items: Tensor) -> Tensor:
-        """Like `alone`, for items [n,D] that have already been through `adapt`, but without `output`: [n,E]."""
-        x = items[:, None]  # [n,1,D]
+        """Like `alone`, for items [n,D+S] from `adapt`, but only the tower's part and without `output`."""
+        x = self._inputs(items)[:, None]  # [n,1,D]
         if self.positions is not None:
             x = x + self.positions[1:2]
         x = self.dropout(x)
@@ -218,7 +260,14 @@ class Pch(nn.Module):
             x = block(x, *pairs[-1], None)
         return pairs
 
+    def _inputs(self, items: Tensor) -> Tensor:
+        return items[..., : self.config.width]
+
+    def _directions(self, items: Tensor) -> Tensor:
+        return items[..., self.config.width :]
+
     def _embed(self, items: Tensor, actions: Tensor | None) -> Tensor:
+        items = self._inputs(items)
         if actions is not None:
             if self.actions is None:
                 raise ValueError("these towers read no actions; leave `actions` out, or set PchConfig.actions")

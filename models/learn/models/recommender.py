@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learn.content.standardise import Method, fit
+from learn.content.content_table import GatheredContent, standardised
+from learn.content.standardise import Method, Standardisation, fit, fits_in_memory, sampled_mean
+from learn.models.content_skip import ContentSkip
 from learn.models.pch import Pch, PchConfig
 
-Ids = Literal["none", "tied", "separate"]
+# "scaffold": separate vectors in training, and the model is served without them, from text alone.
+Ids = Literal["none", "tied", "separate", "scaffold"]
 
 
 class Recommender(nn.Module, ABC):
@@ -41,6 +44,12 @@ class Recommender(nn.Module, ABC):
     @abstractmethod
     def item_embeddings(self, items: Tensor) -> Tensor:
         """Items [n] -> the served embedding of each item, [n,E]."""
+
+    def states_and_items(
+        self, items: Tensor, times: Tensor, actions: Tensor | None, candidates: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`states` of a batch and `item_embeddings` of candidates [c], for models that can share work between them."""
+        return self.states(items, times, actions), self.item_embeddings(candidates)
 
     def target_keys(self, items: Tensor, times: Tensor) -> Tensor:
         """Targets [b,t] of each user -> their embeddings in the alignment loss, [b,t,E]; by default the served ones."""
@@ -67,17 +76,30 @@ class Learn(Recommender):
     """LEARN: PCH over frozen content embeddings, in two towers that share their weights.
 
     With `ids`, every item also has learned vectors that do not depend on its text. They are added to the input of the
-    tower and to the item embedding. The paper does not have them, so their results are labelled LEARN+ID.
+    tower and to the item embedding. The paper does not have them, so their results are labelled LEARN+ID. In training,
+    each occurrence of an item loses them with the probability `id_dropout`, so that text alone is trained, too.
+
+    `content` [I,C] is fp32 or fp16. If it is too large for memory, it stays where it is, and may be a memory map; the
+    rows of each batch are gathered from it (`content_table`).
     """
 
     has_start = True
+    content: Tensor | GatheredContent
 
-    def __init__(self, pch: Pch, content: Tensor, method: Method = "scale", ids: Ids = "none") -> None:
+    def __init__(
+        self, pch: Pch, content: Tensor, method: Method = "scale", ids: Ids = "none", id_dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.pch, self.config, self.max_history = pch, pch.config, pch.config.max_history
+        self.pch, self.max_history = pch, pch.config.max_history
         self.standardisation = fit(content, method)
-        self.register_buffer("content", self.standardisation.apply(content), persistent=False)
+        _keep_content(self, standardised(content, self.standardisation))
         self.ids = None if ids == "none" else IdTables(len(content), pch.config, ids)
+        self.id_dropout = 0.0 if self.ids is None else id_dropout
+
+    @property
+    def config(self) -> PchConfig:
+        """The sizes of the towers."""
+        return self.pch.config
 
     def states(self, items: Tensor, times: Tensor, actions: Tensor | None = None) -> Tensor:
         """PCH over the adapted content of the items, and the actions that it reads; `times` is not read."""
@@ -87,8 +109,18 @@ class Learn(Recommender):
         """Variants 1 and 2 run PCH on each item alone; variant 3 uses the content embedding, scaled to length 1."""
         if self.pch.config.item_tower == "content":
             return F.normalize(self.content[items], dim=-1)
-        raw = self.pch.alone_before_output(self._tower_inputs(items))
-        return self.pch.output(raw if self.ids is None else raw + self.ids.outputs(items))
+        return self._embeddings(items, self._tower_inputs(items))
+
+    def states_and_items(
+        self, items: Tensor, times: Tensor, actions: Tensor | None, candidates: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Adapts every item once: most items of a batch are candidates, too, and the adaptor is half of a step."""
+        if self.pch.config.item_tower == "content":
+            return super().states_and_items(items, times, actions, candidates)
+        inputs = self._tower_inputs(torch.cat([items.flatten(), candidates]))
+        read = inputs[: items.numel()].unflatten(0, items.shape)
+        states = self.pch.states_from_adapted(read, self._tower_actions(actions))
+        return states, self._embeddings(candidates, inputs[items.numel() :])
 
     def target_keys(self, items: Tensor, times: Tensor) -> Tensor:
         """Variant 1 reads the whole target sequence causally; the others compute each item alone.
@@ -104,19 +136,55 @@ class Learn(Recommender):
         mask = (torch.arange(items.shape[1], device=items.device)[None] < length[:, None]).long()
         return self.pch.last_from_adapted(self._tower_inputs(items), mask, self._tower_actions(actions))
 
+    def settings(self) -> dict[str, Any]:
+        """Also names the content by its digest where it is too large for a buffer; see `Recommender.settings`."""
+        found, content = super().settings(), getattr(self, "content", None)
+        if self.id_dropout:
+            found |= {"id_dropout": self.id_dropout}
+        return found | {"content": content.digest()} if isinstance(content, GatheredContent) else found
+
     def load_towers(self, weights: dict[str, Tensor]) -> None:
-        """Loads weights of towers that take raw content, such as the result of another run's `finish`."""
-        self.pch.load_state_dict(weights)
+        """Loads weights of towers that take raw content, such as the result of another run's `finish`.
+
+        Their content skip is left out, because this run fits its own.
+        """
+        self.pch.load_state_dict({name: value for name, value in weights.items() if not name.startswith("skip.")})
         self.standardisation.unfold_from(self.pch.adaptor[0])
+
+    def attach(self, skip: ContentSkip) -> None:
+        """Adds a skip of raw content to the towers."""
+        self.standardisation.unfold_from(skip.linear)
+        self.pch.attach(skip)
 
     def finish(self) -> None:
         """Changes `pch` to take raw content, as served. The recommender itself cannot be used afterwards."""
-        self.standardisation.fold_into(self.pch.adaptor[0])
+        for layer in self.pch.content_layers():
+            self.standardisation.fold_into(layer)
         del self.content
 
+    def _embeddings(self, items: Tensor, inputs: Tensor) -> Tensor:
+        raw = self.pch.alone_before_output(inputs)
+        if self._reads_ids:
+            raw = raw + self._kept(self.ids.outputs(items))
+        return self.pch.with_skip(self.pch.output(raw), inputs)
+
     def _tower_inputs(self, items: Tensor) -> Tensor:
-        x = self.pch.adapt(self.content[items])
-        return x if self.ids is None else x + self.ids.inputs(items)
+        """Items [...] -> [...,D+S]. Each distinct item is adapted once, as histories share many of their items."""
+        distinct, place = torch.unique(items, return_inverse=True)
+        adapted = self.pch.adapt(self.content[distinct])[place]
+        if not self._reads_ids:
+            return adapted
+        return adapted + F.pad(self._kept(self.ids.inputs(items)), (0, self.pch.config.skip_dim))
+
+    @property
+    def _reads_ids(self) -> bool:
+        return self.ids is not None and (self.training or self.ids.are_served)
+
+    def _kept(self, vectors: Tensor) -> Tensor:
+        """Id vectors [...,D], some of them 0 in training. The others are not scaled up: an item has its id or not."""
+        if not self.training or not self.id_dropout:
+            return vectors
+        return vectors * (torch.rand(vectors.shape[:-1], device=vectors.device) >= self.id_dropout)[..., None]
 
     def _tower_actions(self, actions: Tensor | None) -> Tensor | None:
         return None if actions is None else self.config.action_numbers(actions)
@@ -125,8 +193,8 @@ class Learn(Recommender):
 class IdTables(nn.Module):
     """Learned vectors of every item, for the input and the output of a tower.
 
-    "tied": one vector for both, as in SASRec, so input and output must have the same width. "separate": one for each;
-    they are initialised small, so text dominates at first and for items that are never trained on.
+    "tied": one vector for both, as in SASRec, so input and output must have the same width. "separate" and "scaffold":
+    one for each; they are initialised small, so text dominates at first and for items that are never trained on.
     """
 
     def __init__(self, n_items: int, config: PchConfig, ids: Ids) -> None:
@@ -136,6 +204,7 @@ class IdTables(nn.Module):
             raise ValueError(
                 f"tied ids need towers as wide as their output, got {sizes}; make them equal or use separate ids"
             )
+        self.are_served = ids != "scaffold"
         self.scale = config.width**0.5 if ids == "tied" else 1.0
         self.first = nn.Parameter(torch.randn(n_items, config.width) * 0.02)
         self.second = None if ids == "tied" else nn.Parameter(torch.randn(n_items, config.out_dim) * 0.02)
@@ -174,17 +243,30 @@ class IdTowers(Recommender):
 class ContentMean(Recommender):
     """A baseline without training: the user is the mean of the content embeddings of the history."""
 
+    content: Tensor | GatheredContent
+
     def __init__(self, content: Tensor, max_history: int) -> None:
         super().__init__()
         self.max_history = max_history
         # Every prompt begins with the same words, so cosines are informative only once the common mean is removed.
-        self.register_buffer("content", F.normalize(content - content.mean(dim=0), dim=-1), persistent=False)
+        mean = content.float().mean(dim=0) if fits_in_memory(content) else sampled_mean(content).float()
+        one = torch.ones_like(mean)
+        centred = standardised(content, Standardisation(mean, torch.diag(one), one))
+        _keep_content(self, F.normalize(centred, dim=-1) if isinstance(centred, Tensor) else centred)
 
     def states(self, items: Tensor, times: Tensor, actions: Tensor | None = None) -> Tensor:
         """State j is the direction of the mean of the first j content embeddings; state 0 is zero."""
-        total = self.content[items].cumsum(dim=1)
+        total = self.item_embeddings(items).cumsum(dim=1)
         return F.normalize(F.pad(total, (0, 0, 1, 0)), dim=-1)
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """The content embedding itself."""
-        return self.content[items]
+        found = self.content[items]
+        return found if isinstance(self.content, Tensor) else F.normalize(found, dim=-1)
+
+
+def _keep_content(model: Recommender, content: Tensor | GatheredContent) -> None:
+    if isinstance(content, Tensor):
+        model.register_buffer("content", content, persistent=False)
+    else:
+        model.content = content

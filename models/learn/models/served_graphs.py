@@ -9,6 +9,7 @@ The golden vectors of a bundle are computed by these modules (for the encoder, b
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from learn.models.cvr import CvrHead
@@ -16,7 +17,7 @@ from learn.models.pch import Pch
 
 
 class UserTowerGraph(nn.Module):
-    """adapted [b,l,D], mask [b,l], and for towers with actions action [b,l] -> user [b,E]."""
+    """adapted [b,l,D+S], mask [b,l], and for towers with actions action [b,l] -> user [b,E]."""
 
     def __init__(self, pch: Pch) -> None:
         super().__init__()
@@ -28,7 +29,7 @@ class UserTowerGraph(nn.Module):
 
 
 class ItemTowerGraph(nn.Module):
-    """content [n,C] -> item [n,E], adapted [n,D]."""
+    """content [n,C] -> item [n,E], adapted [n,D+S]."""
 
     def __init__(self, pch: Pch) -> None:
         super().__init__()
@@ -37,11 +38,13 @@ class ItemTowerGraph(nn.Module):
     def forward(self, content: Tensor) -> tuple[Tensor, Tensor]:
         """The item embedding, PCH on each item alone; and what the user tower reads of the item.
 
-        The latter is the adaptor's output without its mean, which every LayerNorm of the user tower would subtract.
+        The latter is the adaptor's output without its mean, which every LayerNorm of the user tower would subtract,
+        and the direction of the content skip, if the towers have one.
         """
-        adapted = self.pch.adapt(content)
-        item = self.pch.output(self.pch.alone_before_output(adapted))
-        return item, adapted - adapted.mean(dim=-1, keepdim=True)
+        adapted, width = self.pch.adapt(content), self.pch.config.width
+        read, directions = adapted[:, :width], adapted[:, width:]
+        centred = read - read.mean(dim=-1, keepdim=True)
+        return self.pch.alone_from_adapted(adapted), torch.cat([centred, directions], dim=-1)
 
 
 class CvrGraph(nn.Module):

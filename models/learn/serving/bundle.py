@@ -124,13 +124,13 @@ def manifest(bundle: Bundle, folder: Path) -> dict[str, Any]:
         "encoder": _encoder_table(encoder),
         "item_tower": {
             "file": "item_tower.onnx",
-            "dim": pch.out_dim,
-            "adapted_dim": pch.width,
+            "dim": pch.embedding_dim,
+            "adapted_dim": pch.adapted_dim,
             **bundle_format.ITEM_TOWER.ports(),
         },
         "user_tower": {
             "file": "user_tower.onnx",
-            "dim": pch.out_dim,
+            "dim": pch.embedding_dim,
             "max_history": pch.max_history,
             **bundle_format.user_tower(pch.actions).ports(),
         },
@@ -243,7 +243,7 @@ def _histories(n_items: int, sizes: PchConfig) -> list[dict[str, Any]]:
 def _user(tower: UserTowerGraph, adapted: torch.Tensor, entry: Mapping[str, Any]) -> torch.Tensor:
     history, sizes = entry["history"], tower.pch.config
     if not history:
-        return tower(torch.zeros(1, 1, sizes.width), torch.zeros(1, 1, dtype=torch.int64))
+        return tower(torch.zeros(1, 1, sizes.adapted_dim), torch.zeros(1, 1, dtype=torch.int64))
     action = None
     if "actions" in entry:
         action = torch.tensor([[sizes.action_number(name) for name in entry["actions"]]])

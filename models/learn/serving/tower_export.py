@@ -11,6 +11,7 @@ the weights, once, in fp64. Every step is exact except for rounding, and tests c
   values equals Wv (sum of p x). So that layer computes neither keys nor values of the history.
 - Both towers begin with the same adaptor. The item tower has it and returns its output, centred, for the server to
   cache; the user tower reads that, and so starts at the history's adapted items.
+- The content skip of both towers, if they have one, is a product and a division by the length.
 - The item tower attends to two positions, and a softmax over two is a sigmoid of the difference of their scores. The
   start token is a constant, so the difference is q . (k - k_start), and the mixture is v_start + p (v - v_start).
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -61,7 +63,7 @@ def user_tower_model(pch: Pch) -> ModelProto:
     def flat(values: str, width: int = config.width) -> str:
         return g("Reshape", values, g.integers(-1, width))
 
-    items = "adapted"
+    items = "adapted" if pch.skip is None else g.columns("adapted", 0, config.width)
     if pch.actions is not None:
         items = g("Add", items, g("Gather", g.constant(_centred(pch.actions.weight)), "action", axis=0))
     start = _centred(pch.start)
@@ -88,10 +90,15 @@ def user_tower_model(pch: Pch) -> ModelProto:
     scores = g("Add", scores, _visible(g, length, g("Unsqueeze", at, g.integers(2))))
     mixed = flat(g("MatMul", g("Softmax", scores, axis=-1), h), last.heads * config.width)
     x = g("Add", g("GatherND", x, at, batch_dims=1), g.product(mixed, _absorbed_out(last)))
-    _finish(g, pch, _feed_forward(g, last, x), "user")
+    directions = None
+    if pch.skip is not None:
+        read = g("Unsqueeze", g("Cast", "mask", to=TensorProto.FLOAT), g.integers(1))  # [b,1,l]
+        total = g("MatMul", read, g.columns("adapted", config.width, config.adapted_dim))
+        directions = g.unit(g("Squeeze", total, g.integers(1)))
+    _finish(g, pch, _feed_forward(g, last, x), Output("user", directions))
     signature = user_tower(config.actions)
     adapted, *others = signature.axes
-    return g.model(signature, [[*adapted, config.width], *others], [["b", config.out_dim]])
+    return g.model(signature, [[*adapted, config.adapted_dim], *others], [["b", config.embedding_dim]])
 
 
 @torch.no_grad()
@@ -103,7 +110,10 @@ def item_tower_model(pch: Pch) -> ModelProto:
         )
     pch = _in_fp64(pch)
     g = _Graph()
-    x = _adapt(g, pch, "content", into="adapted")
+    x, directions = _adapt(g, pch), None
+    if pch.skip is not None:
+        directions = g.unit(g.product("content", _linear(pch.skip.linear)))
+        g("Concat", x, directions, axis=-1, into="adapted")
     if pch.positions is not None:
         x = g("Add", x, g.constant(_centred(pch.positions[1])))
     # One column per head, with a 1 for each of the head's dimensions.
@@ -121,8 +131,8 @@ def item_tower_model(pch: Pch) -> ModelProto:
         out_weight, out_bias = block.out.weight, block.out.bias
         x = g("Add", x, g.product(mixed, _centred_product(out_weight, out_bias + out_weight @ start_value)))
         x = _feed_forward(g, block, x)
-    _finish(g, pch, x, "item")
-    outputs = [["n", pch.config.out_dim], ["n", pch.config.width]]
+    _finish(g, pch, x, Output("item", directions))
+    outputs = [["n", pch.config.embedding_dim], ["n", pch.config.adapted_dim]]
     return g.model(ITEM_TOWER, [["n", pch.config.content_dim]], outputs)
 
 
@@ -210,12 +220,13 @@ def _absorbed_out(block: Block) -> Product:
     return torch.cat([o @ v for o, v in zip(weight.chunk(block.heads, dim=1), value, strict=True)], dim=1), bias
 
 
-def _adapt(g: _Graph, pch: Pch, content: str, into: str) -> str:
-    """Applies the adaptor, [r,C] -> [r,D]; the mean of each row is 0."""
+def _adapt(g: _Graph, pch: Pch) -> str:
+    """Applies the adaptor, content [r,C] -> [r,D]; the mean of each row is 0. Without a skip, this is "adapted"."""
+    into = "adapted" if pch.skip is None else None
     if pch.config.adaptor == "linear":
-        return g.product(content, _centred_product(*_linear(pch.adaptor[0])), into=into)
+        return g.product("content", _centred_product(*_linear(pch.adaptor[0])), into=into)
     first, _, second = pch.adaptor
-    return g.product(g.gelu(g.product(content, _linear(first))), _centred_product(*_linear(second)), into=into)
+    return g.product(g.gelu(g.product("content", _linear(first))), _centred_product(*_linear(second)), into=into)
 
 
 def _feed_forward(g: _Graph, block: Block, x: str) -> str:
@@ -232,15 +243,25 @@ def _visible(g: _Graph, length: str, at: str) -> str:
     return g("Where", seen, g.constant(np.float32(0)), g.constant(np.float32("-inf")))
 
 
-def _finish(g: _Graph, pch: Pch, x: str, name: str) -> None:
-    """Adds the final norm and projection, [r,D] -> the output [r,E]."""
+@dataclass(frozen=True)
+class Output:
+    """The name of a tower's output and, with a skip, the directions [r,S] that it ends with."""
+
+    name: str
+    directions: str | None
+
+
+def _finish(g: _Graph, pch: Pch, x: str, output: Output) -> None:
+    """Adds the final norm, the projection and the skip, [r,D] -> the output [r,E]."""
     last = _shifted(pch.norm_out, *_linear(pch.projection))
+    into = output.name if output.directions is None else None
     if pch.config.output == "raw":
-        g.product(g.norm(x, pch.norm_out), last, into=name)
-        return
-    out = g.product(g.norm(x, pch.norm_out), last)
-    length = g("ReduceL2", out, g.integers(-1), keepdims=1)
-    g("Div", out, g("Clip", length, g.constant(np.float32(SHORTEST))), into=name)
+        tower = g.product(g.norm(x, pch.norm_out), last, into=into)
+    else:
+        tower = g.unit(g.product(g.norm(x, pch.norm_out), last), into=into)
+    if output.directions is not None:
+        scaled = g("Mul", output.directions, g.constant(pch.skip.weight.sqrt()))
+        g("Concat", tower, scaled, axis=-1, into=output.name)
 
 
 class _Graph:
@@ -275,6 +296,15 @@ class _Graph:
     def gelu(self, x: str, into: str | None = None) -> str:
         """Adds a Gelu that uses the error function, as in training."""
         return self("Gelu", x, into=into, approximate="none")
+
+    def unit(self, x: str, into: str | None = None) -> str:
+        """Scales rows [r,n] to length 1; a row of zeros stays one."""
+        length = self("ReduceL2", x, self.integers(-1), keepdims=1)
+        return self("Div", x, self("Clip", length, self.constant(np.float32(SHORTEST))), into=into)
+
+    def columns(self, x: str, begin: int, end: int) -> str:
+        """Returns the entries `begin` to `end` of the last axis."""
+        return self("Slice", x, self.integers(begin), self.integers(end), self.integers(-1))
 
     def norm(self, x: str, norm: nn.LayerNorm) -> str:
         """Adds `norm` without its shift, for rows [r,D] whose mean is 0."""

@@ -105,7 +105,7 @@ def torch_cases(
         with torch.inference_mode():
             item, adapted = modules[1](content)
             # An empty history is one item of padding.
-            seen = adapted[: len(window)] if window else torch.zeros(1, sizes.width)
+            seen = adapted[: len(window)] if window else torch.zeros(1, sizes.adapted_dim)
             mask = torch.ones(1, len(seen), dtype=torch.int64) * bool(window)
             action = None
             if has_actions and window:

@@ -177,12 +177,14 @@ def examples(pch: Pch, content: Tensor, found: list[Window]) -> Examples:
     by_length = sorted(found, key=lambda window: len(window.history))
     if not by_length:
         none, nothing = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-        return Examples(torch.zeros(0, pch.config.out_dim), nothing, none, none, none, nothing)
+        return Examples(torch.zeros(0, pch.config.embedding_dim), nothing, none, none, none, nothing)
     order = torch.from_numpy(np.argsort(np.concatenate([window.row for window in by_length])))
-    adapted, parts = pch.adapt(content), []
+    parts = []
     for batch in batches(by_length, CHUNK):
         read = stack(batch)
-        states = pch.states_from_adapted(adapted[read.history], pch.config.action_numbers(read.actions))
+        distinct, place = torch.unique(read.history, return_inverse=True)
+        adapted = pch.adapt(content[distinct].float())[place]
+        states = pch.states_from_adapted(adapted, pch.config.action_numbers(read.actions))
         parts.append((read.pick(states), read.item, read.label, read.value, read.click, read.owner))
     return Examples(*(torch.cat(column)[order] for column in zip(*parts, strict=True)))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from learn.data import Dataset, Split
+from learn.evaluation.full_ranking import ITEM_CHUNK
 from learn.models.cvr import CvrHead
 from learn.models.pch import Pch
 from learn.models.recommender import Learn, Recommender
@@ -118,11 +119,13 @@ class _Whole(Learn):
 
     def begin(self) -> None:
         """Makes `pch` take standardised content, until `end`."""
-        self.standardisation.unfold_from(self.pch.adaptor[0])
+        for layer in self.pch.content_layers():
+            self.standardisation.unfold_from(layer)
         self.train()
 
     def end(self) -> None:
-        self.standardisation.fold_into(self.pch.adaptor[0])
+        for layer in self.pch.content_layers():
+            self.standardisation.fold_into(layer)
         self.eval()
 
 
@@ -135,14 +138,15 @@ class _LastBlock(Recommender):
         super().__init__()
         self.pch, self.config, self.max_history = pch, pch.config, pch.config.max_history
         with torch.no_grad():
-            self.register_buffer("adapted", pch.adapt(content), persistent=False)
+            adapted = torch.cat([pch.adapt(rows.float()) for rows in content.split(ITEM_CHUNK)])
+            self.register_buffer("adapted", adapted, persistent=False)
 
     def states(self, items: Tensor, times: Tensor, actions: Tensor | None = None) -> Tensor:
         read = None if actions is None else self.config.action_numbers(actions)
         return self.pch.states_from_adapted(self.adapted[items], read)
 
     def item_embeddings(self, items: Tensor) -> Tensor:
-        return self.pch.output(self.pch.alone_before_output(self.adapted[items]))
+        return self.pch.alone_from_adapted(self.adapted[items])
 
     def tuned(self) -> list[nn.Parameter]:
         parts = (self.pch.blocks[-1], self.pch.norm_out, self.pch.projection)

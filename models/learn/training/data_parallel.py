@@ -46,12 +46,50 @@ def first_then_others(work: Callable[[], T]) -> T:
     return found if is_first() else work()
 
 
-def share(n_users: int) -> slice:
-    """The rows of a batch that this process works on."""
+def n_processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(n_rows: int) -> slice:
+    """The rows that this process works on: users of a batch, candidates, or events to rank."""
     if not dist.is_initialized():
-        return slice(0, n_users)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return slice(rank * n_users // world, (rank + 1) * n_users // world)
+        return slice(0, n_rows)
+    return _share_of(dist.get_rank(), n_rows)
+
+
+def _share_of(rank: int, n_rows: int) -> slice:
+    world = dist.get_world_size()
+    return slice(rank * n_rows // world, (rank + 1) * n_rows // world)
+
+
+def gathered(part: Tensor, n_rows: int) -> Tensor:
+    """The rows of all processes, [n_rows,E], in the order of `share`; `part` has those of this one.
+
+    Every process computes its part of a loss from all rows. In the backward pass, each gets the sum of all gradients of
+    its own rows, so that the sum of the parameters' gradients over all processes is that of the whole loss.
+    """
+    return part if not dist.is_initialized() else _Gathered.apply(part, n_rows)
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part: Tensor, n_rows: int) -> Tensor:
+        ranks = range(dist.get_world_size())
+        shares = [_share_of(rank, n_rows) for rank in ranks]
+        # Collectives need parts of equal size.
+        longest = max(rows.stop - rows.start for rows in shares)
+        padded = part.new_zeros(longest, *part.shape[1:])
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in ranks]
+        dist.all_gather(parts, padded)
+        return torch.cat([found[: rows.stop - rows.start] for found, rows in zip(parts, shares, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[share(len(gradient))], None
 
 
 def sum_gradients(model: nn.Module) -> None:

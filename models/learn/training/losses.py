@@ -15,35 +15,57 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def inclusion_log_probability(frequency: Tensor, n_draws: int, n_uniform: int, n_pool: int) -> Tensor:
-    """[n] log of the probability that an item is a candidate.
+def inclusion_log_probability(frequency: Tensor, n_draws: Tensor, n_uniform: int, n_pool: int) -> Tensor:
+    """[b,n] log of the probability that an item is a candidate.
 
-    An item is a candidate if it is the target of one of `n_draws` events, drawn by `frequency` [n], or one of
+    An item is a candidate if it is the target of one of `n_draws` [b] events, drawn by `frequency` [n], or one of
     `n_uniform` items drawn uniformly from a pool of `n_pool`. So the probability is
     1 - (1 - f)^n_draws (1 - 1/n_pool)^n_uniform, for items of the pool. The formula takes all draws as independent,
     which is not quite true of the events of one batch.
     """
-    by_draws = torch.special.xlog1py(n_draws, -frequency.double())
+    by_draws = n_draws[:, None] * torch.log1p(-frequency.double())
     log_absent = by_draws + torch.special.xlog1py(n_uniform, torch.tensor(-1.0 / n_pool).to(by_draws))
     return torch.log(-torch.expm1(log_absent)).float()
 
 
-def catalogue_softmax(
-    query: Tensor, candidate: Tensor, target: Tensor, log_inclusion: Tensor, scale: float, *, reduction: str = "mean"
-) -> Tensor:
+@dataclass(frozen=True)
+class Questions:
+    """What a batch asks: states [q,E], the user of each (a row of `Candidates.log_inclusion`) and its target [q].
+
+    A target is the index of the correct candidate.
+    """
+
+    state: Tensor
+    user: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Distinct items: embeddings [c,E], and [b,c] the log of the probability that each is in the sample of a user.
+
+    The probability is that of a batch in which the user is known to be. inf: the item is no negative of this user.
+    """
+
+    embedding: Tensor
+    log_inclusion: Tensor
+
+
+def catalogue_softmax(asked: Questions, candidates: Candidates, scale: float, *, reduction: str = "mean") -> Tensor:
     """Cross entropy over the whole catalogue, estimated from a sample.
 
-    query [q,E]; candidate [c,E], distinct items; target [q], the index of the correct candidate; log_inclusion [c].
-    Each candidate represents 1 / P(it was sampled) items in the denominator of the softmax, so -log P is added to its
-    logit (Horvitz and Thompson 1952; logQ correction in Bengio and Senecal 2008). The correct candidate is always in
-    the sample, so nothing is added to its logit. If all items are candidates, log_inclusion is 0, and this is the full
-    softmax.
+    Each candidate represents 1 / P(it is in the sample) items in the denominator of the softmax, so -log P is added to
+    its logit (Horvitz and Thompson 1952; logQ correction in Bengio and Senecal 2008). The correct candidate is always
+    in the sample, so nothing is added to its logit, whatever log_inclusion says. If all items are candidates and
+    log_inclusion is 0, this is the full softmax.
     """
     # In fp32, whatever the precision of the towers: in bf16 a cosine times 20 would be off by up to .08.
-    with torch.autocast(query.device.type, enabled=False):
-        logits = torch.addmm(-log_inclusion, query.float(), candidate.float().T, alpha=scale)  # [q,c]
-        own = torch.zeros_like(logits).scatter_(1, target[:, None], log_inclusion[target][:, None])
-        return F.cross_entropy(logits + own, target, reduction=reduction)
+    with torch.autocast(asked.state.device.type, enabled=False):
+        logits = (-candidates.log_inclusion)[asked.user]  # [q,c]
+        logits.scatter_(1, asked.target[:, None], 0.0)
+        # In place, because these logits are the largest tensor of a step.
+        logits.addmm_(asked.state.float(), candidates.embedding.float().T, alpha=scale)
+        return F.cross_entropy(logits, asked.target, reduction=reduction)
 
 
 @dataclass(frozen=True)

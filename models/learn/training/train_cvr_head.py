@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from learn.data import Dataset, Split
 from learn.evaluation.auc import auc, uauc
-from learn.evaluation.full_ranking import metrics, tower_ranks
+from learn.evaluation.full_ranking import item_embeddings, metrics, tower_ranks
 from learn.models.cvr import CvrConfig, CvrHead
 from learn.models.pch import Pch
 from learn.training import cvr_tuning
@@ -73,8 +73,7 @@ def train_head(
     figures = dict(fitted.figures)
     if config.tune_towers:
         figures |= {f"{name}_before_cvr": value for name, value in before.items()} | _retrieved(pch, data)
-    with torch.no_grad():
-        item = pch.alone(data.content)
+    item = item_vectors(pch, data.content)
     # The item means need no user states, which take a run of the tower over all training events.
     seen = training_windows(pch.config.max_history, data, config)
     items, labels = (np.concatenate([getattr(window, name) for window in seen]) for name in ("item", "label"))
@@ -89,8 +88,7 @@ def fit_head(
     """Returns the head of the best epoch on validation. Test events are not read."""
     torch.manual_seed(config.seed)
     head = CvrHead(replace(sizes, click=config.task == "click_and_conversion"))
-    with torch.no_grad():
-        item = pch.alone(data.content)  # [I,E]
+    item = item_vectors(pch, data.content)
     training, held_out = training_examples(pch, data, config), held_out_examples(pch, data, config, "validation")
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     best = BestWeights([head])
@@ -104,9 +102,14 @@ def fit_head(
     if config.tune_towers:
         figures["cvr_tune_epoch"] = _tune(config, head, pch, data, next_item or TrainConfig())
         held_out = held_out_examples(pch, data, config, "validation")
-        with torch.no_grad():
-            item = pch.alone(data.content)
+        item = item_vectors(pch, data.content)
     return Fitted(head.eval(), figures | _validation_figures(head, held_out, item))
+
+
+def item_vectors(pch: Pch, content: Tensor) -> Tensor:
+    """[I,E]: each item's embedding, as an input of training; of the content, a chunk is in memory as fp32."""
+    # A tensor of inference mode could not be saved for a backward pass.
+    return item_embeddings(pch, content).clone()
 
 
 def training_windows(longest: int, data: CvrData, config: CvrTrainConfig) -> list[Window]:
@@ -215,8 +218,7 @@ def _tune(config: CvrTrainConfig, head: CvrHead, pch: Pch, data: CvrData, next_i
 
     def validate() -> float:
         held_out = held_out_examples(pch, data, config, "validation")
-        with torch.no_grad():
-            item = pch.alone(data.content)
+        item = item_vectors(pch, data.content)
         return choosing_figure(head, held_out, item)
 
     tune_data = cvr_tuning.TuneData(train, data.content, data.dataset, data.split)

@@ -4,15 +4,16 @@ Each step draws a batch of users and a window of each user's training events. Th
 in the config: `next_item` predicts the next event from every state; `align` cuts each sequence in two and aligns the
 parts, as LEARN does. REPORT.md says which of them helps.
 
-Several processes (`torchrun`) share the users of a step. Every process draws the same batch and the same candidates,
-and computes the losses of its own users against all candidates; then the gradients are summed. The result equals that
-of one process except for rounding and dropout.
+Several processes (`torchrun`) share a step. Every process draws the same batch and the same candidates, embeds its own
+part of the candidates, and computes the losses of its own users against all of them; then the gradients are summed. The
+result equals that of one process except for rounding and dropout.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ from learn.padding import pad
 from learn.training import data_parallel, losses
 from learn.training.sampling import SAMPLERS, target_shares, window
 from learn.training.train_config import TrainConfig
+
+# Users whose events are counted at once.
+USERS_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Trainer:
             raise ValueError("no user has two events to train on")
         weights = self.n_train[self.users].astype(np.float64) ** config.user_exponent
         self.user_probability = weights / weights.sum()
+        self._cumulative = np.cumsum(self.user_probability)
         counts = popularity(dataset, split)
         self.pool = np.flatnonzero(counts > 0) if not config.unseen_negatives else np.arange(len(counts))
         # [I]: the share of each item in the targets of each loss.
@@ -66,17 +71,26 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             _groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6
         )
-        self.states = torch.compile(model.states, dynamic=True) if config.compile else model.states
+        compiled = partial(torch.compile, dynamic=True) if config.compile else lambda method: method
+        self.states, self.states_and_items = compiled(model.states), compiled(model.states_and_items)
 
     def _frequencies(self) -> tuple[Tensor, Tensor]:
         size, t = self.model.max_history + 1, self.config.n_targets
+        # The shares depend on the number of events alone, and many users have equally many.
+        shares_of = lru_cache(maxsize=10_000)(partial(target_shares, size=size, has_start=self.model.has_start))
         following, aligned = np.zeros((2, len(self.dataset.item_ids)))
-        for user, probability in zip(self.users.tolist(), self.user_probability.tolist(), strict=True):
-            n_events = int(self.n_train[user])
-            items = self.dataset.sequences[user].items[:n_events]
-            np.add.at(following, items, probability * target_shares(n_events, size, self.model.has_start))
+        for begin in range(0, len(self.users), USERS_AT_ONCE):
+            chunk = slice(begin, begin + USERS_AT_ONCE)
+            users, n_events = self.users[chunk], self.n_train[self.users[chunk]]
+            items = np.concatenate(
+                [self.dataset.sequences[u].items[:n] for u, n in zip(users.tolist(), n_events.tolist(), strict=True)]
+            )
+            probability = np.repeat(self.user_probability[chunk], n_events)
+            as_next = np.concatenate([shares_of(n) for n in n_events.tolist()])
             # Treats targets as drawn uniformly. They are drawn soon after a random cut, but that changes little.
-            np.add.at(aligned, items, probability * min(t, n_events - 1) / n_events)
+            as_target = np.repeat(np.minimum(t, n_events - 1) / n_events, n_events)
+            following += np.bincount(items, probability * as_next, minlength=len(following))
+            aligned += np.bincount(items, probability * as_target, minlength=len(aligned))
         return tuple(torch.from_numpy(found / found.sum()).float().to(self.device) for found in (following, aligned))
 
     def step(self, number: int) -> dict[str, float]:
@@ -99,9 +113,16 @@ class Trainer:
         return {name: data_parallel.summed(part) for name, part in parts.items()}
 
     def draw_users(self) -> np.ndarray:
-        """The users of a step."""
+        """The users of a step, without repetition."""
         n_users = min(self.config.users, len(self.users))
-        return self.rng.choice(self.users, size=n_users, replace=False, p=self.user_probability)
+        if 2 * n_users > len(self.users):
+            return self.rng.choice(self.users, size=n_users, replace=False, p=self.user_probability)
+        # Repeated draws are left out until there are enough. `choice` would go through millions of users in each step.
+        drawn: dict[int, None] = {}
+        while len(drawn) < n_users:
+            points = self.rng.random(n_users - len(drawn)) * self._cumulative[-1]
+            drawn |= dict.fromkeys(np.searchsorted(self._cumulative, points, side="right").tolist())
+        return self.users[list(drawn)]
 
     def next_item(self, users: np.ndarray) -> Tensor:
         """Predicts the next item from every state, with each candidate embedded alone. Returns this process's share."""
@@ -112,43 +133,68 @@ class Trainer:
         # A window cut from the middle of a sequence must not teach that sequences begin there.
         starts = torch.tensor([begin > 0 for begin, _ in bounds], device=self.device)
         asked[:, 0] &= ~starts & self.model.has_start
-        candidate, log_inclusion = self._candidates(batch.item[asked])
-        own = data_parallel.share(len(users))
-        mine, asked_mine = batch.rows(own), asked[own]
-        states = self.states(mine.item[:, :-1], mine.time, mine.action[:, :-1])[asked_mine]  # [q,E]
-        position = torch.searchsorted(candidate, mine.item[asked_mine])
-        keys = self.model.item_embeddings(candidate)
-        total = losses.catalogue_softmax(states, keys, position, log_inclusion, self.scale, reduction="sum")
+        candidate = self._candidates(batch.item[asked])
+        share = data_parallel.share(len(users))
+        mine, asked_mine = batch.rows(share), asked[share]
+        log_inclusion = self._log_inclusion(candidate, mine.item, asked_mine, int(asked.sum()))
+        if self.config.own_items == "masked":
+            self._mask_own(log_inclusion, candidate, users[share])
+        own_candidates = candidate[data_parallel.share(len(candidate))]
+        states, keys = self.states_and_items(mine.item[:, :-1], mine.time, mine.action[:, :-1], own_candidates)
+        keys = data_parallel.gathered(keys.float(), len(candidate))
+        target = torch.searchsorted(candidate, mine.item[asked_mine])
+        questions = losses.Questions(states[asked_mine], asked_mine.nonzero()[:, 0], target)
+        total = losses.catalogue_softmax(questions, losses.Candidates(keys, log_inclusion), self.scale, reduction="sum")
         return total / asked.sum()
 
-    def _candidates(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The candidates: sorted catalogue indices [c], and the log of the probability that each is drawn [c]."""
-        n_uniform = self.config.n_uniform
+    @property
+    def _n_uniform(self) -> int:
+        return 0 if self.config.candidates == "batch" else self.config.n_uniform
+
+    def _candidates(self, target: Tensor) -> Tensor:
+        """The candidates of a step as sorted catalogue indices [c]."""
         if self.config.candidates == "full":
-            return torch.from_numpy(self.pool).to(self.device), torch.zeros(len(self.pool), device=self.device)
-        if self.config.candidates == "batch":
-            n_uniform = 0
-        uniform = torch.from_numpy(self.rng.choice(self.pool, size=n_uniform)).to(self.device)
-        candidate = torch.unique(torch.cat([target, uniform]))
-        if not self.config.log_q:
-            return candidate, torch.zeros(len(candidate), device=self.device)
-        return candidate, losses.inclusion_log_probability(
-            self.next_frequency[candidate], len(target), n_uniform, len(self.pool)
+            return torch.from_numpy(self.pool).to(self.device)
+        uniform = torch.from_numpy(self.rng.choice(self.pool, size=self._n_uniform)).to(self.device)
+        return torch.unique(torch.cat([target, uniform]))
+
+    def _log_inclusion(self, candidate: Tensor, item: Tensor, asked: Tensor, n_targets: int) -> Tensor:
+        """[b,c] for users with windows item [b,l]: how likely each candidate is, given that the user is in the batch.
+
+        The user's own targets are candidates with certainty. The others were drawn by the other users of the batch,
+        whose targets are what remains of `n_targets`, or uniformly.
+        """
+        config, n_own = self.config, asked.sum(dim=1)
+        if config.candidates == "full" or not config.log_q:
+            return torch.zeros(len(item), len(candidate), device=self.device)
+        n_draws = n_targets - (n_own if config.own_items == "certain" else torch.zeros_like(n_own))
+        log_inclusion = losses.inclusion_log_probability(
+            self.next_frequency[candidate], n_draws, self._n_uniform, len(self.pool)
         )
+        if config.own_items == "certain":
+            place = torch.searchsorted(candidate, item.contiguous())
+            log_inclusion[asked.nonzero()[:, 0], place[asked]] = 0.0
+        return log_inclusion
+
+    def _mask_own(self, log_inclusion: Tensor, candidate: Tensor, users: np.ndarray) -> None:
+        """Every training event of a user is a positive in one window or another, so none is a negative in any."""
+        for row, user in enumerate(users.tolist()):
+            items = self.dataset.sequences[user].items[: int(self.n_train[user])]
+            own = torch.from_numpy(np.ascontiguousarray(items)).to(self.device)
+            log_inclusion[row, torch.isin(candidate, own)] = math.inf
 
     def align(self, users: np.ndarray) -> Tensor:
         """LEARN's alignment: cuts each sequence at a random time and aligns the history before it with the targets."""
-        h, t, longest = self.config.n_states, self.config.n_targets, self.model.max_history
-        sample = SAMPLERS[self.config.align_sampling]
+        longest, sample = self.model.max_history, SAMPLERS[self.config.align_sampling]
+        # A user without history has a state as well, if the model has a start token.
+        shortest = 0 if self.model.has_start else 1
         histories, targets, chosen = [], [], []
         for user in users:
             n_events = int(self.n_train[user])
-            cut = int(self.rng.integers(1, n_events))
+            cut = int(self.rng.integers(shortest, n_events))
             histories.append(sample(self.rng, cut, 2 * longest, longest))
-            # Targets come soon after the cut: both stages sample from the next 4 t events.
-            targets.append(cut + sample(self.rng, min(4 * t, n_events - cut), 2 * t, t))
-            chosen.append(self.rng.integers(1, len(histories[-1]) + 1, size=h))
-            chosen[-1][0] = len(histories[-1])
+            targets.append(cut + self._positions_after(n_events - cut))
+            chosen.append(self._states_before(shortest, len(histories[-1])))
         own = data_parallel.share(len(users))
         past, future = self._with_hidden_actions(self._pack(histories, users)).rows(own), self._pack(targets, users)
         states = self.states(past.item, _with_request(past), past.action)  # [b,l+1,E]
@@ -159,6 +205,21 @@ class Trainer:
             log_frequency = torch.zeros_like(log_frequency)
         targets_of_all = losses.Targets(key, future.item, log_frequency, future.real())
         return losses.alignment(states.gather(1, at), targets_of_all, self.scale, own)
+
+    def _states_before(self, shortest: int, n_history: int) -> np.ndarray:
+        """The states of the alignment loss, [h] from `shortest` to `n_history`: the one at the cut, and random ones."""
+        h = self.config.n_states
+        first = max(shortest, n_history - h + 1) if self.config.align_span == "near" else shortest
+        states = self.rng.integers(first, n_history + 1, size=h)
+        states[0] = n_history
+        return states
+
+    def _positions_after(self, n_after: int) -> np.ndarray:
+        """The targets of the alignment loss among the `n_after` events after the cut: at most t of the next 4 t."""
+        t, n = self.config.n_targets, min(4 * self.config.n_targets, n_after)
+        positions = SAMPLERS[self.config.align_sampling](self.rng, n, 2 * t, t)
+        # The second stage favours high positions, which are the newest of a history, but the farthest of the targets.
+        return n - 1 - positions[::-1] if self.config.align_span == "near" else positions
 
     def _pack(self, positions: list[np.ndarray], users: np.ndarray) -> Batch:
         """A batch of these positions of each user's sequence."""

@@ -13,6 +13,7 @@ from learn.toml_config import strict
 
 EXACT = {"rtol": 0, "atol": 2e-6}
 both_positions = pytest.mark.parametrize("positions", ["none", "learned"])
+with_and_without_skip = pytest.mark.parametrize("skip_dim", [0, 5])
 
 
 def random_case(pch, lengths):
@@ -21,9 +22,10 @@ def random_case(pch, lengths):
     return content, mask
 
 
+@with_and_without_skip
 @both_positions
-def test_later_items_do_not_change_earlier_states(positions):
-    pch = small_pch(positions=positions)
+def test_later_items_do_not_change_earlier_states(positions, skip_dim):
+    pch = small_pch(positions=positions, skip_dim=skip_dim)
     content, _ = random_case(pch, [7, 7])
     changed = content.clone()
     changed[:, 4] += 1.0
@@ -33,17 +35,19 @@ def test_later_items_do_not_change_earlier_states(positions):
     assert not torch.allclose(before[:, 5], after[:, 5], atol=1e-4)
 
 
+@with_and_without_skip
 @both_positions
-def test_last_equals_the_naive_state_at_the_last_item(positions):
-    pch = small_pch(positions=positions)
+def test_last_equals_the_naive_state_at_the_last_item(positions, skip_dim):
+    pch = small_pch(positions=positions, skip_dim=skip_dim)
     lengths = [5, 0, 9, 1]
     content, mask = random_case(pch, lengths)
     naive = pch.states(content)[torch.arange(4), torch.tensor(lengths)]
     torch.testing.assert_close(pch.last(content, mask), naive, **EXACT)
 
 
-def test_padding_never_changes_a_state():
-    pch = small_pch()
+@with_and_without_skip
+def test_padding_never_changes_a_state(skip_dim):
+    pch = small_pch(skip_dim=skip_dim)
     content, mask = random_case(pch, [3, 6])
     noisy = content.clone()
     noisy[mask == 0] = 7.0
@@ -52,9 +56,10 @@ def test_padding_never_changes_a_state():
     torch.testing.assert_close(pch.last(noisy, mask)[:1], by_itself, **EXACT)
 
 
+@with_and_without_skip
 @both_positions
-def test_alone_equals_the_state_of_a_sequence_of_one_item(positions):
-    pch = small_pch(positions=positions)
+def test_alone_equals_the_state_of_a_sequence_of_one_item(positions, skip_dim):
+    pch = small_pch(positions=positions, skip_dim=skip_dim)
     content = torch.randn(5, 12)
     torch.testing.assert_close(pch.alone(content), pch.states(content[:, None])[:, 1], **EXACT)
 

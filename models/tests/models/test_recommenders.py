@@ -16,6 +16,8 @@ from learn.serving import fixture_bundles
 from research.baselines.hstu import BUCKET_WIDTH, Hstu, HstuConfig, time_buckets
 from research.baselines.lora import LoraEncoder, LoraSizes
 from research.baselines.sasrec import SasRec, SasRecConfig
+from research.baselines.sasrec_text import SasRecTextConfig, sasrec_text
+from research.baselines.unisrec import UniSRecConfig, unisrec
 
 N_ITEMS = 30
 EXACT = {"rtol": 0, "atol": 3e-6}
@@ -42,6 +44,10 @@ def build_model(kind):
         "sasrec": lambda: SasRec(SasRecConfig(width=8, layers=2, heads=2, max_history=9), N_ITEMS),
         "hstu": lambda: Hstu(HstuConfig(width=8, layers=2, heads=2, max_history=9), N_ITEMS),
         "hstu-time": lambda: Hstu(HstuConfig(width=8, layers=2, heads=2, max_history=9, time_bias=True), N_ITEMS),
+        "sasrec-text": lambda: sasrec_text(
+            SasRecTextConfig(width=8, heads=2, max_history=9, adaptor_hidden=10), content(), "scale"
+        ),
+        "unisrec": lambda: unisrec(UniSRecConfig(width=8, max_history=9, experts=3), content(), "scale"),
         "content-mean": lambda: ContentMean(content(), 9),
         "lora": lora,
     }[kind]()
@@ -52,6 +58,7 @@ def build_model(kind):
 
 
 KINDS = ["learn", "learn-id", "learn-id-tied", "id-towers", "sasrec", "hstu", "hstu-time", "content-mean", "lora"]
+KINDS += ["sasrec-text", "unisrec"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -172,12 +179,12 @@ def test_an_hstu_layer_matches_plain_sums():
     items = torch.tensor([[3, 8]])
     x = model.table[items[0]] * 2.0 + model.positions[:2]
     block = model.blocks[0]
-    u, v, q, k = F.silu(block.norm(x) @ block.uvqk.weight.T).split(4, dim=-1)
+    u, v, q, k = F.silu(F.layer_norm(x, (4,), eps=1e-6) @ block.uvqk.weight.T).split(4, dim=-1)
     mixed = torch.zeros(2, 4)
     for i in range(2):
         for j in range(i + 1):
             mixed[i] = mixed[i] + F.silu(q[i] @ k[j] + block.by_distance[i - j]) / 5 * v[j]
-    y = F.layer_norm(mixed, (4,)) * u
+    y = F.layer_norm(mixed, (4,), eps=1e-6) * u
     want = F.normalize(x + y @ block.out.weight.T + block.out.bias, dim=-1)
     got = model.states(items, torch.zeros(1, 3, dtype=torch.int64))[0, 1:]
     torch.testing.assert_close(got, want, **EXACT)
@@ -186,8 +193,8 @@ def test_an_hstu_layer_matches_plain_sums():
 def test_a_sasrec_block_matches_plain_products():
     config = SasRecConfig(width=4, layers=1, heads=1, max_history=5, dropout=0.0)
     model = SasRec(config, N_ITEMS).eval()
-    x = model.table[torch.tensor([3, 8])] * 2.0 + model.positions[:2]
-    block, attention = model.blocks[0], model.blocks[0].attention
+    x = model.table[torch.tensor([3, 8])] * 2.0 + model.encoder.positions[:2]
+    block, attention = model.encoder.blocks[0], model.encoder.blocks[0].attention
     query = block.norm_query(x)
     wq, wk, wv = attention.in_proj_weight.chunk(3)
     bq, bk, bv = attention.in_proj_bias.chunk(3)
@@ -196,7 +203,7 @@ def test_a_sasrec_block_matches_plain_products():
     h = query + attention.out_proj(scores.softmax(dim=-1) @ v)
     y = block.norm_ffn(h)
     h = y + block.down(F.relu(block.up(y)))
-    want = F.normalize(model.norm_out(h), dim=-1)
+    want = F.normalize(model.encoder.norm_out(h), dim=-1)
     got = model.states(torch.tensor([[3, 8]]), torch.zeros(1, 3, dtype=torch.int64))[0, 1:]
     torch.testing.assert_close(got, want, **EXACT)
 

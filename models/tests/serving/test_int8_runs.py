@@ -14,6 +14,7 @@ from int8_bundle import TEXTS, encoder_folder, write_bundle
 
 from learn.cli import main
 from learn.content.ceg import EncoderFolder
+from learn.models import weights_file
 from learn.run_settings import EncoderSettings, Settings
 from learn.serving import bundle_check, digests, fixture_bundles, int8_encoder, quantise, tolerances
 from learn.training_run import Run
@@ -84,10 +85,12 @@ def test_towers_keep_their_graph(tiny_folder, copy, monkeypatch):
 
 
 def test_towers_that_do_not_name_their_graph_have_the_one_that_their_run_keeps(tiny_folder, copy):
-    for name in ("towers.pt", "cvr.pt"):
-        saved = torch.load(copy / "run" / name, weights_only=True)
+    for stem in ("towers", "cvr"):
+        saved = weights_file.read(copy / "run" / f"{stem}.safetensors")
         saved.pop("graph", None)
-        torch.save(saved, copy / "run" / name)
+        # The first version wrote files of PyTorch.
+        (copy / "run" / f"{stem}.safetensors").unlink()
+        torch.save(saved, copy / "run" / f"{stem}.pt")
     run = options(copy, tiny_folder)
     assert main(["evaluate", *run, *INT8]) == 0
     assert main(["evaluate", *run]) == 1
@@ -108,7 +111,7 @@ def test_a_step_in_another_precision_is_refused_and_removes_nothing(tiny_folder,
     for step in (["cvr"], ["evaluate"], ["export", "--out", str(copy / "out")]):
         assert main([*step, *run]) == 1
         assert capsys.readouterr().err == (
-            f"learn: {copy / 'run' / 'towers.pt'}: its towers were trained with encoder.precision = "
+            f"learn: {copy / 'run' / 'towers.safetensors'}: its towers were trained with encoder.precision = "
             '"int8", but the settings say "float": pass --encoder-precision int8 (encoder.precision in --config), or '
             "train again\n"
         )
@@ -139,7 +142,7 @@ def test_processes_of_one_training_make_the_graph_once(tiny_folder, finished, tm
     )
     done = torchrun(script, "train", *run, "--steps", "2", *INT8)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("made") == 1 and (tmp_path / "run" / "towers.pt").is_file()
+    assert done.stdout.count("made") == 1 and (tmp_path / "run" / "towers.safetensors").is_file()
 
 
 # --- the graph of a bundle -------------------------------------------------------------------------------------------

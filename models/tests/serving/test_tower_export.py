@@ -32,8 +32,13 @@ VARIANTS = pytest.mark.parametrize(
         {"adaptor": "linear"},
         {"actions": ACTIONS},
         {"actions": ("like",), "positions": "learned", "layers": 1},
+        {"skip_dim": 4},
+        {"skip_dim": 1, "output": "raw", "actions": ACTIONS, "adaptor": "linear"},
     ],
-    ids=["plain", "positions", "raw", "one-layer", "four-heads", "one-head", "linear", "actions", "actions-positions"],
+    ids=[
+        *("plain", "positions", "raw", "one-layer", "four-heads", "one-head", "linear", "actions", "actions-positions"),
+        *("skip", "skip-raw-actions-linear"),
+    ],
 )
 
 

@@ -12,7 +12,7 @@ from learn.training import losses
 
 def test_inclusion_probability_matches_hand_computed_values():
     frequency = torch.tensor([0.5, 0.25, 0.25, 0.0])
-    got = losses.inclusion_log_probability(frequency, n_draws=2, n_uniform=1, n_pool=len(frequency)).exp()
+    got = losses.inclusion_log_probability(frequency, torch.tensor([2]), n_uniform=1, n_pool=len(frequency)).exp()[0]
     # 1 - (1 - f)^2 * (1 - 1/4)
     want = torch.tensor([1 - 0.25 * 0.75, 1 - 0.5625 * 0.75, 1 - 0.5625 * 0.75, 1 - 0.75])
     torch.testing.assert_close(got, want)
@@ -26,7 +26,7 @@ def test_inclusion_probability_matches_a_simulation():
         drawn = torch.multinomial(frequency, 3, replacement=True, generator=generator)
         uniform = torch.randint(5, (2,), generator=generator)
         hits[torch.unique(torch.cat([drawn, uniform]))] += 1
-    got = losses.inclusion_log_probability(frequency, 3, 2, len(frequency)).exp()
+    got = losses.inclusion_log_probability(frequency, torch.tensor([3]), 2, len(frequency)).exp()[0]
     torch.testing.assert_close(got, hits / 4000, rtol=0, atol=0.03)
 
 
@@ -34,7 +34,8 @@ def test_catalogue_softmax_matches_a_hand_computed_value():
     query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     candidate = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, -1.0]])
     probability = [0.5, 0.25, 1.0]
-    got = losses.catalogue_softmax(query, candidate, torch.tensor([0, 1]), torch.tensor(probability).log(), scale=2.0)
+    asked = losses.Questions(query, torch.tensor([0, 0]), torch.tensor([0, 1]))
+    got = losses.catalogue_softmax(asked, losses.Candidates(candidate, torch.tensor([probability]).log()), scale=2.0)
     # Logits of row 0: 2*1 for the target; 2*.5 with weight 1/.25 and 0 with weight 1 for the others. Logits of row 1:
     # 2*.5 for the target; 0 with weight 1/.5 and -2 with weight 1 for the others.
     first = -math.log(math.exp(2) / (math.exp(2) + 4 * math.exp(1) + 1))
@@ -44,7 +45,8 @@ def test_catalogue_softmax_matches_a_hand_computed_value():
 
 def test_catalogue_softmax_with_every_item_is_the_full_softmax():
     query, candidate, target = torch.randn(4, 3), torch.randn(9, 3), torch.tensor([0, 3, 8, 3])
-    got = losses.catalogue_softmax(query, candidate, target, torch.zeros(9), scale=1.0)
+    asked = losses.Questions(query, torch.tensor([0, 0, 1, 1]), target)
+    got = losses.catalogue_softmax(asked, losses.Candidates(candidate, torch.zeros(2, 9)), scale=1.0)
     torch.testing.assert_close(got, torch.nn.functional.cross_entropy(query @ candidate.T, target))
 
 

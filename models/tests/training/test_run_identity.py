@@ -37,7 +37,8 @@ def identity(kind):
     items, values, times = np.array([0, 3, 1, 4]), np.array([5.0, 2.0, 4.0, 1.0]), np.array([10, 20, 30, 40])
     texts, sequences = [ItemText(title="x")] * N_ITEMS, [Sequence("u", items, values, times)]
     dataset = Dataset([str(number) for number in range(N_ITEMS)], texts, sequences)
-    config = TrainConfig(seed=1, steps=4)
+    # Earlier versions had these numbers for every length, and no other loss.
+    config = TrainConfig(seed=1, steps=4, warmup=40, check_every=100, own_items="marginal")
     return train_recommender._identity(config, model_of(kind), dataset, Split([2], [Event(0, 2)], [Event(0, 3)]))
 
 
