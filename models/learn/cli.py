@@ -11,8 +11,11 @@ import os
 import sys
 from pathlib import Path
 
+from learn import run_arguments
+from learn.allocator import keep_freed_memory
 from learn.features_arguments import add_features
 from learn.serving.tolerances import ABSOLUTE, COSINE
+from learn.study_arguments import add_report, add_study, add_tune
 
 HERE = Path(__file__).parents[1]
 CVR_STUDY = HERE / "configs" / "cvr-ml-latest-small.toml"
@@ -47,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="learn", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
-    common, raw, start, bundle, results = _common(), _raw(), _start(), _bundle(), _results()
+    common, raw, start = run_arguments.common(HERE), run_arguments.raw(), run_arguments.start()
+    bundle, results = run_arguments.bundle(), run_arguments.results(HERE)
     for name, function, text, parents in (
         ("prepare", _prepare, "raw data set -> prepared folder", [common, raw]),
         ("encode", _encode, "compute the content embedding of every item and store it on disk", [common]),
@@ -60,104 +64,14 @@ def _parser() -> argparse.ArgumentParser:
         ("all", _all, "every step from prepare to export, except rank", [common, raw, start, bundle]),
     ):
         commands.add_parser(name, help=text, parents=parents).set_defaults(run_command=function)
-    _add_study(commands, [raw, results])
+    add_study(commands, [raw, results], HERE).set_defaults(run_command=_study, threads=1)
+    add_tune(commands, [raw, results], HERE).set_defaults(run_command=_tune, threads=1)
+    add_report(commands, HERE).set_defaults(run_command=_report, threads=1)
     _add_serving(commands, common)
     fixture = commands.add_parser("fixture", help="write the tiny random bundles that tests use")
     fixture.add_argument("--out", type=Path, required=True, help="folder of all fixtures; each bundle gets a subfolder")
     fixture.set_defaults(run_command=_fixture, threads=1)
     return parser
-
-
-def _common() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--run", type=Path, default=HERE / "runs" / "default", help="folder of the run")
-    common.add_argument("--config", type=Path, help="TOML file of settings; see configs/ for examples")
-    common.add_argument("--encoder", type=Path, default=HERE / "default", help="folder of the frozen encoder")
-    common.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    dtypes = ("float32", "float16", "bfloat16")
-    common.add_argument("--dtype", choices=dtypes, help="dtype of the encoder's weights; overrides the config")
-    common.add_argument(
-        "--encoder-precision",
-        choices=("float", "int8"),
-        help="int8: quantise the encoder and train on its content; overrides the config",
-    )
-    common.add_argument(
-        "--seed",
-        type=int,
-        help="seed of towers and head; overrides the config; for rank, the only seed (default: 1 to 5)",
-    )
-    common.add_argument("--steps", type=int, help="optimiser steps of the towers; overrides the config")
-    return common
-
-
-def _raw() -> argparse.ArgumentParser:
-    raw = argparse.ArgumentParser(add_help=False)
-    raw.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="MovieLens or Amazon data in their original files, or data in the neutral format",
-    )
-    return raw
-
-
-def _results() -> argparse.ArgumentParser:
-    results = argparse.ArgumentParser(add_help=False)
-    results.add_argument(
-        "--out",
-        type=Path,
-        default=HERE / "results",
-        help="parent folder of the results; the study gets a subfolder with its name",
-    )
-    return results
-
-
-def _start() -> argparse.ArgumentParser:
-    start = argparse.ArgumentParser(add_help=False)
-    start.add_argument(
-        "--from",
-        type=Path,
-        dest="start",
-        metavar="RUN",
-        help="start from the towers of this run instead of random ones",
-    )
-    return start
-
-
-def _bundle() -> argparse.ArgumentParser:
-    bundle = argparse.ArgumentParser(add_help=False)
-    bundle.add_argument("--out", type=Path, required=True, help="folder of the bundle")
-    bundle.add_argument("--name", default="learn", help="name in the manifest")
-    bundle.add_argument("--bundle-version", default="1", help="version in the manifest")
-    bundle.add_argument("--source", default="not said", help="description of the data for the manifest")
-    bundle.add_argument("--figures", type=Path, help="folder of a study; its figures for --model go into the manifest")
-    bundle.add_argument("--model", default="learn-text", help="model of that study; this bundle is one of its seeds")
-    return bundle
-
-
-def _add_study(commands: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> None:
-    study = commands.add_parser(
-        "study", parents=parents, help="train and evaluate several models and seeds; writes one .npz record per run"
-    )
-    study.add_argument(
-        "--config", type=Path, default=HERE / "configs" / "ml-latest-small.toml", help="TOML file of the study"
-    )
-    study.add_argument(
-        "--run", type=Path, help="folder of prepared data and embeddings (default: runs/<name of the study>)"
-    )
-    study.add_argument("--encoders", type=Path, default=HERE, help="folder that contains the study's encoders")
-    study.add_argument(
-        "--name", help="name of the study; overrides the config, so that one config serves several data sets"
-    )
-    study.add_argument("--only", nargs="+", metavar="MODEL", help="run only these models")
-    study.add_argument(
-        "--workers", type=int, default=min(2, os.cpu_count() or 1), help="number of parallel runs, one thread per run"
-    )
-    study.set_defaults(run_command=_study, threads=1)
-    report = commands.add_parser("report", help="write REPORT.md with tables and plots from the records of all studies")
-    report.add_argument("--results", type=Path, default=HERE / "results", help="folder of the studies")
-    report.add_argument("--out", type=Path, default=HERE, help="folder for REPORT.md and report/")
-    report.set_defaults(run_command=_report, threads=1)
 
 
 def _add_serving(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
@@ -229,6 +143,8 @@ def _run(arguments: Arguments):
     settings = read_settings(arguments.config).with_seed(arguments.seed)
     if arguments.steps is not None:
         settings = replace(settings, train=replace(settings.train, steps=arguments.steps))
+    if getattr(arguments, "tensorboard", None) is not None:
+        settings = replace(settings, train=replace(settings.train, tensorboard=str(arguments.tensorboard)))
     if arguments.dtype is not None:
         settings = replace(settings, encoder=replace(settings.encoder, dtype=arguments.dtype))
     if arguments.encoder_precision is not None:
@@ -246,16 +162,27 @@ def _encode(arguments: Arguments) -> None:
 
 
 def _train(arguments: Arguments) -> None:
+    _check_tensorboard(arguments)
+    keep_freed_memory()
     _run(arguments).train(arguments.start)
 
 
+def _check_tensorboard(arguments: Arguments) -> None:
+    from learn.training.listeners import check_tensorboard
+
+    if _run(arguments).settings.train.tensorboard:
+        check_tensorboard()
+
+
 def _cvr(arguments: Arguments) -> None:
+    keep_freed_memory()
     _run(arguments).train_cvr()
 
 
 def _rank(arguments: Arguments) -> None:
     from research.ranking.run_command import rank_run
 
+    keep_freed_memory()
     seeds = (1, 2, 3, 4, 5) if arguments.seed is None else (arguments.seed,)
     rank_run(_run(arguments), seeds)
 
@@ -265,6 +192,7 @@ def _cvr_study(arguments: Arguments) -> None:
 
     from research.cvr.run_command import study_run
 
+    keep_freed_memory()
     torch.set_num_threads(arguments.threads)
     study_run(arguments.config or CVR_STUDY, arguments.run, arguments.encoder, arguments.out)
 
@@ -278,10 +206,20 @@ def _export(arguments: Arguments) -> None:
 
     run, facts = _run(arguments), {"data": arguments.source}
     if arguments.figures is not None:
-        from research.retrieval.manifest_figures import figures_of, subject_of
-
-        facts["study"] = figures_of(arguments.figures, arguments.model, subject_of(run))
+        facts["study"] = _study_figures(arguments, run)
     run.export(arguments.out, Label(arguments.name, arguments.bundle_version), facts)
+
+
+def _study_figures(arguments: Arguments, run):
+    from dataclasses import replace
+
+    from learn.training.run_length import planned
+    from research.retrieval.manifest_figures import figures_of, subject_of
+
+    # A study's records have the length in steps, which may follow from the log.
+    settings, split = run.settings, run.split(run.dataset())
+    settings = replace(settings, train=planned(settings.train, split.n_train, settings.pch.max_history))
+    return figures_of(arguments.figures, arguments.model, replace(subject_of(run), settings=settings))
 
 
 def _all(arguments: Arguments) -> None:
@@ -297,23 +235,44 @@ def _check(arguments: Arguments) -> None:
     run = _run(arguments)
     run.check_towers()
     run.check_labels()
+    _check_tensorboard(arguments)
     if arguments.start is not None:
         run.towers_of(arguments.start)
 
 
-def _study(arguments: Arguments) -> None:
+def _study(arguments: Arguments) -> int:
     from dataclasses import replace
 
-    from research.retrieval.study import inputs_of, only, read_study, run_study
+    from research.retrieval.study import dry_run, inputs_of, only, read_study, run_study
+    from research.retrieval.study_parts import with_seeds, with_steps
 
     study = read_study(arguments.config)
     if arguments.name:
         study = replace(study, study=arguments.name)
+    # A study of another length has the same data and content.
+    run = arguments.run or HERE / "runs" / study.study
     if arguments.only:
         study = only(study, arguments.only)
+    if arguments.seeds:
+        study = with_seeds(study, arguments.seeds)
+    if arguments.steps:
+        study = with_steps(study, arguments.steps)
+    inputs = inputs_of(study, arguments.data, run, arguments.encoders)
+    if arguments.dry_run:
+        dry_run(study, inputs, arguments.out, arguments.workers)
+        return 0
+    failed = run_study(study, inputs, arguments.out, arguments.workers)
+    return 1 if failed else 0
+
+
+def _tune(arguments: Arguments) -> None:
+    from research.retrieval.study import inputs_of
+    from research.retrieval.tuning import read_budget, run_command
+
+    study, budget = read_budget(arguments.config)
     run = arguments.run or HERE / "runs" / study.study
     inputs = inputs_of(study, arguments.data, run, arguments.encoders)
-    run_study(study, inputs, arguments.out, arguments.workers)
+    run_command(study, budget, inputs, arguments.out / "tuning" / f"{study.study}.jsonl", arguments.workers)
 
 
 def _report(arguments: Arguments) -> None:

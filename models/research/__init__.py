@@ -4,14 +4,19 @@ This package is not installed with `learn`; the command line of `learn` imports 
 
 bootstrap            paired comparison of two models over users and seeds
 record_files         how results are stored: a JSON header and integer columns in one `.npz` file
+provenance           the commit of the code that a record was made with
 
 baselines            the models that LEARN is compared with
+    item_to_item     EASE and ItemKNN: a matrix between items, computed from counts
     sasrec, hstu     self-attention over item ids
+    sasrec_text      SASRec over content embeddings in place of ids
+    unisrec          the same with a mixture of experts as adaptor
     lora             a tuned language model in place of a transformer over frozen vectors
 
 retrieval            full-ranking studies
     study            several models and seeds under one protocol (`learn study`)
     arms             the models of a study: how its TOML describes one, and how it is built
+    tuning           equally many trials for every model, on validation alone (`learn tune`)
     result_files     what their files hold
     estimates        means and differences with their intervals
     manifest_figures the figures of one model, for the manifest of a bundle
@@ -39,5 +44,7 @@ report               REPORT.md and its plots (`learn report`)
     claims.toml      the claims of LEARN and the test of each; claims.py reads them
     expected_models.toml   the models that tables wait for; expected_models.py reads them
     verdicts         tests the claims
-    document         the sections (answer, retrieval_tables, ranking_table, plots, number_format)
+    stale_records    runs that today's config does not describe are refused
+    study_sections   the sections that every retrieval study has
+    document         the other sections, and their order (answer, retrieval_tables, ranking_table, plots, number_format)
 """

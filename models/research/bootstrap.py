@@ -59,9 +59,9 @@ class BootstrapConfig:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean or a difference of two means, with its interval.
+    """A mean, or a difference or ratio of two means, with its interval.
 
-    `p` tests the difference against 0 and is None for a mean. `n_seeds` is the smaller number of seeds of the two.
+    `p` tests a difference against 0 and is None for a mean. `n_seeds` is the smaller number of seeds of the two.
     """
 
     value: float
@@ -104,6 +104,31 @@ class Bootstrap:
     def difference(self, runs: ValuesBySeed, other: ValuesBySeed, group: Group | None = None) -> Estimate:
         """The mean of `runs` minus that of `other`, on the same events. Raises ValueError as `mean` does."""
         return self._estimate([(1.0, runs), (-1.0, other)], group or Group())
+
+    def ratio(
+        self, runs: ValuesBySeed, other: ValuesBySeed, group: Group | None = None, null: float = 1.0
+    ) -> Estimate | None:
+        """The mean of `runs` divided by that of `other`, on the same events; `p` tests it against `null`.
+
+        None if the mean of `other` is 0. The interval leaves out replicates where it is 0 or less, which have no ratio;
+        `p` is that of the difference to `null` times the other mean, which all replicates have. The draws are those of
+        `difference`, and against 1 the p is the same. Raises ValueError as `mean` does.
+        """
+        group = group or Group()
+        size, seed_weights = self._size(group), self._seed_weights([runs, other])
+        sums = [self._sums(values, group) for values in (runs, other)]
+        mean, other_mean = (gains.sum(axis=0).mean() / size.sum() for gains in sums)
+        if not other_mean > 0:
+            return None
+        above, below = (
+            self._replicates([(1.0, gains)], size, [weights]) for gains, weights in zip(sums, seed_weights, strict=True)
+        )
+        replicates = above[below > 0] / below[below > 0]
+        if not len(replicates):
+            return None
+        low, high = percentile_interval(replicates, self.config.level)
+        n_seeds, p = min(len(runs), len(other)), two_sided_p(above - null * below)
+        return Estimate(float(mean / other_mean), float(low), float(high), p, *self._count(group), n_seeds)
 
     def _estimate(self, terms: list[tuple[float, ValuesBySeed]], group: Group) -> Estimate:
         sums = [(sign, self._sums(runs, group)) for sign, runs in terms]

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from learn.atomic_file import replacing
 from learn.data import DataError
+from research import provenance
 
-# Raised whenever a reader of the older form would misread the newer one.
-FORMAT = 2
+# Raised whenever a reader of the older form would misread the newer one. Format 3 has the commit in every run and the
+# digest of the data in every retrieval run; files of format 2 are read without them.
+FORMAT = 3
+READABLE = (2, FORMAT)
 HEADER = "record.json"
 # The file that a folder of results has for its study, by the kind of study.
 RETRIEVAL_STUDY_FILE, RANKING_STUDY_FILE, CVR_STUDY_FILE = "study.npz", "ranking.npz", "cvr.npz"
@@ -59,7 +62,7 @@ class Strict(BaseModel):
 class Record(Strict):
     """What one file holds. Fields of type `Column` become arrays of the file, all others its header."""
 
-    format: Literal[2] = FORMAT
+    format: Literal[2, 3] = FORMAT
 
     @classmethod
     def columns(cls) -> list[str]:
@@ -68,12 +71,31 @@ class Record(Strict):
 
     def header(self) -> str:
         """The other fields as JSON."""
-        return self.model_dump_json(exclude_none=True, exclude=set(self.columns()))
+        return self._header(set())
+
+    def _header(self, without: set[str]) -> str:
+        return self.model_dump_json(exclude_none=True, exclude={*self.columns(), *without})
 
     def equals(self, other: Self) -> bool:
-        """Whether all fields agree, arrays included."""
+        """Whether all fields but the format agree, arrays included."""
         arrays_agree = all(np.array_equal(getattr(self, name), getattr(other, name)) for name in self.columns())
-        return self.header() == other.header() and arrays_agree
+        return self._header({"format"}) == other._header({"format"}) and arrays_agree
+
+
+class RunRecord(Record):
+    """What one training left. `commit` is the code that it ran (`provenance.commit`), None in a file of format 2."""
+
+    commit: str | None = Field(default_factory=provenance.commit, min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _commit_is_that_of_the_file(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The default is for a run that has just ended: a file without the field must not get the commit of today."""
+        if "format" not in fields or "commit" in fields:
+            return fields
+        if fields["format"] >= FORMAT:
+            raise ValueError(f"a run of format {FORMAT} needs the field commit")
+        return fields | {"commit": None}
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
@@ -103,8 +125,9 @@ def read(path: Path, kind: type[AnyRecord]) -> AnyRecord:
             fields |= {name: archive[name] for name in archive.files if name != HEADER}
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
         raise DataError(path, None, None, f"not a file of results: {error}") from error
-    if fields.get("format") != FORMAT:
-        raise DataError(path, None, "format", f"is {fields.get('format')}; this program reads format {FORMAT}")
+    if fields.get("format") not in READABLE:
+        readable = " and ".join(map(str, READABLE))
+        raise DataError(path, None, "format", f"is {fields.get('format')}; this program reads the formats {readable}")
     try:
         return kind.model_validate(fields)
     except ValidationError as error:

@@ -10,6 +10,7 @@ from conftest import MODELS
 
 # Each layer may import only itself and the layers before it. A layer is a module, or a package with everything in it.
 LAYERS = (
+    "learn.allocator",
     "learn.atomic_file",
     "learn.padding",
     "learn.progress",
@@ -23,8 +24,11 @@ LAYERS = (
     "learn.run_settings",
     "learn.training_run",
     "learn.features_arguments",
+    "learn.run_arguments",
+    "learn.study_arguments",
     "learn.cli",
     "learn.__main__",
+    "research.provenance",
     "research.bootstrap",
     "research.record_files",
     "research.baselines",

@@ -17,7 +17,7 @@ from pydantic import model_validator as validator
 
 from learn.data import DataError
 from research import record_files
-from research.record_files import CVR_STUDY_FILE, Column, Record
+from research.record_files import CVR_STUDY_FILE, Column, Record, RunRecord
 
 
 class CvrStudyRecord(Record):
@@ -43,7 +43,7 @@ class CvrStudyRecord(Record):
         return self
 
 
-class CvrRun(Record):
+class CvrRun(RunRecord):
     """One arm trained with one seed; `score_rank` is to its scores what `item_mean_rank` is to item means."""
 
     kind: Literal["cvr run"] = "cvr run"

@@ -28,8 +28,8 @@ from learn.toml_config import as_read, strict
 from learn.training.cvr_config import CvrTrainConfig
 from learn.training.cvr_events import event_spans, label, training_spans
 from learn.training.train_config import TrainConfig
-from learn.training.train_cvr_head import CvrData, fit_head, held_out_examples, item_means, predict
-from research import record_files
+from learn.training.train_cvr_head import CvrData, fit_head, held_out_examples, item_means, item_vectors, predict
+from research import provenance, record_files
 from research.cvr import summary
 from research.cvr.result_files import CvrRun, CvrStudyRecord
 from research.cvr.towers import TowerData, TowersConfig, data_digest, trained_towers
@@ -72,7 +72,7 @@ class CvrStudy(SplitSettings):
 
     def head_of(self, arm: CvrArm, where: str = "arm") -> CvrConfig:
         """Sizes and parts of the arm's head."""
-        return strict(CvrConfig, {"in_dim": self.pch.out_dim} | arm.head, f"{where}.head")
+        return strict(CvrConfig, {"in_dim": self.pch.embedding_dim} | arm.head, f"{where}.head")
 
     def training_of(self, arm: CvrArm, seed: int, where: str = "arm") -> CvrTrainConfig:
         """How the arm's head is trained."""
@@ -94,6 +94,7 @@ def run_study(
     split = data.split(dataset.sequences, study.chosen_split())
     tower_data = TowerData(dataset, content, split, data_digest(dataset, content, split))
     record_files.write(out / record_files.CVR_STUDY_FILE, _describe(study, tower_data))
+    provenance.commit()  # Before training: the first call in a process decides.
     for seed in study.seeds:
         for name, arm in study.arms.items():
             path, config = record_files.run_path(out, name, seed), _recorded(study, arm)
@@ -112,7 +113,7 @@ def _run(study: CvrStudy, name: str, seed: int, tower_data: TowerData, work: Pat
     fitted = fit_head(config, study.head_of(arm), pch, cvr_data, study.train)
     test = held_out_examples(pch, cvr_data, config, "test")
     with torch.no_grad():
-        scores = predict(fitted.head, test, pch.alone(cvr_data.content))
+        scores = predict(fitted.head, test, item_vectors(pch, cvr_data.content))
     figures = fitted.figures | {"ndcg_at_10_before_cvr": _retrieved(towers, cvr_data)}
     figures["ndcg_at_10"] = _retrieved(pch, cvr_data) if config.tune_towers else figures["ndcg_at_10_before_cvr"]
     return CvrRun(

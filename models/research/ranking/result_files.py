@@ -17,7 +17,7 @@ from pydantic import model_validator as validator
 
 from learn.data import DataError
 from research import record_files
-from research.record_files import RANKING_STUDY_FILE, Column, Record
+from research.record_files import RANKING_STUDY_FILE, Column, Record, RunRecord
 
 
 class RankingStudy(Record):
@@ -46,7 +46,7 @@ class RankingStudy(Record):
         return self
 
 
-class RankingRun(Record):
+class RankingRun(RunRecord):
     """One arm trained with one seed.
 
     `score_rank` has, for each test event, the place of its score among the distinct scores of the run, the lowest at 0:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from learn.data import Dataset
 from learn.toml_config import as_read
-from research import record_files
+from research import provenance, record_files
 from research.ranking import event_parts, features, summary, tower_runs
 from research.ranking.arms import ARMS, CONTROL
 from research.ranking.auc_metrics import GroupConfig, HeldOut
@@ -92,6 +92,7 @@ def rank(config: RankConfig, dataset: Dataset, source: FeatureSource, out: Path)
 
     An arm and seed that `out` has with the same config is kept.
     """
+    provenance.commit()  # Before training: the first call in a process decides.
     out.mkdir(parents=True, exist_ok=True)
     table = tabulate(config, dataset, event_parts.cut(dataset, config.split))
     record_files.write(out / record_files.RANKING_STUDY_FILE, describe(config, dataset, table))

@@ -33,6 +33,7 @@ from torch import Tensor
 from learn.atomic_file import replacing
 from learn.data import Dataset, has_own_actions
 from learn.data.actions import ACTIONS
+from learn.models import weights_file
 from learn.run_settings import PrepareSettings, Settings
 from learn.serving.features import STATUS, VECTORS, FeaturesConfig, compute_features
 from learn.serving.shipped_bundle import Label
@@ -163,7 +164,7 @@ def _train(run: Run, own: Run, dataset: Dataset, events: Events, folder: Path) -
         (own.folder / "cache").symlink_to(cache, target_is_directory=True)
     # A mistake in the labels should be found before the towers are trained.
     own.check_labels()
-    if not (own.folder / "towers.pt").is_file():
+    if not weights_file.path_in(own.folder, "towers").is_file():
         own.train()
     own.train_cvr()
     own.evaluate()

@@ -23,7 +23,15 @@ from pydantic import model_validator as validator
 from learn.data import DataError, Dataset, Split
 from learn.evaluation import metrics
 from research import record_files
-from research.record_files import CVR_STUDY_FILE, RANKING_STUDY_FILE, RETRIEVAL_STUDY_FILE, Column, Record, Strict
+from research.record_files import (
+    CVR_STUDY_FILE,
+    RANKING_STUDY_FILE,
+    RETRIEVAL_STUDY_FILE,
+    Column,
+    Record,
+    RunRecord,
+    Strict,
+)
 
 StudyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 # Such as "learn-text" or, for an ablation of it, "learn-text/variant-2".
@@ -99,11 +107,24 @@ class CurvePoint(Strict):
     hr_at_10: FiniteFloat | None = None
 
 
-class Run(Record):
+class Choice(Strict):
+    """Settings that were tried on validation apart from the learning curve, such as the weight of a content skip.
+
+    `ndcg_at_10_few` is that of the events whose item has fewer than five training events, where it decides, too.
+    """
+
+    settings: dict[str, FiniteFloat]
+    ndcg_at_10: FiniteFloat
+    ndcg_at_10_few: FiniteFloat | None = None
+    taken: bool
+
+
+class Run(RunRecord):
     """One model trained with one seed.
 
     `rank` has the target's rank for each test event, from 1. An ablation names the model that it is compared with
-    (`reference`) and the question that it answers.
+    (`reference`) and the question that it answers. `data` is the digest of the study's data and split; files of format
+    2 do not have it.
     """
 
     kind: Literal["retrieval run"] = "retrieval run"
@@ -114,7 +135,9 @@ class Run(Record):
     reference: ModelName | None = None
     question: Text | None = None
     seed: NonNegativeInt
+    data: Text | None = None
     config: dict[str, Any]
+    choices: list[Choice] = Field(default_factory=list)
     n_parameters: NonNegativeInt
     machine: Text
     seconds: Seconds
@@ -126,6 +149,8 @@ class Run(Record):
     def _is_consistent(self) -> Run:
         if self.family == "ablation" and not (self.reference and self.question):
             raise ValueError("an ablation needs the fields reference and question")
+        if self.format >= record_files.FORMAT and self.data is None:
+            raise ValueError(f"a run of format {self.format} needs the field data")
         if self.reference == self.model:
             raise ValueError(f"reference: {self.model} is compared with itself")
         if len(self.rank) and self.rank.min() < 1:
@@ -187,11 +212,11 @@ def data_digest(dataset: Dataset, split: Split) -> str:
 
 
 def measured(study: Study, ranking: metrics.Ranking, counts: np.ndarray) -> dict[str, Any]:
-    """The fields `rank` and `top` of a run. counts [I]: training events of every item."""
+    """The fields `rank`, `top` and `data` of a run. counts [I]: training events of every item."""
     rank = np.asarray(ranking.rank)
     if len(rank) != len(study.user):
         raise ValueError(f"{len(rank)} ranks for the {len(study.user)} test events of study {study.study}")
-    return {"rank": rank, "top": metrics.top_figures(ranking.top, counts)}
+    return {"rank": rank, "top": metrics.top_figures(ranking.top, counts), "data": study.data.digest}
 
 
 def run_path(root: Path, study: str, model: str, seed: int) -> Path:
@@ -271,6 +296,9 @@ def read_run(path: Path) -> Run:
 def _check_run(path: Path, run: Run, study: Study) -> None:
     if run.study != study.study:
         raise DataError(path, None, "study", f"is {run.study!r}, but the file is in the folder of {study.study!r}")
+    if run.data not in (None, study.data.digest):
+        reason = f"is of other data or another split than its study; run `learn study --only {run.model}` again"
+        raise DataError(path, None, "data", reason)
     if len(run.rank) != len(study.user):
         raise DataError(path, None, "rank", f"has {len(run.rank)} entries for {len(study.user)} test events")
     if run.rank.max() > study.data.n_items:

@@ -8,19 +8,18 @@ A run whose file exists with the same config is not repeated, so a study that wa
 
 from __future__ import annotations
 
-import multiprocessing
 import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from learn import data
 from learn.content import ceg, embedding_store
@@ -29,14 +28,32 @@ from learn.evaluation.full_ranking import array_ranking, popularity
 from learn.evaluation.metrics import Ranking
 from learn.evaluation.retrieval import retrieve
 from learn.models.pch import PchConfig
+from learn.models.recommender import Learn, Recommender
 from learn.run_settings import EncoderSettings, PrepareSettings, read_toml
 from learn.toml_config import as_read, strict
-from learn.training import data_parallel
+from learn.training import content_skip, data_parallel, run_length
+from learn.training.listeners import Losses
 from learn.training.train_config import TrainConfig
 from learn.training.train_recommender import train
 from learn.training_run import Prompts, prepare_config
+from research import provenance
 from research.retrieval import result_files
-from research.retrieval.arms import SIZES, Arm, Content, Inputs, build, content_name
+from research.retrieval.arms import (
+    ITEM_TO_ITEM,
+    SIZES,
+    WITH_CONTENT,
+    WITHOUT_RANDOMNESS,
+    Arm,
+    Content,
+    Inputs,
+    build,
+    content_name,
+    content_of,
+    fit_item_to_item,
+)
+from research.retrieval.prepare_once import prepare_once
+from research.retrieval.progress import PlannedRun, Progress, Timed, closing_table
+from research.retrieval.workers import Report, work_off
 
 # Tags per item, where a content has keywords.
 N_KEYWORDS = 8
@@ -62,7 +79,7 @@ class Study(SplitSettings):
                 raise ValueError(f"models.{name}.content: {arm.content!r} is none of {sorted(self.contents)}")
             if set(arm.train) & {"seed"}:
                 raise ValueError(f"models.{name}.train: seeds belong to the study")
-            strict(TrainConfig, asdict(self.train) | arm.train, f"models.{name}.train")
+            self.training_of(arm, f"models.{name}.train")
             if arm.kind in SIZES:
                 strict(SIZES[arm.kind], arm.sizes, f"models.{name}.sizes")
             if arm.sizes.get("actions"):
@@ -72,12 +89,16 @@ class Study(SplitSettings):
         """Every (model, seed) by seed, ablations last, so that a study that is stopped has all main models."""
         pairs = [(name, seed) for seed in self.seeds for name in self.models]
         pairs.sort(key=lambda pair: self.models[pair[0]].family == "ablation")
-        return [(name, seed) for name, seed in pairs if seed in self._seeds_of(self.models[name])]
+        return [(name, seed) for name, seed in pairs if seed in self.seeds_of(self.models[name])]
 
-    def _seeds_of(self, arm: Arm) -> list[int]:
-        if arm.kind in ("popularity", "content-mean"):
-            return self.seeds[:1]  # They have no randomness.
-        return self.seeds[: arm.n_seeds]
+    def training_of(self, arm: Arm, where: str = "train") -> TrainConfig:
+        """How the arm is trained."""
+        return strict(TrainConfig, asdict(self.train) | arm.train, where)
+
+    def seeds_of(self, arm: Arm) -> list[int]:
+        """The seeds of the arm: one if it has no randomness."""
+        n_seeds = len(self.seeds) if arm.n_seeds is None else arm.n_seeds
+        return self.seeds[: min(n_seeds, 1) if arm.kind in WITHOUT_RANDOMNESS else n_seeds]
 
 
 def read_study(path: Path) -> Study:
@@ -97,52 +118,96 @@ def only(study: Study, names: Sequence[str]) -> Study:
     return replace(study, models={name: study.models[name] for name in names})
 
 
-def inputs_of(study: Study, source: Path, run: Path, encoders: Path) -> Inputs:
-    """Prepares the data set in `source` and encodes its items for every content that a model of the study needs."""
-    needed = {arm.content for arm in study.models.values() if arm.kind in ("content-mean", "learn")}
+def inputs_of(study: Study, source: Path | str, run: Path, encoders: Path) -> Inputs:
+    """Prepares the data set in `source` and encodes its items for every content that a model of the study needs.
+
+    What is there already, from the same files with the same settings, is neither prepared nor encoded again.
+    """
+    needed = {arm.content for arm in study.models.values() if arm.kind in WITH_CONTENT}
     content, plain = {}, prepare_config(study.prepare, study.chosen_split())
+    prepare_once(source, run / "data", plain)
+    if any(study.contents[name].keywords for name in needed):
+        prepare_once(source, run / "data-keywords", replace(plain, max_keywords=N_KEYWORDS))
     for name in sorted(needed):
         entry = study.contents[name]
         folder = run / ("data-keywords" if entry.keywords else "data")
-        data.prepare(source, folder, replace(plain, max_keywords=N_KEYWORDS) if entry.keywords else plain)
         encoder = ceg.EncoderFolder(encoders / entry.encoder, EncoderSettings.max_tokens)
         content[name] = embedding_store.encode_to_file(
             encoder, Prompts(data.read_prepared(folder).texts), run / "cache"
         )
-    data.prepare(source, run / "data", plain)
     folders = {name: encoders / entry.encoder for name, entry in study.contents.items()}
     return Inputs(data.read_prepared(run / "data"), content, folders)
 
 
-def run_one(study: Study, name: str, seed: int, inputs: Inputs, root: Path) -> None:
-    """Trains one model with one seed and writes its file; does nothing if the file exists with the same config."""
-    arm, path = study.models[name], result_files.run_path(root, study.study, name, seed)
-    config = run_config(study, arm) | {"content": content_name(arm, inputs), "seed": seed}
-    if path.is_file() and result_files.read_run(path).config == config:
-        return
+def planned_runs(study: Study, inputs: Inputs, split: data.Split) -> list[PlannedRun]:
+    """All runs of the study with the settings that their files record, in the order in which they run."""
+    found = []
+    for name, seed in study.runs():
+        arm = study.models[name]
+        config = run_config(study, arm, split) | {"content": content_name(arm, inputs), "seed": seed}
+        steps = 0 if arm.kind in WITHOUT_RANDOMNESS else config["train"]["steps"]
+        found.append(PlannedRun(name, seed, arm.kind, steps, config))
+    return found
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs of a study share: the study, its inputs, and the folder of all results."""
+
+    study: Study
+    inputs: Inputs
+    root: Path
+    # The digest of the data and the split.
+    data: str
+
+    def path(self, run: PlannedRun) -> Path:
+        """The file of a run."""
+        return result_files.run_path(self.root, self.study.study, run.model, run.seed)
+
+    def finished(self, run: PlannedRun) -> result_files.Run | None:
+        """The record of a run, if its file exists with the same config and data."""
+        path = self.path(run)
+        if not path.is_file():
+            return None
+        record = result_files.read_run(path)
+        return record if (record.config, record.data) == (run.config, self.data) else None
+
+
+def _bench(study: Study, inputs: Inputs, root: Path, split: data.Split) -> Bench:
+    return Bench(study, inputs, root, result_files.data_digest(inputs.dataset, split))
+
+
+def run_one(bench: Bench, run: PlannedRun, report: Report) -> None:
+    """Trains one model with one seed and writes its file. `report` gets each check of `train`."""
+    provenance.commit()  # Before training: the first call in a process decides.
+    study, inputs, path = bench.study, bench.inputs, bench.path(run)
+    arm = study.models[run.model]
     split = data.split(inputs.dataset.sequences, study.chosen_split())
     counts = popularity(inputs.dataset, split)
     if arm.kind == "popularity":
         ranking, costs = _popular(inputs, split, counts)
+    elif arm.kind in ITEM_TO_ITEM:
+        ranking, costs = _item_to_item(arm, inputs, split)
     else:
-        ranking, costs = _trained(
-            TrainConfig(**config["train"], seed=seed), arm, inputs, split, path.with_suffix(".run")
-        )
+        config = replace(planned_training(study, arm, split), seed=run.seed)
+        if config.tensorboard:  # Each run needs a folder of its own there.
+            config = replace(config, tensorboard=str(Path(config.tensorboard) / path.stem))
+        ranking, costs = _trained(config, arm, inputs, split, path.with_suffix(".run"), report)
     shared = describe(study, inputs.dataset, split)
     record = result_files.Run(
         study=study.study,
-        model=name,
+        model=run.model,
         label=arm.label,
         family=arm.family,
         reference=arm.reference or None,
         question=arm.question or None,
-        seed=seed,
-        config=config,
+        seed=run.seed,
+        config=run.config,
         machine=machine(),
         **costs,
         **result_files.measured(shared, ranking, counts),
     )
-    result_files.write_run(root, record)
+    result_files.write_run(bench.root, record)
     shutil.rmtree(path.with_suffix(".run"), ignore_errors=True)
 
 
@@ -154,18 +219,36 @@ def describe(study: Study, dataset: data.Dataset, split: data.Split) -> result_f
     return result_files.describe(study.study, dataset, split, protocol)
 
 
-def run_config(study: Study, arm: Arm) -> dict[str, Any]:
-    """The settings that a run depends on, without its seed and content, as its file records them."""
-    recorded = {key: value for key, value in asdict(arm).items() if key in ("kind", "content", "standardise", "ids")}
+# The fields of an arm that its runs depend on, apart from `sizes` and `train`.
+_RECORDED = ("kind", "content", "standardise", "ids", "id_dropout")
+
+
+def run_config(study: Study, arm: Arm, split: data.Split | None = None) -> dict[str, Any]:
+    """The settings that a run depends on, without its seed and content, as its file records them.
+
+    A file has the length in steps. Without `split`, a length that the study gives in epochs stays in epochs.
+    """
+    recorded = {key: value for key, value in asdict(arm).items() if key in _RECORDED}
     # Defaults are written out, so that a run with other defaults counts as another run.
     sizes = strict(SIZES[arm.kind], arm.sizes, "sizes") if arm.kind in SIZES else None
     if isinstance(sizes, PchConfig):
         recorded["sizes"] = sizes.recorded()
     else:
         recorded["sizes"] = {} if sizes is None else asdict(sizes)
-    training = study.train.recorded() | arm.train
+    given = study.training_of(arm)
+    training = (given if split is None else planned_training(study, arm, split)).recorded()
     del training["seed"]
-    return as_read({"arm": recorded, "train": training, "split": asdict(study.chosen_split())})
+    # A run has its length in steps, so it also says from how many epochs they follow.
+    length = {} if given.steps else {"epochs": given.epochs}
+    return as_read({"arm": recorded, "train": training, "split": asdict(study.chosen_split())} | length)
+
+
+def planned_training(study: Study, arm: Arm, split: data.Split) -> TrainConfig:
+    """How the arm is trained on this log, with its length in steps."""
+    sizes = strict(SIZES[arm.kind], arm.sizes, "sizes") if arm.kind in SIZES else None
+    longest = getattr(sizes, "max_history", PchConfig.max_history)
+    """How the arm is trained on this log, with its length in steps."""
+    return run_length.planned(study.training_of(arm), split.n_train, longest)
 
 
 Costs = dict[str, Any]
@@ -179,12 +262,32 @@ def _popular(inputs: Inputs, split: data.Split, counts: np.ndarray) -> tuple[Ran
     return ranking, {"n_parameters": 0, "seconds": seconds, "curve": []}
 
 
-def _trained(config: TrainConfig, arm: Arm, inputs: Inputs, split: data.Split, folder: Path) -> tuple[Ranking, Costs]:
+def _item_to_item(arm: Arm, inputs: Inputs, split: data.Split) -> tuple[Ranking, Costs]:
+    begin = time.monotonic()
+    fitted = fit_item_to_item(arm, inputs.dataset, split)
+    middle = time.monotonic()
+    ranking = fitted.rank(inputs.dataset, split.test)
+    seconds = result_files.Seconds(train=round(middle - begin, 1), evaluate=round(time.monotonic() - middle, 1))
+    choices = [
+        result_files.Choice(
+            settings={name: float(value) for name, value in trial.settings.items()},
+            ndcg_at_10=trial.metrics[run_length.FIGURE],
+            taken=number == fitted.best,
+        )
+        for number, trial in enumerate(fitted.trials)
+    ]
+    return ranking, {"n_parameters": 0, "seconds": seconds, "curve": [], "choices": choices}
+
+
+def _trained(
+    config: TrainConfig, arm: Arm, inputs: Inputs, split: data.Split, folder: Path, report: Report
+) -> tuple[Ranking, Costs]:
     torch.manual_seed(config.seed)
     model = build(arm, inputs).to(data_parallel.device())
     curve = []
     if any(parameter.requires_grad for parameter in model.parameters()):
-        curve = train(config, model, inputs.dataset, split, folder)
+        curve = train(config, model, inputs.dataset, split, folder, listener=_Reporter(report))
+    choices = _with_skip(model, arm, inputs, split)
     middle = time.monotonic()
     ranking = retrieve(model, inputs.dataset, split.test)
     # A run that was stopped and continued has all of its seconds in the curve.
@@ -195,7 +298,39 @@ def _trained(config: TrainConfig, arm: Arm, inputs: Inputs, split: data.Split, f
         "n_parameters": n_parameters,
         "seconds": seconds,
         "curve": [_curve_point(record) for record in curve],
+        "choices": choices,
     }
+
+
+def _with_skip(model: Recommender, arm: Arm, inputs: Inputs, split: data.Split) -> list[result_files.Choice]:
+    """Attaches the content skip that the arm asks for to its trained model; returns the weights that were tried."""
+    dim = arm.sizes.get("skip_dim", 0)
+    if not dim or not isinstance(model, Learn):
+        return []
+    tried = content_skip.attach(model, content_of(arm, inputs), dim, inputs.dataset, split)
+    taken = content_skip.chosen(tried)
+    return [
+        result_files.Choice(
+            settings={"skip_weight": one.weight}, ndcg_at_10=one.all, ndcg_at_10_few=one.few, taken=one is taken
+        )
+        for one in tried
+    ]
+
+
+@dataclass(frozen=True)
+class _Reporter:
+    """Sends each check of a run to the study's own process."""
+
+    report: Report
+
+    def step(self, number: int, losses: Losses, learning_rate: float) -> None:
+        pass
+
+    def check(self, record: Mapping[str, float]) -> None:
+        self.report(dict(record))
+
+    def end(self, warnings: Sequence[str]) -> None:
+        """Nothing: the table at the end of the study has the warnings of all runs."""
 
 
 def _curve_point(record: Mapping[str, float]) -> result_files.CurvePoint:
@@ -208,18 +343,46 @@ def _curve_point(record: Mapping[str, float]) -> result_files.CurvePoint:
     )
 
 
-def run_study(study: Study, inputs: Inputs, root: Path, n_workers: int) -> None:
-    """Runs what is missing, `n_workers` runs at a time, on the first GPU if there is one.
+def run_study(study: Study, inputs: Inputs, root: Path, n_workers: int) -> list[PlannedRun]:
+    """Runs what is missing, `n_workers` runs at a time, on the first GPU if there is one; returns the runs that failed.
 
-    Each run has one thread, since small models gain little from a second one.
+    Each run has one thread, since small models gain little from a second one. A run that fails costs no other run.
     """
     split = data.split(inputs.dataset.sequences, study.chosen_split())
     result_files.write_study(root, describe(study, inputs.dataset, split))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n_workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        jobs = {pool.submit(run_one, study, name, seed, inputs, root): (name, seed) for name, seed in study.runs()}
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc=study.study, unit="run"):
-            job.result()
+    bench, runs = _bench(study, inputs, root, split), planned_runs(study, inputs, split)
+    finished = {run: record for run in runs if (record := bench.finished(run))}
+    missing = [run for run in runs if run not in finished]
+    progress = Progress(missing, [_timed(run, record) for run, record in finished.items()], n_workers)
+    with closing(work_off(partial(run_one, bench), missing, n_workers)) as events:
+        for event in events:
+            progress.note(event)
+    records = {name: [] for name in study.models}
+    for run in runs:
+        if record := bench.finished(run):
+            records[run.model].append(record)
+    print(closing_table(records), flush=True)
+    for run in progress.failed:
+        print(f"{run} failed; see above, and run the same command again for what is missing", flush=True)
+    return progress.failed
+
+
+def dry_run(study: Study, inputs: Inputs, root: Path, n_workers: int) -> None:
+    """Prints which runs the study has, their steps and, from the results that are there, how long they would take."""
+    split = data.split(inputs.dataset.sequences, study.chosen_split())
+    bench, runs = _bench(study, inputs, root, split), planned_runs(study, inputs, split)
+    finished = {run: record for run in runs if (record := bench.finished(run))}
+    for run in runs:
+        training = run.config["train"]
+        length = f"{run.steps} steps of {training['users']} users" if run.steps else "nothing to train"
+        print(f"{run}: {length}{', done' if run in finished else ''}")
+    missing = [run for run in runs if run not in finished]
+    progress = Progress(missing, [_timed(run, record) for run, record in finished.items()], n_workers)
+    print(f"{len(missing)} of {len(runs)} runs to do, {progress.left()}")
+
+
+def _timed(run: PlannedRun, record: result_files.Run) -> Timed:
+    return Timed(run, record.seconds.train + record.seconds.evaluate)
 
 
 def machine() -> str:

@@ -9,11 +9,21 @@ import pytest
 from conftest import MODELS
 
 from learn import data
+from learn.evaluation.metrics import event_values
 from learn.run_settings import read_settings, read_toml
 from research.cvr.study import CvrStudy
+from research.report import stale_records
 from research.retrieval import result_files
 from research.retrieval.arms import Inputs
-from research.retrieval.study import only, read_study, run_config, run_study
+from research.retrieval.study import (
+    dry_run,
+    only,
+    planned_runs,
+    read_study,
+    run_config,
+    run_study,
+)
+from research.retrieval.study_parts import with_seeds, with_steps
 
 TOML = """
 study = "tiny"
@@ -88,9 +98,14 @@ def write_and_read_study(tmp_path, text=TOML):
     return read_study(path)
 
 
-def test_a_study_writes_one_file_per_run_and_repeats_only_changed_runs(tmp_path, inputs):
+def test_a_study_writes_one_file_per_run_and_repeats_only_changed_runs(tmp_path, inputs, capsys):
     root = tmp_path / "results"
-    run_study(write_and_read_study(tmp_path), inputs, root, n_workers=1)
+    assert run_study(write_and_read_study(tmp_path), inputs, root, n_workers=1) == []
+    output = capsys.readouterr().out
+    assert "learn-id seed 2: step 3 of 6, NDCG@10" in output and "8 of 8 runs over, about 0 s left" in output
+    rows = {line.split("  ")[0]: line.split() for line in output[output.index("\nmodel") + 1 :].splitlines()}
+    assert set(rows) >= {"popularity", "content-mean", "sasrec", "hstu-time", "learn-id", "learn-text/variant-3"}
+    assert rows["sasrec"][1:3] == ["1", "2"] and rows["popularity"][1:4] == ["1", "-", "-"]
     found = result_files.read(root).retrieval["tiny"]
     assert {name: list(runs) for name, runs in found.runs.items()} == {
         "content-mean": [1],
@@ -105,6 +120,8 @@ def test_a_study_writes_one_file_per_run_and_repeats_only_changed_runs(tmp_path,
     assert found.study.item[6:8].tolist() == last and found.study.user[6:8].tolist() == [3, 3]
     counts = [sum(item in sequence.items[:-3] for sequence in inputs.dataset.sequences) for item in last]
     assert found.study.item_count[6:8].tolist() == counts
+    test = [event_values(run.rank, "ndcg_at_10").mean() for run in found.runs["learn-id"].values()]
+    assert f"{np.mean(test):.4f}" in rows["learn-id"]
     for runs in found.runs.values():
         for run in runs.values():
             assert len(run.rank) == 16 and 1 <= run.rank.min() <= run.rank.max() <= 25
@@ -131,13 +148,65 @@ def test_a_finished_study_that_is_split_by_time_is_not_run_again(tmp_path, input
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.parametrize("name", ["learn-text", "learn-id", "sasrec"])
-def test_the_committed_results_count_as_results_of_the_committed_config(name):
-    """Otherwise a study that is continued would train all of its models again."""
-    study = read_study(MODELS / "configs" / "ml-latest-small.toml")
-    record = result_files.read_run(result_files.run_path(MODELS / "results", study.study, name, 1))
-    now = run_config(study, study.models[name])
-    assert {key: record.config[key] for key in now} == now
+def test_chosen_seeds_are_those_of_the_study_and_no_model_gets_seeds_that_it_does_not_have(tmp_path):
+    study = write_and_read_study(tmp_path)
+    assert with_seeds(study, [2]).runs() == [("sasrec", 2), ("learn-id", 2)]
+    assert with_seeds(study, [2, 1]).runs() == study.runs()
+    with pytest.raises(ValueError, match="--seeds 3: the seeds of this study are 1, 2"):
+        with_seeds(study, [1, 3])
+
+
+def test_steps_of_the_command_line_hold_for_every_model_of_a_study_with_a_name_of_its_own(tmp_path, inputs):
+    text = TOML.replace('label = "SASRec"', 'label = "SASRec"\ntrain = { steps = 60, warmup = 30 }')
+    study = with_steps(write_and_read_study(tmp_path, text), 24)
+    assert study.study == "tiny-24-steps"
+    split = data.split(inputs.dataset.sequences, study.chosen_split())
+    for run in planned_runs(study, inputs, split):
+        training = run.config["train"]
+        assert (training["steps"], training["warmup"], training["check_every"]) == (24, 3, 2)
+
+
+def test_a_study_in_epochs_records_steps_and_a_dry_run_shows_them(tmp_path, inputs, capsys):
+    study = only(write_and_read_study(tmp_path, TOML.replace("steps = 6", "epochs = 2.0")), ["popularity", "sasrec"])
+    split = data.split(inputs.dataset.sequences, study.chosen_split())
+    # 8 users with 3 to 10 events for training, of which a window holds up to 7: 8.77 steps of 4 users an epoch.
+    n_events = np.arange(3, 11)
+    draws = n_events**0.5 / (n_events**0.5).sum()
+    steps = int(np.ceil(2 * n_events.sum() / (4 * (draws * np.minimum(n_events, 7)).sum())))
+    runs = {run.model: run for run in planned_runs(study, inputs, split)}
+    assert runs["sasrec"].steps == runs["sasrec"].config["train"]["steps"] == steps
+    assert "epochs" not in runs["sasrec"].config["train"]
+    dry_run(study, inputs, tmp_path / "results", 1)
+    output = capsys.readouterr().out
+    assert f"sasrec seed 2: {steps} steps of 4 users\n" in output and "popularity seed 1: nothing to train\n" in output
+    assert "3 of 3 runs to do, time left not known yet" in output
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path, inputs, capsys):
+    inputs.content["minilm"].unlink()
+    study = only(write_and_read_study(tmp_path), ["content-mean", "popularity"])
+    failed = run_study(study, inputs, tmp_path / "results", n_workers=1)
+    assert [str(run) for run in failed] == ["content-mean seed 1"]
+    output = capsys.readouterr().out
+    assert "content-mean seed 1 FAILED" in output and "No such file" in output
+    assert list(result_files.read(tmp_path / "results").retrieval["tiny"].runs) == ["popularity"]
+
+
+def test_the_committed_results_count_as_results_of_the_committed_configs():
+    """Otherwise a study that is continued would train all of its models again, and a report would refuse them."""
+    results = result_files.read(MODELS / "results")
+    stale_records.check(MODELS / "results", results)
+    n_compared = 0
+    for name, found in results.retrieval.items():
+        study = read_study(MODELS / "configs" / f"{name}.toml")
+        for model, runs in found.runs.items():
+            now = run_config(study, study.models[model])
+            for run in runs.values():
+                assert run.config["arm"] == now["arm"] and run.config["split"] == now["split"]
+                assert run.data == found.study.data.digest
+                n_compared += 1
+    assert n_compared
 
 
 def test_an_ablation_runs_without_its_reference(tmp_path, inputs):

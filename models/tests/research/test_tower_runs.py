@@ -83,11 +83,11 @@ def test_learn_rank_trains_two_ranking_models_on_the_features_of_learn_features(
         assert {"towers", "export", "features", "ranker"} <= found.seconds.keys()
         assert "hr_at_10" in found.learned and any("auc" in name for name in found.learned)
     # A study that is complete is only read, and one that lacks a file continues without training towers again.
-    towers = (seed / "run" / "towers.pt").stat().st_mtime_ns
+    towers = (seed / "run" / "towers.safetensors").stat().st_mtime_ns
     before = (run / "ranking" / "mid_emb-seed1.npz").read_bytes()
     (run / "ranking" / "mid_emb-seed1.npz").unlink()
     assert main(["rank", *options, "--seed", "1"]) == 0
-    assert (seed / "run" / "towers.pt").stat().st_mtime_ns == towers
+    assert (seed / "run" / "towers.safetensors").stat().st_mtime_ns == towers
     again = record_files.read(run / "ranking" / "mid_emb-seed1.npz", RankingRun)
     (folder / "first.npz").write_bytes(before)
     first = record_files.read(folder / "first.npz", RankingRun)
@@ -97,7 +97,7 @@ def test_learn_rank_trains_two_ranking_models_on_the_features_of_learn_features(
     shutil.rmtree(run / "ranking")
     shutil.rmtree(run / "ranking-lightgbm")
     assert main(["rank", *options, "--seed", "1"]) == 0
-    assert (seed / "run" / "towers.pt").stat().st_mtime_ns != towers
+    assert (seed / "run" / "towers.safetensors").stat().st_mtime_ns != towers
 
 
 def _time_split(folder):
