@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from research.record_files import Strict
 
@@ -19,9 +21,14 @@ class Model(Strict):
 
 
 class Ablation(Model):
-    """A changed model, and the question that the change answers."""
+    """A changed model, and the question that the change answers.
+
+    `budget` is set where the model was trained for so short a time that its figures show the time and not the model. It
+    says why, with the placeholders {steps} and {users} for the settings of the run.
+    """
 
     question: str
+    budget: str = ""
 
 
 class ExpectedModels(Strict):
@@ -35,6 +42,12 @@ class ExpectedModels(Strict):
     def label(self, model: str) -> str:
         """The label of a model without a run."""
         return next((known.label for known in (*self.models, *self.ablations) if known.id == model), f"`{model}`")
+
+    def budget(self, model: str, config: Mapping[str, Any]) -> str:
+        """Why the budget decides over this model, in the numbers of a run's config; "" if it does not."""
+        reason = next((known.budget for known in self.ablations if known.id == model), "")
+        training = config.get("train", {})
+        return reason.format(steps=f"{training.get('steps', 0):,}", users=training.get("users", 0)) if reason else ""
 
 
 @cache

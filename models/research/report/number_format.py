@@ -17,8 +17,10 @@ METRIC_NAMES = {
     "hr_at_50": "HR@50",
     "hr_at_100": "H@100",
     "hr_at_200": "HR@200",
+    "recall_at_10": "Recall@10",
     "recall_at_100": "R@100",
     "ndcg_at_10": "NDCG@10",
+    "ndcg_at_10_by_user": "NDCG@10 by user",
     "ndcg_at_50": "NDCG@50",
     "ndcg_at_200": "NDCG@200",
     "mrr": "MRR",
@@ -41,9 +43,14 @@ def signed(value: float, digits: int = 4) -> str:
     return text if text.startswith("−") or float(f"{value:.{digits}f}") == 0 else f"+{text}"
 
 
-def probability(p: float) -> str:
-    """.012; what is smaller than .001 is "< .001"."""
-    return "p < .001" if p < 0.001 else f"p {number(p, 3)}"
+def probability(p: float, name: str = "p") -> str:
+    """p .012; what is smaller than .001 is "p < .001"."""
+    return f"{name} < .001" if p < 0.001 else f"{name} {number(p, 3)}"
+
+
+def percent(share: float) -> str:
+    """44 %."""
+    return f"{100 * share:.0f} %"
 
 
 def with_interval(estimate: Estimate | None) -> str:
@@ -66,9 +73,18 @@ def difference(estimate: Estimate | None) -> str:
         return NONE
     if not has_interval(estimate):
         return f"{signed(estimate.value)} (too few users)"
-    limits = f"[{signed(estimate.low)}, {signed(estimate.high)}]"
-    text = f"{signed(estimate.value)} {limits}, {probability(estimate.p)}"
+    text = f"{with_signs(estimate)}, {probability(estimate.p)}"
     return f"**{text}**" if is_significant(estimate) else text
+
+
+def with_signs(estimate: Estimate) -> str:
+    """+.0052 [+.0011, +.0093]: a difference without its p."""
+    return f"{signed(estimate.value)} [{signed(estimate.low)}, {signed(estimate.high)}]"
+
+
+def ratio(estimate: Estimate) -> str:
+    """× 1.29 [1.20, 1.39]: how many times the other mean this one is."""
+    return f"× {number(estimate.value, 2)} [{number(estimate.low, 2)}, {number(estimate.high, 2)}]"
 
 
 def multiplicity(estimates: Sequence[Estimate | None]) -> str:

@@ -15,12 +15,16 @@ from research.report.number_format import (
     difference,
     multiplicity,
     number,
+    paragraphs,
+    percent,
     plain,
     table,
     with_interval,
 )
 from research.retrieval.estimates import StudyEstimates
 
+# How many users the line on the largest of them counts.
+N_LARGEST = 10
 ITEM_GROUPS = tuple(f"item {name}" for name in metrics.ITEM_BUCKETS)
 USER_GROUPS = tuple(f"user {name}" for name in metrics.USER_BUCKETS)
 OTHER_CUTOFFS = (
@@ -49,7 +53,7 @@ def label(study: StudyEstimates, model: str) -> str:
 
 def main_table(study: StudyEstimates, expected: Sequence[Model] = ()) -> str:
     """Models x the headline metrics, with intervals. Expected models without a run have a row that says so."""
-    names = ("hr_at_10", "ndcg_at_10", "mrr", "hr_at_50")
+    names = ("hr_at_10", "ndcg_at_10", *_by_user(study), "mrr", "hr_at_50")
     rows = []
     for model in ordered(study):
         means = [with_interval(study.mean(model, name)) for name in names]
@@ -60,9 +64,25 @@ def main_table(study: StudyEstimates, expected: Sequence[Model] = ()) -> str:
     return table(["model", "seeds", *(METRIC_NAMES[name] for name in names)], rows)
 
 
+def _by_user(study: StudyEstimates) -> tuple[str, ...]:
+    """The headline metric as a mean over users, where it differs from the mean over events."""
+    return ("ndcg_at_10_by_user",) if study.is_by_time else ()
+
+
+def largest_users(study: StudyEstimates) -> str:
+    """What means over events are mostly about in a study whose users have unequally many test events."""
+    if not study.is_by_time:
+        return ""
+    share = percent(study.share_of_largest_users(N_LARGEST))
+    return (
+        f"The {N_LARGEST} users with the most test events have {share} of all of them, and means over events weigh "
+        "them by that. *By user* is the mean over users of each user's own mean, in which all users weigh the same."
+    )
+
+
 def rivals_table(study: StudyEstimates) -> str:
     """Paired differences to the rivals."""
-    rivals, names = expected_models().rivals, ("ndcg_at_10", "hr_at_10")
+    rivals, names = expected_models().rivals, ("ndcg_at_10", *_by_user(study), "hr_at_10")
     rows, compared = [], []
     for model in ordered(study):
         gaps = [None if model == rival else study.difference(model, rival, name) for rival in rivals for name in names]
@@ -115,10 +135,13 @@ def group_differences_table(study: StudyEstimates, metric: str) -> str:
     return f"{table(header, rows)}\n\n{multiplicity(compared)}"
 
 
-def questions(study: StudyEstimates) -> dict[str, list[str]]:
-    """Question -> the models of its ablations, run or expected; expected ones first and in their order."""
+def questions(study: StudyEstimates, is_main: bool = True) -> dict[str, list[str]]:
+    """Question -> the models of its ablations; expected ones first and in their order.
+
+    Ablations are expected of the main study, even if they have not been run, and of no other.
+    """
     models_of: dict[str, list[str]] = {}
-    expected = expected_models().ablations
+    expected = [ablation for ablation in expected_models().ablations if is_main or study.has(ablation.id)]
     for ablation in expected:
         question = study.any_run(ablation.id).question if study.has(ablation.id) else ablation.question
         models_of.setdefault(question or ablation.question, []).append(ablation.id)
@@ -196,6 +219,19 @@ def ladder_table(study: StudyEstimates) -> str:
     return table(["run", "NDCG@10", "against its reference", against, "share of the way"], rows)
 
 
+def budgets(study: StudyEstimates) -> str:
+    """The ablations whose budget decides, with the reason."""
+    lines = []
+    for run in study.ablations():
+        if budget := expected_models().budget(run.model, run.config):
+            lines.append(f"- {run.label}: {budget}.")
+    if not lines:
+        return ""
+    return paragraphs(
+        "Not tested, because the budget decides; the figures show how far the training came:", "\n".join(lines)
+    )
+
+
 def _share(study: StudyEstimates, model: str, goal: str) -> str:
     share = share_of_way(study, model, goal)
     return NONE if share is None else f"{100 * share:.0f} %".replace("-", "−")
@@ -218,5 +254,24 @@ def costs_table(study: StudyEstimates) -> str:
         train, measure = (np.mean([getattr(run.seconds, name) for run in runs]) for name in ("train", "evaluate"))
         machine = ", ".join(sorted({run.machine for run in runs}))
         size = f"{runs[0].n_parameters:,}"
-        rows.append([label(study, model), _n_seeds(study, model), f"{train:.0f}", f"{measure:.1f}", size, machine])
-    return table(["model", "seeds", "training (s)", "evaluation (s)", "parameters", "machine"], rows)
+        last = f"{study.n_still_improving(model)} of {len(runs)}" if study.fewest_seeds(model) else NONE
+        seconds = (f"{train:.0f}", f"{measure:.1f}")
+        rows.append([label(study, model), _n_seeds(study, model), *seconds, last, size, machine])
+    header = ["model", "seeds", "training (s)", "evaluation (s)", "still improving", "parameters", "machine"]
+    return table(header, rows)
+
+
+def still_improving(study: StudyEstimates) -> str:
+    """The models with a run that was still improving at its last check: their figures may rise with more steps."""
+    models = [*ordered(study), *(run.model for run in study.ablations())]
+    parts = [
+        f"{label(study, model)} ({n} of {len(study.runs(model))} seeds)"
+        for model in models
+        if (n := study.n_still_improving(model))
+    ]
+    if not parts:
+        return ""
+    return (
+        "Still improving on validation at the last check, so that more steps may give more; claims on these models say "
+        f"so: {', '.join(parts)}."
+    )

@@ -9,6 +9,7 @@ from synthetic_results import synthetic_run, synthetic_study, write_synthetic_st
 from learn.data import TimeSplitConfig
 from learn.evaluation.metrics import event_values
 from learn.run_settings import Settings
+from learn.training.train_config import TrainConfig
 from research.retrieval import result_files
 from research.retrieval.manifest_figures import Subject, figures_of
 
@@ -39,7 +40,7 @@ def test_the_manifest_gets_means_over_seeds_with_intervals(tmp_path):
 
 
 def test_a_bundle_cannot_carry_the_figures_of_another_model(tmp_path):
-    settings = Settings()
+    settings = Settings(train=TrainConfig().with_steps(600))
     training = {name: value for name, value in asdict(settings.train).items() if name != "seed"}
     sizes = asdict(settings.pch) | {"content_dim": 576}
     config = run_config(arm={"standardise": "scale", "ids": "none", "sizes": sizes}, train=training)

@@ -8,27 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic_results import synthetic_run, write_synthetic_study
+from synthetic_results import FAST, estimates, synthetic_run, write_synthetic_study
 
 from learn.data import DataError
 from learn.evaluation.metrics import event_values
 from research import record_files
-from research.bootstrap import BootstrapConfig, Estimate
+from research.bootstrap import Estimate
 from research.ranking import summary
 from research.ranking.arms import CONTROL
 from research.ranking.result_files import RankingStudy
 from research.ranking.summary import Row
-from research.report import document, ranking_table
+from research.report import document, ranking_table, study_sections
 from research.report.answer import Report, headlines
-from research.report.claims import Difference, Exceeds, RankingGain, Reproduces, read_claims
+from research.report.claims import read_claims
 from research.report.expected_models import expected_models
 from research.report.number_format import prose_table
 from research.report.retrieval_tables import ladder, ladder_table, main_table
-from research.report.verdicts import MAIN_BY_TIME, Studies, Verdict, decide
+from research.report.verdicts import Studies
 from research.retrieval import result_files
 from research.retrieval.estimates import StudyEstimates
 
-FAST = BootstrapConfig(n_resamples=300)
 # The synthetic study becomes the main one, because the report prints remarks about the main study only.
 CLAIMS = read_claims().model_copy(update={"main_study": "ml-small"})
 SKILLS = {
@@ -63,13 +62,14 @@ def test_every_section_and_every_claim_is_in_the_report(built):
         assert f"### {section.title}" in text
         for claim in section.claims:
             assert claim.text in text or section.until_tested is not None
+    assert "- The paper's 28 claims: " in text and "- Our own 40 claims: " in text
 
 
 def test_plots_are_small_valid_pngs_that_the_text_shows(built):
     folder, text, written = built
     shown = re.findall(r"!\[[^\]]+\]\((report/[a-z]+\.png)\)", text)
     assert sorted(folder / name for name in shown) == sorted(written[1:])
-    assert {path.stem for path in written[1:]} == {"buckets", "curves", "ablations"}
+    assert {path.stem for path in written[1:]} == {"buckets", "curves", "ablations"}  # The main study's have no suffix.
     for path in written[1:]:
         assert path.stat().st_size < 60_000
         with Image.open(path) as picture:
@@ -102,27 +102,33 @@ def test_what_is_missing_is_named(built):
 
 def test_remarks_stand_beside_their_claim_and_question(built, tmp_path):
     _, text, _ = built
-    remark = next(section.until_tested for section in CLAIMS.sections if section.until_tested).remark
-    amazon = row(text, "LEARN beats SASRec on six")
-    assert f"not tested here. {remark}" in amazon
-    # The row also gives the same comparison on the data that have been studied.
-    shown = re.search(r"on `ml-small` instead, Recall@10 (\.\d{4}) against (\.\d{4}): \*\*−", amazon)
-    estimates = StudyEstimates(result_files.read(built[0] / "results").retrieval["ml-small"], FAST)
-    means = [estimates.mean(model, "recall_at_10").value for model in ("learn-text", "sasrec")]
-    assert list(shown.groups()) == [f"{mean:.4f}"[1:] for mean in means]
-    assert f"no study of them has been run yet. {remark}" in text.split("## 9.")[1]
+    remarks = {claim.id: claim.remark for claim in CLAIMS.claims()}
+    assert row(text, "An LLM's embeddings beat").endswith(f"{remarks['llm-over-bert']} |")
+    assert row(text, "LEARN, text only, beats SASRec on Amazon").endswith(f"{remarks['amazon-scientific']} |")
     assert f"\n\n{expected_models().remarks['item tower']}" in text
-    # Remarks are about one study. A report whose main study is another one has none.
+    # Remarks on the main study are about one study. A report whose main study is another one has only those on others.
     document.build(built[0] / "results", tmp_path / "REPORT.md", FAST)
     other = (tmp_path / "REPORT.md").read_text()
-    assert "Study `ml-small`" in other and remark not in other and expected_models().remarks["item tower"] not in other
+    assert "Study `ml-small`" in other and remarks["llm-over-bert"] not in other
+    assert remarks["amazon-scientific"] in other and expected_models().remarks["item tower"] not in other
+
+
+def test_categories_without_data_share_one_row(built):
+    _, text, _ = built
+    shared = next(section.until_tested for section in CLAIMS.sections if section.until_tested)
+    assert row(text, shared.text).endswith(f"| {shared.result} | not tested here |")
+    assert f"- {shared.text}: {shared.result}." in text.split("## 9.")[1]
 
 
 def test_significant_differences_are_bold_and_others_are_not(built):
     _, text, _ = built
-    for found in re.findall(r"(\**)[+−]?\.\d{4} \[[+−]?\.\d{4}, [+−]?\.\d{4}\], p (< )?(\.\d{3})(\**)", text):
-        bold = "**" if float(found[2]) < 0.05 or found[1] else ""
-        assert (found[0], found[3]) == (bold, bold)
+    number = r"[+−]?\.\d{4}"
+    found = re.findall(rf"(\**){number} \[{number}, {number}\], p (< )?(\.\d{{3}})(?:, q (< )?(\.\d{{3}}))?(\**)", text)
+    assert len(found) > 50 and any(q for *_, q, _ in found)
+    for before, p_is_less, p, q_is_less, q, after in found:
+        # A claim is decided by q, all else by p.
+        is_bold = float(q) < 0.05 or q_is_less if q else float(p) < 0.05 or p_is_less
+        assert (before, after) == (("**", "**") if is_bold else ("", ""))
 
 
 def test_without_any_run_the_report_says_so(tmp_path):
@@ -131,97 +137,40 @@ def test_without_any_run_the_report_says_so(tmp_path):
     (tmp_path / "report" / "stale.png").write_bytes(b"of an earlier build")
     assert document.build(tmp_path / "results", tmp_path / "REPORT.md", FAST) == [tmp_path / "REPORT.md"]
     text = (tmp_path / "REPORT.md").read_text()
-    assert "0 hold, 0 do not hold, 0 not shown" in text
-    assert "The main study has not been run yet." in text
+    assert "- The paper's 28 claims: 0 hold, 0 do not hold, 0 not shown, 28 not tested here." in text
+    assert "- No study has been run yet." in text
     assert not list((tmp_path / "report").iterdir())
 
 
-def test_the_short_answer_has_a_line_on_the_ranking_model():
+def test_the_short_answer_has_a_line_on_each_ranking_model():
     ranking = {"ml-small": ranking_rows(1), "ml-small-by-time": ranking_rows(-1)}
     whole = Report(Studies({}, "ml-small", ranking), CLAIMS, {}, FAST, Path(), [])
-    plain, by_time = headlines(whole)[-2:]
+    plain, by_time = headlines(whole)
     gain = "**+.0200 [+.0100, +.0300], p .010**"
-    assert plain == f"- Gain of a ranking model in UAUC by the mid-emb: all {gain}; cold-start items {gain}."
-    assert by_time.startswith("- Split by time: Gain of a ranking model")
-    assert "all **−.0200 [−.0300, −.0100], p .010**" in by_time
+    assert plain == f"- Ranking study `ml-small`: gain in UAUC by the mid-emb: all {gain}; cold-start items {gain}."
+    assert by_time.startswith("- Ranking study `ml-small-by-time`: gain in UAUC by the mid-emb: all **−.0200 [")
 
 
-# --- verdicts --------------------------------------------------------------------------------------------------------
-
-
-def synthetic_studies(folder, skills, seeds=(1, 2, 3)) -> Studies:
-    write_synthetic_study(folder, skills, seeds=seeds)
-    results = result_files.read(folder).retrieval
-    return Studies({name: StudyEstimates(study, FAST) for name, study in results.items()}, "ml-small", {})
-
-
-WORDS = {"id": "id", "text": "text", "source": "paper"}
-
-
-def difference_claim(model: str, against: str, metric: str, group: str = "all") -> Difference:
-    pair = {"model": model, "against": against}
-    return Difference(test="difference", study="main", metric=metric, group=group, **pair, **WORDS)
-
-
-def reproduces_claim(published: float, study: str = "ml-small") -> Reproduces:
-    figure = {"model": "sasrec", "metric": "hr_at_10", "published": published, "tolerance": 0.015}
-    return Reproduces(test="reproduces", study=study, **figure, **WORDS)
-
-
-def exceeds_claim(published: float, study: str = "ml-small") -> Exceeds:
-    return Exceeds(test="exceeds", study=study, model="sasrec", metric="hr_at_10", published=published, **WORDS)
-
-
-def ranking_gain_claim(group: str, study: str = "main") -> RankingGain:
-    return RankingGain(test="ranking-gain", study=study, metric="uauc", group=group, arm="mid_emb", **WORDS)
-
-
-def verdict(claim, studies: Studies) -> Verdict:
-    return decide(claim, studies).verdict
-
-
-def test_a_verdict_flips_when_the_figures_do(tmp_path):
-    claim = difference_claim("learn-text", "sasrec", "ndcg_at_10")
-    assert verdict(claim, synthetic_studies(tmp_path / "a", {"learn-text": 4.0, "sasrec": 2.0})) is Verdict.HOLDS
-    assert (
-        verdict(claim, synthetic_studies(tmp_path / "b", {"learn-text": 2.0, "sasrec": 4.0})) is Verdict.DOES_NOT_HOLD
-    )
-    assert verdict(claim, synthetic_studies(tmp_path / "c", {"learn-text": 2.0, "sasrec": 2.0})) is Verdict.NOT_SHOWN
-    # One seed decides nothing, however far apart the two are.
-    one_seed = synthetic_studies(tmp_path / "d", {"learn-text": 4.0, "sasrec": 2.0}, seeds=(1,))
-    assert verdict(claim, one_seed) is Verdict.NOT_SHOWN
-    assert decide(claim, one_seed).result.endswith("**; one seed")
-
-
-def test_a_claim_on_a_model_that_was_not_run_names_the_model(tmp_path):
-    studies = synthetic_studies(tmp_path, {"learn-text": 2.0})
-    finding = decide(difference_claim("learn-text", "learn-text/lora", "hr_at_100"), studies)
-    assert (finding.verdict, finding.result) == (
-        Verdict.NOT_TESTED,
-        "`learn-text/lora` not run yet in the study `ml-small`",
-    )
-
-
-def test_published_figures_are_judged_by_tolerance_and_interval(tmp_path):
-    studies = synthetic_studies(tmp_path / "three", {"sasrec": 2.5})
-    mean = studies.study("ml-small").mean("sasrec", "hr_at_10")
-    near = [verdict(reproduces_claim(mean.value + gap), studies) for gap in (0.014, -0.014, 0.016)]
-    assert near == [Verdict.HOLDS, Verdict.HOLDS, Verdict.DOES_NOT_HOLD]
-    bounds = (mean.low - 0.001, mean.value, mean.high + 0.001)
-    above = [verdict(exceeds_claim(bound), studies) for bound in bounds]
-    assert above == [Verdict.HOLDS, Verdict.NOT_SHOWN, Verdict.DOES_NOT_HOLD]
-    assert verdict(exceeds_claim(0.1, "ml-1m"), studies) is Verdict.NOT_TESTED
-    one_seed = synthetic_studies(tmp_path / "one", {"sasrec": 2.5}, seeds=(1,))
-    mean = one_seed.study("ml-small").mean("sasrec", "hr_at_10")
-    assert verdict(reproduces_claim(mean.value), one_seed) is Verdict.NOT_SHOWN
-    assert verdict(exceeds_claim(0.0), one_seed) is Verdict.NOT_SHOWN
-
-
-def test_a_group_with_too_few_users_or_no_events_decides_nothing(tmp_path):
-    studies = synthetic_studies(tmp_path, {"learn-text": 4.0, "sasrec": 1.5})
-    assert int(studies.study("ml-small").groups["item 5-19"].sum()) in range(1, 10)
-    assert verdict(difference_claim("learn-text", "sasrec", "hr_at_100", "item 5-19"), studies) is Verdict.NOT_SHOWN
-    assert verdict(difference_claim("learn-text", "sasrec", "hr_at_100", "item 1-4"), studies) is Verdict.NOT_TESTED
+def test_a_report_on_another_study_than_the_main_one_is_complete(tmp_path):
+    write_synthetic_study(tmp_path / "results", SKILLS, "amazon-scientific")
+    # Made runs do not have the settings of the config of this study.
+    written = document.build(tmp_path / "results", tmp_path / "REPORT.md", FAST, configs=tmp_path)
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "No study has been run yet" not in text and "there is no retrieval study" not in text
+    assert "- Study `amazon-scientific`:\n  - All test events, NDCG@10: LEARN-ID " in text
+    sections = dict(zip("123456789", re.split(r"^## \d\..*$", text, flags=re.MULTILINE)[1:], strict=True))
+    for section in "34568":
+        assert "### Study `amazon-scientific`" in sections[section]
+    assert "LEARN-TEXT/VARIANT-3" in sections["6"] and "| **SASREC** |" not in sections["6"]
+    assert {path.stem for path in written[1:]} == {
+        f"{kind}-amazon-scientific" for kind in ("buckets", "curves", "ablations")
+    }
+    assert "× " in row(text, "LEARN, text only, is ahead of SASRec by at least 25 %")
+    # Models that the main study waits for are not waited for in others.
+    assert "*not run yet*" not in sections["3"] + sections["6"]
+    # The five other categories are rows of their own only if one of them was run.
+    assert "LEARN beats SASRec on Amazon Games" not in text
+    assert "LEARN beats SASRec on five more categories" in text
 
 
 CLAIM_TOML = """
@@ -231,6 +180,7 @@ title = "One"
 [[sections.claims]]
 id = "first"
 text = "Text beats SASRec"
+whose = "ours"
 source = "no figure"
 test = "difference"
 study = "main"
@@ -244,6 +194,11 @@ against = "sasrec"
     ("old", "new", "message"),
     [
         ('against = "sasrec"', 'agianst = "sasrec"', "sections.0.claims.0.difference.against: Field required"),
+        (
+            'whose = "ours"',
+            'whose = "theirs"',
+            "sections.0.claims.0.difference.whose: Input should be 'paper' or 'ours'",
+        ),
         ('test = "difference"', 'test = "diference"', "sections.0.claims.0: Input tag 'diference'"),
         ("[[sections]]", "[[sections]]]", "claims.toml: "),
         ("[[sections.claims]]", CLAIM_TOML.split('One"')[1] + "[[sections.claims]]", "two claims are called 'first'"),
@@ -267,25 +222,46 @@ def test_two_ranking_studies_with_the_same_name_are_an_error(tmp_path):
         ranking_table.read_all([tmp_path / "ranking-a", tmp_path / "ranking-b"], FAST)
 
 
-def test_a_study_by_time_stands_beside_the_main_one(tmp_path):
-    write_synthetic_study(tmp_path / "results", SKILLS, "ml-small-by-time")
-    write_synthetic_study(tmp_path / "results", SKILLS | {"learn-text": 4.0})
-    document.build(tmp_path / "results", tmp_path / "REPORT.md", FAST, CLAIMS)
-    text = (tmp_path / "REPORT.md").read_text()
+@pytest.fixture(scope="module")
+def built_by_time(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("by-time")
+    write_synthetic_study(folder / "results", SKILLS, "ml-small-by-time")
+    write_synthetic_study(folder / "results", SKILLS | {"learn-text": 4.0})
+    document.build(folder / "results", folder / "REPORT.md", FAST, CLAIMS)
+    return folder, (folder / "REPORT.md").read_text()
+
+
+def test_a_study_by_time_stands_beside_the_main_one(built_by_time):
+    _, text = built_by_time
     # Each study has its own figures: text is ahead in one and behind in the other.
-    assert "**holds**" in row(text, "LEARN, text only, beats SASRec | claimed")
+    assert "**holds**" in row(text, "LEARN, text only, beats SASRec | paper | claimed")
     assert "**does not hold**" in row(text, "LEARN, text only, beats SASRec on all test events, split by time")
-    assert "- Split by time: New items, NDCG@10: LEARN-TEXT " in text
+    assert "- Study `ml-small-by-time`:\n  - All test events, NDCG@10: LEARN-ID " in text
     popularity = text.split("## 4.")[1].split("## 5.")[0]
     assert popularity.index("(report/buckets.png)") < popularity.index("### Study `ml-small-by-time`")
-    assert "(report/buckets-by-time.png)" in popularity
+    assert "(report/buckets-ml-small-by-time.png)" in popularity
+
+
+def test_a_study_by_time_has_means_over_users_beside_those_over_events(built_by_time):
+    folder, text = built_by_time
+    models = text.split("## 3.")[1].split("## 4.")[0]
+    main, by_time = models.split("### Study `ml-small-by-time`")
+    assert "by user" not in main.lower()
+    # Five users have ten events each and five of the others two: 60 of 120.
+    assert "The 10 users with the most test events have 50 % of all of them" in by_time
+    assert "| model | seeds | HR@10 | NDCG@10 | NDCG@10 by user |" in by_time
+    assert "NDCG@10 by user − SASREC" in by_time
+    study = result_files.read(folder / "results").retrieval["ml-small-by-time"]
+    values = [event_values(run.rank, "ndcg_at_10") for run in study.runs["sasrec"].values()]
+    by_user = np.mean([[run[study.study.user == user].mean() for user in range(40)] for run in values])
+    assert row(by_time, "SASREC | 3 ").split("|")[5].split()[0] == f"{by_user:.4f}"[1:]
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_ladder_goes_from_weak_to_strong_and_ends_at_the_goal(tmp_path):
-    study = synthetic_studies(tmp_path, SKILLS).study("ml-small")
+    study = estimates(tmp_path, SKILLS)
     values = [study.mean(model, "ndcg_at_10").value for model in ladder(study)]
     assert values == sorted(values)
     table = ladder_table(study)
@@ -296,7 +272,7 @@ def test_the_ladder_goes_from_weak_to_strong_and_ends_at_the_goal(tmp_path):
 
 
 def test_a_model_that_is_not_expected_has_a_row_too(tmp_path):
-    study = synthetic_studies(tmp_path, {"sasrec": 2.0, "gru4rec": 2.0}).study("ml-small")
+    study = estimates(tmp_path, {"sasrec": 2.0, "gru4rec": 2.0})
     assert "| GRU4REC | 3 |" in main_table(study)
 
 
@@ -304,7 +280,7 @@ def test_a_curve_keeps_the_steps_that_all_seeds_have(tmp_path):
     study = write_synthetic_study(tmp_path, {"sasrec": 2.0}, seeds=(1,))
     short = synthetic_run(study, "sasrec", 2, 2.0)
     result_files.write_run(tmp_path, short.model_copy(update={"curve": short.curve[:2]}))
-    curve = document._curve(StudyEstimates(result_files.read(tmp_path).retrieval["ml-small"], FAST), "sasrec")
+    curve = study_sections.curve_of(StudyEstimates(result_files.read(tmp_path).retrieval["ml-small"], FAST), "sasrec")
     assert curve.step.tolist() == [100, 200]
     assert curve.metric.shape == (2, 2)
 
@@ -333,15 +309,4 @@ def test_rows_of_the_ranking_study_become_tables_and_verdicts():
     assert ranking_table.groups_table(summary.corrected(ranking_rows(1)), "uauc").endswith(
         "After Holm's correction over 2 gains, of all events and by popularity of the item: "
         "`mid_emb` on all (+.0200, p .020), `mid_emb` on cold-start items (+.0200, p .020)."
-    )
-    for sign, expected in ((1, Verdict.HOLDS), (-1, Verdict.DOES_NOT_HOLD)):
-        studies = Studies({}, "ml-small", {"ml-small": ranking_rows(sign)})
-        assert verdict(ranking_gain_claim("cold-start items"), studies) is expected
-    assert verdict(ranking_gain_claim("cold-start users"), studies) is Verdict.NOT_TESTED
-    one_seed = Studies({}, "ml-small", {"ml-small": ranking_rows(1, n_seeds=1)})
-    assert verdict(ranking_gain_claim("all"), one_seed) is Verdict.NOT_SHOWN
-    by_time = decide(ranking_gain_claim("all", MAIN_BY_TIME), studies)
-    assert (by_time.verdict, by_time.result) == (
-        Verdict.NOT_TESTED,
-        "the ranking study `ml-small-by-time` has not been run yet",
     )

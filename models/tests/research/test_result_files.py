@@ -7,12 +7,16 @@ import zipfile
 
 import numpy as np
 import pytest
+from conftest import MODELS
 from synthetic_results import COUNTS, synthetic_run, synthetic_study, write_synthetic_study
 
 from learn import data
 from learn.data import DataError, Dataset, Sequence
 from learn.data.item_text import ItemText
 from learn.evaluation.metrics import Ranking
+from research import provenance, record_files
+from research.cvr.result_files import CvrRun
+from research.ranking.result_files import RankingRun
 from research.record_files import HEADER
 from research.retrieval import result_files
 
@@ -110,8 +114,8 @@ RUN, STUDY = "sasrec-seed2.npz", "study.npz"
     [
         (RUN, lambda r: r.pop("machine"), unchanged, "column machine: Field required"),
         (RUN, lambda r: r.update(refrence="x"), unchanged, "column refrence: Extra inputs"),
-        (RUN, lambda r: r.update(format=1), unchanged, "column format: is 1; this program reads format 2"),
-        (RUN, lambda r: r.pop("format"), unchanged, "column format: is None; this program reads format 2"),
+        (RUN, lambda r: r.update(format=1), unchanged, "column format: is 1; this program reads the formats 2 and 3"),
+        (RUN, lambda r: r.pop("format"), unchanged, "column format: is None; this program reads the formats 2 and 3"),
         (RUN, lambda r: r.update(kind="ranking run"), unchanged, "column kind: Input should be 'retrieval run'"),
         (RUN, lambda r: r["seconds"].update(train=-1), unchanged, "column seconds.train: Input should be greater"),
         (RUN, unchanged, shortened("rank"), "column rank: has 119 entries for 120 test events"),
@@ -125,6 +129,14 @@ RUN, STUDY = "sasrec-seed2.npz", "study.npz"
             lambda r: r.update(seed=3),
             unchanged,
             "column model: is 'sasrec' with seed 3, but the file name differs",
+        ),
+        (RUN, lambda r: r.pop("commit"), unchanged, "a run of format 3 needs the field commit"),
+        (RUN, lambda r: r.pop("data"), unchanged, "a run of format 3 needs the field data"),
+        (
+            RUN,
+            lambda r: r.update(data="cd" * 32),
+            unchanged,
+            "column data: is of other data or another split than its study; run `learn study --only sasrec` again",
         ),
         (RUN, lambda r: r.update(label="Other"), unchanged, "column label: is 'Other', but 'SASREC' with seed 1"),
         (RUN, lambda r: r["config"].update(width=32), unchanged, "column config.width: is 32, but 64 with seed 1"),
@@ -155,3 +167,47 @@ def test_truncated_files_and_stray_folders_are_errors(tmp_path):
         result_files.read(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         result_files.read(tmp_path / "absent")
+
+
+def as_format_2(record: dict) -> None:
+    record.update(format=2)
+    if record["kind"] == "retrieval run":
+        del record["commit"], record["data"]
+
+
+def test_files_of_format_2_are_read_without_commit_and_digest(tmp_path):
+    study = write_synthetic_study(tmp_path, {"sasrec": 2.0}, seeds=(1,))
+    for name in ("study.npz", "sasrec-seed1.npz"):
+        rewrite_record(tmp_path / "ml-small" / name, as_format_2, unchanged)
+    found = result_files.read(tmp_path).retrieval["ml-small"]
+    run = found.any_run("sasrec")
+    # The commit of the program that reads must not be taken for that of the program that wrote.
+    assert (run.format, run.commit, run.data) == (2, None, None)
+    assert run.rank.tolist() == synthetic_run(study, "sasrec", 1, 2.0).rank.tolist()
+    # A study that was described in format 2 can be continued.
+    assert result_files.write_study(tmp_path, study).exists()
+
+
+def test_a_new_run_has_a_commit_without_being_given_one():
+    study = synthetic_study()
+    fields = synthetic_run(study, "sasrec", 1, 2.0).model_dump(exclude={"commit", "format"})
+    run = result_files.Run.model_validate(fields)
+    assert (run.commit, run.data, run.format) == (provenance.commit(), study.data.digest, 3)
+
+
+def test_a_run_of_other_data_is_not_written(tmp_path):
+    study = synthetic_study()
+    result_files.write_study(tmp_path, study)
+    with pytest.raises(DataError, match="is of other data or another split"):
+        result_files.write_run(tmp_path, synthetic_run(study, "sasrec", 1, 2.0, data="cd" * 32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"), [(CvrRun, "cvr-*/*-seed1.npz"), (RankingRun, "ranking-*/*-seed1.npz")], ids=["cvr", "ranking"]
+)
+def test_the_committed_runs_of_other_studies_can_be_read(kind, pattern):
+    paths = sorted((MODELS / "results").glob(pattern))
+    assert paths
+    for path in paths:
+        run = record_files.read(path, kind)
+        assert run.data and (run.format == 2) == (run.commit is None)
