@@ -151,11 +151,14 @@ class Run:
             model.load_towers(first_towers["weights"])
         model = model.to(device)
         split = self.split(dataset)
+        content_skip.check(settings.pch.skip_dim, content.shape[1], split)
         train(settings.train, model, dataset, split, self.folder)
         if settings.pch.skip_dim:
             tried = content_skip.attach(model, content, settings.pch.skip_dim, dataset, split)
             if data_parallel.is_first():
                 print(content_skip.table(tried))
+            if content_skip.chosen(tried).weight == 0.0:
+                model.pch.detach()
         model.cpu().finish()
         if data_parallel.is_first():
             # These belong to the towers that are replaced here.

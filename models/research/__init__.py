@@ -11,11 +11,16 @@ baselines            the models that LEARN is compared with
     sasrec, hstu     self-attention over item ids
     sasrec_text      SASRec over content embeddings in place of ids
     unisrec          the same with a mixture of experts as adaptor
+    relative_towers  the towers of LEARN with relative positions and time gaps
     lora             a tuned language model in place of a transformer over frozen vectors
 
 retrieval            full-ranking studies
     study            several models and seeds under one protocol (`learn study`)
     arms             the models of a study: how its TOML describes one, and how it is built
+    study_parts      a study with fewer seeds or steps
+    prepare_once     prepares the data of a study, unless nothing has changed
+    workers          the processes of the runs
+    progress         which run is under way, and how long the rest takes
     tuning           equally many trials for every model, on validation alone (`learn tune`)
     result_files     what their files hold
     estimates        means and differences with their intervals

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from learn.cli import main
 from learn.models import weights_file
+from learn.models.pch import PchConfig
 from learn.serving import bundle_check, fixture_bundles
+from learn.training import content_skip
 from research import record_files
 from research.ranking.result_files import RankingStudy
 
@@ -302,8 +304,12 @@ def test_actions_that_the_log_does_not_say_are_refused_before_anything_is_encode
 
 
 @pytest.mark.parametrize("source", ["values", "column"])
-def test_towers_learn_actions_from_the_log_and_the_server_reads_the_same(tmp_path, capsys, source):
-    """Actions from values, or from the log's own column, end in a bundle with which a server answers like PyTorch."""
+def test_towers_learn_actions_from_the_log_and_the_server_reads_the_same(tmp_path, capsys, monkeypatch, source):
+    """Actions from values, or from the log's own column, end in a bundle with which a server answers like PyTorch.
+
+    The towers have a content skip, whose weight would be chosen by chance on so few events.
+    """
+    monkeypatch.setattr(content_skip, "WEIGHTS", (0.3,))
     names = ("", "click", "like", "dislike")
     rows = {
         "values": (",value", lambda user, at: f",{4.5 - (user + at) % 3}"),
@@ -312,7 +318,7 @@ def test_towers_learn_actions_from_the_log_and_the_server_reads_the_same(tmp_pat
     _write_shop(tmp_path / "in", *rows[source])
     (tmp_path / "encoder").mkdir()
     _write_encoder_with_seed_1(tmp_path / "encoder")
-    pch, head = "[pch]\nactions = ['like', 'dislike']\n", "[head]\nproduct = true\ndot = true\n"
+    pch, head = "[pch]\nactions = ['like', 'dislike']\nskip_dim = 8\n", "[head]\nproduct = true\ndot = true\n"
     cvr = "[cvr]\nepochs = 1\nwithin_user_weight = 1\ntune_towers = true\ntune_layers = 'last'\ntune_epochs = 1\n"
     cvr += "tune_next_weight = 0.3\n[train]\nsteps = 2\nusers = 4\nn_uniform = 4\n"
     thresholds = "[actions]\nliked_from = 4\ndisliked_to = 2.5\n" if source == "values" else ""
@@ -324,6 +330,11 @@ def test_towers_learn_actions_from_the_log_and_the_server_reads_the_same(tmp_pat
     manifest = tomllib.loads((tmp_path / "bundle" / "manifest.toml").read_text())
     assert manifest["history"]["actions"] == ["like", "dislike"]
     assert manifest["user_tower"]["inputs"] == ["adapted", "mask", "action"]
+    sizes = PchConfig()
+    assert manifest["user_tower"]["dim"] == manifest["item_tower"]["dim"] == sizes.out_dim + 8
+    assert manifest["item_tower"]["adapted_dim"] == sizes.width + 8
+    saved = weights_file.read(tmp_path / "run" / "tuned.safetensors")
+    assert saved["sizes"]["skip_dim"] == 8 and float(saved["weights"]["skip.weight"]) == pytest.approx(0.3)
     golden = json.loads((tmp_path / "bundle" / "golden.json").read_text())
     assert sum("actions" in user for user in golden["users"]) >= 3
     assert manifest["provenance"]["metrics"].keys() >= {"ndcg_at_10_before_cvr", "cvr_tune_epoch"}
@@ -340,6 +351,26 @@ def test_towers_learn_actions_from_the_log_and_the_server_reads_the_same(tmp_pat
     assert main(["cvr", *steps, *config]) == (1 if source == "values" else 0)
     if source == "values":
         assert "'actions': {'liked_from': 4.0, 'disliked_to': 2.5}}, but the settings say" in capsys.readouterr().err
+
+
+def test_a_skip_that_cannot_be_is_refused_before_training_and_one_that_does_not_help_is_left_out(
+    tmp_path, capsys, monkeypatch
+):
+    _write_shop(tmp_path / "in", ",value", lambda user, at: f",{4.5 - (user + at) % 3}")
+    (tmp_path / "encoder").mkdir()
+    _write_encoder_with_seed_1(tmp_path / "encoder")
+    run = ["--run", str(tmp_path / "run"), "--encoder", str(tmp_path / "encoder"), "--threads", "1"]
+    run += ["--config", str(tmp_path / "shop.toml"), "--steps", "1"]
+    (tmp_path / "shop.toml").write_text("[pch]\nskip_dim = 33\n")
+    assert main(["prepare", "--data", str(tmp_path / "in"), *run]) == 0
+    assert main(["train", *run]) == 1
+    assert "skip_dim is 33, but content embeddings have 32 numbers" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "train.jsonl").exists()
+    (tmp_path / "shop.toml").write_text("[pch]\nskip_dim = 8\n")
+    monkeypatch.setattr(content_skip, "WEIGHTS", (0.0,))
+    assert main(["train", *run]) == 0
+    saved = weights_file.read(tmp_path / "run" / "towers.safetensors")
+    assert saved["sizes"]["skip_dim"] == 0 and not [name for name in saved["weights"] if name.startswith("skip")]
 
 
 def test_a_log_of_events_alone_trains_a_head_for_clicks(tmp_path, capsys):

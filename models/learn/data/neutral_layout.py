@@ -86,8 +86,12 @@ def _csv_log(files: tuple[AnyPath, ...]) -> tuple[Log, None]:
 
 def _json_log(files: tuple[AnyPath, ...]) -> tuple[Log, None]:
     counts = ", ".join(f"count({name(column)})" for column in OPTIONAL)
-    with duckdb.connect() as db:
-        occurs = first_row(db, f"SELECT {counts} FROM {layouts.json_source(ALL, *files)}")
+    try:
+        with duckdb.connect() as db:
+            occurs = first_row(db, f"SELECT {counts} FROM {layouts.json_source(ALL, *files)}")
+    except duckdb.Error as error:
+        logs = tuple(Log(path, layouts.json_sql(ALL, path), ALL, kind="json") for path in files)
+        raise layouts.read_error(Log(files[0], logs[0].sql, ALL, kind="json", files=logs), error) from error
     given = {column: column if count else None for column, count in zip(OPTIONAL, occurs, strict=True)}
     columns = Columns(**given)
     for path in files:
@@ -105,12 +109,23 @@ def _check_partitions(path: AnyPath, columns: list[str]) -> None:
             raise DataError(path, None, key, "a folder gives this column, which is read for files of Parquet only")
 
 
+def _check_clash(path: AnyPath, schema: pyarrow.Schema) -> None:
+    """Raises `DataError` if folders are read and also give a column of the file, whose values DuckDB would replace."""
+    given = set(sources.partitions(path)) & set(ALL.present())
+    if given <= set(schema.names):
+        return
+    for column in sorted(given & set(schema.names)):
+        reason = "a folder gives this column, but the file has it, too; rename the folder, or leave out the column"
+        raise DataError(path, None, column, reason)
+
+
 def _parquet_log(files: tuple[AnyPath, ...]) -> tuple[Log, int | None]:
     """The log in files of Parquet. A column may also be given by folders, as day=2026-01-01 gives a column `day`."""
     schemas = [_schema(path) for path in files]
     first = _present(files[0], schemas[0])
     for path, schema in zip(files, schemas, strict=True):
         _check_types(path, schema)
+        _check_clash(path, schema)
         if _present(path, schema) != first:
             reason = f"it has the columns {', '.join(_present(path, schema))}, but {files[0]} has {', '.join(first)}"
             raise DataError(path, None, None, reason)

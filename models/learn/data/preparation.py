@@ -178,7 +178,8 @@ class _Preparation:
             first += row
 
     def _item_error(self, row: int, column: str, reason: str) -> DataError:
-        first, path = max(file for file in self.item_files if file[0] < row)
+        # Of files that begin at the same row, all but the last one are empty.
+        first, path = next(file for file in reversed(self.item_files) if file[0] < row)
         return DataError(path, row - first, column, reason)
 
     def _insert_items(self, batch: list[tuple[int, str, str]]) -> None:

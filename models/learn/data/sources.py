@@ -16,6 +16,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -119,7 +120,8 @@ def find(where: str) -> tuple[AnyPath, ...]:
     kinds = {kind_of(path) for path in found}
     if not found or None in kinds:
         wrong = next((path for path in found if kind_of(path) is None), where)
-        raise DataError(wrong, None, None, f"expected files that end in {', '.join(SUFFIXES)}")
+        none = "" if found else ", and found no file"
+        raise DataError(wrong, None, None, f"expected files that end in {', '.join(SUFFIXES)}{none}")
     if len(kinds) > 1:
         reason = f"there are files of several kinds, {', '.join(sorted(kinds))}; name those of one kind by a glob"
         raise DataError(where, None, None, reason)
@@ -140,7 +142,9 @@ def _local(where: str) -> list[Path]:
     if path.is_file():
         return [path]
     # `Path.glob` takes no absolute pattern.
-    return sorted(Path(name) for name in glob.glob(where, recursive=True) if Path(name).is_file())  # noqa: PTH207
+    found = (Path(name) for name in glob.glob(where, recursive=True))  # noqa: PTH207
+    n_fixed = len(_until_pattern(path.parts))
+    return sorted(file for file in found if file.is_file() and not _is_hidden(file.parts[n_fixed:]))
 
 
 def _objects(where: str) -> list[ObjectPath]:
@@ -153,14 +157,15 @@ def _objects(where: str) -> list[ObjectPath]:
         raise DataError(where, None, None, f"cannot be listed: {str(error).splitlines()[0]}") from error
     if is_glob:
         keys = [key for key in found if _matches(key.split("/"), pattern.split("/"))]
+        keys = [key for key in keys if not _is_hidden(tuple(key.removeprefix(base).strip("/").split("/")))]
     else:
         keys = [key for key in found if not _is_hidden(tuple(key.removeprefix(base).strip("/").split("/")))]
     return [ObjectPath(scheme, key) for key in sorted(keys)]
 
 
-def _until_pattern(parts: list[str]) -> list[str]:
-    """The folders before the first one with a sign of a glob."""
-    first = next(index for index, part in enumerate(parts) if any(sign in part for sign in "*?["))
+def _until_pattern(parts: Sequence[str]) -> Sequence[str]:
+    """The folders before the first one with a sign of a glob; all parts if there is none."""
+    first = next((index for index, part in enumerate(parts) if any(sign in part for sign in "*?[")), len(parts))
     return parts[:first]
 
 

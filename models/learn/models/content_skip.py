@@ -37,6 +37,14 @@ class ContentSkip(nn.Module):
         return torch.cat([tower, self.weight.sqrt() * F.normalize(directions, dim=-1)], dim=-1)
 
 
+def check_dim(dim: int, content_dim: int) -> None:
+    """Raises ValueError if content embeddings of `content_dim` numbers do not have `dim` components."""
+    if not 0 < dim <= content_dim:
+        raise ValueError(
+            f"skip_dim is {dim}, but content embeddings have {content_dim} numbers: set 1 to {content_dim}, or 0"
+        )
+
+
 @torch.no_grad()
 def fit(content: Tensor, dim: int) -> ContentSkip:
     """The skip of raw content [n,C], by principal components: the first `dim` ones, each with variance 1.
@@ -45,8 +53,7 @@ def fit(content: Tensor, dim: int) -> ContentSkip:
     amplified beyond `standardise.SMALLEST_VARIANCE`.
     """
     width = content.shape[1]
-    if not 0 < dim <= width:
-        raise ValueError(f"skip_dim is {dim}, but content embeddings have {width} numbers: set 1 to {width}, or 0")
+    check_dim(dim, width)
     sample, mean = sample_rows(len(content)), sampled_mean(content)
     squares = torch.zeros(width, width, dtype=torch.float64)
     for index in sample.split(CHUNK):

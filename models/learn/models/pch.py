@@ -69,6 +69,8 @@ class PchConfig:
         unknown = [name for name in self.actions if name not in ACTIONS]
         if unknown:
             raise ValueError(f"actions has {', '.join(map(repr, unknown))}, but must be some of {', '.join(ACTIONS)}")
+        if self.skip_dim < 0:
+            raise ValueError(f"skip_dim is {self.skip_dim}; expected 0 (no skip) or more")
         if len(set(self.actions)) != len(self.actions):
             raise ValueError(f"actions is {list(self.actions)}, but each action may be named only once")
 
@@ -173,7 +175,7 @@ class Pch(nn.Module):
         self.skip, self.config = skip, replace(self.config, skip_dim=skip.linear.out_features)
 
     def detach(self) -> None:
-        """Takes the skip away, so that the transformer can be trained."""
+        """Takes the skip away."""
         self.skip, self.config = None, replace(self.config, skip_dim=0)
 
     def content_layers(self) -> list[nn.Linear]:

@@ -77,7 +77,8 @@ class Learn(Recommender):
 
     With `ids`, every item also has learned vectors that do not depend on its text. They are added to the input of the
     tower and to the item embedding. The paper does not have them, so their results are labelled LEARN+ID. In training,
-    each occurrence of an item loses them with the probability `id_dropout`, so that text alone is trained, too.
+    each of these vectors is left out with the probability `id_dropout`, independently of the others and anew for every
+    occurrence of an item, so that text alone is trained, too.
 
     `content` [I,C] is fp32 or fp16. If it is too large for memory, it stays where it is, and may be a memory map; the
     rows of each batch are gathered from it (`content_table`).
@@ -94,6 +95,8 @@ class Learn(Recommender):
         self.standardisation = fit(content, method)
         _keep_content(self, standardised(content, self.standardisation))
         self.ids = None if ids == "none" else IdTables(len(content), pch.config, ids)
+        if not 0.0 <= id_dropout <= 1.0:
+            raise ValueError(f"id_dropout is {id_dropout}; expected a share from 0 to 1")
         self.id_dropout = 0.0 if self.ids is None else id_dropout
 
     @property
@@ -141,6 +144,9 @@ class Learn(Recommender):
         found, content = super().settings(), getattr(self, "content", None)
         if self.id_dropout:
             found |= {"id_dropout": self.id_dropout}
+        # Their weights are those of "separate", but validation ranks without them.
+        if self.ids is not None and not self.ids.are_served:
+            found |= {"ids": "scaffold"}
         return found | {"content": content.digest()} if isinstance(content, GatheredContent) else found
 
     def load_towers(self, weights: dict[str, Tensor]) -> None:
@@ -152,9 +158,10 @@ class Learn(Recommender):
         self.standardisation.unfold_from(self.pch.adaptor[0])
 
     def attach(self, skip: ContentSkip) -> None:
-        """Adds a skip of raw content to the towers."""
+        """Adds a skip of raw content, which is on the CPU, to the towers, and moves it to their device."""
+        # The standardisation stays on the CPU, whatever the device of the model.
         self.standardisation.unfold_from(skip.linear)
-        self.pch.attach(skip)
+        self.pch.attach(skip.to(self.pch.start.device))
 
     def finish(self) -> None:
         """Changes `pch` to take raw content, as served. The recommender itself cannot be used afterwards."""

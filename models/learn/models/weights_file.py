@@ -21,6 +21,11 @@ from learn.atomic_file import replacing
 SUFFIX, EARLIER_SUFFIX = ".safetensors", ".pt"
 # The entry of the header that holds everything but the weights.
 ENTRY = "midemb"
+# What reading a file may raise that is damaged, or holds something other than weights and facts.
+_UNREADABLE = (
+    *(RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
 
 
 def path_in(folder: Path, stem: str) -> Path:
@@ -47,7 +52,7 @@ def read(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})[ENTRY])
             return facts | {"weights": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise ValueError(str(error)) from error
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learn.data import Dataset, Split
+from learn.data import Dataset, Split, sample_events
 from learn.evaluation.full_ranking import array_ranking, popularity
 from learn.evaluation.metrics import event_values
 from learn.evaluation.retrieval import item_table, user_states
@@ -26,6 +26,8 @@ HARMLESS = 0.99
 FIGURE = "ndcg_at_10"
 # An item with fewer training events is rare.
 FEW = 5
+# The most validation events that are ranked for each weight; of more, always the same sample.
+MOST_EVENTS = 50_000
 
 
 @dataclass(frozen=True)
@@ -37,27 +39,36 @@ class Tried:
     few: float | None
 
 
-def attach(model: Learn, content: Tensor, dim: int, dataset: Dataset, split: Split) -> list[Tried]:
-    """Attaches a skip of `dim` components of raw content [I,C] to trained towers; returns what was tried.
-
-    Raises ValueError without validation events, as nothing could choose the weight.
-    """
+def check(dim: int, content_dim: int, split: Split) -> None:
+    """Raises ValueError for a skip that cannot be attached, so that a run can fail before it trains; `dim` may be 0."""
+    if not dim:
+        return
+    content_skip.check_dim(dim, content_dim)
     if not split.validation:
         raise ValueError(
             f"pch.skip_dim is {dim}, but no events are held out for validation, on which the weight of the skip is "
             "chosen: hold some out (split.n_validation, or time_split), or set pch.skip_dim = 0"
         )
-    skip = content_skip.fit(content, dim).to(next(model.parameters()).device)
+
+
+def attach(model: Learn, content: Tensor, dim: int, dataset: Dataset, split: Split) -> list[Tried]:
+    """Attaches a skip of `dim` components of raw content [I,C] to trained towers; returns what was tried.
+
+    Raises ValueError without validation events, as nothing could choose the weight, and for a wrong `dim`.
+    """
+    check(dim, content.shape[1], split)
+    skip = content_skip.fit(content, dim)
     # With the weight 1, the last `dim` numbers of each embedding are the directions themselves.
     skip.weight.fill_(1.0)
     model.attach(skip)
-    users, items = user_states(model, dataset, split.validation), item_table(model, len(dataset.item_ids))
-    target = np.array([dataset.sequences[event.user].items[event.position] for event in split.validation])
+    validation = sample_events(split.validation, MOST_EVENTS, seed=0)
+    users, items = user_states(model, dataset, validation), item_table(model, len(dataset.item_ids))
+    target = np.array([dataset.sequences[event.user].items[event.position] for event in validation])
     is_few = popularity(dataset, split)[target] < FEW
     tried = []
     for weight in WEIGHTS:
         scaled = torch.cat([users[:, :-dim], weight * users[:, -dim:]], dim=1)
-        values = event_values(array_ranking(scaled.numpy(), items.numpy(), dataset, split.validation).rank, FIGURE)
+        values = event_values(array_ranking(scaled.numpy(), items.numpy(), dataset, validation).rank, FIGURE)
         tried.append(Tried(weight, float(values.mean()), float(values[is_few].mean()) if is_few.any() else None))
     skip.weight.fill_(chosen(tried).weight)
     return tried

@@ -73,10 +73,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 0.0 <= self.hide_actions <= 1.0:
             raise ValueError(f"hide_actions is {self.hide_actions}; expected a share from 0 to 1")
-        for name in ("steps", "check_every", "warmup", "patience"):
+        if not (self.next_weight or self.align_weight):
+            raise ValueError("next_weight and align_weight are both 0, so there is no loss to train with; set one")
+        for name in ("steps", "check_every", "warmup", "patience", "n_uniform", "next_weight", "align_weight"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{name} is {value}; expected 0 or more")
-        for name in ("epochs", "max_minutes", "validation_events"):
+        for name in ("epochs", "max_minutes", "validation_events", "users", "temperature", "n_states", "n_targets"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; expected more than 0")
 

@@ -161,13 +161,14 @@ class Trainer:
     def _log_inclusion(self, candidate: Tensor, item: Tensor, asked: Tensor, n_targets: int) -> Tensor:
         """[b,c] for users with windows item [b,l]: how likely each candidate is, given that the user is in the batch.
 
-        The user's own targets are candidates with certainty. The others were drawn by the other users of the batch,
-        whose targets are what remains of `n_targets`, or uniformly.
+        Candidates were drawn uniformly, or as targets of the batch. The targets of the user are candidates with
+        certainty, and the others were drawn by the other users, whose targets are what remains of `n_targets`. Only
+        with `own_items` = "marginal", those of the user count as draws of others.
         """
         config, n_own = self.config, asked.sum(dim=1)
         if config.candidates == "full" or not config.log_q:
             return torch.zeros(len(item), len(candidate), device=self.device)
-        n_draws = n_targets - (n_own if config.own_items == "certain" else torch.zeros_like(n_own))
+        n_draws = n_targets - (torch.zeros_like(n_own) if config.own_items == "marginal" else n_own)
         log_inclusion = losses.inclusion_log_probability(
             self.next_frequency[candidate], n_draws, self._n_uniform, len(self.pool)
         )

@@ -79,10 +79,6 @@ class Fitted:
         """Ranks the whole catalogue for each event."""
         return rank(self.weight, dataset, events)
 
-    def recorded(self) -> list[dict[str, float]]:
-        """One flat table per trial, in the order of the grid, for the record of a run."""
-        return [trial.settings | trial.metrics | {"seconds": trial.seconds} for trial in self.trials]
-
 
 def fit_best(config: EaseConfig | ItemKnnConfig, dataset: Dataset, split: Split) -> Fitted:
     """Fits every point of the grid and keeps the one with the best NDCG@10 on validation; of equal ones, the first.

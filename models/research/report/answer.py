@@ -126,7 +126,7 @@ def _against_rivals(study: StudyEstimates, model: str, group: str) -> str:
 def _text_line(study: StudyEstimates) -> str:
     """How far the best model over text alone gets."""
     goal = retrieval_tables.stronger_id_model(study)
-    text_models = [model for model in retrieval_tables.ladder(study) if model.startswith("learn-text")]
+    text_models = retrieval_tables.text_ladder(study)
     if goal is None or not text_models:
         return "How close text alone comes to ID embeddings: not run yet."
     best = text_models[-1]

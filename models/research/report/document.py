@@ -31,11 +31,12 @@ from research.report import plots, ranking_table, stale_records, study_sections
 from research.report.answer import NO_STUDY, Report, answer, tally, untested
 from research.report.claims import ClaimList, read_claims
 from research.report.number_format import paragraphs
-from research.report.verdicts import Studies, findings
+from research.report.verdicts import MAIN, MAIN_BY_TIME, Studies, findings
 from research.retrieval import result_files
 from research.retrieval.estimates import StudyEstimates
 
 PLOTS = "report"
+BY_TIME = MAIN_BY_TIME.removeprefix(MAIN)
 
 
 def build(
@@ -56,7 +57,8 @@ def build(
     results, config, claims = result_files.read(results_root), config or BootstrapConfig(), claims or read_claims()
     stale_records.check(results_root, results, configs)
     retrieval = {name: StudyEstimates(study, config) for name, study in results.retrieval.items()}
-    studies = Studies(retrieval, _main_study(retrieval, claims), ranking_table.read_all(results.ranking, config))
+    ranking = ranking_table.read_all(results.ranking, config)
+    studies = Studies(retrieval, _main_study([*retrieval, *ranking], claims), ranking)
     report = Report(studies, claims, findings(claims, studies), config, out.parent / PLOTS, [])
     text = _text(report)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,12 +70,15 @@ def build(
     return [out, *report.written]
 
 
-def _main_study(retrieval: dict[str, StudyEstimates], claims: ClaimList) -> str | None:
-    """The main study that the claims name, or else the first one that no claim names as a study of its own."""
-    if claims.main_study in retrieval:
+def _main_study(names: Sequence[str], claims: ClaimList) -> str | None:
+    """The main study that the claims name, or else the first of `names` that no claim names as a study of its own.
+
+    The one of the claims stays the main study if only its ranking study, or only a study of it by time, has been run.
+    """
+    if {claims.main_study, f"{claims.main_study}{BY_TIME}"} & set(names):
         return claims.main_study
     named = {getattr(claim, "study", None) for claim in claims.claims()}
-    return next((name for name in retrieval if name not in named and not name.endswith("-by-time")), None)
+    return next((name for name in names if name not in named and not name.endswith(BY_TIME)), None)
 
 
 def _text(report: Report) -> str:

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from research.record_files import Strict
 
@@ -23,11 +23,13 @@ class Model(Strict):
 class Ablation(Model):
     """A changed model, and the question that the change answers.
 
-    `budget` is set where the model was trained for so short a time that its figures show the time and not the model. It
-    says why, with the placeholders {steps} and {users} for the settings of the run.
+    `study` is the one that waits for it, in the words of the claims. `budget` is set where the model was trained for so
+    short a time that its figures show the time and not the model. It says why, with the placeholders {steps} and
+    {users} for the settings of the run.
     """
 
     question: str
+    study: Literal["main", "main-by-time"] = "main"
     budget: str = ""
 
 

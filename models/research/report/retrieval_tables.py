@@ -27,6 +27,9 @@ from research.retrieval.estimates import StudyEstimates
 N_LARGEST = 10
 ITEM_GROUPS = tuple(f"item {name}" for name in metrics.ITEM_BUCKETS)
 USER_GROUPS = tuple(f"user {name}" for name in metrics.USER_BUCKETS)
+# Models that read content and no ids when they recommend, and models with ids that they are compared with.
+TEXT_MODELS = ("content-mean", "content-mean-whitened", "sasrec-text", "unisrec", "learn-text")
+ID_MODELS = ("learn-id", "sasrec", "id-towers")
 OTHER_CUTOFFS = (
     "hr_at_100",
     "recall_at_100",
@@ -135,13 +138,16 @@ def group_differences_table(study: StudyEstimates, metric: str) -> str:
     return f"{table(header, rows)}\n\n{multiplicity(compared)}"
 
 
-def questions(study: StudyEstimates, is_main: bool = True) -> dict[str, list[str]]:
+def questions(study: StudyEstimates, role: str) -> dict[str, list[str]]:
     """Question -> the models of its ablations; expected ones first and in their order.
 
-    Ablations are expected of the main study, even if they have not been run, and of no other.
+    `role` is "main", "main-by-time", or "" for any other study, of which no ablation is expected. Those that are
+    expected are listed even if they have not been run.
     """
     models_of: dict[str, list[str]] = {}
-    expected = [ablation for ablation in expected_models().ablations if is_main or study.has(ablation.id)]
+    expected = [
+        ablation for ablation in expected_models().ablations if ablation.study == role or study.has(ablation.id)
+    ]
     for ablation in expected:
         question = study.any_run(ablation.id).question if study.has(ablation.id) else ablation.question
         models_of.setdefault(question or ablation.question, []).append(ablation.id)
@@ -196,10 +202,14 @@ def stronger_id_model(study: StudyEstimates) -> str | None:
 
 def ladder(study: StudyEstimates) -> list[str]:
     """Every model over text from the weakest NDCG@10 to the strongest, with ID models and LEARN+ID among them."""
-    chosen = ["content-mean", "learn-text", "learn-id", "sasrec", "id-towers"]
+    chosen = [model for model in (*TEXT_MODELS, *ID_MODELS) if study.has(model)]
     chosen += [run.model for run in study.ablations()]
-    chosen = [model for model in dict.fromkeys(chosen) if study.has(model)]
     return sorted(chosen, key=lambda model: (study.mean(model, "ndcg_at_10").value, model))
+
+
+def text_ladder(study: StudyEstimates) -> list[str]:
+    """The part of the ladder that is over text alone; an ablation counts as the model that it changes."""
+    return [model for model in ladder(study) if model.split("/")[0] in TEXT_MODELS]
 
 
 def ladder_table(study: StudyEstimates) -> str:

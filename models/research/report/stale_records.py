@@ -55,8 +55,12 @@ def _describes_study(path: Path) -> bool:
 def _why_stale(run: Run, config: Study, path: Path) -> str | None:
     if run.model not in config.models:
         return f"{path.name} has no model {run.model!r}; put it back, or remove the file"
+    if run.seed not in (seeds := config.seeds_of(config.models[run.model])):
+        return f"{path.name} gives this model the seeds {seeds}; give it {run.seed} as well, or remove the file"
+    shown = config.models[run.model].shown()
     then = _flat({key: value for key, value in run.config.items() if key not in ADDED})
-    now = _flat(run_config(config, config.models[run.model]))
+    then |= {key: getattr(run, key) for key in shown}
+    now = _flat(run_config(config, config.models[run.model])) | shown
     not_compared = set()
     if "train.steps" not in now:
         not_compared = {"train.epochs", *(key for key in LENGTH if key not in now)}

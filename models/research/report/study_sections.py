@@ -13,6 +13,7 @@ from research.report.answer import NO_STUDY, Report
 from research.report.expected_models import expected_models
 from research.report.number_format import paragraphs, percent
 from research.report.retrieval_tables import label
+from research.report.verdicts import MAIN, MAIN_BY_TIME
 from research.retrieval.estimates import StudyEstimates
 
 
@@ -66,6 +67,11 @@ def _for_every_study(report: Report, parts_of: Callable[[Report, StudyEstimates]
 
 def _is_main(report: Report, study: StudyEstimates) -> bool:
     return study.name == report.studies.main
+
+
+def _role(report: Report, study: StudyEstimates) -> str:
+    """What claims call the study if it is one of the two main ones, else ""."""
+    return next((role for role in (MAIN, MAIN_BY_TIME) if report.studies.name(role) == study.name), "")
 
 
 def _models(report: Report, study: StudyEstimates) -> list[str]:
@@ -137,10 +143,10 @@ def curve_of(study: StudyEstimates, model: str) -> plots.Curve | None:
 
 
 def _ablations(report: Report, study: StudyEstimates) -> list[str]:
-    is_main = _is_main(report, study)
+    role = _role(report, study)
     parts, absent = [], []
-    for question, of_question in retrieval_tables.questions(study, is_main).items():
-        remark = report.remark(expected_models().remarks.get(question, "")) if is_main else ""
+    for question, of_question in retrieval_tables.questions(study, role).items():
+        remark = report.remark(expected_models().remarks.get(question, "")) if role else ""
         if not any(study.has(model) for model in of_question):
             named = ", ".join(f"`{model}`" for model in of_question)
             absent.append(f"- {question}: {named}. {remark}".rstrip())

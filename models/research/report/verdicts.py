@@ -1,8 +1,9 @@
 """Tests the claims: the result of each, in words and as one of four verdicts.
 
 Every test has a p, which is corrected within the claim's family by the method of Benjamini and Hochberg (1995) and then
-called q: at most 5 % of the claims of a family that are decided by q < .05 are expected to be decided wrongly. For a
-difference, a ratio, or a gain of a ranking model:
+called q: at most 5 % of the claims of a family that are decided by q < .05 are expected to be decided wrongly. This
+assumes that the tests are independent or depend positively on each other (Benjamini and Yekutieli 2001), as those that
+share a model and test events mostly do. For a difference, a ratio, or a gain of a ranking model:
 
     holds             q < .05, and the model is ahead
     does not hold     q < .05, and it is behind: the opposite is true

@@ -64,6 +64,11 @@ class Arm:
     # Only the first `n_seeds` seeds of the study.
     n_seeds: int | None = None
 
+    def shown(self) -> dict[str, str | None]:
+        """What a report says of the model. A run records it, but does not depend on it."""
+        reference, question = self.reference or None, self.question or None
+        return {"label": self.label, "family": self.family, "reference": reference, "question": question}
+
 
 @dataclass(frozen=True)
 class Content:

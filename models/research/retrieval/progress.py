@@ -87,6 +87,9 @@ class Progress:
             self._say(f"{run} starts{length}; {self._left()}")
         elif event.kind == "report":
             self.share[event.index] = event.content["step"] / run.steps
+            # A run that continues from a checkpoint began before this study did.
+            trained_since = self.clock() - event.content.get("seconds", 0.0)
+            self.begin[event.index] = min(self.begin[event.index], trained_since)
             figure = f", NDCG@10 {event.content[FIGURE]:.4f} on validation" if FIGURE in event.content else ""
             self._say(f"{run}: step {event.content['step']} of {run.steps}{figure}; {self._left()}")
         else:
@@ -182,15 +185,14 @@ def training_of(run: Run) -> TrainConfig:
 
 def curve_of(run: Run) -> list[dict[str, float]]:
     """The curve in the form of `train`."""
-    points = [point.model_dump(exclude_none=True) for point in run.curve]
-    return [{"step": point["step"], "seconds": point["seconds"]} | point for point in points]
+    return [point.model_dump(exclude_none=True) for point in run.curve]
 
 
 def _row(model: str, runs: Sequence[Run], n_warned: int) -> tuple[str, ...]:
     best, steps, validation = "-", "-", "-"
     trained = [run for run in runs if run.curve]
     if trained:
-        steps = _range(training_of(run).steps for run in trained)
+        steps = _range([training_of(run).steps for run in trained])
         bests = [step for run in trained if (step := run_length.best_step(curve_of(run))) is not None]
         if bests:
             best = _range(bests)
@@ -204,6 +206,6 @@ def _row(model: str, runs: Sequence[Run], n_warned: int) -> tuple[str, ...]:
     return (model, seeds, length, validation, *test, f"{minutes:.1f}", str(n_warned) if n_warned else "")
 
 
-def _range(values) -> str:
-    low, high = min(values := list(values)), max(values)
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
     return str(low) if low == high else f"{low}-{high}"

@@ -197,10 +197,7 @@ def run_one(bench: Bench, run: PlannedRun, report: Report) -> None:
     record = result_files.Run(
         study=study.study,
         model=run.model,
-        label=arm.label,
-        family=arm.family,
-        reference=arm.reference or None,
-        question=arm.question or None,
+        **arm.shown(),
         seed=run.seed,
         config=run.config,
         machine=machine(),
@@ -247,7 +244,6 @@ def planned_training(study: Study, arm: Arm, split: data.Split) -> TrainConfig:
     """How the arm is trained on this log, with its length in steps."""
     sizes = strict(SIZES[arm.kind], arm.sizes, "sizes") if arm.kind in SIZES else None
     longest = getattr(sizes, "max_history", PchConfig.max_history)
-    """How the arm is trained on this log, with its length in steps."""
     return run_length.planned(study.training_of(arm), split.n_train, longest)
 
 
@@ -352,6 +348,8 @@ def run_study(study: Study, inputs: Inputs, root: Path, n_workers: int) -> list[
     result_files.write_study(root, describe(study, inputs.dataset, split))
     bench, runs = _bench(study, inputs, root, split), planned_runs(study, inputs, split)
     finished = {run: record for run in runs if (record := bench.finished(run))}
+    for run, record in finished.items():
+        _show_as_in_config(bench, run, record)
     missing = [run for run in runs if run not in finished]
     progress = Progress(missing, [_timed(run, record) for run, record in finished.items()], n_workers)
     with closing(work_off(partial(run_one, bench), missing, n_workers)) as events:
@@ -365,6 +363,13 @@ def run_study(study: Study, inputs: Inputs, root: Path, n_workers: int) -> list[
     for run in progress.failed:
         print(f"{run} failed; see above, and run the same command again for what is missing", flush=True)
     return progress.failed
+
+
+def _show_as_in_config(bench: Bench, run: PlannedRun, record: result_files.Run) -> None:
+    """A new label is no reason to train again, but with two labels for one model a report would be refused."""
+    renamed = record.model_copy(update=bench.study.models[run.model].shown())
+    if renamed.header() != record.header():
+        result_files.write_run(bench.root, renamed)
 
 
 def dry_run(study: Study, inputs: Inputs, root: Path, n_workers: int) -> None:

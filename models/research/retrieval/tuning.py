@@ -14,7 +14,7 @@ A TOML file names a study, the number of trials, and for each model the values t
 
 Every model gets `n_trials` different points of its own grid, drawn at random (Bergstra and Bengio, JMLR 2012), and all
 are trained with one seed. What a grid does not name is as in the study. Only validation is measured: the part of the
-split that trials see has no test events.
+split that trials see has no test events. A content skip is no part of a trial: the study attaches it after training.
 
 The record is a file of JSON lines, one per trial. A trial that is in it is not repeated while its settings, content and
 data are the same, so tuning that was stopped continues, and a larger `n_trials` adds to what is there. Code that has

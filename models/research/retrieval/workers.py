@@ -42,8 +42,10 @@ class Event:
 def work_off(task: Task, jobs: Sequence[Any], n_workers: int) -> Iterator[Event]:
     """Calls `task` for every job, `n_workers` at a time with one thread each, in the order of the jobs.
 
-    Close the iterator to end the processes; they also end with this process.
+    Close the iterator to end the processes; they also end with this process. ValueError without any worker.
     """
+    if n_workers < 1:
+        raise ValueError(f"{n_workers} workers cannot do anything; give at least 1 (--workers)")
     waiting = list(enumerate(jobs))[::-1]
     workers = [_Worker(task) for _ in range(min(n_workers, len(jobs)))]
     try:

@@ -72,6 +72,8 @@ def test_a_file_or_a_folder_or_a_glob_of_any_format_gives_the_same(tmp_path, wan
     assert read(str(tmp_path / "parts")) == want
     named = NeutralFiles(f"{tmp_path}/parts/interactions/*/p*{suffix}", f"{tmp_path}/parts/items/part-?{suffix}")
     assert read(named) == want
+    (tmp_path / "parts" / "interactions" / "sub0" / "_SUCCESS").touch()
+    assert read(NeutralFiles(f"{tmp_path}/parts/interactions/*/*", named.items)) == want
     assert read(NeutralFiles(f"{tmp_path}/parts/**/part{suffix}", str(folder / f"items{suffix}"))) == want
 
 
@@ -88,6 +90,29 @@ def test_partitions_of_hive_give_a_column_that_the_files_lack(tmp_path, want):
     write_items(tmp_path / "csv" / "items.jsonl")
     with pytest.raises(DataError, match="column action: a folder gives this column"):
         data.find_layout(tmp_path / "csv")
+
+
+def test_a_column_of_both_file_and_folder_is_refused_if_folders_are_read(tmp_path):
+    # DuckDB would replace the times of the file by that of the folder.
+    folder = tmp_path / "interactions" / "timestamp=5"
+    write_items(tmp_path / "items.jsonl")
+    write_table(folder / "action=like" / "0.parquet", [event[:4] for event in EVENTS], COLUMNS[:4])
+    with pytest.raises(DataError, match="column timestamp: a folder gives this column, but the file has it, too"):
+        data.find_layout(tmp_path)
+    # Where the files have all columns, folders are not read.
+    (folder / "action=like" / "0.parquet").unlink()
+    write_table(folder / "0.parquet", EVENTS)
+    assert {event[2] for event in read(tmp_path)[2]} == {event[2] for event in EVENTS}
+
+
+def test_a_damaged_file_of_json_is_named(tmp_path):
+    write_items(tmp_path / "items.jsonl")
+    for number in range(2):
+        write_table(tmp_path / "interactions" / f"{number}.jsonl.gz", EVENTS)
+    path = tmp_path / "interactions" / "1.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"1\.jsonl\.gz"):
+        data.read_neutral(tmp_path)
 
 
 def test_without_timestamps_the_order_of_files_and_rows_counts(tmp_path):
@@ -227,7 +252,8 @@ def test_an_object_store_gives_the_same_as_a_folder(bucket, want):
 def test_what_an_object_store_does_not_have_is_reported_by_its_url(bucket):
     folder, _requests = bucket
     write_table(folder / "interactions" / "a.csv", EVENTS)
-    write_items(folder / "items" / "a.jsonl")
+    write_items(folder / "items" / "a.jsonl", [])
+    write_items(folder / "items" / "b.jsonl")
     with pytest.raises(DataError, match=r"s3://shop/interactions/a\.csv: in an object store, .* has to be in Parquet"):
         data.find_layout("s3://shop")
     with pytest.raises(DataError, match="s3://shop/nowhere/interactions: expected files"):
@@ -237,6 +263,10 @@ def test_what_an_object_store_does_not_have_is_reported_by_its_url(bucket):
     write_table(folder / "interactions" / "a.parquet", EVENTS)
     write_table(folder / "interactions" / "b.parquet", bad)
     with pytest.raises(DataError, match=r"s3://shop/interactions/b\.parquet, row 4, column item: 'nowhere' is not in"):
+        data.read_neutral("s3://shop")
+    # The first file is empty, so the second one begins at the same row.
+    write_items(folder / "items" / "b.jsonl", [*ITEMS, ITEMS[0]])
+    with pytest.raises(DataError, match=r"s3://shop/items/b\.jsonl, row 12, column id: 'i0' occurs a second time"):
         data.read_neutral("s3://shop")
 
 

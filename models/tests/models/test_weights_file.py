@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import small_pch
+from safetensors.torch import save_file
 
 from learn.models import weights_file
 from learn.models.pch import Pch, PchConfig
@@ -66,6 +67,15 @@ def test_a_file_that_cannot_be_read_is_an_error_and_runs_nothing(tmp_path, capsy
     with pytest.raises(ValueError):
         weights_file.read(tmp_path / f"towers{suffix}")
     assert capsys.readouterr().out == ""
+
+
+def test_a_file_of_something_else_is_an_error(tmp_path):
+    torch.save([1, 2], tmp_path / "towers.pt")
+    save_file({"a": torch.zeros(1)}, tmp_path / "towers.safetensors", {"midemb": "[]"})
+    save_file({"a": torch.zeros(1)}, tmp_path / "cvr.safetensors")
+    for name in ("towers.pt", "towers.safetensors", "cvr.safetensors"):
+        with pytest.raises(ValueError):
+            weights_file.read(tmp_path / name)
 
 
 def test_a_malicious_pickle_inside_a_file_of_pytorch_is_refused(tmp_path, capsys):

@@ -223,7 +223,7 @@ def test_a_score_is_the_sum_over_the_distinct_items_of_the_whole_history():
 def test_the_best_setting_on_validation_is_kept_and_every_trial_is_recorded(arm, inputs):
     split = data.split(inputs.dataset.sequences, data.SplitConfig(n_test=2, n_validation=1))
     fitted = fit_item_to_item(arm, inputs.dataset, split)
-    figures = [trial["ndcg_at_10"] for trial in fitted.recorded()]
+    figures = [trial.metrics["ndcg_at_10"] for trial in fitted.trials]
     assert len(figures) == {"ease": 6, "item-knn": 9}[arm.kind]
     assert figures[fitted.best] == max(figures) and fitted.best == figures.index(max(figures))
     chosen = fitted.trials[fitted.best].settings

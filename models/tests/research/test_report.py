@@ -23,7 +23,7 @@ from research.report.answer import Report, headlines
 from research.report.claims import read_claims
 from research.report.expected_models import expected_models
 from research.report.number_format import prose_table
-from research.report.retrieval_tables import ladder, ladder_table, main_table
+from research.report.retrieval_tables import ladder, ladder_table, main_table, text_ladder
 from research.report.verdicts import Studies
 from research.retrieval import result_files
 from research.retrieval.estimates import StudyEstimates
@@ -46,7 +46,9 @@ SKILLS = {
 def built(tmp_path_factory):
     """A report on one study, which the remarks are about. Several tests read it, and none changes it."""
     folder = tmp_path_factory.mktemp("built")
-    write_synthetic_study(folder / "results", SKILLS)
+    study = write_synthetic_study(folder / "results", SKILLS)
+    ablation = {"family": "ablation", "reference": "learn-text", "question": "loss"}
+    result_files.write_run(folder / "results", synthetic_run(study, "learn-text/other-loss", 1, 1.5, **ablation))
     written = document.build(folder / "results", folder / "REPORT.md", FAST, CLAIMS)
     return folder, (folder / "REPORT.md").read_text(), written
 
@@ -96,7 +98,9 @@ def test_what_is_missing_is_named(built):
     _, text, _ = built
     assert row(text, "HSTU, with time").split("|")[2].strip() == "*not run yet*"
     assert "`learn-text/lora` not run yet in the study `ml-small`" in text
-    assert "- sampling: `learn-text/uniform-sampling`." in text
+    assert "- sampling, as published: `learn-text/published-uniform`." in text
+    # Another study waits for this one.
+    assert "`learn-text/no-skip`" not in text
     assert "## 7. A ranking model with and without the mid-emb\n\n*Not run yet.*" in text
 
 
@@ -105,12 +109,12 @@ def test_remarks_stand_beside_their_claim_and_question(built, tmp_path):
     remarks = {claim.id: claim.remark for claim in CLAIMS.claims()}
     assert row(text, "An LLM's embeddings beat").endswith(f"{remarks['llm-over-bert']} |")
     assert row(text, "LEARN, text only, beats SASRec on Amazon").endswith(f"{remarks['amazon-scientific']} |")
-    assert f"\n\n{expected_models().remarks['item tower']}" in text
+    assert f"\n\n{expected_models().remarks['loss']}" in text
     # Remarks on the main study are about one study. A report whose main study is another one has only those on others.
     document.build(built[0] / "results", tmp_path / "REPORT.md", FAST)
     other = (tmp_path / "REPORT.md").read_text()
     assert "Study `ml-small`" in other and remarks["llm-over-bert"] not in other
-    assert remarks["amazon-scientific"] in other and expected_models().remarks["item tower"] not in other
+    assert remarks["amazon-scientific"] in other and expected_models().remarks["loss"] not in other
 
 
 def test_categories_without_data_share_one_row(built):
@@ -242,6 +246,28 @@ def test_a_study_by_time_stands_beside_the_main_one(built_by_time):
     assert "(report/buckets-ml-small-by-time.png)" in popularity
 
 
+def test_each_main_study_waits_for_its_own_ablations(built_by_time):
+    _, text = built_by_time
+    main, by_time = text.split("## 6.")[1].split("## 7.")[0].split("### Study `ml-small-by-time`")
+    assert "- content skip: `learn-text/no-skip`, `learn-text/skip-128`." in by_time and "no-skip" not in main
+    assert "- adaptor: `learn-text/linear-adaptor`." in main and "linear-adaptor" not in by_time
+    assert f"`learn-text/unseen-negatives`. {expected_models().remarks['negatives']}" in by_time
+
+
+def test_claims_of_a_study_by_time_are_tested_without_the_main_study(tmp_path):
+    write_synthetic_study(tmp_path / "results", SKILLS, "ml-small-by-time")
+    document.build(tmp_path / "results", tmp_path / "REPORT.md", FAST, CLAIMS)
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "**does not hold**" in row(text, "LEARN, text only, beats SASRec on all test events, split by time")
+    assert "the study `ml-small` has not been run yet" in row(text, "LEARN, text only, beats SASRec | paper | claimed")
+
+
+def test_claims_on_ranking_models_are_tested_without_a_retrieval_study():
+    assert document._main_study(["ml-small"], CLAIMS) == "ml-small"
+    assert document._main_study(["mine-by-time", "mine"], CLAIMS) == "mine"
+    assert document._main_study(["amazon-scientific"], CLAIMS) is None
+
+
 def test_a_study_by_time_has_means_over_users_beside_those_over_events(built_by_time):
     folder, text = built_by_time
     models = text.split("## 3.")[1].split("## 4.")[0]
@@ -269,6 +295,12 @@ def test_the_ladder_goes_from_weak_to_strong_and_ends_at_the_goal(tmp_path):
     assert row(table, "**ID-TOWERS**").endswith("| – | 100 % |")
     # Of the two ID models the stronger one is the goal.
     assert row(table, "SASREC").endswith(" % |") and not row(table, "SASREC").endswith(" 100 % |")
+
+
+def test_baselines_over_text_count_as_text_alone(tmp_path):
+    study = estimates(tmp_path, SKILLS | {"sasrec-text": 2.4, "learn-id/no-skip": 3.0})
+    assert set(text_ladder(study)) == {"content-mean", "learn-text", "learn-text/variant-3", "sasrec-text"}
+    assert text_ladder(study)[-1] == "sasrec-text"
 
 
 def test_a_model_that_is_not_expected_has_a_row_too(tmp_path):

@@ -138,6 +138,18 @@ def test_a_study_writes_one_file_per_run_and_repeats_only_changed_runs(tmp_path,
     assert again == {"sasrec-seed1.npz", "sasrec-seed2.npz"}
 
 
+def test_a_new_label_reaches_the_files_of_finished_runs_without_training(tmp_path, inputs, capsys):
+    study = only(write_and_read_study(tmp_path), ["popularity"])
+    run_study(study, inputs, tmp_path / "results", n_workers=1)
+    before = result_files.read(tmp_path / "results").retrieval["tiny"].any_run("popularity")
+    renamed = write_and_read_study(tmp_path, TOML.replace('label = "Popularity"', 'label = "Most popular"'))
+    capsys.readouterr()
+    run_study(only(renamed, ["popularity"]), inputs, tmp_path / "results", n_workers=1)
+    after = result_files.read(tmp_path / "results").retrieval["tiny"].any_run("popularity")
+    assert "starts" not in capsys.readouterr().out
+    assert after.label == "Most popular" and after.equals(before.model_copy(update={"label": "Most popular"}))
+
+
 def test_a_finished_study_that_is_split_by_time_is_not_run_again(tmp_path, inputs):
     text = TOML.replace("[split]\nn_test = 2\nn_validation = 1", "[time_split]\nfractions = [0.6, 0.8]")
     study = only(write_and_read_study(tmp_path, text), ["popularity", "sasrec"])

@@ -50,10 +50,10 @@ def results(tmp_path, configs):
     """Runs that have the config of `TOML`, with the content and seed that a run adds to it."""
     config, shared = read_study(configs / "ml-small.toml"), synthetic_study()
     result_files.write_study(tmp_path / "results", shared)
-    for model in config.models:
-        for seed in (1, 2):
+    for model, arm in config.models.items():
+        for seed in config.seeds_of(arm):
             recorded = run_config(config, config.models[model]) | {"content": None, "seed": seed}
-            run = synthetic_run(shared, model, seed, 2.0, config=recorded)
+            run = synthetic_run(shared, model, seed, 2.0, config=recorded, **arm.shown())
             result_files.write_run(tmp_path / "results", run)
     return tmp_path / "results"
 
@@ -68,7 +68,7 @@ def test_runs_of_the_config_of_today_are_reported(results, configs, tmp_path):
     stale_records.check(results, result_files.read(results), configs)
     document.build(results, tmp_path / "REPORT.md", FAST, configs=configs)
     text = (tmp_path / "REPORT.md").read_text()
-    assert "Code: `c0ffeec0ffee` (4 runs)." in text.split("## 2.")[1].split("## 3.")[0]
+    assert "Code: `c0ffeec0ffee` (3 runs)." in text.split("## 2.")[1].split("## 3.")[0]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,12 @@ def test_runs_of_the_config_of_today_are_reported(results, configs, tmp_path):
         ("width = 8", "width = 16", "arm.sizes.width is 8 and in ml-small.toml 16; run `learn study --config"),
         ("steps = 6", "steps = 7", "train.steps is 6 and in ml-small.toml 7; run `learn study --config"),
         ("n_test = 3", "n_test = 2", "split.n_test is 3 and in ml-small.toml 2; run `learn study --config"),
+        (
+            'label = "SASRec"',
+            'label = "SASRec, wide"',
+            "label is 'SASRec' and in ml-small.toml 'SASRec, wide'; run `learn study --config",
+        ),
+        ("seeds = [1, 2]", "seeds = [2]", "ml-small.toml gives this model the seeds [2]; give it 1 as well, or remove"),
         (
             "[models.sasrec]",
             "[models.sasrec-wide]",
@@ -114,7 +120,7 @@ def test_only_models_whose_settings_changed_are_stale(results, configs):
 
 
 def test_a_message_names_the_first_files_and_counts_the_others(results, configs, monkeypatch):
-    monkeypatch.setattr(stale_records, "N_NAMED", 3)
+    monkeypatch.setattr(stale_records, "N_NAMED", 2)
     (configs / "ml-small.toml").write_text(TOML.replace("n_test = 3", "n_test = 2"))
     assert refusal(results, configs).endswith("\nand 1 more")
 

@@ -69,6 +69,16 @@ def test_progress_names_model_and_seed_and_knows_the_time_left(capsys):
     assert "b seed 1 FAILED after 60 s: out of luck" in lines
 
 
+def test_a_run_that_continues_from_a_checkpoint_counts_what_it_took_before():
+    now = [1000.0]
+    progress = Progress([planned("a")], [], n_workers=1, clock=lambda: now[0])
+    progress.note(Event(0, "started"))
+    now[0] = 1010.0
+    progress.note(Event(0, "report", {"step": 75, "seconds": 90.0}))
+    # 75 steps took 90 s, most of them before this study was started again.
+    assert progress.seconds_left() == pytest.approx(30.0)
+
+
 def job_of_test(job, report):
     """What the processes of the next test do."""
     if job == "error":
@@ -94,6 +104,11 @@ def test_a_run_that_fails_or_is_killed_costs_no_other_run():
         (3, "report", {"step": 4}),
         (3, "done", 8),
     ]
+
+
+def test_without_a_worker_nothing_is_left_undone_silently():
+    with pytest.raises(ValueError, match="0 workers cannot do anything; give at least 1"):
+        next(work_off(job_of_test, [1], n_workers=0))
 
 
 ENDLESS = """

@@ -80,6 +80,15 @@ def test_every_item_counts_as_one_on_average_whoever_asks(log, monkeypatch, sett
         assert mean[others].mean() == pytest.approx(1.0, abs=0.08), (low, high)
 
 
+def test_masked_own_items_leave_the_weights_of_all_others_as_they_are(log, monkeypatch):
+    weights = Weights(log, monkeypatch, own_items="masked", n_uniform=12)
+    mean = weights.mean()
+    assert not mean[weights.owned].any()
+    for low, high in ((1, 2), (3, 9), (10, N_USERS)):
+        others = ~weights.owned & ((weights.counts >= low) & (weights.counts <= high))[None]
+        assert mean[others].mean() == pytest.approx(1.0, abs=0.08), (low, high)
+
+
 @pytest.mark.parametrize(("settings", "at_least"), [({"n_uniform": 12}, 6), ({"candidates": "batch"}, 20)])
 def test_as_if_drawn_like_others_a_users_own_rare_items_count_as_many(log, monkeypatch, settings, at_least):
     weights = Weights(log, monkeypatch, own_items="marginal", **settings)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +15,12 @@ from learn.content import standardise
 from learn.evaluation.full_ranking import tower_ranks
 from learn.evaluation.retrieval import retrieve
 from learn.models import content_skip as skip_model
+from learn.models.cvr import CvrConfig, CvrHead
 from learn.models.recommender import Learn
-from learn.training import content_skip
+from learn.training import content_skip, cvr_tuning, train_cvr_head
 from learn.training.content_skip import Tried
+from learn.training.cvr_config import CvrTrainConfig
+from learn.training.train_config import TrainConfig
 
 
 @pytest.fixture
@@ -97,6 +103,64 @@ def test_without_validation_events_nothing_chooses_the_weight(log):
     split = data.split(dataset.sequences, data.SplitConfig(n_test=2, n_validation=0))
     with pytest.raises(ValueError, match="no events are held out for validation"):
         content_skip.attach(Learn(small_pch(), torch.randn(40, 12)), torch.randn(40, 12), 4, dataset, split)
+    content_skip.check(0, 12, split)
+
+
+def test_what_cannot_be_attached_is_refused_before_training(log):
+    with pytest.raises(ValueError, match="skip_dim is 13, but content embeddings have 12 numbers"):
+        content_skip.check(13, 12, log[1])
+    with pytest.raises(ValueError, match="skip_dim is -1"):
+        small_pch(skip_dim=-1)
+
+
+def test_a_skip_joins_towers_on_another_device():
+    # "meta" stands for a GPU: an operation on tensors of this device and of the CPU fails.
+    model = Learn(small_pch(), torch.randn(40, 12), "whiten").to("meta")
+    model.attach(skip_model.fit(torch.randn(40, 12), 4))
+    assert {value.device.type for value in (*model.pch.parameters(), *model.pch.buffers())} == {"meta"}
+
+
+def test_of_many_validation_events_a_sample_is_ranked(log, monkeypatch):
+    dataset, split = log
+    n_ranked, ranking = [], content_skip.array_ranking
+
+    def counted(user, item, dataset, events):
+        n_ranked.append(len(events))
+        return ranking(user, item, dataset, events)
+
+    monkeypatch.setattr(content_skip, "MOST_EVENTS", 7)
+    monkeypatch.setattr(content_skip, "array_ranking", counted)
+    content_skip.attach(Learn(small_pch(), torch.randn(40, 12)), torch.randn(40, 12), 4, dataset, split)
+    assert set(n_ranked) == {7} and len(split.validation) > 7
+
+
+@pytest.mark.parametrize("layers", ["all", "last"])
+def test_tuning_with_the_head_changes_the_towers_and_not_their_skip(log, layers):
+    dataset, split = log
+    content = torch.randn(40, 12).half()
+    pch = small_pch()
+    pch.attach(skip_model.fit(content, 5))
+    pch.skip.weight.fill_(0.3)
+    before, directions = copy.deepcopy(pch.state_dict()), pch.skip(content.float())
+    values = [np.arange(len(sequence.items)) % 2 * 4.0 + 1.0 for sequence in dataset.sequences]
+    sequences = [replace(s, values=v) for s, v in zip(dataset.sequences, values, strict=True)]
+    dataset = data.Dataset(dataset.item_ids, dataset.texts, sequences)
+    tuning = CvrTrainConfig(tune_towers=True, tune_layers=layers, tune_epochs=1, tune_next_weight=0.3)
+    cvr_data = train_cvr_head.CvrData(content, dataset, split)
+    found = train_cvr_head.training_windows(pch.config.max_history, cvr_data, tuning)
+    figures = iter((0.5, 0.6))
+
+    def validate():
+        assert train_cvr_head.item_vectors(pch, content).shape == (40, 6 + 5)
+        return next(figures)
+
+    tune_data = cvr_tuning.TuneData(found, content, dataset, split)
+    head = CvrHead(CvrConfig(in_dim=6 + 5))
+    assert cvr_tuning.tune(tuning, TrainConfig(users=4, n_uniform=4), head, pch, tune_data, validate) == 1
+    after = pch.state_dict()
+    assert not torch.equal(after["projection.weight"], before["projection.weight"])
+    assert torch.equal(after["skip.weight"], before["skip.weight"])
+    torch.testing.assert_close(pch.skip(content.float()), directions, rtol=0, atol=1e-5)
 
 
 def test_a_table_that_is_too_large_for_memory_gets_the_same_skip(monkeypatch):

@@ -47,6 +47,13 @@ def test_the_identity_of_a_run_is_the_one_of_earlier_versions(kind):
     assert identity(kind) == BEFORE_ACTIONS[kind]
 
 
+def test_towers_whose_ids_are_not_served_are_another_run():
+    served, scaffold = (Learn(Pch(SIZES), torch.zeros(N_ITEMS, 6), ids=ids) for ids in ("separate", "scaffold"))
+    assert served.settings() != scaffold.settings()
+    with pytest.raises(ValueError, match=r"id_dropout is 1\.5"):
+        Learn(Pch(SIZES), torch.zeros(N_ITEMS, 6), ids="scaffold", id_dropout=1.5)
+
+
 @pytest.mark.parametrize("kind", BEFORE_ACTIONS)
 def test_the_settings_that_identify_towers_leave_out_what_they_do_not_have(kind):
     assert model_of(kind).settings() == {

@@ -86,8 +86,14 @@ def test_a_length_in_steps_is_recorded_as_earlier_versions_did_and_one_in_epochs
     assert again.recorded() == planned.recorded() and again.with_steps(again.steps) == replace(planned, epochs=14.0)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": -1}, {"check_every": -1}, {"epochs": 0.0}, {"max_minutes": -1.0}])
-def test_lengths_that_cannot_be_are_refused(wrong):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"steps": -1}, {"check_every": -1}, {"epochs": 0.0}, {"max_minutes": -1.0}),
+        *({"users": 0}, {"temperature": 0.0}, {"n_uniform": -1}, {"n_states": 0}, {"next_weight": 0.0}),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TrainConfig(**wrong)
 
