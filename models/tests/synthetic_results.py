@@ -30,7 +30,6 @@ def synthetic_study(name: str = "ml-small") -> result_files.Study:
         data=result_files.Data(n_users=N_USERS, n_items=N_ITEMS, n_events=5000, digest="ab" * 32),
         protocol=result_files.Protocol(n_test=0 if by_time else N_EVENTS_PER_USER, n_validation=0 if by_time else 1),
         user=user,
-        item=item,
         item_count=COUNTS[item],
         user_count=15 + 8 * user,
     )

@@ -59,8 +59,8 @@ class Protocol(Strict):
 class Study(Record):
     """What all runs of a study share. Each array has one entry per test event.
 
-    `user` and `item` are indices into the data set, `item_count` is the number of training events of the target item,
-    `user_count` that of the user.
+    `user` is an index into the data set, `item_count` the number of training events of the target item, `user_count`
+    that of the user. The items themselves are not here: results may be published where the data may not.
     """
 
     kind: Literal["retrieval study"] = "retrieval study"
@@ -68,7 +68,6 @@ class Study(Record):
     data: Data
     protocol: Protocol
     user: Column
-    item: Column
     item_count: Column
     user_count: Column
 
@@ -76,13 +75,11 @@ class Study(Record):
     def _arrays_agree(self) -> Study:
         if not len(self.user):
             raise ValueError("a study needs test events")
-        for name in ("item", "item_count", "user_count"):
+        for name in ("item_count", "user_count"):
             if len(getattr(self, name)) != len(self.user):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {len(self.user)} in user")
-        for name, bound in (("user", self.data.n_users), ("item", self.data.n_items)):
-            largest = getattr(self, name).max()
-            if largest >= bound:
-                raise ValueError(f"{name} holds {largest}; expected less than {bound}")
+        if self.user.max() >= self.data.n_users:
+            raise ValueError(f"user holds {self.user.max()}; expected less than {self.data.n_users}")
         return self
 
     def groups(self) -> dict[str, np.ndarray]:
@@ -197,7 +194,6 @@ def describe(name: str, dataset: Dataset, split: Split, protocol: Protocol) -> S
         data=Data(n_users=len(dataset.sequences), n_items=len(counts), n_events=n_events, digest=digest),
         protocol=protocol,
         user=np.array([event.user for event in split.test]),
-        item=item,
         item_count=counts[item],
         user_count=np.array([split.n_train[event.user] for event in split.test]),
     )

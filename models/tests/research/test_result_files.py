@@ -44,7 +44,7 @@ def test_a_study_describes_its_test_events():
     protocol = result_files.Protocol(n_test=1, n_validation=1, notes=["one note"])
     study = result_files.describe("tiny", dataset, split, protocol)
     assert (study.data.n_users, study.data.n_items, study.data.n_events) == (3, 5, 9)
-    assert (study.user.tolist(), study.item.tolist()) == ([0, 1], [3, 3])
+    assert study.user.tolist() == [0, 1]
     assert (study.item_count.tolist(), study.user_count.tolist()) == ([0, 0], [2, 2])
     assert int(study.groups()["item 0"].sum()) == 2
     longer = data.split(dataset.sequences, data.SplitConfig(n_test=2, n_validation=1))
@@ -79,7 +79,7 @@ def test_equal_records_give_equal_files_with_the_smallest_dtypes(tmp_path):
     first, second = ((tmp_path / name / "ml-small" / "study.npz").read_bytes() for name in ("a", "b"))
     assert first == second
     with np.load(tmp_path / "a" / "ml-small" / "study.npz") as archive:
-        assert archive["user"].dtype == np.uint8 and archive["item"].dtype == np.uint16
+        assert archive["user"].dtype == np.uint8 and "item" not in archive
 
 
 def rewrite_record(path, change_header, change_columns) -> None:
@@ -141,7 +141,7 @@ RUN, STUDY = "sasrec-seed2.npz", "study.npz"
         (RUN, lambda r: r.update(label="Other"), unchanged, "column label: is 'Other', but 'SASREC' with seed 1"),
         (RUN, lambda r: r["config"].update(width=32), unchanged, "column config.width: is 32, but 64 with seed 1"),
         (RUN, lambda r: r.update(family="ablation"), unchanged, "an ablation needs the fields reference and question"),
-        (STUDY, unchanged, shortened("item"), "item has 119 entries for 120 in user"),
+        (STUDY, unchanged, shortened("item_count"), "item_count has 119 entries for 120 in user"),
         (STUDY, unchanged, column("user", 0, 40), "user holds 40; expected less than 40"),
         (STUDY, lambda r: r.update(study="other"), unchanged, "column study: is 'other' in the folder 'ml-small'"),
     ],
