@@ -10,7 +10,7 @@ import torch
 from learn.models.pch import Pch, PchConfig
 
 # Their fixtures are for any test.
-pytest_plugins = ["int8_bundle"]
+pytest_plugins = ["int8_bundle", "study_inputs"]
 
 MODELS = Path(__file__).parents[1]
 FIXTURES = MODELS.parent / "tests" / "fixtures"

@@ -14,7 +14,6 @@ from learn.run_settings import read_settings, read_toml
 from research.cvr.study import CvrStudy
 from research.report import stale_records
 from research.retrieval import result_files
-from research.retrieval.arms import Inputs
 from research.retrieval.study import (
     dry_run,
     only,
@@ -79,17 +78,6 @@ sizes = { width = 8, layers = 1, heads = 2, ffn = 8, item_tower = "content", max
 train = { next_weight = 0.0, align_weight = 1.0 }
 n_seeds = 1
 """
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    rng = np.random.default_rng(0)
-    sequences = []
-    for user in range(8):
-        items = rng.permutation(25)[: 6 + user]
-        sequences.append(data.Sequence(str(user), items, np.ones(len(items)), np.arange(len(items))))
-    np.save(tmp_path / "content.npy", rng.normal(size=(25, 12)).astype(np.float16))
-    return Inputs(data.Dataset([str(i) for i in range(25)], [], sequences), {"minilm": tmp_path / "content.npy"}, {})
 
 
 def write_and_read_study(tmp_path, text=TOML):

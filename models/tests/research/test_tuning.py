@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
 from learn import data
@@ -62,17 +61,6 @@ learning_rate = [1e-3, 1e-2]
 [models.sasrec-text.sizes]
 adaptor = ["linear", "mlp"]
 """
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    rng = np.random.default_rng(0)
-    sequences = []
-    for user in range(8):
-        items = rng.permutation(25)[: 6 + user]
-        sequences.append(data.Sequence(str(user), items, np.ones(len(items)), np.arange(len(items))))
-    np.save(tmp_path / "content.npy", rng.normal(size=(25, 12)).astype(np.float16))
-    return Inputs(data.Dataset([str(i) for i in range(25)], [], sequences), {"minilm": tmp_path / "content.npy"}, {})
 
 
 def write_and_read(tmp_path, budget=BUDGET):
