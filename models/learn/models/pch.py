@@ -197,6 +197,10 @@ class Pch(nn.Module):
         mask = self._causal_mask(x)
         for block in self.blocks:
             x = block(x, *block.keys_values(x), mask)
+        return self._finished(x, items)
+
+    def _finished(self, x: Tensor, items: Tensor) -> Tensor:
+        """The last layer's output [b,l+1,D] -> the states, each with the items that it has read in its skip."""
         states = self.output(self._project(x))
         if self.skip is None:
             return states

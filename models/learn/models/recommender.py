@@ -106,7 +106,7 @@ class Learn(Recommender):
 
     def states(self, items: Tensor, times: Tensor, actions: Tensor | None = None) -> Tensor:
         """PCH over the adapted content of the items, and the actions that it reads; `times` is not read."""
-        return self.pch.states_from_adapted(self._tower_inputs(items), self._tower_actions(actions))
+        return self._tower_states(self._tower_inputs(items), times, actions)
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """Variants 1 and 2 run PCH on each item alone; variant 3 uses the content embedding, scaled to length 1."""
@@ -122,7 +122,7 @@ class Learn(Recommender):
             return super().states_and_items(items, times, actions, candidates)
         inputs = self._tower_inputs(torch.cat([items.flatten(), candidates]))
         read = inputs[: items.numel()].unflatten(0, items.shape)
-        states = self.pch.states_from_adapted(read, self._tower_actions(actions))
+        states = self._tower_states(read, times, actions)
         return states, self._embeddings(candidates, inputs[items.numel() :])
 
     def target_keys(self, items: Tensor, times: Tensor) -> Tensor:
@@ -168,6 +168,9 @@ class Learn(Recommender):
         for layer in self.pch.content_layers():
             self.standardisation.fold_into(layer)
         del self.content
+
+    def _tower_states(self, inputs: Tensor, times: Tensor, actions: Tensor | None) -> Tensor:
+        return self.pch.states_from_adapted(inputs, self._tower_actions(actions))
 
     def _embeddings(self, items: Tensor, inputs: Tensor) -> Tensor:
         raw = self.pch.alone_before_output(inputs)

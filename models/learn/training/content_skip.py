@@ -20,10 +20,10 @@ from learn.evaluation.metrics import event_values
 from learn.evaluation.retrieval import item_table, user_states
 from learn.models import content_skip
 from learn.models.recommender import Learn
+from learn.training.run_length import FIGURE
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
 HARMLESS = 0.99
-FIGURE = "ndcg_at_10"
 # An item with fewer training events is rare.
 FEW = 5
 # The most validation events that are ranked for each weight; of more, always the same sample.

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learn.models.pch import Block, Pch, PchConfig
-from learn.models.recommender import Learn
+from learn.models.recommender import Learn, Recommender
 from research.baselines.hstu import N_BUCKETS, time_buckets
 
 
@@ -85,11 +85,7 @@ class RelativePch(Pch):
         causal = self._causal_mask(x)
         for block in self.blocks:
             x = block(x, *block.keys_values(x), causal + block.bias(items.shape[1], buckets))
-        states = self.output(self._project(x))
-        if self.skip is None:
-            return states
-        read = self._directions(items).cumsum(dim=1)
-        return self.skip.joined(states, F.pad(read, (0, 0, 1, 0)))
+        return self._finished(x, items)
 
     def last_from_adapted(
         self, items: Tensor, mask: Tensor, actions: Tensor | None = None, times: Tensor | None = None
@@ -112,22 +108,9 @@ class RelativeLearn(Learn):
 
     pch: RelativePch
 
-    def states(self, items: Tensor, times: Tensor, actions: Tensor | None = None) -> Tensor:
-        """The towers over the adapted content of the items, their actions and their times."""
-        return self.pch.states_from_adapted(self._tower_inputs(items), self._tower_actions(actions), times)
-
-    def states_and_items(
-        self, items: Tensor, times: Tensor, actions: Tensor | None, candidates: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Adapts every item once, as `Learn` does."""
-        if self.pch.config.item_tower == "content":
-            return super().states_and_items(items, times, actions, candidates)
-        inputs = self._tower_inputs(torch.cat([items.flatten(), candidates]))
-        read = inputs[: items.numel()].unflatten(0, items.shape)
-        states = self.pch.states_from_adapted(read, self._tower_actions(actions), times)
-        return states, self._embeddings(candidates, inputs[items.numel() :])
-
     def last(self, items: Tensor, times: Tensor, length: Tensor, actions: Tensor | None = None) -> Tensor:
         """The state after the last event of each user."""
-        mask = (torch.arange(items.shape[1], device=items.device)[None] < length[:, None]).long()
-        return self.pch.last_from_adapted(self._tower_inputs(items), mask, self._tower_actions(actions), times)
+        return Recommender.last(self, items, times, length, actions)
+
+    def _tower_states(self, inputs: Tensor, times: Tensor, actions: Tensor | None) -> Tensor:
+        return self.pch.states_from_adapted(inputs, self._tower_actions(actions), times)
