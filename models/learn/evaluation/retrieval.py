@@ -49,12 +49,14 @@ def user_states(model: Recommender, dataset: Dataset, events: list[Event]) -> Te
     """[e,E] on the CPU: each user's state before the event."""
     model.eval()
     device = next(model.buffers(), next(model.parameters(), torch.empty(0))).device
+    # Histories of similar lengths are read at once, so that few columns are padding.
+    order = torch.tensor([min(event.position, model.max_history) for event in events]).argsort(stable=True)
     found = []
-    for begin in range(0, len(events), CHUNK):
-        given = histories(dataset, events[begin : begin + CHUNK], model.max_history)
+    for chunk in order.split(CHUNK):
+        given = histories(dataset, [events[index] for index in chunk.tolist()], model.max_history)
         inputs = (part.to(device) for part in (given.items, given.times, given.length, given.actions))
         found.append(model.last(*inputs).float().cpu())
-    return torch.cat(found)
+    return torch.cat(found)[order.argsort()]
 
 
 @torch.inference_mode()

@@ -7,8 +7,9 @@ embedding table, in a table of content embeddings, or in both.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,14 @@ from learn.models.pch import Pch, PchConfig
 
 # "scaffold": separate vectors in training, and the model is served without them, from text alone.
 Ids = Literal["none", "tied", "separate", "scaffold"]
+
+
+class Windows(NamedTuple):
+    """What `Recommender.states` reads of b users."""
+
+    items: Tensor
+    times: Tensor
+    actions: Tensor | None = None
 
 
 class Recommender(nn.Module, ABC):
@@ -45,11 +54,12 @@ class Recommender(nn.Module, ABC):
     def item_embeddings(self, items: Tensor) -> Tensor:
         """Items [n] -> the served embedding of each item, [n,E]."""
 
-    def states_and_items(
-        self, items: Tensor, times: Tensor, actions: Tensor | None, candidates: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`states` of a batch and `item_embeddings` of candidates [c], for models that can share work between them."""
-        return self.states(items, times, actions), self.item_embeddings(candidates)
+    def states_and_items(self, groups: Sequence[Windows], candidates: Tensor) -> tuple[list[Tensor], Tensor]:
+        """`states` of each group and `item_embeddings` of candidates [c], for models that can share work between them.
+
+        Users are in groups of about equally long windows, so that little of a group is padding.
+        """
+        return [self.states(*windows) for windows in groups], self.item_embeddings(candidates)
 
     def target_keys(self, items: Tensor, times: Tensor) -> Tensor:
         """Targets [b,t] of each user -> their embeddings in the alignment loss, [b,t,E]; by default the served ones."""
@@ -114,16 +124,17 @@ class Learn(Recommender):
             return F.normalize(self.content[items], dim=-1)
         return self._embeddings(items, self._tower_inputs(items))
 
-    def states_and_items(
-        self, items: Tensor, times: Tensor, actions: Tensor | None, candidates: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def states_and_items(self, groups: Sequence[Windows], candidates: Tensor) -> tuple[list[Tensor], Tensor]:
         """Adapts every item once: most items of a batch are candidates, too, and the adaptor is half of a step."""
         if self.pch.config.item_tower == "content":
-            return super().states_and_items(items, times, actions, candidates)
-        inputs = self._tower_inputs(torch.cat([items.flatten(), candidates]))
-        read = inputs[: items.numel()].unflatten(0, items.shape)
-        states = self._tower_states(read, times, actions)
-        return states, self._embeddings(candidates, inputs[items.numel() :])
+            return super().states_and_items(groups, candidates)
+        parts = [windows.items.flatten() for windows in groups] + [candidates]
+        *read, own = self._tower_inputs(torch.cat(parts)).split([len(part) for part in parts])
+        states = [
+            self._tower_states(inputs.unflatten(0, windows.items.shape), windows.times, windows.actions)
+            for inputs, windows in zip(read, groups, strict=True)
+        ]
+        return states, self._embeddings(candidates, own)
 
     def target_keys(self, items: Tensor, times: Tensor) -> Tensor:
         """Variant 1 reads the whole target sequence causally; the others compute each item alone.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from learn.data import Dataset, Split
 from learn.evaluation.full_ranking import popularity
-from learn.models.recommender import Recommender
+from learn.models.recommender import Recommender, Windows
 from learn.padding import pad
 from learn.training import data_parallel, losses
 from learn.training.sampling import SAMPLERS, target_shares, window
@@ -30,6 +30,8 @@ from learn.training.train_config import TrainConfig
 
 # Users whose events are counted at once.
 USERS_AT_ONCE = 1 << 15
+# Windows up to this length are not worth a group each.
+SHORT = 8
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,24 @@ class Batch:
     length: Tensor
     action: Tensor
 
-    def rows(self, chosen: slice) -> Batch:
+    def rows(self, chosen: slice | Tensor) -> Batch:
         """The batch of the users in `chosen`."""
         return Batch(self.item[chosen], self.time[chosen], self.length[chosen], self.action[chosen])
 
     def real(self) -> Tensor:
         """[b,l]: True for events, False for padding."""
         return torch.arange(self.item.shape[1], device=self.item.device)[None] < self.length[:, None]
+
+    def by_length(self) -> list[tuple[Tensor, int]]:
+        """All users in groups of similar lengths: their rows, and how many columns their events need, two if there are.
+
+        A group has the lengths from one power of two to the next, so at most half of it is padding; the shortest
+        windows, of up to `SHORT` events, are one group.
+        """
+        power = torch.log2(self.length.clamp_min(SHORT).double()).ceil()
+        rows = [(power == of).nonzero().squeeze(1) for of in torch.unique(power)]
+        fewest = min(2, self.item.shape[1])
+        return [(group, max(fewest, int(self.length[group].max()))) for group in rows]
 
 
 class Trainer:
@@ -140,10 +153,15 @@ class Trainer:
         if self.config.own_items == "masked":
             self._mask_own(log_inclusion, candidate, users[share])
         own_candidates = candidate[data_parallel.share(len(candidate))]
-        states, keys = self.states_and_items(mine.item[:, :-1], mine.time, mine.action[:, :-1], own_candidates)
+        groups = mine.by_length()
+        windows = [_without_the_last(mine.rows(group), size) for group, size in groups]
+        states, keys = self.states_and_items(windows, own_candidates)
         keys = data_parallel.gathered(keys.float(), len(candidate))
-        target = torch.searchsorted(candidate, mine.item[asked_mine])
-        questions = losses.Questions(states[asked_mine], asked_mine.nonzero()[:, 0], target)
+        asked_of = [asked_mine[group, :size] for group, size in groups]
+        user = torch.cat([group[of.nonzero()[:, 0]] for (group, _), of in zip(groups, asked_of, strict=True)])
+        item = torch.cat([mine.item[group, :size][of] for (group, size), of in zip(groups, asked_of, strict=True)])
+        state = torch.cat([found[of] for found, of in zip(states, asked_of, strict=True)])
+        questions = losses.Questions(state, user, torch.searchsorted(candidate, item))
         total = losses.catalogue_softmax(questions, losses.Candidates(keys, log_inclusion), self.scale, reduction="sum")
         return total / asked.sum()
 
@@ -237,6 +255,11 @@ class Trainer:
             return batch
         hidden = torch.from_numpy(self.rng.random(len(batch.length)) < self.config.hide_actions).to(self.device)
         return replace(batch, action=batch.action.masked_fill(hidden[:, None], 0))
+
+
+def _without_the_last(batch: Batch, size: int) -> Windows:
+    """The first `size` events of each window, without the last of them, which no state reads."""
+    return Windows(batch.item[:, : size - 1], batch.time[:, :size], batch.action[:, : size - 1])
 
 
 def _with_request(batch: Batch) -> Tensor:

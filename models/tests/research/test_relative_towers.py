@@ -10,7 +10,7 @@ import torch
 
 from learn import data
 from learn.models.pch import Pch, PchConfig
-from learn.models.recommender import Learn
+from learn.models.recommender import Learn, Windows
 from learn.training import content_skip
 from learn.training.train_config import TrainConfig
 from learn.training.trainer import Trainer
@@ -81,7 +81,7 @@ def test_an_item_alone_is_a_history_of_one_event_at_the_moment_of_its_request(ti
     at_once = torch.full((5, 2), DAY)
     want = model.states(items[:, None], at_once)[:, 1]
     torch.testing.assert_close(model.item_embeddings(items), want, **EXACT)
-    shared_states, shared_items = model.states_and_items(items[:, None], at_once, None, items)
+    (shared_states,), shared_items = model.states_and_items([Windows(items[:, None], at_once)], items)
     torch.testing.assert_close(shared_states[:, 1], want, **EXACT)
     torch.testing.assert_close(shared_items, want, **EXACT)
 

@@ -369,9 +369,9 @@ def test_actions_of_a_share_of_the_windows_are_hidden(tmp_path, share, expected)
     trainer = Trainer(config, model, dataset, data.split(dataset.sequences, data.SplitConfig()))
     seen = []
     read = trainer.states_and_items
-    trainer.states_and_items = lambda *inputs: seen.append(inputs[2]) or read(*inputs)
+    trainer.states_and_items = lambda groups, items: seen.extend(groups) or read(groups, items)
     trainer.next_item(trainer.draw_users())
-    real = seen[0][:, 0]
+    real = torch.cat([windows.actions[:, 0] for windows in seen])
     assert set(real.tolist()) <= {0, 3}
     assert (real == 0).float().mean().item() == pytest.approx(expected, abs=0.08)
 
