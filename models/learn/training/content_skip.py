@@ -8,6 +8,7 @@ five training events.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from learn.evaluation.full_ranking import array_ranking, popularity
 from learn.evaluation.metrics import event_values
 from learn.evaluation.retrieval import item_table, user_states
 from learn.models import content_skip
-from learn.models.recommender import Learn
+from learn.models.recommender import Learn, Recommender
 from learn.training.run_length import FIGURE
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
@@ -61,16 +62,22 @@ def attach(model: Learn, content: Tensor, dim: int, dataset: Dataset, split: Spl
     # With the weight 1, the last `dim` numbers of each embedding are the directions themselves.
     skip.weight.fill_(1.0)
     model.attach(skip)
+    tried = try_weights(model, dim, WEIGHTS, dataset, split)
+    skip.weight.fill_(chosen(tried).weight)
+    return tried
+
+
+def try_weights(model: Recommender, dim: int, weights: Sequence[float], dataset: Dataset, split: Split) -> list[Tried]:
+    """Ranks validation with each weight of the last `dim` numbers of the model's embeddings, which has them with 1."""
     validation = sample_events(split.validation, MOST_EVENTS, seed=0)
     users, items = user_states(model, dataset, validation), item_table(model, len(dataset.item_ids))
     target = np.array([dataset.sequences[event.user].items[event.position] for event in validation])
     is_few = popularity(dataset, split)[target] < FEW
     tried = []
-    for weight in WEIGHTS:
+    for weight in weights:
         scaled = torch.cat([users[:, :-dim], weight * users[:, -dim:]], dim=1)
         values = event_values(array_ranking(scaled.numpy(), items.numpy(), dataset, validation).rank, FIGURE)
         tried.append(Tried(weight, float(values.mean()), float(values[is_few].mean()) if is_few.any() else None))
-    skip.weight.fill_(chosen(tried).weight)
     return tried
 
 

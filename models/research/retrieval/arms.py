@@ -58,6 +58,8 @@ class Arm:
     ids: Ids = "none"
     # The probability that an item loses its id in training; only for models with text as well.
     id_dropout: float = 0.0
+    # The numbers of EASE's factors beside the model's own vectors (`ease_skip`); 0 for none.
+    ease_dim: int = 0
     # The model that an ablation is compared with, and the question that it answers.
     reference: str = ""
     question: str = ""
@@ -97,6 +99,9 @@ ITEM_TO_ITEM = ("ease", "item-knn")
 WITHOUT_RANDOMNESS = ("popularity", *ITEM_TO_ITEM, "content-mean")
 # Kinds that read content embeddings.
 WITH_CONTENT = ("content-mean", "sasrec-text", "unisrec", "learn", "learn-relative")
+
+# Kinds of trained models that can have EASE's factors beside their vectors (`Arm.ease_dim`).
+WITH_EASE = ("sasrec", "hstu", "id-towers", "sasrec-text", "unisrec", "learn", "learn-relative")
 
 
 @dataclass(frozen=True)

@@ -10,46 +10,37 @@ from __future__ import annotations
 
 import platform
 import shutil
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from learn import data
 from learn.content import ceg, embedding_store
 from learn.data.splits import SplitSettings
-from learn.evaluation.full_ranking import array_ranking, popularity
-from learn.evaluation.metrics import Ranking
-from learn.evaluation.retrieval import retrieve
+from learn.evaluation.full_ranking import popularity
 from learn.models.pch import PchConfig
-from learn.models.recommender import Learn, Recommender
 from learn.run_settings import EncoderSettings, PrepareSettings, read_toml
 from learn.toml_config import as_read, strict
-from learn.training import content_skip, data_parallel, run_length
-from learn.training.listeners import Losses
+from learn.training import run_length
 from learn.training.train_config import TrainConfig
-from learn.training.train_recommender import train
 from learn.training_run import Prompts, prepare_config
 from research import provenance
-from research.retrieval import result_files
+from research.retrieval import measured_models, result_files
 from research.retrieval.arms import (
     ITEM_TO_ITEM,
     SIZES,
     WITH_CONTENT,
+    WITH_EASE,
     WITHOUT_RANDOMNESS,
     Arm,
     Content,
     Inputs,
-    build,
     content_name,
-    content_of,
-    fit_item_to_item,
 )
 from research.retrieval.prepare_once import prepare_once
 from research.retrieval.progress import PlannedRun, Progress, Timed, closing_table
@@ -82,6 +73,10 @@ class Study(SplitSettings):
             self.training_of(arm, f"models.{name}.train")
             if arm.kind in SIZES:
                 strict(SIZES[arm.kind], arm.sizes, f"models.{name}.sizes")
+            if arm.ease_dim and arm.kind not in WITH_EASE:
+                raise ValueError(f"models.{name}.ease_dim: only {', '.join(WITH_EASE)} can have factors of EASE")
+            if arm.ease_dim < 0:
+                raise ValueError(f"models.{name}.ease_dim is {arm.ease_dim}; expected 0 (none) or more")
             if arm.sizes.get("actions"):
                 raise ValueError(f"models.{name}.sizes.actions: these studies read no actions from the log")
 
@@ -185,14 +180,14 @@ def run_one(bench: Bench, run: PlannedRun, report: Report) -> None:
     split = data.split(inputs.dataset.sequences, study.chosen_split())
     counts = popularity(inputs.dataset, split)
     if arm.kind == "popularity":
-        ranking, costs = _popular(inputs, split, counts)
+        ranking, costs = measured_models.popular(inputs, split, counts)
     elif arm.kind in ITEM_TO_ITEM:
-        ranking, costs = _item_to_item(arm, inputs, split)
+        ranking, costs = measured_models.item_to_item(arm, inputs, split)
     else:
         config = replace(planned_training(study, arm, split), seed=run.seed)
         if config.tensorboard:  # Each run needs a folder of its own there.
             config = replace(config, tensorboard=str(Path(config.tensorboard) / path.stem))
-        ranking, costs = _trained(config, arm, inputs, split, path.with_suffix(".run"), report)
+        ranking, costs = measured_models.trained(config, arm, inputs, split, path.with_suffix(".run"), report)
     shared = describe(study, inputs.dataset, split)
     record = result_files.Run(
         study=study.study,
@@ -226,6 +221,8 @@ def run_config(study: Study, arm: Arm, split: data.Split | None = None) -> dict[
     A file has the length in steps. Without `split`, a length that the study gives in epochs stays in epochs.
     """
     recorded = {key: value for key, value in asdict(arm).items() if key in _RECORDED}
+    if arm.ease_dim:
+        recorded["ease_dim"] = arm.ease_dim
     # Defaults are written out, so that a run with other defaults counts as another run.
     sizes = strict(SIZES[arm.kind], arm.sizes, "sizes") if arm.kind in SIZES else None
     if isinstance(sizes, PchConfig):
@@ -245,98 +242,6 @@ def planned_training(study: Study, arm: Arm, split: data.Split) -> TrainConfig:
     sizes = strict(SIZES[arm.kind], arm.sizes, "sizes") if arm.kind in SIZES else None
     longest = getattr(sizes, "max_history", PchConfig.max_history)
     return run_length.planned(study.training_of(arm), split.n_train, longest)
-
-
-Costs = dict[str, Any]
-
-
-def _popular(inputs: Inputs, split: data.Split, counts: np.ndarray) -> tuple[Ranking, Costs]:
-    begin = time.monotonic()
-    everyone = np.ones((len(split.test), 1), dtype=np.float32)
-    ranking = array_ranking(everyone, counts[:, None], inputs.dataset, split.test)
-    seconds = result_files.Seconds(train=0.0, evaluate=round(time.monotonic() - begin, 1))
-    return ranking, {"n_parameters": 0, "seconds": seconds, "curve": []}
-
-
-def _item_to_item(arm: Arm, inputs: Inputs, split: data.Split) -> tuple[Ranking, Costs]:
-    begin = time.monotonic()
-    fitted = fit_item_to_item(arm, inputs.dataset, split)
-    middle = time.monotonic()
-    ranking = fitted.rank(inputs.dataset, split.test)
-    seconds = result_files.Seconds(train=round(middle - begin, 1), evaluate=round(time.monotonic() - middle, 1))
-    choices = [
-        result_files.Choice(
-            settings={name: float(value) for name, value in trial.settings.items()},
-            ndcg_at_10=trial.metrics[run_length.FIGURE],
-            taken=number == fitted.best,
-        )
-        for number, trial in enumerate(fitted.trials)
-    ]
-    return ranking, {"n_parameters": 0, "seconds": seconds, "curve": [], "choices": choices}
-
-
-def _trained(
-    config: TrainConfig, arm: Arm, inputs: Inputs, split: data.Split, folder: Path, report: Report
-) -> tuple[Ranking, Costs]:
-    torch.manual_seed(config.seed)
-    model = build(arm, inputs).to(data_parallel.device())
-    curve = []
-    if any(parameter.requires_grad for parameter in model.parameters()):
-        curve = train(config, model, inputs.dataset, split, folder, listener=_Reporter(report))
-    choices = _with_skip(model, arm, inputs, split)
-    middle = time.monotonic()
-    ranking = retrieve(model, inputs.dataset, split.test)
-    # A run that was stopped and continued has all of its seconds in the curve.
-    trained = curve[-1]["seconds"] if curve else 0.0
-    seconds = result_files.Seconds(train=trained, evaluate=round(time.monotonic() - middle, 1))
-    n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return ranking, {
-        "n_parameters": n_parameters,
-        "seconds": seconds,
-        "curve": [_curve_point(record) for record in curve],
-        "choices": choices,
-    }
-
-
-def _with_skip(model: Recommender, arm: Arm, inputs: Inputs, split: data.Split) -> list[result_files.Choice]:
-    """Attaches the content skip that the arm asks for to its trained model; returns the weights that were tried."""
-    dim = arm.sizes.get("skip_dim", 0)
-    if not dim or not isinstance(model, Learn):
-        return []
-    tried = content_skip.attach(model, content_of(arm, inputs), dim, inputs.dataset, split)
-    taken = content_skip.chosen(tried)
-    return [
-        result_files.Choice(
-            settings={"skip_weight": one.weight}, ndcg_at_10=one.all, ndcg_at_10_few=one.few, taken=one is taken
-        )
-        for one in tried
-    ]
-
-
-@dataclass(frozen=True)
-class _Reporter:
-    """Sends each check of a run to the study's own process."""
-
-    report: Report
-
-    def step(self, number: int, losses: Losses, learning_rate: float) -> None:
-        pass
-
-    def check(self, record: Mapping[str, float]) -> None:
-        self.report(dict(record))
-
-    def end(self, warnings: Sequence[str]) -> None:
-        """Nothing: the table at the end of the study has the warnings of all runs."""
-
-
-def _curve_point(record: Mapping[str, float]) -> result_files.CurvePoint:
-    return result_files.CurvePoint(
-        step=int(record["step"]),
-        seconds=record["seconds"],
-        loss=sum(value for key, value in record.items() if key.startswith("loss_")),
-        ndcg_at_10=record.get("ndcg_at_10"),
-        hr_at_10=record.get("hr_at_10"),
-    )
 
 
 def run_study(study: Study, inputs: Inputs, root: Path, n_workers: int) -> list[PlannedRun]:

@@ -14,7 +14,8 @@ A TOML file names a study, the number of trials, and for each model the values t
 
 Every model gets `n_trials` different points of its own grid, drawn at random (Bergstra and Bengio, JMLR 2012), and all
 are trained with one seed. What a grid does not name is as in the study. Only validation is measured: the part of the
-split that trials see has no test events. A content skip is no part of a trial: the study attaches it after training.
+split that trials see has no test events. Neither a content skip nor EASE's factors are part of a trial: the study
+attaches them after training.
 
 The record is a file of JSON lines, one per trial. A trial that is in it is not repeated while its settings, content and
 data are the same, so tuning that was stopped continues, and a larger `n_trials` adds to what is there. Code that has
@@ -237,7 +238,8 @@ def _jobs(study: Study, budget: Budget, inputs: Inputs) -> Iterator[_Job]:
     drawn = {model: draw(budget, model) for model in budget.models}
     for number in range(budget.n_trials):
         for model, points in drawn.items():
-            arm = _with(study, model, points[number]).models[model]
+            # EASE's factors are attached after training, like a content skip.
+            arm = replace(_with(study, model, points[number]).models[model], ease_dim=0)
             config = run_config(study, arm, split) | {"content": content_name(arm, inputs), "seed": budget.seed}
             described = json.dumps([model, config, digest], sort_keys=True)
             key = hashlib.sha256(described.encode()).hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import MODELS
 from learn import data
 from learn.evaluation.metrics import event_values
 from learn.run_settings import read_settings, read_toml
+from research.baselines import ease_skip
 from research.cvr.study import CvrStudy
 from research.report import stale_records
 from research.retrieval import result_files
@@ -216,6 +218,21 @@ def test_an_ablation_runs_without_its_reference(tmp_path, inputs):
         only(write_and_read_study(tmp_path), ["sasrec", "learn-txt"])
 
 
+def test_factors_of_ease_are_recorded_with_the_weights_that_were_tried(tmp_path, inputs):
+    text = TOML.replace('ids = "tied"', 'ids = "tied"\nease_dim = 5')
+    study = only(write_and_read_study(tmp_path, text), ["learn-id"])
+    split = data.split(inputs.dataset.sequences, study.chosen_split())
+    arm = study.models["learn-id"]
+    config = run_config(study, arm, split)
+    assert config["arm"].pop("ease_dim") == 5
+    # Runs without them are recorded as before there were any.
+    assert config == run_config(study, replace(arm, ease_dim=0), split)
+    run_study(study, inputs, tmp_path / "results", n_workers=1)
+    run = result_files.read(tmp_path / "results").retrieval["tiny"].runs["learn-id"][1]
+    assert [choice.settings for choice in run.choices] == [{"ease_weight": weight} for weight in ease_skip.WEIGHTS]
+    assert sum(choice.taken for choice in run.choices) == 1
+
+
 @pytest.mark.parametrize("path", sorted((MODELS / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_shipped_configs_can_be_read(path):
     tables = tomllib.loads(path.read_text())
@@ -235,6 +252,8 @@ def test_the_shipped_configs_can_be_read(path):
         ("train = { next_weight = 0.0", "train = { next = 0.0", "models.learn-text/variant-3.train.next: Unexpected"),
         ('reference = "learn-id"', 'reference = "learn"', "reference: 'learn' is not a model of this study"),
         ('ids = "tied"', 'ids = "tied"\ncontent = "bert"', "models.learn-id.content: 'bert' is none of"),
+        ('ids = "tied"', 'ids = "tied"\nease_dim = -1', "models.learn-id.ease_dim is -1; expected 0"),
+        ('label = "Popularity"', 'label = "Popularity"\nease_dim = 4', "models.popularity.ease_dim: only sasrec, hstu"),
         ("seeds = [1, 2]", "seeds = 1, 2", "study.toml: "),
     ],
 )

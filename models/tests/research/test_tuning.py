@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -138,6 +139,11 @@ def test_a_changed_study_or_other_data_has_other_trials(tmp_path, inputs):
         for given in ((study, budget, inputs), (changed, budget, inputs), (study, budget, fewer))
     ]
     assert len(set(keys)) == 3
+    # Factors of EASE come after training, so a trial has none, and those of a model that gets them stay.
+    name = next(iter(budget.models))
+    with_ease = replace(study.models[name], ease_dim=5)
+    job = next(tuning._jobs(replace(study, models=study.models | {name: with_ease}), budget, inputs))
+    assert job.key == keys[0] and job.arm.ease_dim == 0
 
 
 def test_the_summary_names_the_best_trial_and_values_at_an_end_of_the_grid(tmp_path):
