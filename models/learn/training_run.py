@@ -220,8 +220,9 @@ class Run:
             )
         for name, wanted in {"encoder": encoder, **asdict(self.settings.pch)}.items():
             # The same encoder gives the same content_dim; the other settings here have no weights and may differ.
-            is_free = name in ("content_dim", "dropout", "item_tower", "skip_dim") or (
-                name == "max_history" and self.settings.pch.positions == "none"
+            is_free = name in ("content_dim", "dropout", "skip_dim") or (
+                (name == "max_history" and self.settings.pch.positions == "none")
+                or (name == "item_tower" and "adapted" not in (found[name], wanted))
             )
             if found[name] != wanted and not is_free:
                 raise ValueError(f"{path}: its towers have {name} = {found[name]!r}, but this run needs {wanted!r}")

@@ -5,7 +5,8 @@
 
 One set of weights is both user tower and item tower (variant 1 of the LEARN paper). The user embedding is the
 output at the last item, or at the start token if the history is empty. The item embedding is the output at the item in
-the sequence [start, item].
+the sequence [start, item]. With `item_tower` = "adapted", it is the adapted content itself, of length 1, and states
+have no projection, so E is D: an item that training seldom meets keeps more of its content (TRAINING.md).
 
 Towers with `PchConfig.actions` also read what the user did with each item of a history: `actions` [b,l] holds 0 for an
 unknown action, else 1 + the action's position in that setting, and a learned vector per action is added to the adapted
@@ -53,7 +54,8 @@ class PchConfig:
     adaptor: Literal["mlp", "linear"] = "mlp"
     # LEARN's variants of the item tower in training. In serving, each item is always computed alone.
     # "sequence" (1): targets are read as a sequence. "alone" (2): each target alone. "content" (3): no PCH for items.
-    item_tower: Literal["sequence", "alone", "content"] = "sequence"
+    # "adapted", which is ours: no transformer for items, but the adaptor.
+    item_tower: Literal["sequence", "alone", "content", "adapted"] = "sequence"
     positions: Literal["none", "learned"] = "none"
     # "unit": outputs have length 1, and training divides scores by a temperature. "raw": scores are plain dot products.
     output: Literal["unit", "raw"] = "unit"
@@ -71,6 +73,11 @@ class PchConfig:
             raise ValueError(f"actions has {', '.join(map(repr, unknown))}, but must be some of {', '.join(ACTIONS)}")
         if self.skip_dim < 0:
             raise ValueError(f"skip_dim is {self.skip_dim}; expected 0 (no skip) or more")
+        if self.item_tower == "adapted" and self.out_dim != self.width:
+            raise ValueError(
+                f'out_dim is {self.out_dim} and width is {self.width}, but with item_tower = "adapted" the adapted '
+                "content is the item embedding: make them equal"
+            )
         if len(set(self.actions)) != len(self.actions):
             raise ValueError(f"actions is {list(self.actions)}, but each action may be named only once")
 
@@ -148,6 +155,11 @@ def causal_mask(query_index: Tensor, key_index: Tensor) -> Tensor:
     return torch.where(key_index <= query_index, torch.zeros_like(hidden), hidden)
 
 
+def centred(rows: Tensor) -> Tensor:
+    """Subtracts each row's mean from rows [...,D], which does not change the result of a LayerNorm."""
+    return rows - rows.mean(dim=-1, keepdim=True)
+
+
 class Pch(nn.Module):
     """User and item tower, with shared weights; see the module's docs for shapes."""
 
@@ -162,7 +174,8 @@ class Pch(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(config.width)
-        self.projection = nn.Linear(config.width, config.out_dim)
+        is_adapted = config.item_tower == "adapted"
+        self.projection = nn.Identity() if is_adapted else nn.Linear(config.width, config.out_dim)
         self.actions = None
         if config.actions:
             self.actions = nn.Embedding(1 + len(config.actions), config.width, padding_idx=0)
@@ -242,6 +255,9 @@ class Pch(nn.Module):
 
     def alone_before_output(self, items: Tensor) -> Tensor:
         """Like `alone`, for items [n,D+S] from `adapt`, but only the tower's part and without `output`."""
+        if self.config.item_tower == "adapted":
+            # The server caches adapted content without its mean, so that it is this vector but for its length.
+            return centred(self._inputs(items))
         x = self._inputs(items)[:, None]  # [n,1,D]
         if self.positions is not None:
             x = x + self.positions[1:2]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from learn.models.cvr import CvrHead
-from learn.models.pch import Pch
+from learn.models.pch import Pch, centred
 
 
 class UserTowerGraph(nn.Module):
@@ -43,8 +43,7 @@ class ItemTowerGraph(nn.Module):
         """
         adapted, width = self.pch.adapt(content), self.pch.config.width
         read, directions = adapted[:, :width], adapted[:, width:]
-        centred = read - read.mean(dim=-1, keepdim=True)
-        return self.pch.alone_from_adapted(adapted), torch.cat([centred, directions], dim=-1)
+        return self.pch.alone_from_adapted(adapted), torch.cat([centred(read), directions], dim=-1)
 
 
 class CvrGraph(nn.Module):

@@ -12,8 +12,9 @@ the weights, once, in fp64. Every step is exact except for rounding, and tests c
 - Both towers begin with the same adaptor. The item tower has it and returns its output, centred, for the server to
   cache; the user tower reads that, and so starts at the history's adapted items.
 - The content skip of both towers, if they have one, is a product and a division by the length.
-- The item tower attends to two positions, and a softmax over two is a sigmoid of the difference of their scores. The
-  start token is a constant, so the difference is q . (k - k_start), and the mixture is v_start + p (v - v_start).
+- An item tower with a transformer attends to two positions, and a softmax over two is a sigmoid of the difference of
+  their scores. The start token is a constant, so the difference is q . (k - k_start), and the mixture is v_start +
+  p (v - v_start).
 
 Products take two-dimensional operands, biases are inputs of Gemm, and Attention (opset 23) reads the heads in place, so
 nothing is transposed. All operators are standard ONNX, as ONNX Runtime's contrib operators differ by provider.
@@ -33,7 +34,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from learn.models.cvr import CvrHead, GatedProduct
-from learn.models.pch import Block, Pch, query_scale
+from learn.models.pch import Block, Pch, centred, query_scale
 from learn.serving.bundle_format import CVR, ITEM_TOWER, Signature, user_tower
 
 # The first opset with Attention and RMSNormalization, and the IR version that came with it.
@@ -65,10 +66,10 @@ def user_tower_model(pch: Pch) -> ModelProto:
 
     items = "adapted" if pch.skip is None else g.columns("adapted", 0, config.width)
     if pch.actions is not None:
-        items = g("Add", items, g("Gather", g.constant(_centred(pch.actions.weight)), "action", axis=0))
-    start = _centred(pch.start)
+        items = g("Add", items, g("Gather", g.constant(centred(pch.actions.weight)), "action", axis=0))
+    start = centred(pch.start)
     if pch.positions is not None:
-        positions = _centred(pch.positions)
+        positions = centred(pch.positions)
         start = start + positions[0]
         items = g("Add", items, g("Slice", g.constant(positions[1:]), g.integers(0), g("Sub", length, g.integers(1))))
     starts = g("Expand", g.constant(start[None, None]), g("Concat", n_users, g.integers(1, 1), axis=0))
@@ -114,8 +115,12 @@ def item_tower_model(pch: Pch) -> ModelProto:
     if pch.skip is not None:
         directions = g.unit(g.product("content", _linear(pch.skip.linear)))
         g("Concat", x, directions, axis=-1, into="adapted")
+    outputs = [["n", pch.config.embedding_dim], ["n", pch.config.adapted_dim]]
+    if pch.config.item_tower == "adapted":
+        _end(g, pch, x, Output("item", directions))
+        return g.model(ITEM_TOWER, [["n", pch.config.content_dim]], outputs)
     if pch.positions is not None:
-        x = g("Add", x, g.constant(_centred(pch.positions[1])))
+        x = g("Add", x, g.constant(centred(pch.positions[1])))
     # One column per head, with a 1 for each of the head's dimensions.
     member = torch.eye(pch.config.heads, dtype=torch.float64).repeat_interleave(pch.config.width // pch.config.heads, 0)
     for block, start in zip(pch.blocks, pch.start_keys_values(), strict=True):
@@ -132,7 +137,6 @@ def item_tower_model(pch: Pch) -> ModelProto:
         x = g("Add", x, g.product(mixed, _centred_product(out_weight, out_bias + out_weight @ start_value)))
         x = _feed_forward(g, block, x)
     _finish(g, pch, x, Output("item", directions))
-    outputs = [["n", pch.config.embedding_dim], ["n", pch.config.adapted_dim]]
     return g.model(ITEM_TOWER, [["n", pch.config.content_dim]], outputs)
 
 
@@ -172,13 +176,8 @@ def _linear(linear: nn.Linear) -> Product:
     return linear.weight, linear.bias
 
 
-def _centred(rows: Tensor) -> Tensor:
-    """Subtracts each row's mean from rows [...,D], which does not change the result of a LayerNorm."""
-    return rows - rows.mean(dim=-1, keepdim=True)
-
-
 def _centred_product(weight: Tensor, bias: Tensor) -> Product:
-    return weight - weight.mean(dim=0), _centred(bias)
+    return weight - weight.mean(dim=0), centred(bias)
 
 
 def _shifted(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Product:
@@ -253,12 +252,21 @@ class Output:
 
 def _finish(g: _Graph, pch: Pch, x: str, output: Output) -> None:
     """Adds the final norm, the projection and the skip, [r,D] -> the output [r,E]."""
-    last = _shifted(pch.norm_out, *_linear(pch.projection))
-    into = output.name if output.directions is None else None
-    if pch.config.output == "raw":
-        tower = g.product(g.norm(x, pch.norm_out), last, into=into)
+    normed = g.norm(x, pch.norm_out)
+    if isinstance(pch.projection, nn.Identity):
+        tower = g("Add", normed, g.constant(pch.norm_out.bias))
     else:
-        tower = g.unit(g.product(g.norm(x, pch.norm_out), last), into=into)
+        tower = g.product(normed, _shifted(pch.norm_out, *_linear(pch.projection)))
+    _end(g, pch, tower, output)
+
+
+def _end(g: _Graph, pch: Pch, tower: str, output: Output) -> None:
+    """Adds the length of 1 and the skip, [r,D] -> the output [r,E]."""
+    into = output.name if output.directions is None else None
+    if pch.config.output == "unit":
+        tower = g.unit(tower, into=into)
+    elif into:
+        g("Identity", tower, into=into)
     if output.directions is not None:
         scaled = g("Mul", output.directions, g.constant(pch.skip.weight.sqrt()))
         g("Concat", tower, scaled, axis=-1, into=output.name)

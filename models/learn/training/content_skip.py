@@ -23,7 +23,7 @@ from learn.models import content_skip
 from learn.models.recommender import Learn, Recommender
 from learn.training.run_length import FIGURE
 
-WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
+WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1.0)
 HARMLESS = 0.99
 # An item with fewer training events is rare.
 FEW = 5

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import small_pch
 
-from learn.models.recommender import ContentMean, IdTowers, Learn
+from learn.models.recommender import ContentMean, IdTowers, Learn, Windows
 from learn.serving import fixture_bundles
 from research.baselines.hstu import BUCKET_WIDTH, Hstu, HstuConfig, time_buckets
 from research.baselines.lora import LoraEncoder, LoraSizes
@@ -39,6 +39,7 @@ def build_model(kind):
     model = {
         "learn": lambda: Learn(small_pch(), content()),
         "learn-id": lambda: Learn(small_pch(), content(), ids="separate"),
+        "learn-adapted": lambda: Learn(small_pch(item_tower="adapted", out_dim=16), content(), ids="separate"),
         "learn-id-tied": lambda: Learn(small_pch(out_dim=16), content(), ids="tied"),
         "id-towers": lambda: IdTowers(small_pch(out_dim=16), N_ITEMS),
         "sasrec": lambda: SasRec(SasRecConfig(width=8, layers=2, heads=2, max_history=9), N_ITEMS),
@@ -57,8 +58,19 @@ def build_model(kind):
     return model.eval()
 
 
-KINDS = ["learn", "learn-id", "learn-id-tied", "id-towers", "sasrec", "hstu", "hstu-time", "content-mean", "lora"]
-KINDS += ["sasrec-text", "unisrec"]
+KINDS = [
+    "learn",
+    "learn-adapted",
+    "learn-id",
+    "learn-id-tied",
+    "id-towers",
+    "sasrec",
+    "hstu",
+    "hstu-time",
+    "content-mean",
+    "lora",
+]
+KINDS += ["sasrec-text", "unisrec", "learn-adapted"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -120,6 +132,20 @@ def test_each_variant_of_the_item_tower_gives_the_keys_it_defines():
         else:
             torch.testing.assert_close(keys, alone, **EXACT)
     torch.testing.assert_close(alone[0, 0], F.normalize(model.content[items[0, 0]], dim=0), **EXACT)
+
+
+def test_an_adapted_item_is_the_direction_of_its_adapted_content():
+    model = Learn(small_pch(item_tower="adapted", out_dim=16), content()).eval()
+    items, times = random_batch()
+    adapted = model.pch.adapt(model.content[items])
+    want = F.normalize(adapted - adapted.mean(dim=-1, keepdim=True), dim=-1)
+    torch.testing.assert_close(model.item_embeddings(items.flatten()).unflatten(0, (3, 7)), want, **EXACT)
+    torch.testing.assert_close(model.target_keys(items, times[:, :8]), want, **EXACT)
+    states, shared = model.states_and_items([Windows(items, times)], items[0])
+    torch.testing.assert_close(shared, want[0], **EXACT)
+    torch.testing.assert_close(states[0], model.states(items, times), **EXACT)
+    with pytest.raises(ValueError, match='out_dim is 6 and width is 16, but with item_tower = "adapted"'):
+        small_pch(item_tower="adapted")
 
 
 @pytest.mark.parametrize("mode", ["tied", "separate"])

@@ -20,6 +20,7 @@ from learn.serving import tower_export
 CLOSE = {"rtol": 0, "atol": 2e-5}
 GRAPHS = ("user_tower.onnx", "item_tower.onnx", "cvr.onnx")
 # Every configuration that the export treats differently. With one layer, no layer precedes the last.
+ADAPTED = {"item_tower": "adapted", "out_dim": 16}
 VARIANTS = pytest.mark.parametrize(
     "changes",
     [
@@ -34,10 +35,13 @@ VARIANTS = pytest.mark.parametrize(
         {"actions": ("like",), "positions": "learned", "layers": 1},
         {"skip_dim": 4},
         {"skip_dim": 1, "output": "raw", "actions": ACTIONS, "adaptor": "linear"},
+        ADAPTED,
+        ADAPTED | {"skip_dim": 4, "actions": ACTIONS, "layers": 1, "positions": "learned"},
+        ADAPTED | {"output": "raw", "adaptor": "linear"},
     ],
     ids=[
         *("plain", "positions", "raw", "one-layer", "four-heads", "one-head", "linear", "actions", "actions-positions"),
-        *("skip", "skip-raw-actions-linear"),
+        *("skip", "skip-raw-actions-linear", "adapted", "adapted-skip-actions-positions", "adapted-raw-linear"),
     ],
 )
 
@@ -106,14 +110,19 @@ def test_an_unknown_action_adds_nothing_to_an_item_of_the_user_tower():
 @VARIANTS
 def test_the_item_tower_graph_matches_pytorch(changes):
     pch = small_pch(**changes)
-    model = tower_export.item_tower_model(pch)
+    model, unit = tower_export.item_tower_model(pch), pch.config.output == "unit"
     for n_items in (1, 2, 7):
         content = torch.randn(n_items, 12)
         item, adapted = run(model, content)
         want_item, want_adapted = ItemTowerGraph(pch)(content)
         np.testing.assert_allclose(item, want_item.detach(), **CLOSE)
         np.testing.assert_allclose(adapted, want_adapted.detach(), **CLOSE)
-        np.testing.assert_allclose(item, pch.states(content[:, None])[:, 1].detach(), **CLOSE)
+        if pch.config.item_tower == "adapted":
+            # The direction of what the server caches for the user tower.
+            direction = adapted[:, :16] / (np.linalg.norm(adapted[:, :16], axis=1, keepdims=True) if unit else 1)
+            np.testing.assert_allclose(item[:, :16], direction, **CLOSE)
+        else:
+            np.testing.assert_allclose(item, pch.states(content[:, None])[:, 1].detach(), **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def fit(world, tmp_path, kind="learn", **changes):
 
 MODELS = {
     "learn": lambda content: Learn(Pch(SIZES), content),
+    "learn-adapted": lambda content: Learn(Pch(replace(SIZES, item_tower="adapted", out_dim=24)), content),
     "learn-id": lambda content: Learn(Pch(SIZES), content, ids="separate"),
     "id-towers": lambda content: IdTowers(Pch(replace(SIZES, out_dim=24)), N_ITEMS),
     "sasrec": lambda content: SasRec(SasRecConfig(width=24, max_history=10), N_ITEMS),
