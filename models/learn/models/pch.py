@@ -5,8 +5,9 @@
 
 One set of weights is both user tower and item tower (variant 1 of the LEARN paper). The user embedding is the
 output at the last item, or at the start token if the history is empty. The item embedding is the output at the item in
-the sequence [start, item]. With `item_tower` = "adapted", it is the adapted content itself, of length 1, and states
-have no projection, so E is D: an item that training seldom meets keeps more of its content (TRAINING.md).
+the sequence [start, item]. With `item_tower` = "adapted", it is the adapted content itself, of length 1, states have no
+projection, so E is D, and a norm follows the inputs: an item that training seldom meets keeps more of its content
+(TRAINING.md).
 
 Towers with `PchConfig.actions` also read what the user did with each item of a history: `actions` [b,l] holds 0 for an
 unknown action, else 1 + the action's position in that setting, and a learned vector per action is added to the adapted
@@ -171,10 +172,12 @@ class Pch(nn.Module):
         self.positions = None
         if config.positions == "learned":
             self.positions = nn.Parameter(torch.randn(config.max_history + 1, config.width) * 0.02)
+        is_adapted = config.item_tower == "adapted"
+        # The length of adapted content is free where only its direction is the item embedding, so inputs get a length.
+        self.norm_in = nn.LayerNorm(config.width, elementwise_affine=False) if is_adapted else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(config.width)
-        is_adapted = config.item_tower == "adapted"
         self.projection = nn.Identity() if is_adapted else nn.Linear(config.width, config.out_dim)
         self.actions = None
         if config.actions:
@@ -297,7 +300,7 @@ class Pch(nn.Module):
         x = torch.cat([self.start.expand(items.shape[0], 1, -1), items], dim=1)
         if self.positions is not None:
             x = x + self.positions[: x.shape[1]]
-        return self.dropout(x)
+        return self.dropout(x if self.norm_in is None else self.norm_in(x))
 
     def _causal_mask(self, x: Tensor) -> Tensor:
         index = torch.arange(x.shape[1], device=x.device)

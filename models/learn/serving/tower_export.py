@@ -74,6 +74,9 @@ def user_tower_model(pch: Pch) -> ModelProto:
         items = g("Add", items, g("Slice", g.constant(positions[1:]), g.integers(0), g("Sub", length, g.integers(1))))
     starts = g("Expand", g.constant(start[None, None]), g("Concat", n_users, g.integers(1, 1), axis=0))
     x = flat(g("Concat", starts, items, axis=1))  # [b(l+1),D], also in all layers before the last
+    if pch.norm_in is not None:
+        ones = g.constant(torch.ones(config.width))
+        x = g("RMSNormalization", x, ones, axis=-1, epsilon=pch.norm_in.eps)
 
     *earlier, last = pch.blocks
     for block in earlier:
