@@ -126,14 +126,14 @@ def _check_training_from_other_towers(tmp_path, run_options, capsys):
         torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-4)
     capsys.readouterr()
     # Towers of other sizes, and towers that were trained on events that this run holds out, are refused.
-    (tmp_path / "wide.toml").write_text("[pch]\nffn = 128\n")
-    assert (
-        main(
-            ["train", *next_run_options[:-2], "--config", str(tmp_path / "wide.toml"), "--from", str(tmp_path / "run")]
-        )
-        == 1
-    )
-    assert "its towers have ffn = 256, but this run needs 128" in capsys.readouterr().err
+    other = ["--config", str(tmp_path / "other-sizes.toml"), "--from", str(tmp_path / "run")]
+    for setting, message in (
+        ("ffn = 128", "its towers have ffn = 256, but this run needs 128"),
+        ('item_tower = "adapted"', "its towers have item_tower = 'sequence', but this run needs 'adapted'"),
+    ):
+        (tmp_path / "other-sizes.toml").write_text(f"[pch]\n{setting}\n")
+        assert main(["train", *next_run_options[:-2], *other]) == 1
+        assert message in capsys.readouterr().err
     leaky = ["--run", str(tmp_path / "leaky"), "--encoder", str(tmp_path / "encoder")]
     leaky += ["--config", str(tmp_path / "other.toml")]
     assert main(["prepare", *map(str, run_options[:2]), *leaky]) == 0
@@ -318,7 +318,9 @@ def test_towers_learn_actions_from_the_log_and_the_server_reads_the_same(tmp_pat
     _write_shop(tmp_path / "in", *rows[source])
     (tmp_path / "encoder").mkdir()
     _write_encoder_with_seed_1(tmp_path / "encoder")
-    pch, head = "[pch]\nactions = ['like', 'dislike']\nskip_dim = 8\n", "[head]\nproduct = true\ndot = true\n"
+    item_tower = "sequence" if source == "values" else "adapted"
+    pch = f"[pch]\nactions = ['like', 'dislike']\nskip_dim = 8\nitem_tower = '{item_tower}'\n"
+    head = "[head]\nproduct = true\ndot = true\n"
     cvr = "[cvr]\nepochs = 1\nwithin_user_weight = 1\ntune_towers = true\ntune_layers = 'last'\ntune_epochs = 1\n"
     cvr += "tune_next_weight = 0.3\n[train]\nsteps = 2\nusers = 4\nn_uniform = 4\n"
     thresholds = "[actions]\nliked_from = 4\ndisliked_to = 2.5\n" if source == "values" else ""
