@@ -26,6 +26,8 @@ from learn.training.content_skip import Tried, try_weights
 from research.baselines.item_to_item import EaseConfig, fit_best
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
+# The middle of EASE's own grid, because every run of a model tries it again.
+GRID = EaseConfig(l2=(30.0, 100.0, 300.0))
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def attach(model: Recommender, dim: int, dataset: Dataset, split: Split) -> Atta
         raise ValueError(f"ease_dim is {dim}, but the matrix of EASE has {n_items} rows: set 1 to {n_items}, or 0")
     if not split.validation:
         raise ValueError("ease_dim needs validation events, on which its weight is chosen; hold some out, or set 0")
-    skip = EaseSkip(model, *factors(fit_best(EaseConfig(), dataset, split).weight, dim))
+    skip = EaseSkip(model, *factors(fit_best(GRID, dataset, split).weight, dim))
     tried = try_weights(skip, dim, WEIGHTS, dataset, split)
     skip.weight = best_of(tried).weight
     return Attached(skip, tried)
