@@ -7,7 +7,7 @@ score earns nothing. Each item is embedded alone, as in serving.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -114,18 +114,55 @@ def full_ranking(dataset: Dataset, events: list[Event], score: Callable[[slice],
     fewer for a catalogue whose scores would take more than `SCORE_BYTES`. Raises ValueError if there are no events, or
     if a score is NaN.
     """
+    found = [
+        rank_scores(score(rows), target, seen)
+        for rows, target, seen in _chunks(dataset, events, BYTES_PER_SCORE * len(dataset.item_ids))
+    ]
+    return Ranking(np.concatenate([part.rank for part in found]), np.concatenate([part.top for part in found]))
+
+
+def _chunks(
+    dataset: Dataset, events: list[Event], bytes_per_event: int
+) -> Iterator[tuple[slice, np.ndarray, list[np.ndarray]]]:
+    """The rows of `events` that are ranked at once, their targets, and the items that are not ranked for each."""
     if not events:
         raise ValueError("there are no events to rank for")
-    found = []
-    n_at_once = max(1, min(CHUNK, SCORE_BYTES // (BYTES_PER_SCORE * max(1, len(dataset.item_ids)))))
+    n_at_once = max(1, min(CHUNK, SCORE_BYTES // max(1, bytes_per_event)))
     for begin in range(0, len(events), n_at_once):
         rows = slice(begin, begin + n_at_once)
         before = [dataset.sequences[event.user].items[: event.position + 1] for event in events[rows]]
         target = np.array([items[-1] for items in before])
         # A target that the user has met before stays in the ranking.
-        seen = [np.setdiff1d(items, items[-1:]) for items in before]
-        found.append(rank_scores(score(rows), target, seen))
-    return Ranking(np.concatenate([part.rank for part in found]), np.concatenate([part.top for part in found]))
+        yield rows, target, [np.setdiff1d(items, items[-1:]) for items in before]
+
+
+def ranks_by_weight(
+    tower: tuple[np.ndarray, np.ndarray],
+    other: tuple[np.ndarray, np.ndarray],
+    weights: Sequence[float],
+    dataset: Dataset,
+    events: list[Event],
+) -> np.ndarray:
+    """[w,e]: the ranks by a score of the tower plus each of `weights` times another score.
+
+    Both scores are dot products of user [e,E] and item [I,E] embeddings, which are computed once for all weights.
+    Raises ValueError if there are no events, or if a score is not finite.
+    """
+    found = []
+    for rows, target, seen in _chunks(dataset, events, 2 * BYTES_PER_SCORE * len(dataset.item_ids)):
+        first, second = (user[rows] @ item.T for user, item in (tower, other))
+        if not (np.isfinite(first).all() and np.isfinite(second).all()):
+            # NaN compares false with everything, so such an item would count as ranked below the target.
+            raise ValueError("the score of an item is not finite")
+        for row, indices in enumerate(seen):
+            first[row, indices] = -np.inf
+        ranks = []
+        for weight in weights:
+            scores = first + np.float32(weight) * second
+            # The target counts itself, so no 1 is added.
+            ranks.append((scores >= scores[np.arange(len(target)), target][:, None]).sum(axis=1))
+        found.append(np.stack(ranks))
+    return np.concatenate(found, axis=1)
 
 
 def array_ranking(user: np.ndarray, item: np.ndarray, dataset: Dataset, events: list[Event]) -> Ranking:

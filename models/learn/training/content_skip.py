@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from learn.data import Dataset, Split, sample_events
-from learn.evaluation.full_ranking import array_ranking, popularity
+from learn.evaluation.full_ranking import popularity, ranks_by_weight
 from learn.evaluation.metrics import event_values
 from learn.evaluation.retrieval import item_table, user_states
 from learn.models import content_skip
@@ -73,10 +72,12 @@ def try_weights(model: Recommender, dim: int, weights: Sequence[float], dataset:
     users, items = user_states(model, dataset, validation), item_table(model, len(dataset.item_ids))
     target = np.array([dataset.sequences[event.user].items[event.position] for event in validation])
     is_few = popularity(dataset, split)[target] < FEW
+    towers, others = (
+        (users[:, part].numpy(), items[:, part].numpy()) for part in (slice(None, -dim), slice(-dim, None))
+    )
     tried = []
-    for weight in weights:
-        scaled = torch.cat([users[:, :-dim], weight * users[:, -dim:]], dim=1)
-        values = event_values(array_ranking(scaled.numpy(), items.numpy(), dataset, validation).rank, FIGURE)
+    for weight, rank in zip(weights, ranks_by_weight(towers, others, weights, dataset, validation), strict=True):
+        values = event_values(rank, FIGURE)
         tried.append(Tried(weight, float(values.mean()), float(values[is_few].mean()) if is_few.any() else None))
     return tried
 

@@ -42,6 +42,29 @@ def test_a_target_without_a_finite_score_or_a_rank_is_an_error(score):
         rank_scores(np.array([[0.0, 1.0]]), np.array([0]), [np.array([0])])
 
 
+def test_ranks_by_weight_are_those_of_the_joined_embeddings(monkeypatch):
+    rng = np.random.default_rng(4)
+    sequences = [Sequence(str(u), rng.integers(0, 40, 9), np.ones(9)) for u in range(12)]
+    dataset, events = (
+        Dataset([str(i) for i in range(40)], [], sequences),
+        [Event(u, p) for u in range(12) for p in (5, 8)],
+    )
+    # Small whole numbers, so that sums are exact and items tie.
+    user, item = (rng.integers(-2, 3, (n, 6)).astype(np.float32) for n in (24, 40))
+    monkeypatch.setattr(full_ranking, "CHUNK", 7)
+    weights = (0.0, 0.5, 2.0)
+    parts = [(user[:, part], item[:, part]) for part in (slice(4), slice(4, None))]
+    got = full_ranking.ranks_by_weight(*parts, weights, dataset, events)
+    for weight, ranks in zip(weights, got, strict=True):
+        joined = np.concatenate([user[:, :4], weight * user[:, 4:]], axis=1)
+        np.testing.assert_array_equal(ranks, full_ranking.array_ranking(joined, item, dataset, events).rank)
+    item[3, 5] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        full_ranking.ranks_by_weight(*parts, weights, dataset, events)
+    with pytest.raises(ValueError, match="no events"):
+        full_ranking.ranks_by_weight(*parts, weights, dataset, [])
+
+
 def test_metrics_match_hand_computed_values():
     got = full_ranking.metrics(np.array([1, 3, 11, 60]))
     assert got["hr_at_10"] == pytest.approx(0.5)
