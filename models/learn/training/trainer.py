@@ -197,10 +197,12 @@ class Trainer:
 
     def _mask_own(self, log_inclusion: Tensor, candidate: Tensor, users: np.ndarray) -> None:
         """Every training event of a user is a positive in one window or another, so none is a negative in any."""
-        for row, user in enumerate(users.tolist()):
-            items = self.dataset.sequences[user].items[: int(self.n_train[user])]
-            own = torch.from_numpy(np.ascontiguousarray(items)).to(self.device)
-            log_inclusion[row, torch.isin(candidate, own)] = math.inf
+        own = [self.dataset.sequences[user].items[: int(self.n_train[user])] for user in users]
+        row = torch.from_numpy(np.repeat(np.arange(len(own)), [len(items) for items in own])).to(self.device)
+        item = torch.from_numpy(np.concatenate(own).astype(np.int64)).to(self.device)
+        place = torch.searchsorted(candidate, item).clamp(max=len(candidate) - 1)
+        is_candidate = candidate[place] == item
+        log_inclusion[row[is_candidate], place[is_candidate]] = math.inf
 
     def align(self, users: np.ndarray) -> Tensor:
         """LEARN's alignment: cuts each sequence at a random time and aligns the history before it with the targets."""
