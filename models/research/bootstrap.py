@@ -195,15 +195,21 @@ class Bootstrap:
 
     def _replicates(self, sums, size: np.ndarray, seed_weights: list[np.ndarray]) -> np.ndarray:
         """At most [r]: a replicate without any user of the group has no mean and is left out."""
+        # One product for all sums and the size, in one piece of memory: a chunk is as large as many models' sums.
+        columns = np.column_stack([*(gains for _, gains in sums), size])
+        ends = np.cumsum([gains.shape[1] for _, gains in sums])
+        buffer = np.empty((min(CHUNK, self.config.n_resamples), self.n_users))
         chunks, begin = [], 0
         for counts in self._draws():
-            drawn = counts.astype(np.float64)
+            drawn = buffer[: len(counts)]
+            drawn[:] = counts
             rows = slice(begin, begin + len(drawn))
+            *parts, n_drawn = np.split(drawn @ columns, ends, axis=1)
             total = sum(
-                sign * ((drawn @ gains) * weights[rows]).sum(axis=1)
-                for (sign, gains), weights in zip(sums, seed_weights, strict=True)
+                sign * (part * weights[rows]).sum(axis=1)
+                for (sign, _), part, weights in zip(sums, parts, seed_weights, strict=True)
             )
-            n_drawn = drawn @ size
+            n_drawn = n_drawn[:, 0]
             chunks.append(total[n_drawn > 0] / n_drawn[n_drawn > 0])
             begin += len(drawn)
         replicates = np.concatenate(chunks)
