@@ -51,6 +51,10 @@ class Batch:
         """[b,l]: True for events, False for padding."""
         return torch.arange(self.item.shape[1], device=self.item.device)[None] < self.length[:, None]
 
+    def whole(self) -> tuple[Tensor, int]:
+        """All users as one group; see `by_length`."""
+        return torch.arange(len(self.item), device=self.item.device), self.item.shape[1]
+
     def by_length(self) -> list[tuple[Tensor, int]]:
         """All users in groups of similar lengths: their rows, and how many columns their events need, two if there are.
 
@@ -153,7 +157,8 @@ class Trainer:
         if self.config.own_items == "masked":
             self._mask_own(log_inclusion, candidate, users[share])
         own_candidates = candidate[data_parallel.share(len(candidate))]
-        groups = mine.by_length()
+        # Groups differ in number and size from step to step, and code is compiled anew for each.
+        groups = [mine.whole()] if self.config.compile else mine.by_length()
         windows = [_without_the_last(mine.rows(group), size) for group, size in groups]
         states, keys = self.states_and_items(windows, own_candidates)
         keys = data_parallel.gathered(keys.float(), len(candidate))

@@ -64,12 +64,23 @@ def test_groups_change_neither_the_loss_nor_its_gradients(dataset, kind, monkeyp
     monkeypatch.setattr(Batch, "by_length", lambda batch: sizes.extend(grouped(batch)) or grouped(batch))
     loss, gradients = step()
     assert len(sizes) > 2
-    monkeypatch.setattr(Batch, "by_length", lambda batch: [(torch.arange(len(batch.item)), batch.item.shape[1])])
+    monkeypatch.setattr(Batch, "by_length", lambda batch: [batch.whole()])
     want, want_gradients = step()
     assert loss == pytest.approx(want, rel=1e-5)
     assert gradients.keys() == want_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, want_gradients[name], rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_code_reads_all_windows_at_once(dataset, monkeypatch):
+    """Code that is compiled for each number and size of groups would be compiled in every step."""
+    monkeypatch.setattr(torch, "compile", lambda method, dynamic: method)
+    split, seen = data.split(dataset.sequences, data.SplitConfig()), []
+    trainer = Trainer(TrainConfig(steps=1, users=40, n_uniform=16, compile=True), MODELS["learn"](), dataset, split)
+    read = trainer.states_and_items
+    trainer.states_and_items = lambda groups, items: seen.append(len(groups)) or read(groups, items)
+    trainer.next_item(trainer.draw_users())
+    assert seen == [1]
 
 
 def test_every_user_is_in_one_group_of_which_at_most_half_is_padding():
