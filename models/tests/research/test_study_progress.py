@@ -159,7 +159,13 @@ def test_no_process_of_a_study_outlives_it(tmp_path, number):
     command = [sys.executable, "-m", "learn", "study", "--config", tmp_path / "study.toml", "--data", tmp_path / "ml"]
     command += ["--run", tmp_path / "run", "--out", tmp_path / "results", "--workers", "2"]
     with subprocess.Popen(
-        list(map(str, command)), cwd=MODELS, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        list(map(str, command)),
+        cwd=MODELS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # A shell starts background jobs, such as these tests, with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     ) as study:
         waiting = {"sasrec seed 1: step", "sasrec seed 2: step"}
         for line in study.stdout:
