@@ -119,7 +119,7 @@ class Learn(Recommender):
         return self._tower_states(self._tower_inputs(items), times, actions)
 
     def item_embeddings(self, items: Tensor) -> Tensor:
-        """Variants 1 and 2 run PCH on each item alone; variant 3 uses the content embedding, scaled to length 1."""
+        """What `PchConfig.item_tower` says; variant 3 uses the content embedding itself, scaled to length 1."""
         if self.pch.config.item_tower == "content":
             return F.normalize(self.content[items], dim=-1)
         return self._embeddings(items, self._tower_inputs(items))

@@ -36,7 +36,7 @@ class ItemTowerGraph(nn.Module):
         self.pch = pch
 
     def forward(self, content: Tensor) -> tuple[Tensor, Tensor]:
-        """The item embedding, PCH on each item alone; and what the user tower reads of the item.
+        """The item embedding, of each item alone; and what the user tower reads of the item.
 
         The latter is the adaptor's output without its mean, which every LayerNorm of the user tower would subtract,
         and the direction of the content skip, if the towers have one.

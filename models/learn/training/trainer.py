@@ -162,11 +162,14 @@ class Trainer:
         windows = [_without_the_last(mine.rows(group), size) for group, size in groups]
         states, keys = self.states_and_items(windows, own_candidates)
         keys = data_parallel.gathered(keys.float(), len(candidate))
-        asked_of = [asked_mine[group, :size] for group, size in groups]
-        user = torch.cat([group[of.nonzero()[:, 0]] for (group, _), of in zip(groups, asked_of, strict=True)])
-        item = torch.cat([mine.item[group, :size][of] for (group, size), of in zip(groups, asked_of, strict=True)])
-        state = torch.cat([found[of] for found, of in zip(states, asked_of, strict=True)])
-        questions = losses.Questions(state, user, torch.searchsorted(candidate, item))
+        # Users in the order of their groups. The columns that a group leaves out are padding, which nobody asks for.
+        order = torch.cat([group for group, _ in groups])
+        asked_ordered = asked_mine[order]
+        state = torch.cat(
+            [found[asked_mine[group, :size]] for found, (group, size) in zip(states, groups, strict=True)]
+        )
+        target = torch.searchsorted(candidate, mine.item[order][asked_ordered])
+        questions = losses.Questions(state, order[asked_ordered.nonzero()[:, 0]], target)
         total = losses.catalogue_softmax(questions, losses.Candidates(keys, log_inclusion), self.scale, reduction="sum")
         return total / asked.sum()
 
